@@ -1,0 +1,45 @@
+"""Switching neurons off in place, and bit for bit back on."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from agnostic_train.decoder import Projection, find_decoder
+from agnostic_train.neurons import NeuronSet
+
+
+@contextmanager
+def deactivate(model: nn.Module, neurons: NeuronSet) -> Iterator[nn.Module]:
+    """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero for the length of the block.
+
+    Only the chosen rows and columns are copied; afterwards, also after an exception, every weight has the very bits
+    that it had before. Blocks can be nested.
+
+    Args:
+        model: a model that `find_decoder` knows, on any device.
+        neurons: which neurons; indices beyond the model's shapes raise `UserError` before anything is changed.
+    """
+    neurons.check(model)
+    decoder = find_decoder(model)
+    with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
+        yield model
+
+
+@contextmanager
+def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
+    """Zeroes the given neurons of single projections for the length of the block."""
+    saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for projection, indices in neurons:
+                for parameter, dim in projection.parts():
+                    index = indices.to(parameter.device)
+                    saved.append((parameter, dim, index, parameter.index_select(dim, index)))
+                    parameter.index_fill_(dim, index, 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, dim, index, values in reversed(saved):
+                parameter.index_copy_(dim, index, values)

@@ -1,0 +1,35 @@
+"""Impact of feed-forward neurons: rank one, so the norm factors (Chen et al. 2025, Eq. 8)."""
+
+import torch
+from torch import Tensor
+
+
+def column_norms(values: Tensor, counted: Tensor) -> Tensor:
+    """Norm of each column over a sentence's counted tokens.
+
+    Args:
+        values: (batch, length, size), any floating dtype; what stands at other tokens is ignored, NaN included.
+        counted: (batch, length), bool.
+
+    Returns: (batch, size), float32.
+    """
+    values = values.masked_fill(~counted.unsqueeze(-1), 0)
+    return torch.linalg.vector_norm(values, dim=1, dtype=torch.promote_types(values.dtype, torch.float32)).float()
+
+
+def weight_norms(weight: Tensor) -> Tensor:
+    """Norm of each column of an `nn.Linear` weight (out, in): (in,), float32."""
+    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
+
+
+def hidden_unit_impacts(hidden: Tensor, down_norms: Tensor, counted: Tensor) -> Tensor:
+    """Impact of gate, up and down neuron k, one hidden unit: `||H[:, k]|| * ||W_down[:, k]||`.
+
+    Args:
+        hidden: the input of `down_proj`, (batch, length, intermediate).
+        down_norms: `weight_norms` of `down_proj`, (intermediate,).
+        counted: (batch, length), bool.
+
+    Returns: (batch, intermediate), float32.
+    """
+    return column_norms(hidden, counted) * down_norms

@@ -1,0 +1,261 @@
+"""Impacts of all neurons in one forward pass: hooks on the stock modules, no modeling code copied.
+
+Feed-forward, v and o impacts are read by hooks on `down_proj` and `o_proj`. Q and k impacts need what the attention
+sees after rotation: for the length of the pass the model runs an attention function registered with transformers'
+`AttentionInterface`, the library's own extension point, which computes the same output and measures on the way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, PROJECTIONS, Decoder, Layer, Rotation, Site, find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.impact import attention as attention_impacts
+from agnostic_train.impact.feed_forward import hidden_unit_impacts, weight_norms
+from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
+
+Sink = Callable[[Site, Tensor], None]
+
+DEFAULT_MEMORY_GB = 2.0
+# On a CPU temporaries that stay in cache are several times faster than the largest that memory allows.
+_CPU_CHUNK_BYTES = 4 << 20
+_IMPLEMENTATION = "agnostic_train_impact"
+
+
+def neuron_impacts(
+    model: nn.Module, batch: Batch, projections: Sequence[str] | None = None, attention: str = "exact"
+) -> dict[Site, Tensor]:
+    """Impact of every neuron of every site on its own layer's output, per sentence.
+
+    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating
+    the neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
+    `gate up down` (Chen et al. 2025, Appendix A).
+
+    Args:
+        model: a Hugging Face causal language model; left as found (mode, gradients, random states).
+        batch: `input_ids` and `attention_mask`, (sentences, length), padded on either side. An optional
+            `special_tokens_mask` (1 at special tokens) leaves those tokens out of the norms.
+        projections: some of `q k v o gate up down`; all by default.
+        attention: `exact` equals real deactivation; `paper` is Eq. 11 on the rotated queries and keys.
+
+    Returns: (layer, projection) -> float32 (sentences, neurons), on the model's device.
+
+    Raises:
+        UserError: a model whose projections can't be found.
+        ValueError: an unknown projection or attention mode.
+    """
+    impacts: dict[Site, Tensor] = {}
+    with left_as_found(model), ImpactMeter(model, projections, attention) as meter:
+        meter.measure(batch, impacts.__setitem__)
+    return dict(sorted(impacts.items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1]))))
+
+
+class ImpactMeter:
+    """Measures batch after batch with the hooks installed once; a context manager.
+
+    Args:
+        memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+    Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: Sequence[str] | None = None,
+        attention: str = "exact",
+        memory_gb: float = DEFAULT_MEMORY_GB,
+    ):
+        projections = tuple(PROJECTIONS if projections is None else projections)
+        for name in projections:
+            if name not in PROJECTIONS:
+                raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
+        if attention not in attention_impacts.ATTENTION_MODES:
+            raise ValueError(
+                f"attention: {attention!r} isn't one of {', '.join(attention_impacts.ATTENTION_MODES)}"
+            )
+        self.model = model
+        self.decoder: Decoder = find_decoder(model)
+        self.projections = projections
+        self._stack = ExitStack()
+        self._observers = [
+            LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers
+        ]
+
+    def __enter__(self) -> "ImpactMeter":
+        with ExitStack() as stack:
+            for observer in self._observers:
+                stack.enter_context(observer.installed())
+            if "q" in self.projections or "k" in self.projections:
+                stack.enter_context(observed_attention(self._observers, self.decoder.backbone))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def measure(self, batch: Batch, sink: Sink) -> None:
+        """Runs the decoder on the batch and hands `sink` each site's impacts, float32 (sentences, neurons)."""
+        real, counted = real_and_counted(self.model, batch)
+        for observer in self._observers:
+            observer.begin(real, counted, sink)
+        self.decoder.backbone(**model_inputs(self.model, batch))
+
+
+class LayerObserver:
+    """What one layer shows during a pass: its hooks, and the arithmetic on what they see."""
+
+    def __init__(self, layer: Layer, projections: Sequence[str], attention: str, memory_gb: float):
+        self.layer = layer
+        self.projections = set(projections)
+        self.attention = attention
+        self.memory_gb = memory_gb
+        self.sink: Sink | None = None
+        self.real = self.counted = torch.empty(0)
+        self._rotation: Rotation | None = None
+        self._projected: dict[str, Tensor] = {}
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+        with torch.no_grad():
+            self._norms = {
+                name: weight_norms(layer.projections[name].linear.weight)
+                for name, readers in (("o", {"o"}), ("down", set(FEED_FORWARD_PROJECTIONS)))
+                if self.projections & readers
+            }
+
+    def begin(self, real: Tensor, counted: Tensor, sink: Sink) -> None:
+        # A model may be spread over several devices: each layer works on its own.
+        device = self.layer.projections["down"].linear.weight.device
+        self.real, self.counted, self.sink = real.to(device), counted.to(device), sink
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        linears = {name: projection.linear for name, projection in self.layer.projections.items()}
+        handles = []
+        if self.projections & set(FEED_FORWARD_PROJECTIONS):
+            handles.append(linears["down"].register_forward_pre_hook(self._see_hidden))
+        if self.projections & {"v", "o"}:
+            handles.append(linears["o"].register_forward_pre_hook(self._see_heads))
+        if self.projections & {"q", "k"}:
+            handles.append(self.layer.attention.register_forward_pre_hook(self._see_positions, with_kwargs=True))
+            for name in ("q", "k"):
+                handles.append(linears[name].register_forward_hook(self._keep_projected(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _report(self, projection: str, impacts: Tensor) -> None:
+        if projection in self.projections:
+            self.sink((self.layer.index, projection), impacts)
+
+    def _see_hidden(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        impacts = hidden_unit_impacts(args[0], self._norms["down"], self.counted)
+        for name in FEED_FORWARD_PROJECTIONS:
+            self._report(name, impacts)
+
+    def _see_heads(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        if "v" in self.projections:
+            self._report(
+                "v",
+                attention_impacts.value_impacts(
+                    args[0], self.counted, self.layer.num_kv_heads, self.layer.head_dim
+                ),
+            )
+        if "o" in self.projections:
+            self._report("o", attention_impacts.output_impacts(args[0], self._norms["o"], self.counted))
+
+    def _see_positions(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if kwargs.get("position_embeddings") is None:
+            raise UserError(
+                f"model.name: {type(module).__name__} isn't called with position_embeddings; "
+                "the exact impact of such a family isn't supported yet"
+            )
+        self._cos_sin = kwargs["position_embeddings"]
+
+    def _keep_projected(self, name: str) -> Callable:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._projected[name] = output
+
+        return keep
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+        """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
+        inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling)
+        cos, sin = self._cos_sin
+        if self._rotation is None:
+            self._rotation = self.layer.rotation(cos, sin)
+        changes = {
+            "q": lambda: attention_impacts.query_change(inputs, self._projected["q"], self._rotation, cos, sin),
+            "k": lambda: attention_impacts.key_change(inputs, self._projected["k"], self._rotation, cos, sin),
+        }
+        if self.attention == "paper":
+            changes = dict.fromkeys(changes, lambda: attention_impacts.paper_change(inputs))
+        chunk_bytes = int(self.memory_gb * 2**30)
+        if query.device.type == "cpu":
+            chunk_bytes = min(chunk_bytes, _CPU_CHUNK_BYTES)
+        for name in sorted(self.projections & {"q", "k"}):
+            squares = attention_impacts.squared_output_change(inputs, changes[name](), self.counted, chunk_bytes)
+            if name == "q":
+                self._report("q", attention_impacts.query_impacts(squares))
+            else:
+                self._report("k", attention_impacts.key_impacts(squares, self.layer.num_kv_heads))
+        self._projected.clear()
+        output = inputs.logits().softmax(-1) @ inputs.value
+        return output.transpose(1, 2).to(query.dtype).contiguous()
+
+
+_observer_of: WeakKeyDictionary[nn.Module, LayerObserver] = WeakKeyDictionary()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function that the model runs while its impacts are measured."""
+    if softcap is not None:
+        raise UserError(
+            f"model.name: {type(module).__name__} caps its attention logits; the exact impact of such a family "
+            "isn't supported yet"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _observer_of[module].attend(query, key, value, attention_mask, scaling), None
+
+
+def _mask(*args, **kwargs) -> Tensor:
+    """transformers' boolean mask, always written out: the shortcut `None` would hide a sliding window."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register(_IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
+
+
+@contextmanager
+def observed_attention(observers: Sequence[LayerObserver], *others: nn.Module) -> Iterator[None]:
+    """Lets the observers' attention modules, and `others` that make their masks, run the measuring attention."""
+    modules = [*others, *(observer.layer.attention for observer in observers)]
+    configs = list({id(module.config): module.config for module in modules}.values())
+    found = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = _IMPLEMENTATION
+        for observer in observers:
+            _observer_of[observer.layer.attention] = observer
+        yield
+    finally:
+        for config, implementation in zip(configs, found, strict=True):
+            config._attn_implementation = implementation
+        for observer in observers:
+            _observer_of.pop(observer.layer.attention, None)

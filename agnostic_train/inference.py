@@ -1,0 +1,50 @@
+"""Running a model without leaving a trace on it: what detection and perplexity share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's training flag and all random states are as before after it.
+
+    A model in training may hold modules that are kept in evaluation mode, so each module's own flag is restored.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The forward arguments for a padded batch, on the model's input device.
+
+    Positions count real tokens only, so that a sentence's result doesn't depend on how it was padded.
+
+    Args:
+        batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
+    """
+    device = model.get_input_embeddings().weight.device
+    input_ids = batch["input_ids"].to(device)
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(device)
+    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+
+
+def real_and_counted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens are real, and which of them count in a norm: both (batch, length) bool, on the input device."""
+    real = model_inputs(model, batch)["attention_mask"].bool()
+    if "special_tokens_mask" not in batch:
+        return real, real
+    return real, real & ~batch["special_tokens_mask"].to(real.device).bool()

@@ -1,0 +1,199 @@
+"""Before a detection: a few neurons are really deactivated, and the scores must say the same.
+
+A family that computes something our formulas don't know would give scores that look plausible and are wrong. The check
+takes single layers out of the model, in float32 so that rounding can't hide a wrong formula, and runs them on what
+really enters them, with and without a neuron, through transformers' own eager attention.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from agnostic_train.deactivation import switched_off
+from agnostic_train.decoder import ATTENTION_PROJECTIONS, PROJECTIONS, Layer, find_decoder, float32_copy
+from agnostic_train.files import UserError
+from agnostic_train.impact.hooks import ImpactMeter, LayerObserver, observed_attention
+from agnostic_train.inference import Batch, left_as_found, real_and_counted
+
+TOLERANCE = 1e-3
+"""Largest accepted difference, as a part of the largest impact of the site in that sentence."""
+
+logger = logging.get_logger(__name__)
+
+
+class ImpactMismatchError(UserError):
+    """The scores of this model don't equal real deactivation."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One neuron in one sentence: what the score says and what deactivation does."""
+
+    layer: int
+    projection: str
+    neuron: int
+    score: float
+    deactivated: float
+    largest: float
+
+    @property
+    def error(self) -> float:
+        """Difference as a part of the site's largest impact; infinite where something isn't finite."""
+        error = abs(self.score - self.deactivated) / max(self.largest, 1e-12)
+        return error if error == error else float("inf")
+
+
+def verify_impacts(
+    model: nn.Module, batch: Batch, neurons_per_site: int = 2, num_sentences: int = 2, seed: int = 0
+) -> list[Comparison]:
+    """Compares scores with real deactivation in the first, a middle and the last layer.
+
+    It costs one forward pass of the model on `num_sentences` sentences, and per checked layer one measuring pass of
+    that layer and `neurons_per_site + 2` plain ones per projection.
+
+    Args:
+        model: left as found.
+        batch: real sentences, as for `neuron_impacts`; the first `num_sentences` are used.
+        neurons_per_site: random neurons per projection; the one of largest score is added.
+
+    Returns: all comparisons.
+
+    Raises:
+        ImpactMismatchError: with the table, when a score is off by more than `TOLERANCE`.
+    """
+    batch = {name: values[:num_sentences] for name, values in batch.items() if isinstance(values, Tensor)}
+    generator = torch.Generator().manual_seed(seed)
+    last = len(find_decoder(model).layers) - 1
+    comparisons = []
+    with left_as_found(model):
+        for excerpt in _excerpts(model, batch, sorted({0, (last + 1) // 2, last})):
+            layer, scores = excerpt.layer, excerpt.scores()
+            for name in PROJECTIONS:
+                neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
+                neurons.append(int(scores[name][0].argmax()))
+                before = excerpt.output(name)
+                for neuron in neurons:
+                    with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
+                        change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
+                    for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
+                        comparisons.append(
+                            Comparison(
+                                layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max())
+                            )
+                        )
+    worst = max(comparisons, key=lambda comparison: comparison.error)
+    if worst.error > TOLERANCE:
+        logger.error("%s", comparison_table(comparisons))
+        raise ImpactMismatchError(
+            f"detection.verify: scores of {type(model).__name__} don't equal real deactivation (layer {worst.layer} "
+            f"{worst.projection} neuron {worst.neuron}: score {worst.score:.5g}, deactivated {worst.deactivated:.5g});"
+            " this model can't be used"
+        )
+    return comparisons
+
+
+def comparison_table(comparisons: list[Comparison]) -> str:
+    """The comparisons as lines of text."""
+    lines = [f"{'layer':>6} {'projection':>10} {'neuron':>7} {'score':>12} {'deactivated':>12} {'error':>9}"]
+    for c in comparisons:
+        lines.append(
+            f"{c.layer:>6} {c.projection:>10} {c.neuron:>7} {c.score:>12.5g} {c.deactivated:>12.5g} {c.error:>9.1e}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    """One layer taken out of the model, in float32, with what enters its two modules in the batch.
+
+    attention, feed_forward: positional and keyword arguments. real, counted: (batch, length) bool.
+    """
+
+    layer: Layer
+    attention: tuple[tuple, dict]
+    feed_forward: tuple[tuple, dict]
+    real: Tensor
+    counted: Tensor
+
+    def scores(self) -> dict[str, Tensor]:
+        """The impacts of the layer by projection, each (batch, neurons)."""
+        scores: dict[str, Tensor] = {}
+        observer = LayerObserver(self.layer, PROJECTIONS, "exact", memory_gb=1.0)
+        observer.begin(self.real, self.counted, lambda site, impacts: scores.__setitem__(site[1], impacts))
+        with observer.installed(), observed_attention([observer]):
+            for module, (args, kwargs) in self._calls():
+                module(*args, **kwargs)
+        return scores
+
+    def output(self, projection: str) -> Tensor:
+        """What the projection's impact is a change of: (batch, length, features), zero where a token doesn't count."""
+        seen: list[Tensor] = []
+        if projection in ("q", "k", "v"):
+            linear = self.layer.projections["o"].linear
+            handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        else:
+            linear = self.layer.projections["o" if projection == "o" else "down"].linear
+            handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        attention_call, feed_forward_call = self._calls()
+        module, (args, kwargs) = attention_call if projection in ATTENTION_PROJECTIONS else feed_forward_call
+        if "attention_mask" in kwargs:
+            module.config._attn_implementation = "eager"
+            mask = torch.zeros_like(kwargs["attention_mask"], dtype=torch.float32)
+            mask.masked_fill_(~kwargs["attention_mask"], torch.finfo(torch.float32).min)
+            kwargs = {**kwargs, "attention_mask": mask}
+        try:
+            module(*args, **kwargs)
+        finally:
+            handle.remove()
+        return seen[0].masked_fill(~self.counted.unsqueeze(-1), 0)
+
+    def _calls(self) -> list[tuple[nn.Module, tuple[tuple, dict]]]:
+        return [(self.layer.attention, self.attention), (self.layer.feed_forward, self.feed_forward)]
+
+
+def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> list[_Excerpt]:
+    decoder = find_decoder(model)
+    calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
+
+    def keep_call(key: tuple[int, str]) -> Callable:
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls[key] = (_in_float32(args), _in_float32(kwargs))
+
+        return keep
+
+    with ExitStack() as stack:
+        # While it is measured, the model writes its attention mask out, sliding windows included.
+        meter = stack.enter_context(ImpactMeter(model, ["k"]))
+        for index in indices:
+            layer = decoder.layers[index]
+            for name, module in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
+                hook = module.register_forward_pre_hook(keep_call((index, name)), with_kwargs=True)
+                stack.callback(hook.remove)
+        meter.measure(batch, lambda site, impacts: None)
+    real, counted = real_and_counted(model, batch)
+    excerpts = []
+    for index in indices:
+        layer = float32_copy(decoder.layers[index])
+        device = layer.projections["down"].linear.weight.device
+        excerpts.append(
+            _Excerpt(
+                layer,
+                calls[(index, "attention")],
+                calls[(index, "feed_forward")],
+                real.to(device),
+                counted.to(device),
+            )
+        )
+    return excerpts
+
+
+def _in_float32(value):
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _in_float32(item) for name, item in value.items()}
+    return tuple(_in_float32(item) for item in value) if isinstance(value, tuple) else value

@@ -1,0 +1,118 @@
+"""Which neurons to train, given what was detected and scored."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+from torch import nn
+
+from agnostic_train.agnostic_score import AgnosticScore
+from agnostic_train.files import UserError
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+
+SET_STRATEGIES = ("shared", "exclusive", "related", "shared+exclusive")
+STRATEGIES = (*SET_STRATEGIES, "random", "auto")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The neurons to train, the strategy that gave them (after `auto`), and why, in words and numbers."""
+
+    strategy: str
+    neurons: NeuronSet
+    reason: str
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to choose the neurons that are trained.
+
+    Attributes:
+        name: one of `STRATEGIES`. `shared` trains what all languages use; `exclusive` and `related` what the target
+            languages use; `random` as many random neurons at every site as `random_like` would choose; `auto` decides
+            by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive.
+        languages: the languages to enhance; all detected ones by default.
+        low, high: thresholds of `auto` on the language-agnostic score. log 2 is where shared neurons matter as much as
+            exclusive ones; the paper supports no default for `high`.
+        random_like: the strategy that `random` matches.
+        seed: of `random`.
+    """
+
+    name: str = "shared+exclusive"
+    languages: Sequence[str] | None = None
+    low: float = math.log(2)
+    high: float | None = None
+    random_like: str = "shared+exclusive"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join(STRATEGIES)}")
+        if self.random_like not in SET_STRATEGIES:
+            raise UserError(f"training.random_like: {self.random_like!r} isn't one of {', '.join(SET_STRATEGIES)}")
+        if self.name == "auto" and self.high is None:
+            raise UserError("training.high: strategy 'auto' needs it; the paper supports no default")
+        if self.name == "auto" and self.high < self.low:
+            raise UserError(f"training.high: {self.high} is below training.low, {self.low:.4g}")
+
+    @property
+    def needs_score(self) -> bool:
+        return self.name == "auto"
+
+    def choose(self, found: LanguageNeurons, score: AgnosticScore | None, model: nn.Module) -> Choice:
+        """Chooses the neurons to train.
+
+        Args:
+            found: from `detect_neurons`.
+            score: needed by `auto` alone.
+            model: gives the sizes for `random`.
+
+        Raises:
+            UserError: an unknown language, an undefined score for `auto`, or an empty choice.
+        """
+        languages = list(self.languages or found.languages)
+        for language in languages:
+            if language not in found.languages:
+                raise UserError(
+                    f"training.languages: {language!r} isn't among the detected languages "
+                    f"({', '.join(found.languages)}); add it to corpus.languages"
+                )
+        names = ", ".join(languages)
+        if self.name == "random":
+            neurons = _chosen(self.random_like, found, languages).random_like(self.seed, model)
+            reason = f"as many random neurons at every site as {self.random_like} of {names} has (seed {self.seed})"
+            choice = Choice("random", neurons, reason)
+        elif self.name == "auto":
+            name, reason = self._by_score(score)
+            choice = Choice(name, _chosen(name, found, languages), reason)
+        else:
+            choice = Choice(self.name, _chosen(self.name, found, languages), f"{self.name} of {names}, as asked for")
+        if not len(choice.neurons):
+            raise UserError(
+                f"training.strategy: {choice.strategy!r} of {names} has no neuron to train; lower "
+                "detection.consistency or raise detection.top_ratio"
+            )
+        return choice
+
+    def _by_score(self, score: AgnosticScore | None) -> tuple[str, str]:
+        if score is None or score.value is None:
+            raise UserError(
+                "training.strategy: 'auto' needs a defined language-agnostic score, and every language has an empty "
+                "shared or exclusive set; lower detection.consistency or name a strategy"
+            )
+        value = f"score {score.value:.3f}"
+        if score.value < self.low:
+            return "shared+exclusive", f"{value} is below low {self.low:.3f}: the language-agnostic core is young"
+        if score.value <= self.high:
+            return "shared", f"{value} is between low {self.low:.3f} and high {self.high:.3f}"
+        return "exclusive", f"{value} is above high {self.high:.3f}: the core is mature, the language's own part lags"
+
+
+def _chosen(name: str, found: LanguageNeurons, languages: list[str]) -> NeuronSet:
+    own = found.related if name == "related" else found.exclusive
+    of_languages = reduce(or_, (own[language] for language in languages))
+    if name == "shared":
+        return found.shared
+    return found.shared | of_languages if name == "shared+exclusive" else of_languages

@@ -1,0 +1,1 @@
+"""Training of chosen neurons alone."""

@@ -1,0 +1,110 @@
+"""Detection inside a Trainer: neurons and score of a model in training, on the device it trains on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
+
+from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
+from agnostic_train.detection import detect_neurons
+from agnostic_train.inference import Batch
+from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.strategy import Choice, Strategy
+
+logger = logging.get_logger(__name__)
+
+
+class DetectionCallback(TrainerCallback):
+    """Detects language neurons and scores the model, before training and every so many steps.
+
+    In a plain `Trainer` it reports and changes nothing: the loss curve is the same, bit for bit, with it and without.
+    In a `NeuronTrainer` without neurons it runs inside `train()` before the optimizer exists, and the neurons that its
+    strategy chooses are what trains.
+
+    Args:
+        corpora: per language, batches as for `detect_neurons`; they are read several times.
+        strategy: a name or a `Strategy`, which a `NeuronTrainer` follows; shared+exclusive of all languages by default.
+        every_n_steps: detect and score again after every so many optimizer steps; never by default.
+        score_corpora: per language, batches to score on; `corpora` by default.
+        control_seeds: see `language_agnostic_score`.
+        detect_keywords: passed on to `detect_neurons` (`top_ratio`, `consistency`, ...).
+
+    Attributes, afterwards:
+        neurons: the last `LanguageNeurons`. score: the last `AgnosticScore`. choice: what a `NeuronTrainer` trains.
+    """
+
+    def __init__(
+        self,
+        corpora: Mapping[str, Iterable[Batch]],
+        strategy: str | Strategy | None = None,
+        every_n_steps: int | None = None,
+        *,
+        score_corpora: Mapping[str, Iterable[Batch]] | None = None,
+        control_seeds: Sequence[int] = (),
+        **detect_keywords,
+    ):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        self.corpora = {language: list(batches) for language, batches in corpora.items()}
+        self.score_corpora = self.corpora if score_corpora is None else score_corpora
+        self.strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy or "shared+exclusive")
+        self.every_n_steps = every_n_steps
+        self.control_seeds = control_seeds
+        self.detect_keywords = detect_keywords
+        self.neurons: LanguageNeurons | None = None
+        self.score: AgnosticScore | None = None
+        self.choice: Choice | None = None
+        self.log: Callable[[dict[str, float]], None] | None = None
+        """A trainer's `log`, where the trainer offers it; otherwise its reporting integrations are called."""
+        self._last_step: int | None = None
+
+    def run(self, model: nn.Module, step: int = 0) -> None:
+        """Detects and scores; the model is left as found."""
+        self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
+        self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
+        self._last_step = step
+
+    def choose(self, model: nn.Module) -> Choice:
+        """The strategy's neurons, from what `run` found."""
+        self.choice = self.strategy.choose(self.neurons, self.score, model)
+        logger.info(f"training {len(self.choice.neurons)} neurons: {self.choice.reason}")
+        return self.choice
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged: set sizes, shared ratios and the score, by fixed names."""
+        values: dict[str, float] = {"neurons/shared": len(self.neurons.shared)}
+        for language in self.neurons.languages:
+            values[f"neurons/related/{language}"] = len(self.neurons.related[language])
+            values[f"neurons/exclusive/{language}"] = len(self.neurons.exclusive[language])
+            if self.neurons.shared_ratio[language] is not None:
+                values[f"neurons/shared_ratio/{language}"] = self.neurons.shared_ratio[language]
+            if self.score.importance[language] is not None:
+                values[f"agnostic_score/importance/{language}"] = self.score.importance[language]
+        if self.score.value is not None:
+            values["agnostic_score"] = self.score.value
+        return values
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        if self._last_step != state.global_step:
+            self.run(kwargs["model"], state.global_step)
+        self._report(args, state, control, kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.every_n_steps and state.global_step % self.every_n_steps == 0:
+            self.run(kwargs["model"], state.global_step)
+            self._report(args, state, control, kwargs)
+
+    def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
+        metrics = self.metrics()
+        if self.log is not None:
+            self.log(metrics)
+            return
+        # A callback has no handle on its trainer: the history and the integrations are what it can reach.
+        state.log_history.append({**metrics, "step": state.global_step})
+        if state.is_world_process_zero:
+            for integration in get_reporting_integration_callbacks(args.report_to):
+                integration().on_log(args, state, control, logs=dict(metrics), **kwargs)

@@ -1,0 +1,51 @@
+"""Small random models and batches that the tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """A random grouped-query Llama with odd sizes and weights large enough for peaked attention."""
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=61,
+        hidden_size=42,
+        intermediate_size=53,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=64,
+        attention_bias=False,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def padded_batch(lengths: list[int], side: str = "right", seed: int = 1, vocab_size: int = 61) -> dict:
+    """Random sentences of the given lengths, padded on one side with token 0."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(max(lengths) - length, None)
+        input_ids[row, where] = torch.randint(1, vocab_size, (length,), generator=generator)
+        attention_mask[row, where] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()

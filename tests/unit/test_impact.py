@@ -1,0 +1,150 @@
+"""Every projection's impact against real deactivation, neuron by neuron and sentence by sentence."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train.deactivation import deactivate
+from agnostic_train.decoder import PROJECTIONS, find_decoder
+from agnostic_train.impact import ImpactMeter, neuron_impacts
+from agnostic_train.neurons import NeuronSet
+
+LENGTHS = [1, 6, 13]
+
+
+def observed_output(model, layer, projection, sentence):
+    """What the definition measures a change in, for one sentence without padding: (length, features)."""
+    linears = {name: part.linear for name, part in find_decoder(model).layers[layer].projections.items()}
+    seen = {}
+    if projection in ("q", "k", "v"):
+        handle = linears["o"].register_forward_pre_hook(lambda module, args: seen.update(it=args[0][0].clone()))
+    else:
+        linear = linears["o" if projection == "o" else "down"]
+        handle = linear.register_forward_hook(lambda module, args, output: seen.update(it=output[0].clone()))
+    with torch.no_grad():
+        model(input_ids=sentence[None])
+    handle.remove()
+    return seen["it"]
+
+
+def brute_force(model, sentences):
+    """(layer, projection) -> (sentences, neurons), by really zeroing one neuron after the other."""
+    impacts = {}
+    for (layer, projection), size in find_decoder(model).sizes.items():
+        impacts[(layer, projection)] = torch.zeros(len(sentences), size)
+        for row, sentence in enumerate(sentences):
+            before = observed_output(model, layer, projection, sentence)
+            for neuron in range(size):
+                with deactivate(model, NeuronSet({(layer, projection): [neuron]})):
+                    after = observed_output(model, layer, projection, sentence)
+                impacts[(layer, projection)][row, neuron] = (after - before).norm()
+    return impacts
+
+
+def sentences_of(batch):
+    return [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_impacts_equal_real_deactivation(bias):
+    model = tiny_llama(attention_bias=bias, mlp_bias=bias)
+    expected = brute_force(model, sentences_of(padded_batch(LENGTHS)))
+    for side in ("right", "left"):
+        impacts = neuron_impacts(model, padded_batch(LENGTHS, side))
+        assert list(impacts) == [(layer, name) for layer in range(2) for name in PROJECTIONS]
+        for site, values in impacts.items():
+            assert values.dtype == torch.float32 and values.shape == expected[site].shape
+            torch.testing.assert_close(values, expected[site], rtol=0, atol=1e-4 * expected[site].max().item())
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (3, 1)])
+def test_multi_head_and_multi_query(heads, kv_heads):
+    model = tiny_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
+    expected = brute_force(model, sentences_of(padded_batch([7])))
+    for site, values in neuron_impacts(model, padded_batch([7])).items():
+        torch.testing.assert_close(values, expected[site], rtol=0, atol=1e-4 * expected[site].max().item())
+
+
+def test_a_batch_scores_as_its_sentences_do(llama):
+    batch = padded_batch(LENGTHS, "left")
+    together = neuron_impacts(llama, batch)
+    for row, sentence in enumerate(sentences_of(batch)):
+        alone = neuron_impacts(llama, {"input_ids": sentence[None]})
+        for site in together:
+            torch.testing.assert_close(together[site][row], alone[site][0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_may_hold_anything_even_nan(llama):
+    batch = padded_batch(LENGTHS)
+    expected = neuron_impacts(llama, batch)
+    padding = ~batch["attention_mask"].bool()
+
+    def poison(module, args, output):
+        return output.masked_fill(padding.unsqueeze(-1), torch.nan)
+
+    handle = llama.get_input_embeddings().register_forward_hook(poison)
+    poisoned = neuron_impacts(llama, batch)
+    handle.remove()
+    for site in expected:
+        torch.testing.assert_close(poisoned[site], expected[site])
+
+
+def test_chunks_do_not_change_the_result(llama):
+    batch = padded_batch(LENGTHS)
+    expected = neuron_impacts(llama, batch, ["q", "k"])
+    seen = {}
+    with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=1e-6) as meter:
+        meter.measure(batch, seen.__setitem__)
+    for site in expected:
+        torch.testing.assert_close(seen[site], expected[site])
+
+
+def test_special_tokens_are_left_out_of_the_norms(llama):
+    batch = padded_batch([5])
+    batch["special_tokens_mask"] = torch.tensor([[1, 0, 0, 0, 0]])
+    linear = find_decoder(llama).layers[1].projections["down"].linear
+    seen = {}
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0]))
+    impacts = neuron_impacts(llama, batch)
+    handle.remove()
+    expected = seen["hidden"][0, 1:].norm(dim=0) * linear.weight.norm(dim=0)
+    torch.testing.assert_close(impacts[(1, "up")][0], expected)
+
+
+def test_paper_mode_is_equation_11_on_the_rotated_states(llama):
+    """Without rotation (all positions 0) the paper's form and the exact one are the same."""
+    batch = padded_batch([9])
+    exact, paper = (neuron_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
+    assert not torch.allclose(exact[(0, "q")], paper[(0, "q")], rtol=1e-2)
+    llama.model.rotary_emb.inv_freq.zero_()
+    exact, paper = (neuron_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
+    for site in exact:
+        torch.testing.assert_close(exact[site], paper[site])
+
+
+def test_the_model_is_left_as_found(llama):
+    llama.train()
+    llama.model.layers[0].mlp.eval()
+    state, implementation = torch.get_rng_state(), llama.config._attn_implementation
+    weights = {name: value.clone() for name, value in llama.state_dict().items()}
+    neuron_impacts(llama, padded_batch(LENGTHS))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert llama.config._attn_implementation == implementation
+    assert llama.training and not llama.model.layers[0].mlp.training and torch.is_grad_enabled()
+    assert all(torch.equal(value, weights[name]) for name, value in llama.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+def test_half_precision_scores_accumulate_in_float32(llama):
+    batch = padded_batch(LENGTHS)
+    expected = neuron_impacts(llama, batch)
+    for site, values in neuron_impacts(llama.bfloat16(), batch).items():
+        assert values.dtype == torch.float32
+        assert (values - expected[site]).abs().max() < 0.05 * expected[site].max()
+
+
+def test_unknown_names_are_refused(llama):
+    with pytest.raises(ValueError, match="unknown projection 'query'"):
+        neuron_impacts(llama, padded_batch([3]), ["query"])
+    with pytest.raises(ValueError, match="attention"):
+        neuron_impacts(llama, padded_batch([3]), attention="papers")

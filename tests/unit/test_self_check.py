@@ -1,0 +1,37 @@
+"""The self-check passes a right model, and refuses one whose scores are wrong."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train.decoder import PROJECTIONS
+from agnostic_train.impact import attention
+from agnostic_train.self_check import ImpactMismatchError, comparison_table, verify_impacts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_model_passes_and_is_left_as_found(dtype):
+    model = tiny_llama(attention_bias=True, num_hidden_layers=5).to(dtype)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    comparisons = verify_impacts(model, padded_batch([7, 12, 3], "left"))
+    assert {(c.layer, c.projection) for c in comparisons} == {(i, p) for i in (0, 2, 4) for p in PROJECTIONS}
+    assert max(c.error for c in comparisons) < 1e-4
+    assert sum(c.deactivated > 0 for c in comparisons) > len(comparisons) / 2
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert model.dtype == dtype and model.config._attn_implementation == "sdpa"
+    assert len(comparison_table(comparisons).splitlines()) == len(comparisons) + 1
+
+
+def test_a_wrong_formula_is_refused(llama, monkeypatch):
+    """Scores that ignore rotation are what the reference implementation gives."""
+    monkeypatch.setattr(attention, "query_change", lambda inputs, *rest: attention.paper_change(inputs))
+    with pytest.raises(ImpactMismatchError, match="layer . q neuron .* this model can't be used"):
+        verify_impacts(llama, padded_batch([7, 12]))
+
+
+def test_an_attention_that_does_more_than_we_know_is_refused(llama):
+    """Normalised queries: zeroing one entry changes the others too, which the rank-two formula doesn't know."""
+    projection = llama.model.layers[1].self_attn.q_proj
+    projection.register_forward_hook(lambda module, args, output: torch.nn.functional.layer_norm(output, [60]))
+    with pytest.raises(ImpactMismatchError, match="layer 1 q"):
+        verify_impacts(llama, padded_batch([7, 12]))
