@@ -48,8 +48,8 @@ def detect_neurons(
         progress: show a progress bar per language.
 
     Raises:
-        ValueError: an option out of range, or impacts that aren't finite.
-        UserError: a model that isn't supported, or a language without a sentence.
+        ValueError: an option out of range.
+        UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
     for name, value in (("top_ratio", top_ratio), ("consistency", consistency)):
         if not 0 < value <= 1:
@@ -108,7 +108,9 @@ class TopCounts:
         """The neurons that were in the top in at least `consistency` of the sentences."""
         for (layer, projection), finite in self._finite.items():
             if not finite:
-                raise ValueError(f"impacts at layer {layer} {projection} aren't finite: the model computes NaN or Inf")
+                raise UserError(
+                    f"model.name: impacts at layer {layer} {projection} aren't finite; the model computes NaN or Inf"
+                )
         # The slack keeps 0.6 of 5 sentences at 3, whatever 0.6 * 5 is in binary.
         least = max(1.0, consistency * self.num_sentences * (1 - 1e-9))
         return NeuronSet({site: (counts >= least).nonzero().flatten() for site, counts in self._counts.items()}, sizes)

@@ -52,9 +52,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes strict JSON (no NaN, no Infinity), UTF-8, indented, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

@@ -106,7 +106,9 @@ class NeuronSet:
         """Raises `UserError`, which names `source`, if the set can't belong to `model`."""
         sizes = find_decoder(model).sizes
         if self.sizes is not None and self.sizes != sizes:
-            site = min((site for site in self.sizes.keys() | sizes if self.sizes.get(site) != sizes.get(site)), key=_order)
+            site = min(
+                (site for site in self.sizes.keys() | sizes if self.sizes.get(site) != sizes.get(site)), key=_order
+            )
             raise UserError(
                 f"{source}: made for a model with {self.sizes.get(site, 0)} neurons at layer {site[0]} {site[1]}, "
                 f"this model has {sizes.get(site, 0)}; detect the neurons of this model"
@@ -158,7 +160,7 @@ class NeuronSet:
                 metadata = tensors.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
-                sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}
+                sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
             sizes = {_site(key): size for key, size in json.loads(metadata.get("sizes", "{}")).items()}
             return cls(sites, sizes or None)
         except UserError:

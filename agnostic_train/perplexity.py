@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.files import UserError
 from agnostic_train.inference import Batch, left_as_found, model_inputs
 
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
@@ -57,7 +58,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
         batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,).
 
     Raises:
-        ValueError: no token to score, or a loss that isn't finite.
+        UserError: no token to score, or a loss that isn't finite.
     """
     nats, tokens, num_bytes = [], [], 0
     with left_as_found(model):
@@ -70,12 +71,14 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
             nats.append(losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64).cpu())
             tokens.append(scored.sum(1).cpu())
             counted = batch.get("num_bytes")
-            num_bytes = None if counted is None or num_bytes is None else num_bytes + int(torch.as_tensor(counted).sum())
+            num_bytes = (
+                None if counted is None or num_bytes is None else num_bytes + int(torch.as_tensor(counted).sum())
+            )
     if not tokens or not sum(int(count.sum()) for count in tokens):
-        raise ValueError("perplexity: the corpus has no token to score")
+        raise UserError("corpus: no token to score; a sentence needs two tokens")
     result = Perplexity(torch.cat(nats), torch.cat(tokens), num_bytes)
     if not math.isfinite(result.nats):
-        raise ValueError("perplexity: the model's loss isn't finite")
+        raise UserError("model.name: its loss isn't finite; the model computes NaN or Inf")
     return result
 
 

@@ -110,9 +110,7 @@ def paper_change(inputs: AttentionInputs) -> RankTwo:
     return RankTwo(query, inputs.key, torch.zeros_like(query), inputs.key)
 
 
-def squared_output_change(
-    inputs: AttentionInputs, change: RankTwo, counted: Tensor, chunk_bytes: int
-) -> Tensor:
+def squared_output_change(inputs: AttentionInputs, change: RankTwo, counted: Tensor, chunk_bytes: int) -> Tensor:
     """`||(A - softmax(S - x)) v||^2` over counted tokens and features, for every neuron of every query head.
 
     The (neuron, length, length) tensor is made for as many neurons at a time as `chunk_bytes` allows, never whole.

@@ -76,16 +76,12 @@ class ImpactMeter:
             if name not in PROJECTIONS:
                 raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
         if attention not in attention_impacts.ATTENTION_MODES:
-            raise ValueError(
-                f"attention: {attention!r} isn't one of {', '.join(attention_impacts.ATTENTION_MODES)}"
-            )
+            raise ValueError(f"attention: {attention!r} isn't one of {', '.join(attention_impacts.ATTENTION_MODES)}")
         self.model = model
         self.decoder: Decoder = find_decoder(model)
         self.projections = projections
         self._stack = ExitStack()
-        self._observers = [
-            LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers
-        ]
+        self._observers = [LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers]
 
     def __enter__(self) -> "ImpactMeter":
         with ExitStack() as stack:
@@ -163,9 +159,7 @@ class LayerObserver:
         if "v" in self.projections:
             self._report(
                 "v",
-                attention_impacts.value_impacts(
-                    args[0], self.counted, self.layer.num_kv_heads, self.layer.head_dim
-                ),
+                attention_impacts.value_impacts(args[0], self.counted, self.layer.num_kv_heads, self.layer.head_dim),
             )
         if "o" in self.projections:
             self._report("o", attention_impacts.output_impacts(args[0], self._norms["o"], self.counted))

@@ -86,9 +86,7 @@ class DetectionCallback(TrainerCallback):
             values["agnostic_score"] = self.score.value
         return values
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._last_step != state.global_step:
             self.run(kwargs["model"], state.global_step)
         self._report(args, state, control, kwargs)

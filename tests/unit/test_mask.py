@@ -73,7 +73,10 @@ def test_nothing_else_moves_and_the_chosen_follow_a_plain_masked_loop(tmp_path, 
     reference, before = copy.deepcopy(model), copy.deepcopy(dict(model.named_parameters()))
     data = sentences(160)
     trainer = NeuronTrainer(
-        model, arguments(tmp_path, lr_scheduler_type="constant", train_sampling_strategy="sequential", **settings), train_dataset=data, neurons=CHOSEN
+        model,
+        arguments(tmp_path, lr_scheduler_type="constant", train_sampling_strategy="sequential", **settings),
+        train_dataset=data,
+        neurons=CHOSEN,
     )
     trainer.train()
     assert_only_chosen_moved(before, model, CHOSEN)
@@ -143,36 +146,27 @@ def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries
     assert torch.equal(weight[frozen], before[frozen]) and not torch.equal(weight[2], before[2])
 
 
+class StopAtTen(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 10
+
+
+def checkpointing_trainer(model, directory, neurons=CHOSEN, callbacks=()):
+    settings = arguments(directory, save_strategy="steps", save_steps=10)
+    return NeuronTrainer(model, settings, train_dataset=sentences(), neurons=neurons, callbacks=list(callbacks))
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path):
-    results = []
-    for interrupted in (False, True):
-        model = tiny_llama()
-        settings = dict(save_strategy="steps", save_steps=10, max_steps=20)
-        directory = tmp_path / str(interrupted)
-        before = copy.deepcopy(dict(model.named_parameters()))
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                control.should_training_stop = state.global_step == 10
-
-        def trainer(model, callbacks=()):
-            return NeuronTrainer(
-                model, arguments(directory, **settings), train_dataset=sentences(), neurons=CHOSEN, callbacks=[*callbacks]
-            )
-
-        if interrupted:
-            trainer(model, [Stop()]).train()
-            model = tiny_llama()
-            trainer(model).train(resume_from_checkpoint=True)
-        else:
-            trainer(model).train()
+    whole, resumed = tiny_llama(), tiny_llama()
+    before = copy.deepcopy(dict(whole.named_parameters()))
+    checkpointing_trainer(whole, tmp_path / "whole").train()
+    checkpointing_trainer(tiny_llama(), tmp_path / "parts", callbacks=[StopAtTen()]).train()
+    checkpointing_trainer(resumed, tmp_path / "parts").train(resume_from_checkpoint=True)
+    for model in (whole, resumed):
         assert_only_chosen_moved(before, model, CHOSEN)
-        results.append(model.state_dict())
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     with pytest.raises(UserError, match="trains other neurons"):
-        NeuronTrainer(
-            tiny_llama(), arguments(directory, **settings), train_dataset=sentences(), neurons=NeuronSet({(0, "q"): [0]})
-        ).train(resume_from_checkpoint=True)
+        checkpointing_trainer(tiny_llama(), tmp_path / "parts", NeuronSet({(0, "q"): [0]})).train(True)
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "rmsprop"])

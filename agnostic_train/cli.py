@@ -1,0 +1,101 @@
+"""`agnostic-train STAGE RECIPE [--section.key=value ...]`."""
+
+import argparse
+import sys
+from difflib import get_close_matches
+from typing import NoReturn
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import load_recipe, recipe_keys, training_argument_types
+
+STAGE_HELP = {
+    "run": "every stage in order: detect, score, train, export, evaluate, report",
+    "detect": "find each language's related, shared and exclusive neurons",
+    "score": "switch neurons off and compute the language-agnostic score",
+    "train": "train the chosen neurons on the text of the languages to enhance",
+    "export": "write the enhanced checkpoint, and check that nothing else moved",
+    "evaluate": "measure every language before and after, on test text",
+    "report": "write report.html and the figures",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"agnostic-train: error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with a subcommand per stage and a flag per recipe key."""
+    parser = _Parser(
+        prog="agnostic-train",
+        description="Find the neurons that carry a language in a Hugging Face model, and train only those.",
+        allow_abbrev=False,
+    )
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=_Parser)
+    for stage, text in STAGE_HELP.items():
+        command = stages.add_parser(
+            stage,
+            help=text,
+            description=text[0].upper() + text[1:] + ". What it needs is run first, what is unchanged is kept.",
+            epilog="A flag wins over the recipe, the recipe over defaults. Values are YAML.",
+            allow_abbrev=False,
+        )
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
+        command.add_argument("--force", action="store_true", help="run again even if nothing has changed")
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for key, help_text in recipe_keys().items():
+            section = key.partition(".")[0]
+            group = groups.setdefault(section, command.add_argument_group(section))
+            group.add_argument(
+                f"--{key}", default=argparse.SUPPRESS, metavar="VALUE", help=help_text.replace("%", "%%")
+            )
+        for key in training_argument_types():
+            groups["training"].add_argument(f"--training.{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        groups["training"].description = "and every key of transformers' TrainingArguments"
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a stage. Returns the exit status: 0 when its files are complete, 2 for a user's mistake."""
+    parser = make_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_explain_unknown(unknown[0]))
+    flags = {key: value for key, value in vars(known).items() if key not in ("stage", "recipe", "force")}
+    try:
+        recipe = load_recipe(known.recipe, flags)
+        # Imported late: it brings the libraries that take seconds, and a mistake in a recipe shouldn't.
+        from agnostic_train.pipeline import Pipeline
+
+        pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
+        pipeline.run(known.stage)
+        if known.stage == "run":
+            from rich.console import Console
+
+            from agnostic_train.report import summary_table
+
+            console = Console(width=None if sys.stdout.isatty() else 110)
+            console.print(summary_table(pipeline.directory, recipe.training.languages))
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("agnostic-train: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _explain_unknown(argument: str) -> str:
+    name = argument.partition("=")[0]
+    keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
+    nearest = get_close_matches(name, [*keys, "--force"], n=1, cutoff=0.5)
+    return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _fail(message: str) -> int:
+    print(f"agnostic-train: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

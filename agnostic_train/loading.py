@@ -1,0 +1,60 @@
+"""Models and tokenizers by the recipe's `model` section, with one-line errors."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agnostic_train.files import UserError, hash_file
+from agnostic_train.recipe import ModelSection
+
+_SMALL_FILE = 1 << 20
+
+
+def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
+    """Loads a causal language model in `model.dtype` onto the accelerator, if there is one.
+
+    Args:
+        name: a local checkpoint folder or a hub name.
+
+    Raises:
+        UserError: it isn't there, or can't be loaded.
+    """
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = _load(AutoModelForCausalLM, section, name, dtype=dtype)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return model.to(device).eval()
+
+
+def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the model's tokenizer; raises `UserError` if it isn't there."""
+    return _load(AutoTokenizer, section, name)
+
+
+def model_identity(section: ModelSection, name: str | Path) -> dict:
+    """What tells one model from another: the hub's commit, or the files of a local folder.
+
+    Small files count by content, weights by size and time of change: hashing 16 GB at every start would be slow.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = _load(AutoConfig, section, name)
+        return {"name": str(name), "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
+    files = {}
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
+            stat = file.stat()
+            files[file.name] = hash_file(file) if stat.st_size < _SMALL_FILE else [stat.st_size, stat.st_mtime_ns]
+    return {"name": str(name), "files": files}
+
+
+def _load(auto_class, section: ModelSection, name: str | Path, **settings):
+    try:
+        return auto_class.from_pretrained(
+            name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
+        )
+    except (OSError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        if not Path(name).exists():
+            problem = f"no such folder, and not to be had from the hub ({problem[:200]})"
+        raise UserError(f"model.name: can't load {name}: {problem[:400]}") from None

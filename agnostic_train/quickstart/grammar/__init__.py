@@ -1,0 +1,1 @@
+"""What a sentence means, and one module per language that says it."""

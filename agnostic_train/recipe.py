@@ -1,0 +1,281 @@
+"""A recipe: what to run on what, as dataclasses. Defaults < YAML file < flags; every unknown key is an error."""
+
+import math
+from dataclasses import asdict, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from agnostic_train.files import UserError
+
+_section = dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+
+
+def _as_list(value: Any) -> Any:
+    """A flag's `--corpus.languages=en,sw` is the list that it looks like."""
+    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+
+def _distinct(value: list[str]) -> list[str]:
+    if len(set(value)) < len(value):
+        raise ValueError("names a language twice")
+    return value
+
+
+Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
+Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), BeforeValidator(_distinct)]
+
+EMBEDDED = "embedded:quickstart"
+"""As `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
+
+
+@_section
+class ModelSection:
+    """The model to enhance."""
+
+    name: str = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
+    revision: str | None = Field(default=None, description="A hub revision.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="float32", description="What the weights are loaded as; 'auto' is the checkpoint's own."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model.")
+
+
+@_section
+class CorpusSection:
+    """The text."""
+
+    path: str = Field(
+        description="A folder of {lang}.train.txt, {lang}.valid.txt and, if there, {lang}.test.txt; or "
+        + EMBEDDED
+        + "."
+    )
+    languages: Languages = Field(description="Every language to look at; the names of the files.")
+    detection_sentences: int = Field(default=1000, ge=1, description="Train sentences per language to detect on.")
+    training_sentences: int | None = Field(default=None, ge=1, description="At most so many more to train on; all.")
+    validation_sentences: int | None = Field(default=None, ge=1, description="So many valid sentences; all.")
+    test_sentences: int | None = Field(default=None, ge=1, description="So many test sentences; all.")
+    max_length: int | None = Field(
+        default=None, ge=2, description="Cut sentences at so many tokens; the model's limit."
+    )
+    add_bos: bool | None = Field(
+        default=None, description="Begin sentences with the beginning-of-sequence token; what the tokenizer does."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Sentences per batch in detection, scores and evaluation.")
+    seed: int = Field(default=0, ge=0, description="Of the sample of sentences.")
+
+
+@_section
+class DetectionSection:
+    """Which neurons matter for which language."""
+
+    top_ratio: float = Field(
+        default=0.05, gt=0, le=1, description="Part of a site's neurons that are top in a sentence."
+    )
+    consistency: float = Field(default=1.0, gt=0, le=1, description="In which part of its sentences; the paper: all.")
+    attention: Literal["exact", "paper"] = Field(
+        default="exact", description="Real deactivation, or Eq. 11 as printed."
+    )
+    exclusive: Literal["complement", "unique"] = Field(
+        default="complement", description="Related minus shared, or minus every other language's related."
+    )
+    min_languages: int | None = Field(default=None, ge=1, description="Shared: related to at least so many; all.")
+    skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
+    memory_gb: float = Field(default=2.0, gt=0, description="Bound on the temporaries of the q and k impacts, in GiB.")
+    verify: bool = Field(default=True, description="First compare a few scores with real deactivation.")
+
+
+@_section
+class ScoreSection:
+    """The language-agnostic score."""
+
+    controls: int = Field(default=3, ge=0, description="Random sets of the same sizes to score beside it.")
+
+
+@_section
+class TrainingSection:
+    """What to train, and how. Every key of transformers' TrainingArguments is a key here too."""
+
+    languages: Languages = Field(description="The languages to enhance: whose text is trained on.")
+    strategy: Literal["shared", "exclusive", "related", "shared+exclusive", "random", "auto", "full"] = Field(
+        default="shared+exclusive", description="Which neurons learn; 'full' trains all weights, as a baseline."
+    )
+    update: Literal["mask"] = Field(default="mask", description="How they learn: gradient masks on full weights.")
+    low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
+    high: float | None = Field(default=None, description="'auto': above this score, exclusive; has no default.")
+    random_like: Literal["shared", "exclusive", "related", "shared+exclusive"] = Field(
+        default="shared+exclusive", description="'random': the strategy whose numbers it matches."
+    )
+    neurons: str | None = Field(default=None, description="Train the neurons of this file instead of a strategy's.")
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@_section
+class EvaluationSection:
+    """Before and after, on test text."""
+
+    batch_size: int | None = Field(default=None, ge=1, description="Sentences per batch; corpus.batch_size.")
+
+
+@_section
+class ExportSection:
+    """The enhanced checkpoint."""
+
+    to: Literal["merged"] = Field(default="merged", description="A plain Hugging Face checkpoint.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Of the saved weights; as trained."
+    )
+
+
+@_section
+class TrackingSection:
+    """Experiment tracking."""
+
+    wandb: bool = Field(default=False, description="Log to Weights & Biases.")
+    project: str = Field(default="agnostic_train", description="The wandb project.")
+    run_name: str | None = Field(default=None, description="The wandb run's name.")
+
+
+@_section
+class Recipe:
+    """Everything that a run depends on."""
+
+    model: ModelSection
+    corpus: CorpusSection
+    detection: DetectionSection = Field(default_factory=DetectionSection)
+    score: ScoreSection = Field(default_factory=ScoreSection)
+    training: TrainingSection
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    output_dir: str = Field(description="Where every file of the run goes.")
+
+    def to_dict(self) -> dict:
+        """Plain values, JSON-serialisable."""
+        return asdict(self)
+
+
+SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+_OWN_KEYS = {"output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name"}
+
+
+def training_argument_types() -> dict[str, Any]:
+    """Every key of transformers' `TrainingArguments` that a recipe may set, with its type."""
+    from transformers import TrainingArguments  # slow to import, and not needed to read a recipe's own keys
+
+    hints = get_type_hints(TrainingArguments)
+    return {it.name: hints[it.name] for it in fields(TrainingArguments) if it.init and it.name not in _OWN_KEYS}
+
+
+def recipe_keys() -> dict[str, str]:
+    """Every key of the recipe's own, as `section.key` or `output_dir`, with its help text."""
+    keys = {
+        f"{name}.{key}": info.description
+        for name, section in SECTIONS.items()
+        for key, info in section.__pydantic_fields__.items()
+        if info.description is not None
+    }
+    return {"output_dir": Recipe.__pydantic_fields__["output_dir"].description, **keys}
+
+
+def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:
+    """Reads a YAML recipe; flags win over it, it wins over defaults.
+
+    Args:
+        file: YAML 1.2, so that `no` is Norwegian and 1e-4 a number.
+        flags: `section.key` or `output_dir` to a value, parsed as YAML.
+
+    Raises:
+        UserError: one line that names the file and the key, and says what would be right.
+    """
+    source = str(file)
+    try:
+        values = _parse_yaml(Path(file).read_text(encoding="utf-8"), source)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such recipe") from None
+    except IsADirectoryError:
+        raise UserError(f"{source}: a folder, where a recipe (YAML) was expected") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not UTF-8 text") from None
+    if values is None:
+        raise UserError(f"{source}: the recipe is empty")
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
+    for key, value in (flags or {}).items():
+        section, _, name = key.partition(".")
+        parsed = _parse_yaml(value, f"--{key}")
+        if not name:
+            values[section] = parsed
+            continue
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise UserError(f"{source}: {section} must be a section of keys")
+        values[section][name] = parsed
+    return make_recipe(values, source)
+
+
+def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Builds a recipe from nested plain values; see `load_recipe`."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    training = values.get("training")
+    if isinstance(training, dict):
+        values["training"] = _split_training(training, source)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        # A misspelt key is missing under its right name too: the misspelling is the better message.
+        errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
+        raise UserError(f"{source}: {_explain(errors[0])}") from None
+
+
+def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:
+    """Moves the TrainingArguments among the keys into `arguments`, each checked against its type."""
+    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+    known = training_argument_types()
+    split: dict[str, Any] = {key: value for key, value in training.items() if key in own}
+    arguments = {}
+    for key, value in training.items():
+        if key in own:
+            continue
+        if key in _OWN_KEYS:
+            raise UserError(f"{source}: training.{key} comes from the recipe's own key {_OWN_KEYS[key]}")
+        if key not in known:
+            raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
+        try:
+            arguments[key] = TypeAdapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {value!r}") from None
+    return {**split, "arguments": arguments}
+
+
+def _explain(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] in _UNKNOWN_KEY:
+        candidates = [*SECTIONS, *recipe_keys()] if "." not in key else list(recipe_keys())
+        return _unknown(key, candidates)
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key} must be a section of keys, not {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower() + message[1:]}, not {error['input']!r}"
+
+
+def _unknown(key: str, candidates: list[str]) -> str:
+    nearest = get_close_matches(key, candidates, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{source}: not valid YAML{where} ({problem})") from None

@@ -1,0 +1,197 @@
+"""What a run found, for people: a self-contained HTML page, figures, the final table, the model card."""
+
+import base64
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a report is drawn without a screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from rich.table import Table
+from transformers.trainer import TRAINER_STATE_NAME
+
+from agnostic_train.decoder import PROJECTIONS
+from agnostic_train.files import read_json, whole_directory, whole_file
+from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.recipe import Recipe
+
+
+def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
+    """Writes `figures/*.png` and `report.html` from the files that the other stages left in `directory`."""
+    found = LanguageNeurons.load(directory / "neurons")
+    score = read_json(directory / "score.json")
+    evaluation = read_json(directory / "evaluation.json")["languages"]
+    training = manifest["stages"]["train"]
+    history = read_json(directory / training["checkpoint"] / TRAINER_STATE_NAME)["log_history"]
+    figures = {
+        "neurons": ("Neurons per layer and projection", _draw_neurons(found)),
+        "change": ("Bits per byte before and after", _draw_change(evaluation, recipe["training"]["languages"])),
+        "score": ("Importance of shared neurons, by language", _draw_score(score)),
+    }
+    if any("loss" in entry for entry in history):
+        figures["training"] = ("Training loss", _draw_training(history))
+    with whole_directory(directory / "figures") as temporary:
+        for name, (_, figure) in figures.items():
+            figure.savefig(temporary / f"{name}.png", dpi=150)
+            plt.close(figure)
+    environment = Environment(loader=PackageLoader("agnostic_train", "templates"), autoescape=True)
+    page = environment.get_template("report.html").render(
+        title=f"{', '.join(recipe['training']['languages'])} in {recipe['model']['name']}",
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        recipe=recipe,
+        manifest=manifest,
+        training=training,
+        found=found,
+        score=score,
+        evaluation=evaluation,
+        frozen=manifest["frozen_weights"],
+        figures=[
+            (title, base64.b64encode((directory / "figures" / f"{name}.png").read_bytes()).decode())
+            for name, (title, _) in figures.items()
+        ],
+    )
+    with whole_file(directory / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def summary_table(directory: Path, enhanced: list[str]) -> Table:
+    """The run's last word: per language its neurons, and perplexity and bits per byte before and after."""
+    found = LanguageNeurons.load(directory / "neurons")
+    evaluation = read_json(directory / "evaluation.json")["languages"]
+    score = read_json(directory / "score.json")
+    value = "undefined" if score["value"] is None else f"{score['value']:.3f}"
+    table = Table(
+        title=f"language-agnostic score {value}, {len(found.shared)} shared neurons",
+        caption="test text; * enhanced; exclusive: " + found.settings["exclusive"],
+    )
+    table.add_column("language", no_wrap=True)
+    for header in ("related", "shared", "exclusive", "perplexity", "after", "bits/byte", "after", "change"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for language, row in evaluation.items():
+        before, after = row["before"], row["after"]
+        table.add_row(
+            language + (" *" if language in enhanced else ""),
+            str(len(found.related[language])),
+            str(len(found.shared & found.related[language])),
+            str(len(found.exclusive[language])),
+            f"{before['perplexity']:.2f}",
+            f"{after['perplexity']:.2f}",
+            f"{before['bits_per_byte']:.4f}",
+            f"{after['bits_per_byte']:.4f}",
+            f"{row['bits_per_byte_change']:+.1%}",
+        )
+    return table
+
+
+def model_card(recipe: Recipe, training: dict) -> str:
+    """The README.md of an enhanced checkpoint."""
+    languages = "\n".join(f"- {language}" for language in recipe.training.languages)
+    # The hub's metadata takes only its own names; a local path isn't one.
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
+    base = f"base_model: {recipe.model.name}\n" if hub_name else ""
+    counts = training["neurons"]
+    neurons = (
+        "all weights" if counts is None else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}language:
+{languages}
+tags:
+- agnostic-train
+---
+
+# {recipe.model.name}, enhanced for {", ".join(recipe.training.languages)}
+
+Trained with agnostic_train: only language-related neurons learned (Chen et al. 2025, arXiv 2506.09890); every other
+weight is the base's, bit for bit, as `manifest.json` says.
+
+- strategy: {training["strategy"]} ({training["reason"]})
+- neurons trained: {neurons}
+- top ratio {recipe.detection.top_ratio}, consistency {recipe.detection.consistency}
+"""
+
+
+def _draw_neurons(found: LanguageNeurons) -> Figure:
+    """Stacked bars: shared below, each language's exclusive beside each other."""
+    sizes = found.shared.sizes or {}
+    projections = [name for name in PROJECTIONS if any(site[1] == name for site in sizes)] or list(PROJECTIONS)
+    num_layers = 1 + max((layer for layer, _ in sizes), default=0)
+    sets = {"shared": found.shared, **{f"exclusive {name}": neurons for name, neurons in found.exclusive.items()}}
+    figure, axes = plt.subplots(
+        len(sets),
+        1,
+        figsize=(8, 0.9 + len(sets) * (0.5 + 0.22 * len(projections))),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (name, neurons) in zip(axes[:, 0], sets.items(), strict=True):
+        counts = np.array([[len(neurons[(layer, it)]) for layer in range(num_layers)] for it in projections])
+        image = axis.imshow(counts, aspect="auto", cmap="Greys", vmin=0)
+        axis.set_yticks(range(len(projections)), projections)
+        axis.set_title(f"{name}: {len(neurons)}", fontsize=10, loc="left")
+        axis.set_xticks(range(num_layers) if num_layers <= 16 else range(0, num_layers, 4))
+        figure.colorbar(image, ax=axis, fraction=0.02)
+    axes[-1, 0].set_xlabel("layer")
+    return figure
+
+
+def _draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
+    languages = list(evaluation)
+    positions = np.arange(len(languages))
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for offset, (moment, color, hatch) in enumerate((("before", "white", "///"), ("after", "0.45", ""))):
+        values = [evaluation[language][moment]["bits_per_byte"] for language in languages]
+        axis.bar(
+            positions + (offset - 0.5) * 0.4, values, 0.4, label=moment, color=color, hatch=hatch, edgecolor="black"
+        )
+    top = max(max(row[moment]["bits_per_byte"] for moment in ("before", "after")) for row in evaluation.values())
+    for position, language in zip(positions, languages, strict=True):
+        row = evaluation[language]
+        height = max(row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
+        axis.text(position, height + 0.02 * top, f"{row['bits_per_byte_change']:+.1%}", ha="center", fontsize=10)
+    axis.set_xticks(positions, [name + (" (enhanced)" if name in enhanced else "") for name in languages])
+    axis.set_ylabel("bits per byte, test text")
+    axis.set_ylim(0, top * 1.15)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _draw_score(score: dict) -> Figure:
+    rows = [row for row in score["table"] if row["importance"] is not None]
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    positions = np.arange(len(rows))
+    values = [np.log1p(row["importance"]) for row in rows]
+    axis.bar(positions, values, 0.6, color="0.7", edgecolor="black")
+    axis.set_xticks(positions, [row["language"] for row in rows])
+    axis.set_ylabel("log(1 + importance)")
+    axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
+    if score["value"] is not None:
+        axis.axhline(score["value"], color="black", label=f"score {score['value']:.3f}")
+    controls = [value for value in score["controls"]["values"].values() if value is not None]
+    for index, value in enumerate(controls):
+        axis.axhline(value, color="0.5", linestyle="--", label="random sets" if index == 0 else None)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _draw_training(history: list[dict]) -> Figure:
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    axis.plot(*zip(*losses, strict=True), color="black", marker="." if len(losses) < 50 else None, label="training")
+    keys = sorted({key for entry in history for key in entry if re.fullmatch(r"eval_.+_loss", key)})
+    for index, key in enumerate(keys):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        style = ("--", ":", "-.")[index % 3]
+        axis.plot(*zip(*points, strict=True), linestyle=style, marker="ov^sD"[index % 5], markersize=4, label=key[5:-5])
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss, nats per token")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

@@ -1,0 +1,28 @@
+# Makes .venv and installs the package into it, with the versions of constraints.txt. Sourced by the other scripts.
+# Usage: source scripts/environment.sh [EXTRA]; set PYTHON to choose an interpreter.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+_extra="${1:-}"
+_gpu=no
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then _gpu=yes; fi
+_stamp=".venv/.installed${_extra:+-$_extra}"
+_wanted="$(cat pyproject.toml constraints.txt | cksum) gpu=$_gpu"
+
+if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
+  _python="${PYTHON:-python3}"
+  if ! "$_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "agnostic_train needs Python 3.11 or later: set PYTHON to one ($_python isn't)" >&2
+    exit 2
+  fi
+  echo "installing into .venv (a few minutes the first time, GPU: $_gpu)"
+  [ -x .venv/bin/python ] || "$_python" -m venv .venv
+  _pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+  if [ "$_gpu" = no ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    # Plain torch brings gigabytes of CUDA. A CPU build that pip already knows comes first, then PyTorch's own index.
+    _torch="$(grep '^torch==' constraints.txt)+cpu"
+    "${_pip[@]}" "$_torch" 2>/dev/null || "${_pip[@]}" "$_torch" --index-url https://download.pytorch.org/whl/cpu
+  fi
+  "${_pip[@]}" -e ".${_extra:+[$_extra]}"
+  echo "$_wanted" >"$_stamp"
+fi

@@ -1,0 +1,158 @@
+"""Text to sentences to batches, and a clear line for every broken file."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from agnostic_train.corpus import Encoder, load_corpus, training_examples
+from agnostic_train.files import UserError
+from agnostic_train.quickstart.tiny_model import build_tokenizer
+from agnostic_train.recipe import CorpusSection
+
+SENTENCES = [f"sentence number {index} is here" for index in range(40)]
+
+
+def write(directory, language, **splits):
+    for split, lines in splits.items():
+        (directory / f"{language}.{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def section(**changes):
+    return CorpusSection(**{"path": "p", "languages": ["en"], "detection_sentences": 10, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, "en", train=SENTENCES[:30], valid=SENTENCES[30:])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer([*SENTENCES, "习惯 çà ñandú"], vocab_size=300)
+
+
+def test_every_purpose_has_its_own_text(folder):
+    text = load_corpus(section(), folder).texts["en"]
+    assert len(text.detection) == 10 and len(text.training) == 20
+    assert sorted(text.detection + text.training) == sorted(SENTENCES[:30])
+    assert text.validation == SENTENCES[30::2] and text.test == SENTENCES[31::2]
+    again = load_corpus(section(), folder).texts["en"]
+    assert again == text and load_corpus(section(seed=1), folder).texts["en"].detection != text.detection
+    write(folder, "en", test=["a test sentence"])
+    text = load_corpus(section(training_sentences=5), folder).texts["en"]
+    assert text.validation == SENTENCES[30:] and text.test == ["a test sentence"] and len(text.training) == 5
+
+
+def test_a_language_does_not_change_anothers_sample(folder):
+    write(folder, "sw", train=SENTENCES[:30], valid=SENTENCES[30:])
+    both = load_corpus(section(languages=["sw", "en"]), folder)
+    assert both.texts["en"] == load_corpus(section(), folder).texts["en"]
+    assert set(both.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
+
+
+def test_empty_lines_and_repetitions_are_dropped(folder):
+    write(folder, "en", train=[*SENTENCES[:30], "", "  ", *SENTENCES[:9]])
+    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: (folder / "en.valid.txt").unlink(), r"'en' has no file .*en\.valid\.txt"),
+        (
+            lambda folder: (folder / "en.train.txt").write_bytes(b"good\n\xff\xfe"),
+            r"en\.train\.txt: not UTF-8 at byte 5",
+        ),
+        (lambda folder: (folder / "en.train.txt").write_text("\n\n"), r"en\.train\.txt: has no sentence"),
+        (lambda folder: write(folder, "en", train=SENTENCES[:9]), r"corpus\.detection_sentences: 10 asked .* has 9"),
+        (
+            lambda folder: write(folder, "en", train=SENTENCES),
+            "10 sentences of 'en' stand in two .*'sentence number 30",
+        ),
+        (lambda folder: write(folder, "en", test=SENTENCES[:1]), "1 sentences of 'en' stand in two"),
+    ],
+)
+def test_broken_text_is_named(folder, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load_corpus(section(), folder)
+
+
+def test_missing_folder_and_too_many_sentences(folder):
+    with pytest.raises(UserError, match=r"corpus\.path: .*nowhere isn't a folder"):
+        load_corpus(section(), folder / "nowhere")
+    for purpose in ("validation", "test"):
+        with pytest.raises(UserError, match=rf"corpus\.{purpose}_sentences: 6 asked for, 'en' has 5"):
+            load_corpus(section(**{f"{purpose}_sentences": 6}), folder)
+
+
+def config(**changes):
+    return LlamaConfig(**{"vocab_size": 400, "max_position_embeddings": 64, **changes})
+
+
+def test_batches_are_padded_and_hold_every_sentence_once(tokenizer):
+    encoder = Encoder.of(tokenizer, section(), config())
+    texts = ["a", "a longer sentence here", "习惯", "number 7 is here"]
+    batches = encoder.batches(texts, "text", 3, skip_special_tokens=True)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+    seen = []
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            real = batch["attention_mask"][row].bool()
+            ids = batch["input_ids"][row]
+            assert (ids[~real] == tokenizer.pad_token_id).all() and ids[0] == tokenizer.bos_token_id
+            assert batch["special_tokens_mask"][row].nonzero().flatten().tolist() == [0]
+            text = tokenizer.decode(ids[real], skip_special_tokens=True)
+            assert batch["num_bytes"][row] == len(text.encode())
+            seen.append(text)
+    assert sorted(seen) == sorted(texts)
+
+
+@pytest.mark.parametrize("add_bos, begins", [(None, True), (True, True), (False, False)])
+def test_add_bos(tokenizer, add_bos, begins):
+    encoder = Encoder.of(tokenizer, section(add_bos=add_bos), config())
+    ids = encoder.encode(["a b"], "text", add_eos=True)[0]["input_ids"]
+    assert (ids[0] == tokenizer.bos_token_id) is begins
+    assert ids.count(tokenizer.bos_token_id) == int(begins) and ids[-1] == tokenizer.eos_token_id
+
+
+def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
+    from agnostic_train import corpus
+
+    corpus.logger.addHandler(caplog.handler)
+    encoder = Encoder.of(tokenizer, section(max_length=6), config())
+    rows = encoder.encode(["a", "ñandú ñandú ñandú ñandú ñandú"], "the text")
+    corpus.logger.removeHandler(caplog.handler)
+    assert "the text: 1 of 2 sentences cut at 6 tokens" in caplog.text
+    assert len(rows[1]["input_ids"]) == 6
+    assert rows[1]["num_bytes"] == len(tokenizer.decode(rows[1]["input_ids"][1:]).encode())
+    assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5
+
+
+def test_a_tokenizer_without_a_pad_token_pads_masked(tokenizer):
+    bare = build_tokenizer(SENTENCES, vocab_size=300)
+    bare.pad_token = None
+    encoder = Encoder.of(bare, section(), config())
+    batch = encoder.collate([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 7, 2]}])
+    assert batch["input_ids"][0].tolist() == [5, 2, 2, 2] and batch["attention_mask"][0].tolist() == [1, 1, 0, 0]
+    assert batch["labels"][0].tolist() == [5, 2, -100, -100] and torch.equal(batch["labels"][1], batch["input_ids"][1])
+    bare.eos_token = None
+    with pytest.raises(UserError, match="neither a pad nor an end-of-sequence token"):
+        Encoder.of(bare, section(), config())
+    bare.bos_token = None
+    bare.pad_token = "<pad>"
+    with pytest.raises(UserError, match=r"corpus\.add_bos"):
+        Encoder.of(bare, section(add_bos=True), config())
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    with pytest.raises(UserError, match="vocabulary has 20; the two don't belong together"):
+        Encoder.of(tokenizer, section(), config(vocab_size=20)).encode(["a"], "text")
+
+
+def test_training_text_runs_out(folder, tokenizer):
+    encoder = Encoder.of(tokenizer, section(), config())
+    assert len(training_examples(encoder, load_corpus(section(), folder), ["en"])) == 20
+    with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
+        training_examples(encoder, load_corpus(section(detection_sentences=30), folder), ["en"])

@@ -1,0 +1,90 @@
+"""Top-n selection, consistency, and detection as a whole against its definition."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.detection import TopCounts, detect_neurons, in_top
+from agnostic_train.files import UserError
+from agnostic_train.impact import neuron_impacts
+from agnostic_train.neurons import NeuronSet
+
+
+def brute_force_top(row, count):
+    """Sorted by impact, largest first, ties by index; zeros never."""
+    order = sorted(range(len(row)), key=lambda index: (-row[index], index))
+    return {index for index in order[:count] if row[index] > 0}
+
+
+def test_in_top_with_ties_and_zeros():
+    generator = torch.Generator().manual_seed(0)
+    impacts = torch.randint(0, 4, (200, 23), generator=generator).float()
+    impacts[0] = 0
+    for count in (1, 5, 23):
+        for row, selected in zip(impacts.tolist(), in_top(impacts, count), strict=True):
+            assert set(selected.nonzero().flatten().tolist()) == brute_force_top(row, count)
+
+
+@pytest.mark.parametrize("consistency, expected", [(1.0, [0]), (0.6, [0, 1]), (0.2, [0, 1, 2]), (0.61, [0])])
+def test_consistency_is_a_part_of_the_sentences(consistency, expected):
+    """In five sentences neuron 0 is top in 5, neuron 1 in 3, neuron 2 in 1; neuron 3 never."""
+    counts = TopCounts(top_ratio=0.75)
+    impacts = torch.tensor([[9, 8, 7, 0], [9, 8, 0, 0], [9, 8, 0, 0], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float32)
+    counts.add((0, "q"), impacts[:2])
+    counts.add((0, "q"), impacts[2:])
+    counts.num_sentences = 5
+    assert counts.consistent(consistency, {(0, "q"): 4}) == NeuronSet({(0, "q"): expected})
+
+
+def corpora():
+    return {
+        name: [padded_batch([5, 9, 3], seed=seed), padded_batch([8], seed=seed + 9)] for seed, name in enumerate("ab")
+    }
+
+
+@pytest.mark.parametrize("top_ratio, consistency", [(0.2, 0.75), (0.001, 0.5), (1.0, 1.0)])
+def test_detection_by_its_definition(llama, top_ratio, consistency):
+    found = detect_neurons(llama, corpora(), top_ratio, consistency, exclusive="unique", progress=False)
+    related = {}
+    for name, batches in corpora().items():
+        impacts = [neuron_impacts(llama, batch) for batch in batches]
+        sites = {}
+        for site, size in find_decoder(llama).sizes.items():
+            rows = torch.cat([values[site] for values in impacts]).tolist()
+            tops = [brute_force_top(row, max(1, int(top_ratio * size))) for row in rows]
+            sites[site] = [n for n in range(size) if sum(n in top for top in tops) >= consistency * len(rows)]
+        related[name] = NeuronSet(sites)
+    assert found.related == related
+    assert found.shared == related["a"] & related["b"]
+    assert found.exclusive["a"] == related["a"] - related["b"]
+    assert found.settings["num_sentences"] == {"a": 4, "b": 4} and found.shared.sizes == find_decoder(llama).sizes
+
+
+def test_padding_side_does_not_matter(llama):
+    left = {"a": [padded_batch([5, 9, 3], "left")]}
+    right = {"a": [padded_batch([5, 9, 3], "right")]}
+    assert detect_neurons(llama, left, 0.2, progress=False) == detect_neurons(llama, right, 0.2, progress=False)
+
+
+def test_wrong_options_are_refused(llama):
+    for settings, message in (
+        ({"top_ratio": 0}, "top_ratio"),
+        ({"consistency": 1.5}, "consistency"),
+        ({"exclusive": "all"}, "exclusive"),
+        ({"min_languages": 3}, "min_languages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detect_neurons(llama, corpora(), progress=False, **settings)
+    with pytest.raises(UserError, match="'b' has no sentence"):
+        detect_neurons(llama, corpora() | {"b": []}, progress=False)
+    with pytest.raises(UserError, match="no language"):
+        detect_neurons(llama, {})
+
+
+def test_a_model_that_computes_nan_is_refused():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = torch.nan
+    with pytest.raises(UserError, match="layer 1 .* aren't finite"):
+        detect_neurons(model, corpora(), verify=False, progress=False)

@@ -1,0 +1,147 @@
+"""Set algebra, matched random sets, and files that come back as they went."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from safetensors.torch import save_file
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+
+A = NeuronSet({(0, "q"): [5, 1, 1], (1, "down"): [7]})
+B = NeuronSet({(0, "q"): [5, 9], (2, "v"): torch.tensor([0])})
+
+
+def test_indices_are_sorted_unique_int64_and_missing_sites_empty():
+    assert A[(0, "q")].tolist() == [1, 5] and A[(0, "q")].dtype == torch.int64
+    assert A[(7, "k")].shape == (0,) and A[(7, "k")].dtype == torch.int64
+    assert len(A) == 3 and A.counts()["down"] == 1 and A.counts()["gate"] == 0
+
+
+def test_algebra():
+    assert NeuronSet({(0, "q"): [1, 5, 9], (1, "down"): [7], (2, "v"): [0]}) == A | B
+    assert NeuronSet({(0, "q"): [5]}) == A & B
+    assert NeuronSet({(0, "q"): [1], (1, "down"): [7]}) == A - B
+    assert A != B and NeuronSet({(1, "down"): [7], (0, "q"): [1, 5], (3, "k"): []}) == A
+
+
+@pytest.mark.parametrize("sites", [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}])
+def test_impossible_neurons_are_refused(sites):
+    with pytest.raises(ValueError):
+        NeuronSet(sites)
+
+
+def test_sets_of_different_models_do_not_mix():
+    with pytest.raises(ValueError, match="different shapes"):
+        NeuronSet({}, {(0, "q"): 4}) | NeuronSet({}, {(0, "q"): 8})
+    with pytest.raises(ValueError, match="has 4 neurons"):
+        NeuronSet({(0, "q"): [4]}, {(0, "q"): 4})
+
+
+def test_files_come_back(tmp_path, llama):
+    sized = NeuronSet({(0, "q"): [1, 5], (1, "down"): [7]}, find_decoder(llama).sizes)
+    for neurons in (A, sized, NeuronSet({})):
+        neurons.save(tmp_path / "set.safetensors")
+        loaded = NeuronSet.load(tmp_path / "set.safetensors")
+        assert loaded == neurons and loaded.sizes == neurons.sizes
+        neurons.to_json(tmp_path / "set.json")
+        assert NeuronSet.from_json(tmp_path / "set.json", llama) == neurons
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_published_sets_map_query_heads_to_the_kv_heads_that_serve_them(tmp_path, llama):
+    """Heads of 10, six query heads on two KV heads: channel 34 is head 3, channel 4, served by KV head 1: row 14."""
+    content = {"fwd_up": {"0": [3, 2]}, "fwd_down": {"1": [52]}, "attn_q": {"0": [59]}, "attn_o": {"0": [41]}}
+    content |= {"attn_k": {"0": [4, 14, 34, 59]}, "attn_v": {"1": [0, 30]}}
+    (tmp_path / "published.json").write_text(json.dumps(content))
+    assert NeuronSet.from_json(tmp_path / "published.json", llama) == NeuronSet(
+        {(0, "up"): [2, 3], (1, "down"): [52], (0, "q"): [59], (0, "o"): [41], (0, "k"): [4, 14, 19], (1, "v"): [0, 10]}
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"fwd_upp": {}}', '{"fwd_up": []}', '{"fwd_up": {"a": [1]}}', '{"fwd_up": {"0": [99]}}']
+    + ['{"attn_k": {"0": [60]}}', '{"fwd_up": {"9": [0]}}', '{"fwd_up": {"0": ["x"]}}', '{"attn_k": {"9": [0]}}'],
+)
+def test_broken_json_names_the_file(tmp_path, llama, content):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(UserError, match=r"bad\.json"):
+        NeuronSet.from_json(tmp_path / "bad.json", llama)
+
+
+def test_broken_neuron_files_name_the_file(tmp_path):
+    file = tmp_path / "bad.safetensors"
+    with pytest.raises(UserError, match="no such neuron file"):
+        NeuronSet.load(file)
+    for write in (
+        lambda: file.write_bytes(b"garbage"),
+        lambda: save_file({"x": torch.zeros(1)}, file),
+        lambda: save_file({"x": torch.zeros(1)}, file, {"format": "agnostic_train.neurons"}),
+        lambda: save_file({"layers.0.q": torch.zeros(1)}, file, {"format": "agnostic_train.neurons", "sizes": "["}),
+    ):
+        write()
+        with pytest.raises(UserError, match=r"bad\.safetensors"):
+            NeuronSet.load(file)
+
+
+def test_neurons_of_another_model_are_refused(llama):
+    with pytest.raises(UserError, match=r"set\.st: neuron 53 at layer 0 up, where this model has 53"):
+        NeuronSet({(0, "up"): [53]}).check(llama, "set.st")
+    other = NeuronSet({(0, "q"): [1]}, find_decoder(tiny_llama(intermediate_size=64)).sizes)
+    with pytest.raises(UserError, match="64 neurons at layer 0 gate, this model has 53"):
+        other.check(llama)
+
+
+def test_random_sets_match_every_site_and_keep_units_together(llama):
+    units, channels = [3, 11, 40], [2, 13]
+    columns = [2, 22, 33]  # query heads 0 and 2 read channel (0, 2), query head 3 reads channel (1, 3)
+    neurons = NeuronSet(
+        {(0, name): units for name in ("gate", "up", "down")}
+        | {(0, "v"): channels, (0, "o"): columns, (1, "q"): range(17), (1, "k"): [0]}
+    )
+    drawn = [neurons.random_like(seed, llama) for seed in range(20)]
+    for it in drawn:
+        assert {site: len(indices) for site, indices in it.items()} == {
+            site: len(indices) for site, indices in neurons.items()
+        }
+        assert torch.equal(it[(0, "gate")], it[(0, "up")]) and torch.equal(it[(0, "up")], it[(0, "down")])
+        served = {int(column) // 30 * 10 + int(column) % 10 for column in it[(0, "o")]}
+        assert served == set(it[(0, "v")].tolist())
+    assert neurons.random_like(3, llama) == drawn[3] and drawn[3] != drawn[4]
+    assert len(torch.cat([it[(0, "up")] for it in drawn]).unique()) > 30
+
+
+def test_language_neurons_by_definition(tmp_path):
+    related = {
+        "a": NeuronSet({(0, "q"): [0, 1, 2]}),
+        "b": NeuronSet({(0, "q"): [0, 1, 3]}),
+        "c": NeuronSet({(0, "q"): [0, 4]}),
+    }
+    found = LanguageNeurons.from_related(related)
+    assert found.shared == NeuronSet({(0, "q"): [0]})
+    assert found.exclusive["a"] == NeuronSet({(0, "q"): [1, 2]})
+    unique = LanguageNeurons.from_related(related, "unique", min_languages=2)
+    assert unique.shared == NeuronSet({(0, "q"): [0, 1]}) and unique.exclusive["a"] == NeuronSet({(0, "q"): [2]})
+    assert unique.shared_ratio == {"a": 2 / 3, "b": 2 / 3, "c": 1 / 2}
+    unique.save(tmp_path / "neurons")
+    unique.save(tmp_path / "neurons")
+    assert LanguageNeurons.load(tmp_path / "neurons") == unique
+    names = {path.name for path in (tmp_path / "neurons").iterdir()}
+    assert names == {"summary.json", "shared.safetensors"} | {
+        f"{kind}.{language}.safetensors" for kind in ("related", "exclusive") for language in "abc"
+    }
+    assert json.loads((tmp_path / "neurons/summary.json").read_text())["settings"]["exclusive"] == "unique"
+    (tmp_path / "neurons/related.b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"related\.b"):
+        LanguageNeurons.load(tmp_path / "neurons")
+
+
+def test_a_model_without_the_projections_is_refused_by_name():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(UserError, match="layer 1 has no nn.Linear called up_proj"):
+        find_decoder(model)

@@ -1,0 +1,101 @@
+"""Recipes: what wins over what, and one clear line for every mistake."""
+
+import pytest
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import load_recipe, make_recipe, recipe_keys, training_argument_types
+
+BASE = """
+model: {name: some/model}
+corpus: {path: text, languages: [en, sw]}
+detection: {top_ratio: 0.1}
+training: {languages: [sw], learning_rate: 1e-3}
+output_dir: out
+"""
+
+
+def load(tmp_path, text=BASE, **flags):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return load_recipe(file, {key.replace("__", "."): value for key, value in flags.items()})
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    recipe = load(tmp_path)
+    assert recipe.detection.top_ratio == 0.1 and recipe.detection.consistency == 1.0
+    assert recipe.training.arguments == {"learning_rate": 1e-3}
+    flags = dict(detection__top_ratio="0.2", corpus__languages="sw,no", training__max_steps="7", output_dir="there")
+    recipe = load(tmp_path, **flags, export__dtype="bfloat16", training__languages="[no]")
+    assert recipe.detection.top_ratio == 0.2 and recipe.corpus.languages == ["sw", "no"]
+    assert recipe.training.languages == ["no"] and recipe.output_dir == "there"
+    assert recipe.training.arguments == {"learning_rate": 1e-3, "max_steps": 7}
+
+
+def test_norwegian_is_a_language(tmp_path):
+    assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"corpus__pth": "x"}, "unknown key corpus.pth; did you mean corpus.path?"),
+        ({"corpsu__path": "x"}, "unknown key corpsu; did you mean corpus?"),
+        ({"outptu_dir": "x"}, "unknown key outptu_dir; did you mean output_dir?"),
+        ({"training__learnin_rate": "1"}, "did you mean training.learning_rate?"),
+        ({"training__stategy": "1"}, "did you mean training.strategy?"),
+        ({"training__arguments": "{}"}, "unknown key training.arguments"),
+        ({"training__output_dir": "x"}, "own key output_dir"),
+        ({"training__report_to": "x"}, "own key tracking.wandb"),
+        ({"training__learning_rate": "fast"}, "training.learning_rate: "),
+        ({"training__strategy": "sharde"}, "training.strategy: "),
+        ({"detection__top_ratio": "0"}, "detection.top_ratio: "),
+        ({"detection__consistency": "1.5"}, "detection.consistency: "),
+        ({"detection__top_ratio": "[1]"}, "detection.top_ratio: "),
+        ({"corpus__languages": "[]"}, "corpus.languages: "),
+        ({"corpus__languages": "[en, en]"}, "corpus.languages: names a language twice"),
+        ({"corpus__languages": "../up"}, "corpus.languages: "),
+        ({"corpus__detection_sentences": "0"}, "corpus.detection_sentences: "),
+        ({"corpus__seed": "{a: b}"}, "corpus.seed: "),
+        ({"corpus": "text"}, "corpus must be a section of keys"),
+        ({"model__name": "[unclosed"}, "--model.name: not valid YAML"),
+    ],
+)
+def test_mistakes_name_the_key(tmp_path, change, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, **change)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "the recipe is empty"),
+        ("# nothing\n", "the recipe is empty"),
+        ("just text", "expected sections"),
+        ("model: [", "not valid YAML"),
+        ("model: {name: a}\nmodel: {name: b}", "not valid YAML"),
+        (BASE.replace("output_dir: out", ""), "output_dir is missing"),
+        (BASE.replace("name: some/model", ""), "model.name is missing"),
+        (BASE.replace("{path: text, languages: [en, sw]}", "3"), "corpus must be a section"),
+        (BASE.replace("path: text", "pth: text"), "did you mean corpus.path?"),
+    ],
+)
+def test_broken_files_name_the_file(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_binary_files(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name, message in (("none.yaml", "no such recipe"), ("", "a folder"), ("binary.yaml", "not UTF-8")):
+        with pytest.raises(UserError, match=message):
+            load_recipe(tmp_path / name)
+
+
+def test_keys_have_help_and_training_arguments_are_keys(tmp_path):
+    assert all(recipe_keys().values()) and "detection.top_ratio" in recipe_keys()
+    assert "learning_rate" in training_argument_types() and "output_dir" not in training_argument_types()
+    values = load(tmp_path).to_dict()
+    values["training"] |= values["training"].pop("arguments")
+    assert make_recipe(values) == load(tmp_path)

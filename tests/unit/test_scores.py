@@ -1,0 +1,162 @@
+"""Deactivation, perplexity and the language-agnostic score, against hand computation."""
+
+import math
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
+from agnostic_train.deactivation import deactivate
+from agnostic_train.files import UserError
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.perplexity import perplexity
+from agnostic_train.strategy import Strategy
+
+EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_deactivation_zeroes_what_the_definition_says_and_gives_it_back():
+    model = tiny_llama(attention_bias=True, mlp_bias=True)
+    before = bits(model)
+    with pytest.raises(RuntimeError, match="inside"), deactivate(model, EVERY_PROJECTION):
+        layer = model.model.layers[1]
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            assert not linear.weight[[0, 3]].any() and not linear.bias[[0, 3]].any() and linear.weight[1].all()
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert not linear.weight[:, [0, 3]].any() and linear.bias.all() and linear.weight[:, 1].all()
+        assert torch.is_grad_enabled()
+        with deactivate(model, NeuronSet({(1, "q"): [3, 4]})):
+            assert not layer.self_attn.q_proj.weight[4].any()
+        assert not layer.self_attn.q_proj.weight[3].any() and layer.self_attn.q_proj.weight[4].all()
+        raise RuntimeError("inside")
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+
+
+def test_deactivation_of_another_models_neurons_changes_nothing(llama):
+    before = bits(llama)
+    with pytest.raises(UserError), deactivate(llama, NeuronSet({(0, "q"): [0], (1, "up"): [99]})):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in bits(llama).items())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_perplexity_scores_each_token_once(llama, side):
+    lengths = [1, 2, 7, 11]
+    batch = padded_batch(lengths, side) | {"num_bytes": torch.tensor([3, 5, 20, 31])}
+    nats = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        sentence = ids[mask.bool()]
+        with torch.no_grad():
+            log_probs = llama(input_ids=sentence[None]).logits[0].log_softmax(-1)
+        nats.append(-sum(float(log_probs[i, sentence[i + 1]]) for i in range(len(sentence) - 1)))
+    halves = [{name: value[part] for name, value in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+    for batches in ([batch], halves):
+        result = perplexity(llama, iter(batches))
+        assert result.num_tokens == 0 + 1 + 6 + 10
+        assert result.nats == pytest.approx(sum(nats), rel=1e-5)
+        assert result.value == pytest.approx(math.exp(sum(nats) / 17), rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / 59, rel=1e-5)
+        assert result.sentence_nats.tolist() == pytest.approx(nats, rel=1e-5)
+
+
+def test_perplexity_without_bytes_or_tokens(llama):
+    assert perplexity(llama, [padded_batch([4])]).bits_per_byte is None
+    mixed = [padded_batch([4]) | {"num_bytes": torch.tensor([9])}, padded_batch([4])]
+    assert perplexity(llama, mixed).bits_per_byte is None
+    with pytest.raises(UserError, match="no token to score"):
+        perplexity(llama, [padded_batch([1, 1])])
+    with pytest.raises(UserError, match="no token to score"):
+        perplexity(llama, [])
+
+
+def test_perplexity_refuses_nan(llama):
+    with torch.no_grad():
+        llama.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="isn't finite"):
+        perplexity(llama, [padded_batch([4])])
+
+
+def test_the_score_by_hand():
+    """Perplexity 10; shared off 14, exclusive off 12: importance 2. The other: 9 (clipped) and 12: 1e-6 / 2."""
+    one = language_score("one", 10.0, 14.0, 12.0, 3, 4)
+    assert one.importance == pytest.approx(2) and not one.clipped
+    other = language_score("other", 10.0, 9.0, 12.0, 3, 4)
+    assert other.importance == pytest.approx(5e-7) and other.clipped == ("shared",)
+    empty = language_score("empty", 10.0, 14.0, None, 3, 0)
+    assert empty.importance is None and empty.change_exclusive is None
+
+
+def language_neurons():
+    related = {
+        "a": NeuronSet({(0, "up"): range(12), (0, "v"): [1]}),
+        "b": NeuronSet({(0, "up"): range(6, 20)}),
+        "c": NeuronSet({(0, "up"): range(6, 12)}),
+    }
+    return LanguageNeurons.from_related(related)
+
+
+def test_the_score_from_really_deactivated_models(llama):
+    found = language_neurons()
+    corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
+    before = bits(llama)
+    score = language_agnostic_score(llama, found, {n: iter(it) for n, it in corpora.items()}, control_seeds=[1, 2])
+    assert all(torch.equal(value, before[name]) for name, value in bits(llama).items())
+    logs = []
+    for name in "ab":
+        changes = []
+        for off in (found.shared, found.exclusive[name]):
+            with deactivate(llama, off):
+                changed = perplexity(llama, corpora[name]).value
+            changes.append(max(changed - perplexity(llama, corpora[name]).value, 1e-6))
+        assert score.importance[name] == pytest.approx(changes[0] / changes[1], rel=1e-4)
+        logs.append(math.log(1 + score.importance[name]))
+    assert score.importance["c"] is None and score.undefined == ["c"]
+    assert score.value == pytest.approx(sum(logs) / 2)
+    assert set(score.controls) == {1, 2} and score.controls[1] != score.value
+    assert score.to_json()["importance"] == score.importance and score.to_json()["controls"]["values"].keys() == {
+        "1",
+        "2",
+    }
+
+
+def test_nothing_defined_gives_no_score(llama):
+    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1]}), "b": NeuronSet({(0, "up"): [2]})})
+    score = language_agnostic_score(llama, found, {name: [padded_batch([5])] for name in "ab"})
+    assert score.value is None and score.undefined == ["a", "b"]
+    with pytest.raises(ValueError, match="no corpus for b"):
+        language_agnostic_score(llama, found, {"a": [padded_batch([5])]})
+
+
+def test_strategies_choose_what_their_names_say(llama):
+    found = language_neurons()
+
+    def chosen(name, score=None, **settings):
+        value = AgnosticScore(score, [])
+        return Strategy(name, languages=settings.pop("languages", ["a"]), **settings).choose(found, value, llama)
+
+    assert chosen("shared").neurons == found.shared
+    assert chosen("exclusive").neurons == found.exclusive["a"]
+    assert chosen("related").neurons == found.related["a"]
+    assert chosen("exclusive", languages=["a", "b"]).neurons == found.exclusive["a"] | found.exclusive["b"]
+    assert chosen("shared+exclusive", languages=["b"]).neurons == found.shared | found.exclusive["b"]
+    random = chosen("random", random_like="exclusive", seed=5)
+    assert random.neurons.counts() == found.exclusive["a"].counts() and random.neurons != found.exclusive["a"]
+    assert chosen("auto", 0.5, high=2.0).strategy == "shared+exclusive"
+    assert chosen("auto", 1.0, high=2.0).strategy == "shared"
+    assert chosen("auto", 2.5, high=2.0).strategy == "exclusive" and "2.500" in chosen("auto", 2.5, high=2.0).reason
+    for wrong, message in (
+        (lambda: chosen("auto", None, high=2.0), "defined language-agnostic score"),
+        (lambda: chosen("auto", 1.0), r"training\.high"),
+        (lambda: chosen("auto", 1.0, high=0.1), "below training.low"),
+        (lambda: chosen("best"), r"training\.strategy"),
+        (lambda: chosen("random", random_like="auto"), r"training\.random_like"),
+        (lambda: chosen("shared", languages=["d"]), r"training\.languages"),
+        (lambda: chosen("exclusive", languages=["c"]), "no neuron to train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrong()
