@@ -1,5 +1,6 @@
 """Enhanced checkpoints, with proof that nothing but the chosen neurons moved."""
 
+import copy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,13 +65,12 @@ def export_checkpoint(
     state = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
-    own_dtype = model.config.dtype
     with whole_directory(directory) as temporary:
-        try:
-            model.config.dtype = dtype
-            model.save_pretrained(temporary, state_dict=state)
-        finally:
-            model.config.dtype = own_dtype
+        model.save_pretrained(temporary, state_dict=state)
+        # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model_card is not None:

@@ -408,7 +408,7 @@ def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
     os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
     try:
         return NeuronTrainingArguments(
-            **recipe.training.arguments,
+            **{"dataloader_pin_memory": torch.accelerator.is_available(), **recipe.training.arguments},
             output_dir=recipe.output_dir,
             report_to=["wandb"] if recipe.tracking.wandb else [],
             run_name=recipe.tracking.run_name,

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -28,7 +28,7 @@ def _distinct(value: list[str]) -> list[str]:
 
 
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
-Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), BeforeValidator(_distinct)]
+Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
 EMBEDDED = "embedded:quickstart"
 """As `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
@@ -77,7 +77,11 @@ def quickstart_model() -> Path:
 
 
 def build_tokenizer(sentences: Sequence[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that begins every sentence with `<s>`."""
+    """A byte-level BPE that adds no token by itself.
+
+    A `<s>` before every sentence would have the model predict each first token from nothing, and training on one
+    language would teach it above all that text is in that language.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,9 +92,6 @@ def build_tokenizer(sentences: Sequence[str], vocab_size: int = 2048) -> PreTrai
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=_PAD, bos_token=_BOS, eos_token=_EOS, model_max_length=64
     )
@@ -138,6 +139,7 @@ def train_model(
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
+            dataloader_pin_memory=torch.accelerator.is_available(),
             seed=SEED,
         )
         trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collate)

@@ -126,7 +126,7 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
     corpus.logger.removeHandler(caplog.handler)
     assert "the text: 1 of 2 sentences cut at 6 tokens" in caplog.text
     assert len(rows[1]["input_ids"]) == 6
-    assert rows[1]["num_bytes"] == len(tokenizer.decode(rows[1]["input_ids"][1:]).encode())
+    assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
     assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5
 
 

@@ -1,0 +1,224 @@
+"""The command line on a small corpus and model, as a user runs it, in this process."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agnostic_train.cli import STAGE_HELP, main
+from agnostic_train.export import check_frozen_weights
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.pipeline import STAGES
+from agnostic_train.quickstart.phrasebook import phrasebook
+from agnostic_train.quickstart.tiny_model import build_tokenizer
+
+RECIPE = """
+model: {{name: {root}/model}}
+corpus: {{path: {root}/text, languages: [en, sw], detection_sentences: 20, validation_sentences: 10}}
+detection: {{top_ratio: 0.2, consistency: 0.5}}
+score: {{controls: 1}}
+training:
+  languages: [sw]
+  max_steps: 6
+  per_device_train_batch_size: 4
+  learning_rate: 1e-2
+  logging_steps: 2
+  save_steps: 3
+  use_cpu: true
+  disable_tqdm: true
+output_dir: {root}/out
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with text and a model, which the tests copy."""
+    root = tmp_path_factory.mktemp("template")
+    (root / "text").mkdir()
+    texts = phrasebook(num_train=200, num_valid=30, num_test=30)
+    for language in ("en", "sw"):
+        for split in ("train", "valid"):
+            (root / f"text/{language}.{split}.txt").write_text("\n".join(texts[split][language]), encoding="utf-8")
+    tokenizer = build_tokenizer(texts["train"]["en"] + texts["train"]["sw"], vocab_size=400)
+    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def root(template, tmp_path):
+    shutil.copytree(template, tmp_path / "it")
+    (tmp_path / "it/recipe.yaml").write_text(RECIPE.format(root=tmp_path / "it"))
+    return tmp_path / "it"
+
+
+def run(root, stage, *flags):
+    return main([stage, str(root / "recipe.yaml"), *flags])
+
+
+def test_the_whole_chain(root, capsys):
+    assert run(root, "run") == 0
+    out = root / "out"
+    printed = capsys.readouterr().out
+    assert "language-agnostic score" in printed and "sw *" in printed
+
+    found = LanguageNeurons.load(out / "neurons")
+    chosen = NeuronSet.load(out / "checkpoint-6/neurons.safetensors")
+    assert chosen == found.shared | found.exclusive["sw"] and len(chosen)
+
+    enhanced = AutoModelForCausalLM.from_pretrained(out / "enhanced")
+    assert AutoTokenizer.from_pretrained(out / "enhanced").bos_token_id is not None
+    base = AutoModelForCausalLM.from_pretrained(root / "model")
+    check = check_frozen_weights(enhanced, base, chosen)
+    assert check.status == "identical" and check.chosen_moved > 0.9
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["frozen_weights"]["status"] == "identical"
+    assert set(manifest) >= {"model", "corpus", "recipe", "versions", "seeds", "frozen_weights"}
+    assert set(manifest["corpus"]) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
+    score = json.loads((out / "score.json").read_text())
+    assert set(score["importance"]) == {"en", "sw"} and set(score["controls"]["values"]) == {"1"}
+    evaluation = json.loads((out / "evaluation.json").read_text())["languages"]
+    for row in evaluation.values():
+        for moment in ("before", "after"):
+            assert row[moment]["perplexity"] > 1 and row[moment]["bits_per_byte"] > 0
+    assert evaluation["sw"]["after"]["bits_per_byte"] < evaluation["sw"]["before"]["bits_per_byte"]
+    page = (out / "report.html").read_text()
+    assert (
+        "<h1>Enhancing sw" in page and 'src="http' not in page and (out / "figures/neurons.png").stat().st_size > 1000
+    )
+    assert not list(out.rglob("*.tmp"))
+
+    files = {
+        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"
+    }
+    assert run(root, "run") == 0
+    assert capsys.readouterr().out.count("unchanged, kept") == len(STAGES)
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+    # Another learning rate trains again, but needn't detect again.
+    assert run(root, "run", "--training.learning_rate=2e-2") == 0
+    printed = capsys.readouterr().out
+    assert "detect: unchanged" in printed and "score: unchanged" in printed and "train: unchanged" not in printed
+    assert run(root, "detect", "--force", "--training.learning_rate=2e-2") == 0
+    assert "detect: unchanged" not in capsys.readouterr().out
+
+
+def test_a_stage_alone_runs_what_it_needs(root, capsys):
+    assert run(root, "export") == 0
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if line.split(": ")[-1] in STAGES.values()] == [
+        "detect", "train", "export"
+    ]  # fmt: skip
+    assert not (root / "out/score.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["random", "full"])
+def test_baselines(root, strategy):
+    assert run(root, "run", f"--training.strategy={strategy}") == 0
+    manifest = json.loads((root / "out/manifest.json").read_text())
+    assert manifest["stages"]["train"]["strategy"] == strategy
+    assert manifest["frozen_weights"]["status"] == ("unverified" if strategy == "full" else "identical")
+    if strategy == "random":
+        found = LanguageNeurons.load(root / "out/neurons")
+        chosen = NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors")
+        assert chosen.counts() == (found.shared | found.exclusive["sw"]).counts()
+
+
+def test_neurons_from_a_file(root, capsys):
+    neurons = NeuronSet({(0, "up"): [1, 2]})
+    neurons.save(root / "mine.safetensors")
+    assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
+    assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == neurons
+    assert not (root / "out/neurons").exists()
+    NeuronSet({(0, "up"): [1]}, {(0, "up"): 64}).save(root / "other.safetensors")
+    assert run(root, "train", f"--training.neurons={root / 'other.safetensors'}") == 2
+    assert "other.safetensors: made for a model with 0 neurons at layer 0 q" in capsys.readouterr().err
+
+
+def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch):
+    assert run(root, "train", f"--output_dir={root / 'whole'}") == 0
+    from agnostic_train.training.trainer import NeuronTrainer
+
+    original = NeuronTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(NeuronTrainer, "training_step", interrupted)
+    assert run(root, "train") == 130
+    monkeypatch.undo()
+    (root / "out/checkpoint-5").mkdir()  # what a kill in the middle of saving leaves behind
+    assert run(root, "train") == 0
+    models = [
+        AutoModelForCausalLM.from_pretrained(root / name / "checkpoint-6").state_dict() for name in ("whole", "out")
+    ]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert not (root / "out/checkpoint-5").exists()
+
+
+MISTAKES = [
+    (["--corpus.pth=x"], "unknown flag --corpus.pth; did you mean --corpus.path?"),
+    (["--detection.top_ratio=2"], "detection.top_ratio"),
+    (["--corpus.languages=en,sw,xx"], "'xx' has no file"),
+    (["--training.languages=xx"], "training.languages: 'xx' isn't in corpus.languages"),
+    (["--corpus.detection_sentences=500"], "corpus.detection_sentences: 500 asked for, 'en' has 200"),
+    (["--corpus.path=nowhere"], "corpus.path: nowhere isn't a folder"),
+    (["--model.name=nowhere"], "model.name: can't load nowhere: no such folder"),
+    (["--training.strategy=auto"], "training.high"),
+    (["--training.optim=adamx"], "training: "),
+    (["--training.optim=adafactor"], "training.optim"),
+    (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
+    (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags[0] for flags, _ in MISTAKES])
+def test_mistakes_are_one_line_and_exit_2(root, capsys, flags, message):
+    try:
+        status = run(root, "run", *flags)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("agnostic-train: error: ")]
+    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in error
+
+
+def test_a_model_of_another_kind_is_refused(root, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(root / "model")
+    assert run(root, "detect") == 2
+    assert "GPT2LMHeadModel has no list of decoder layers" in capsys.readouterr().err
+    assert not (root / "out/neurons").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission(root, capsys):
+    (root / "locked").mkdir(mode=0o500)
+    assert run(root, "detect", f"--output_dir={root / 'locked'}") == 2
+    assert "output_dir: can't write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [None, *STAGE_HELP])
+def test_help(stage, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*([stage] if stage else []), "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--detection.top_ratio VALUE" in printed if stage else "evaluate" in printed
+
+
+def test_a_missing_stage_or_recipe(capsys):
+    for arguments in ([], ["detekt", "x.yaml"], ["run"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["run", "none.yaml"]) == 2
