@@ -34,8 +34,8 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
     try:
         with torch.no_grad():
             for projection, indices in neurons:
+                index = projection.entries(indices)
                 for parameter, dim in projection.parts():
-                    index = indices.to(parameter.device)
                     saved.append((parameter, dim, index, parameter.index_select(dim, index)))
                     parameter.index_fill_(dim, index, 0)
         yield

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agnostic_train.files import UserError
 
@@ -25,10 +25,15 @@ Site = tuple[int, str]
 
 @dataclass(frozen=True)
 class Projection:
-    """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons."""
+    """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons.
+
+    rows: where the projection shares a fused linear with others, the row of each of its neurons, int64; None where
+    the linear is its own.
+    """
 
     name: str
     linear: nn.Linear
+    rows: Tensor | None = None
 
     @property
     def neuron_dim(self) -> int:
@@ -37,7 +42,16 @@ class Projection:
 
     @property
     def num_neurons(self) -> int:
-        return self.linear.weight.shape[self.neuron_dim]
+        return self.linear.weight.shape[self.neuron_dim] if self.rows is None else len(self.rows)
+
+    def entries(self, neurons: Tensor) -> Tensor:
+        """The rows or columns of `linear.weight` that hold the neurons, on the weight's device."""
+        entries = neurons if self.rows is None else self.rows[neurons]
+        return entries.to(self.linear.weight.device)
+
+    def output(self, output: Tensor) -> Tensor:
+        """The projection's own part of its linear's output, (..., neurons)."""
+        return output if self.rows is None else output[..., self.rows.to(output.device)]
 
     def parts(self) -> list[tuple[nn.Parameter, int]]:
         """The parameters that deactivation zeroes, each with its neuron dimension."""
@@ -55,10 +69,10 @@ class Rotation:
     entry each entry mixes with, itself where the rotation leaves the entry alone.
     """
 
-    apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    partner: torch.Tensor
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor]
+    partner: Tensor
 
-    def coefficients(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What a unit vector becomes: `R_i e_n = own[i, n] e_n + other[i, n] e_partner(n)`.
 
         cos, sin: (batch, length, rotary_dim). Returns own, other: (batch, length, head_dim).
@@ -77,13 +91,18 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its attention and feed-forward modules and their projections by name."""
+    """One decoder layer: its attention and feed-forward modules and their projections by name.
+
+    A feed-forward module without a gate has no `gate`. norms: the modules that normalise queries and keys before
+    rotation, by `q` and `k`, where the family has them.
+    """
 
     index: int
     attention: nn.Module
     feed_forward: nn.Module
     projections: dict[str, Projection]
     head_dim: int
+    norms: dict[str, nn.Module]
 
     @property
     def num_query_heads(self) -> int:
@@ -98,7 +117,17 @@ class Layer:
         """How many query heads read one key-value head."""
         return self.num_query_heads // self.num_kv_heads
 
-    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> Rotation:
+    def norm_spans_heads(self, name: str) -> bool:
+        """Whether the norm of `q` or `k` is taken over all heads at once (OLMo 2) or over each (Qwen3, Gemma 3)."""
+        size = self.norms[name].weight.numel()
+        if size not in (self.head_dim, self.projections[name].num_neurons):
+            raise UserError(
+                f"model.name: {type(self.attention).__name__} normalises {name} over {size} entries, neither a head "
+                f"({self.head_dim}) nor all ({self.projections[name].num_neurons}); it isn't supported"
+            )
+        return size != self.head_dim
+
+    def rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """The rotation of this layer's family, with its pairs found by rotating each unit vector once."""
         rotate_both = getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
         if rotate_both is None:
@@ -107,7 +136,7 @@ class Layer:
                 "from; this family isn't supported yet"
             )
 
-        def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             return rotate_both(x, x, cos, sin)[0]
 
         # The probe takes its own angle: at position 0 the sine is zero and every entry would look unpaired.
@@ -140,14 +169,11 @@ class Decoder:
         return self.layers[site[0]].projections[site[1]]
 
 
-_LINEAR_NAMES = {name: f"{name}_proj" for name in PROJECTIONS}
-
-
 def find_decoder(model: nn.Module) -> Decoder:
     """Finds the projections of a Hugging Face causal language model.
 
-    Args:
-        model: a `PreTrainedModel` of the Llama layout (`self_attn.{q,k,v,o}_proj`, `mlp.{gate,up,down}_proj`).
+    Three layouts are known: Llama's (a linear per projection), Phi-3's (`qkv_proj` and `gate_up_proj`), and GPT-NeoX's
+    (`query_key_value`, interleaved by head, and no gate).
 
     Raises:
         UserError: naming the class and the projection that can't be found.
@@ -159,7 +185,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(
         backbone,
         [
-            _find_layer(index, getattr(block, "self_attn", None), getattr(block, "mlp", None))
+            _find_layer(
+                index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None)
+            )
             for index, block in enumerate(blocks)
         ],
     )
@@ -171,20 +199,51 @@ def float32_copy(layer: Layer) -> Layer:
 
 
 def _find_layer(index: int, attention: nn.Module | None, feed_forward: nn.Module | None) -> Layer:
-    projections = {}
-    for name in PROJECTIONS:
-        owner = attention if name in ATTENTION_PROJECTIONS else feed_forward
-        linear = getattr(owner, _LINEAR_NAMES[name], None)
-        if not isinstance(linear, nn.Linear):
-            raise UserError(
-                f"model.name: layer {index} has no nn.Linear called {_LINEAR_NAMES[name]} in its "
-                f"{type(owner).__name__}, so projection {name!r} can't be found; use a model of the Llama layout"
-            )
-        projections[name] = Projection(name, linear)
-    for norm in ("q_norm", "k_norm"):
-        if hasattr(attention, norm):
-            raise UserError(
-                f"model.name: {type(attention).__name__} normalises queries and keys ({norm}); "
-                "the exact impact of such a family isn't supported yet"
-            )
-    return Layer(index, attention, feed_forward, projections, attention.head_dim)
+    head_dim = getattr(attention, "head_dim", getattr(attention, "head_size", None))
+    if head_dim is None:
+        raise UserError(f"model.name: layer {index} has no attention module with a head_dim; it isn't supported")
+    projections = _attention_projections(index, attention, head_dim) | _feed_forward_projections(index, feed_forward)
+    norms = {name: norm for name in ("q", "k") if (norm := getattr(attention, f"{name}_norm", None)) is not None}
+    return Layer(
+        index, attention, feed_forward, {name: projections[name] for name in PROJECTIONS if name in projections},
+        head_dim, norms,
+    )  # fmt: skip
+
+
+def _attention_projections(index: int, attention: nn.Module, head_dim: int) -> dict[str, Projection]:
+    if hasattr(attention, "query_key_value"):
+        fused = _linear(index, attention, "query_key_value")
+        by_head = torch.arange(fused.out_features).view(-1, 3, head_dim)
+        rows = {name: by_head[:, part].flatten() for part, name in enumerate("qkv")}
+        output = _linear(index, attention, "dense")
+    elif hasattr(attention, "qkv_proj"):
+        fused = _linear(index, attention, "qkv_proj")
+        output = _linear(index, attention, "o_proj")
+        num_queries = output.in_features
+        sizes = [num_queries, *[(fused.out_features - num_queries) // 2] * 2]
+        rows = dict(zip("qkv", torch.arange(fused.out_features).split(sizes), strict=True))
+    else:
+        return {name: Projection(name, _linear(index, attention, f"{name}_proj")) for name in ATTENTION_PROJECTIONS}
+    return {name: Projection(name, fused, its_rows) for name, its_rows in rows.items()} | {"o": Projection("o", output)}
+
+
+def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dict[str, Projection]:
+    if hasattr(feed_forward, "dense_h_to_4h"):
+        names = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
+        return {name: Projection(name, _linear(index, feed_forward, linear)) for name, linear in names.items()}
+    if hasattr(feed_forward, "gate_up_proj"):
+        fused = _linear(index, feed_forward, "gate_up_proj")
+        gate, up = torch.arange(fused.out_features).chunk(2)
+        down = Projection("down", _linear(index, feed_forward, "down_proj"))
+        return {"gate": Projection("gate", fused, gate), "up": Projection("up", fused, up), "down": down}
+    return {name: Projection(name, _linear(index, feed_forward, f"{name}_proj")) for name in FEED_FORWARD_PROJECTIONS}
+
+
+def _linear(index: int, owner: nn.Module | None, name: str) -> nn.Linear:
+    linear = getattr(owner, name, None)
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"model.name: layer {index} has no nn.Linear called {name} in its {type(owner).__name__}; "
+            "this family isn't supported"
+        )
+    return linear

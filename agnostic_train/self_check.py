@@ -72,7 +72,7 @@ def verify_impacts(
     with left_as_found(model):
         for excerpt in _excerpts(model, batch, sorted({0, (last + 1) // 2, last})):
             layer, scores = excerpt.layer, excerpt.scores()
-            for name in PROJECTIONS:
+            for name in layer.projections:
                 neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
                 neurons.append(int(scores[name][0].argmax()))
                 before = excerpt.output(name)

@@ -5,10 +5,11 @@ the row with its partner, and the change runs through the softmax. Eq. 10 and 11
 the Q/K form without rotation.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agnostic_train.decoder import Rotation
 from agnostic_train.impact.feed_forward import column_norms
@@ -22,7 +23,7 @@ class AttentionInputs:
 
     query: (batch, query heads, length, head_dim); key, value: (batch, KV heads, length, head_dim).
     visible: (batch, 1, length, length) bool, which keys a query sees. real: (batch, length) bool, False at padding.
-    scaling: the factor on the logits.
+    scaling: the factor on the logits. softcap: their soft bound, None without one.
     Padding is cleaned on entry: its content may be NaN and reaches nothing.
     """
 
@@ -32,10 +33,18 @@ class AttentionInputs:
     visible: Tensor
     real: Tensor
     scaling: float
+    softcap: float | None = None
 
     @classmethod
     def clean(
-        cls, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, real: Tensor, scaling: float
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        real: Tensor,
+        scaling: float,
+        softcap: float | None = None,
     ) -> "AttentionInputs":
         """Casts to at least float32, repeats KV heads per query head, zeroes padding, lets padding see itself."""
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -45,12 +54,28 @@ class AttentionInputs:
         key = key.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
         value = value.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-        return cls(query, key, value, visible | (itself & padding), real, scaling)
+        return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
+
+    def products(self) -> Tensor:
+        """`s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""
+        return self.query @ self.key.transpose(-1, -2) * self.scaling
 
     def logits(self) -> Tensor:
-        """(batch, query heads, length, length), -inf where a key isn't seen."""
-        logits = self.query @ self.key.transpose(-1, -2) * self.scaling
-        return logits.masked_fill(~self.visible, -torch.inf)
+        """What the softmax sees: capped, and -inf where a key isn't seen."""
+        return self.finish(self.products(), self.visible)
+
+    def finish(self, products: Tensor, visible: Tensor) -> Tensor:
+        """Caps and masks products, in place where that is possible."""
+        if self.softcap is not None:
+            products = products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products.masked_fill_(~visible, -torch.inf)
+
+    def project(self, projected: Tensor) -> Tensor:
+        """A projection's output (batch, length, heads * head_dim) per query head, padding zeroed."""
+        batch, num_heads, length, head_dim = self.query.shape
+        heads = projected.view(batch, length, -1, head_dim).transpose(1, 2).to(self.query.dtype)
+        heads = heads.repeat_interleave(num_heads // heads.shape[1], 1)
+        return heads.masked_fill(~self.real[:, None, :, None], 0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,7 @@ def query_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation,
     projected: `q_proj`'s output, (batch, length, query heads * head_dim); cos, sin: (batch, length, rotary_dim).
     """
     own, other = _coefficients(inputs, rotation, cos, sin)
-    projected = _heads(inputs, projected) * inputs.scaling
+    projected = inputs.project(projected) * inputs.scaling
     return RankTwo(projected * own, inputs.key, projected * other, inputs.key[..., rotation.partner])
 
 
@@ -100,7 +125,7 @@ def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, c
     projected: `k_proj`'s output, (batch, length, KV heads * head_dim); cos, sin: (batch, length, rotary_dim).
     """
     own, other = _coefficients(inputs, rotation, cos, sin)
-    projected = _heads(inputs, projected) * inputs.scaling
+    projected = inputs.project(projected) * inputs.scaling
     return RankTwo(inputs.query, projected * own, inputs.query[..., rotation.partner], projected * other)
 
 
@@ -110,36 +135,103 @@ def paper_change(inputs: AttentionInputs) -> RankTwo:
     return RankTwo(query, inputs.key, torch.zeros_like(query), inputs.key)
 
 
-def squared_output_change(inputs: AttentionInputs, change: RankTwo, counted: Tensor, chunk_bytes: int) -> Tensor:
-    """`||(A - softmax(S - x)) v||^2` over counted tokens and features, for every neuron of every query head.
+class OutputChange:
+    """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
 
-    The (neuron, length, length) tensor is made for as many neurons at a time as `chunk_bytes` allows, never whole.
-
-    Returns: (batch, query heads, head_dim), the dtype of `inputs`.
+    Neurons are taken so many at a time that the (neuron, length, length) tensor stays within `chunk_bytes`.
     """
-    batch, num_heads, length, head_dim = inputs.query.shape
-    logits = inputs.logits().flatten(0, 1)
-    value = inputs.value.flatten(0, 1)
-    output = logits.softmax(-1) @ value
-    weight = counted.to(value.dtype).repeat_interleave(num_heads, 0)  # (batch * heads, length)
-    # (batch * heads, head_dim, length, 2) and (.., 2, length): their product is x.
-    left = torch.stack([change.a, change.c], -1).flatten(0, 1).transpose(1, 2)
-    right = torch.stack([change.b, change.d], -1).flatten(0, 1).permute(0, 2, 3, 1)
 
-    bytes_per_neuron = 2 * length * (length + value.shape[-1]) * value.element_size()
-    num_at_once = max(1, chunk_bytes // bytes_per_neuron)
-    neurons_at_once = min(head_dim, num_at_once)
-    heads_at_once = max(1, num_at_once // head_dim)
-    result = value.new_empty(batch * num_heads, head_dim)
-    for head in range(0, batch * num_heads, heads_at_once):
-        heads = slice(head, head + heads_at_once)
-        for neuron in range(0, head_dim, neurons_at_once):
-            neurons = slice(neuron, neuron + neurons_at_once)
-            changed = logits[heads, None] - left[heads, neurons] @ right[heads, neurons]
-            changed = changed.softmax(-1) @ value[heads, None]
-            changed -= output[heads, None]
-            result[heads, neurons] = (changed.square_().sum(-1) * weight[heads, None]).sum(-1)
-    return result.view(batch, num_heads, head_dim)
+    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int):
+        self.inputs = inputs
+        self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
+        self._value = inputs.value.flatten(0, 1)
+        self._logits = inputs.logits().flatten(0, 1)
+        self._output = self._logits.softmax(-1) @ self._value
+        self._visible = inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
+        self._weight = counted.to(self._value.dtype).repeat_interleave(self.num_heads, 0)
+        bytes_per_neuron = 2 * self.length * (self.length + self.head_dim) * self._value.element_size()
+        self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
+
+    def of_rank_two(self, change: RankTwo, before_cap: bool = True) -> Tensor:
+        """For every neuron of every query head, with the products (or, not `before_cap`, the logits) less `change`.
+
+        Returns: (batch, query heads, head_dim).
+        """
+        capped = self.inputs.softcap is not None and before_cap
+        start = self.inputs.products().flatten(0, 1) if capped else self._logits
+        # (batch * heads, head_dim, length, 2) and (.., 2, length): their product is x.
+        left = torch.stack([change.a, change.c], -1).flatten(0, 1).transpose(1, 2)
+        right = torch.stack([change.b, change.d], -1).flatten(0, 1).permute(0, 2, 3, 1)
+        result = start.new_empty(len(start), self.head_dim)
+        for heads, neurons in self._chunks():
+            changed = start[heads, None] - left[heads, neurons] @ right[heads, neurons]
+            if capped:
+                changed = self.inputs.finish(changed, self._visible[heads, None])
+            result[heads, neurons] = self._squares(heads, changed)
+        return result.view(self.batch, self.num_heads, self.head_dim)
+
+    def replayed(
+        self, name: str, projected: Tensor, norm: nn.Module, rotation: Rotation, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron.
+
+        Zeroing one entry rescales the others of its head. Returns: (batch, query heads, head_dim).
+        """
+        heads_of = self.inputs.project(projected).flatten(0, 1)
+        query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
+        result = query.new_empty(len(query), self.head_dim)
+        for heads, neurons in self._chunks():
+            kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
+            states = norm(heads_of[heads, None] * kept[None, :, None, :])
+            sentence = torch.arange(len(query), device=query.device)[heads] // self.num_heads
+            states = rotation.apply(states, cos[sentence], sin[sentence])
+            if name == "q":
+                products = states @ key[heads, None].transpose(-1, -2)
+            else:
+                products = query[heads, None] @ states.transpose(-1, -2)
+            changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+            result[heads, neurons] = self._squares(heads, changed)
+        return result.view(self.batch, self.num_heads, self.head_dim)
+
+    def replayed_over_heads(
+        self, name: str, projected: Tensor, norm: nn.Module, rotation: Rotation, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """As `replayed`, for a norm over all heads: zeroing one entry rescales every head, so every head is done anew.
+
+        Returns: (batch, neurons), the squares summed over the query heads.
+        """
+        projected = projected.to(self.inputs.query.dtype).masked_fill(~self.inputs.real.unsqueeze(-1), 0)
+        num_neurons = projected.shape[-1]
+        at_once = max(1, self._num_at_once // self.num_heads)
+        result = projected.new_empty(self.batch, num_neurons)
+        for sentence in range(self.batch):
+            heads = slice(sentence * self.num_heads, (sentence + 1) * self.num_heads)
+            query, key = self.inputs.query[sentence, :, None], self.inputs.key[sentence, :, None]
+            for start in range(0, num_neurons, at_once):
+                neurons = torch.arange(start, min(start + at_once, num_neurons), device=projected.device)
+                states = projected[sentence].repeat(len(neurons), 1, 1)
+                states[torch.arange(len(neurons)), :, neurons] = 0
+                states = norm(states).view(len(neurons), self.length, -1, self.head_dim).transpose(1, 2)
+                states = rotation.apply(states, cos[sentence, None], sin[sentence, None]).transpose(0, 1)
+                states = states.repeat_interleave(self.num_heads // len(states), 0)
+                products = states @ key.transpose(-1, -2) if name == "q" else query @ states.transpose(-1, -2)
+                changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+                result[sentence, neurons] = self._squares(heads, changed).sum(0)
+        return result
+
+    def _chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Slices over (batch * heads) and head_dim."""
+        neurons_at_once = min(self.head_dim, self._num_at_once)
+        heads_at_once = max(1, self._num_at_once // self.head_dim)
+        for head in range(0, self.batch * self.num_heads, heads_at_once):
+            for neuron in range(0, self.head_dim, neurons_at_once):
+                yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
+
+    def _squares(self, heads: slice, logits: Tensor) -> Tensor:
+        """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
+        change = logits.softmax(-1) @ self._value[heads, None]
+        change -= self._output[heads, None]
+        return (change.square_().sum(-1) * self._weight[heads, None]).sum(-1)
 
 
 def query_impacts(squares: Tensor) -> Tensor:
@@ -151,14 +243,6 @@ def key_impacts(squares: Tensor, num_kv_heads: int) -> Tensor:
     """A k row acts through every query head of its group: (batch, query heads, head_dim) to (batch, k rows)."""
     batch, _, head_dim = squares.shape
     return squares.view(batch, num_kv_heads, -1, head_dim).sum(2).sqrt().flatten(1).float()
-
-
-def _heads(inputs: AttentionInputs, projected: Tensor) -> Tensor:
-    """(batch, length, heads * head_dim) to (batch, query heads, length, head_dim), padding zeroed."""
-    batch, num_heads, length, head_dim = inputs.query.shape
-    heads = projected.view(batch, length, -1, head_dim).transpose(1, 2).to(inputs.query.dtype)
-    heads = heads.repeat_interleave(num_heads // heads.shape[1], 1)
-    return heads.masked_fill(~inputs.real[:, None, :, None], 0)
 
 
 def _coefficients(inputs: AttentionInputs, rotation: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, PROJECTIONS, Decoder, Layer, Rotation, Site, find_decoder
+from agnostic_train.decoder import (
+    FEED_FORWARD_PROJECTIONS,
+    PROJECTIONS,
+    Decoder,
+    Layer,
+    Projection,
+    Rotation,
+    Site,
+    find_decoder,
+)
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
 from agnostic_train.impact.feed_forward import hidden_unit_impacts, weight_norms
@@ -108,7 +117,7 @@ class LayerObserver:
 
     def __init__(self, layer: Layer, projections: Sequence[str], attention: str, memory_gb: float):
         self.layer = layer
-        self.projections = set(projections)
+        self.projections = set(projections) & set(layer.projections)
         self.attention = attention
         self.memory_gb = memory_gb
         self.sink: Sink | None = None
@@ -130,7 +139,8 @@ class LayerObserver:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        linears = {name: projection.linear for name, projection in self.layer.projections.items()}
+        layer_projections = self.layer.projections
+        linears = {name: projection.linear for name, projection in layer_projections.items()}
         handles = []
         if self.projections & set(FEED_FORWARD_PROJECTIONS):
             handles.append(linears["down"].register_forward_pre_hook(self._see_hidden))
@@ -139,7 +149,7 @@ class LayerObserver:
         if self.projections & {"q", "k"}:
             handles.append(self.layer.attention.register_forward_pre_hook(self._see_positions, with_kwargs=True))
             for name in ("q", "k"):
-                handles.append(linears[name].register_forward_hook(self._keep_projected(name)))
+                handles.append(linears[name].register_forward_hook(self._keep_projected(layer_projections[name])))
         try:
             yield
         finally:
@@ -172,36 +182,46 @@ class LayerObserver:
             )
         self._cos_sin = kwargs["position_embeddings"]
 
-    def _keep_projected(self, name: str) -> Callable:
+    def _keep_projected(self, projection: Projection) -> Callable:
         def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._projected[name] = output
+            self._projected[projection.name] = projection.output(output)
 
         return keep
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
-        inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling)
-        cos, sin = self._cos_sin
-        if self._rotation is None:
-            self._rotation = self.layer.rotation(cos, sin)
-        changes = {
-            "q": lambda: attention_impacts.query_change(inputs, self._projected["q"], self._rotation, cos, sin),
-            "k": lambda: attention_impacts.key_change(inputs, self._projected["k"], self._rotation, cos, sin),
-        }
-        if self.attention == "paper":
-            changes = dict.fromkeys(changes, lambda: attention_impacts.paper_change(inputs))
+        inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
         chunk_bytes = int(self.memory_gb * 2**30)
         if query.device.type == "cpu":
             chunk_bytes = min(chunk_bytes, _CPU_CHUNK_BYTES)
+        change = attention_impacts.OutputChange(inputs, self.counted, chunk_bytes)
         for name in sorted(self.projections & {"q", "k"}):
-            squares = attention_impacts.squared_output_change(inputs, changes[name](), self.counted, chunk_bytes)
-            if name == "q":
-                self._report("q", attention_impacts.query_impacts(squares))
-            else:
-                self._report("k", attention_impacts.key_impacts(squares, self.layer.num_kv_heads))
+            self._report(name, self._query_or_key_impacts(name, inputs, change))
         self._projected.clear()
         output = inputs.logits().softmax(-1) @ inputs.value
         return output.transpose(1, 2).to(query.dtype).contiguous()
+
+    def _query_or_key_impacts(
+        self, name: str, inputs: attention_impacts.AttentionInputs, change: attention_impacts.OutputChange
+    ) -> Tensor:
+        cos, sin = (angle.to(inputs.query.dtype) for angle in self._cos_sin)
+        if self._rotation is None:
+            self._rotation = self.layer.rotation(cos, sin)
+        projected, norm = self._projected[name], self.layer.norms.get(name)
+        if self.attention == "paper":
+            squares = change.of_rank_two(attention_impacts.paper_change(inputs), before_cap=False)
+        elif norm is None:
+            rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
+            squares = change.of_rank_two(rank_two(inputs, projected, self._rotation, cos, sin))
+        elif self.layer.norm_spans_heads(name):
+            return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
+        else:
+            squares = change.replayed(name, projected, norm, self._rotation, cos, sin)
+        if name == "q":
+            return attention_impacts.query_impacts(squares)
+        return attention_impacts.key_impacts(squares, self.layer.num_kv_heads)
 
 
 _observer_of: WeakKeyDictionary[nn.Module, LayerObserver] = WeakKeyDictionary()
@@ -218,13 +238,8 @@ def _attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function that the model runs while its impacts are measured."""
-    if softcap is not None:
-        raise UserError(
-            f"model.name: {type(module).__name__} caps its attention logits; the exact impact of such a family "
-            "isn't supported yet"
-        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _observer_of[module].attend(query, key, value, attention_mask, scaling), None
+    return _observer_of[module].attend(query, key, value, attention_mask, scaling, softcap), None
 
 
 def _mask(*args, **kwargs) -> Tensor:

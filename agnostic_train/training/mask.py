@@ -148,11 +148,15 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
     neurons.check(model)
     decoder = find_decoder(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Sites that share a fused weight (Phi-3's q, k and v) learn as one.
+    shared: dict[int, tuple[nn.Parameter, int, list[Tensor]]] = {}
     for site, indices in neurons.items():
         projection = decoder.projection(site)
-        weight, dim = projection.linear.weight, projection.neuron_dim
-        chosen = indices.to(weight.device)
-        frozen = torch.ones(projection.num_neurons, dtype=torch.bool, device=weight.device)
+        weight = projection.linear.weight
+        shared.setdefault(id(weight), (weight, projection.neuron_dim, []))[2].append(projection.entries(indices))
+    for weight, dim, entries in shared.values():
+        chosen = torch.cat(entries).sort().values
+        frozen = torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)
         frozen[chosen] = False
         yield MaskedParameter(names[id(weight)], weight, dim, chosen, frozen.unsqueeze(1 - dim))
 

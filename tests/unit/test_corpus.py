@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import LlamaConfig
 
 from agnostic_train.corpus import Encoder, load_corpus, training_examples
@@ -29,7 +30,12 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer([*SENTENCES, "习惯 çà ñandú"], vocab_size=300)
+    """One that begins sentences by itself, as Llama's does."""
+    tokenizer = build_tokenizer([*SENTENCES, "习惯 çà ñandú"], vocab_size=300)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def test_every_purpose_has_its_own_text(folder):
