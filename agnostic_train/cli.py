@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
-        if known.stage == "run":
+        if known.stage == "run" and pipeline.processes.is_main_process:
             from rich.console import Console
 
             from agnostic_train.report import summary_table

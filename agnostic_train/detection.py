@@ -1,18 +1,25 @@
 """From impacts to each language's related neurons, streamed: per batch only counts leave the hooks."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
-from agnostic_train.files import UserError
+from agnostic_train.files import UserError, whole_file
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
-from agnostic_train.inference import Batch, left_as_found
+from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
 from agnostic_train.self_check import verify_impacts
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 def detect_neurons(
@@ -28,6 +35,7 @@ def detect_neurons(
     memory_gb: float = DEFAULT_MEMORY_GB,
     verify: bool = True,
     progress: bool = True,
+    checkpoints: str | Path | None = None,
 ) -> LanguageNeurons:
     """Finds the neurons that matter whenever a language is processed (Chen et al. 2025, section 2 and Appendix A).
 
@@ -46,6 +54,10 @@ def detect_neurons(
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
+        checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
+            goes on from them, to the identical result; use another folder for other settings, text or weights.
+
+    Several processes share the batches and add up their counts: each gets the whole of `corpora`.
 
     Raises:
         ValueError: an option out of range.
@@ -69,8 +81,12 @@ def detect_neurons(
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             if verify and not related:
                 verify_impacts(model, first)
+            file = None
+            if checkpoints is not None:
+                file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ImpactMeter(model, projections, attention, memory_gb) as meter:
-                counts = _count_top(meter, chain([first], batches), top_ratio, language, progress)
+                counts = _count_top(meter, own_share(chain([first], batches)), top_ratio, language, progress, file)
+            counts.sum_over_processes(sizes, find_device(model))
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
     settings = {
@@ -90,6 +106,7 @@ class TopCounts:
 
     def __init__(self, top_ratio: float):
         self.top_ratio = top_ratio
+        self.num_batches = 0
         self.num_sentences = 0
         self._counts: dict[Site, Tensor] = {}
         self._finite: dict[Site, Tensor] = {}
@@ -99,10 +116,24 @@ class TopCounts:
         finite = impacts.isfinite().all()
         top = in_top(impacts, max(1, int(self.top_ratio * impacts.shape[1]))).sum(0, dtype=torch.int32)
         if site in self._counts:
-            self._counts[site] += top
-            self._finite[site] &= finite
+            # Counts that were loaded lie on one device, a large model's layers on several.
+            self._counts[site] = self._counts[site].to(top.device) + top
+            self._finite[site] = self._finite[site].to(top.device) & finite
         else:
             self._counts[site], self._finite[site] = top, finite
+
+    def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
+        """Adds up the counts of all processes; one that had no batch takes part with zeros."""
+        if num_processes() == 1:
+            return
+        finite = torch.tensor([it.all() for it in self._finite.values()]).all()
+        totals = torch.tensor([self.num_sentences, self.num_batches, int(not finite)], device=device)
+        self.num_sentences, self.num_batches, not_finite = sum_over_processes(totals).tolist()
+        for site, size in sizes.items():
+            own = self._counts.get(site)
+            own = torch.zeros(size, dtype=torch.int32) if own is None else own
+            self._counts[site] = sum_over_processes(own.to(device))
+            self._finite[site] = torch.tensor(not not_finite)
 
     def consistent(self, consistency: float, sizes: Mapping[Site, int]) -> NeuronSet:
         """The neurons that were in the top in at least `consistency` of the sentences."""
@@ -114,6 +145,29 @@ class TopCounts:
         # The slack keeps 0.6 of 5 sentences at 3, whatever 0.6 * 5 is in binary.
         least = max(1.0, consistency * self.num_sentences * (1 - 1e-9))
         return NeuronSet({site: (counts >= least).nonzero().flatten() for site, counts in self._counts.items()}, sizes)
+
+    def save(self, file: Path) -> None:
+        """Writes the counts so far, whole or not at all."""
+        tensors = {f"{layer}.{projection}": counts for (layer, projection), counts in self._counts.items()}
+        finite = {f"finite.{layer}.{projection}": flag for (layer, projection), flag in self._finite.items()}
+        progress = {"num_batches": str(self.num_batches), "num_sentences": str(self.num_sentences)}
+        with whole_file(file) as temporary:
+            save_file({**tensors, **finite}, temporary, progress)
+
+    @classmethod
+    def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
+        """Counts to go on from; fresh ones where there is no file."""
+        counts = cls(top_ratio)
+        if not file.exists():
+            return counts
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            progress = tensors.metadata()
+            for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
+                *kind, layer, projection = key.split(".")
+                target = counts._finite if kind else counts._counts
+                target[(int(layer), projection)] = tensors.get_tensor(key)
+        counts.num_batches, counts.num_sentences = int(progress["num_batches"]), int(progress["num_sentences"])
+        return counts
 
 
 def in_top(impacts: Tensor, count: int) -> Tensor:
@@ -129,12 +183,26 @@ def in_top(impacts: Tensor, count: int) -> Tensor:
 
 
 def _count_top(
-    meter: ImpactMeter, batches: Iterable[Batch], top_ratio: float, language: str, progress: bool
+    meter: ImpactMeter,
+    batches: Iterable[Batch],
+    top_ratio: float,
+    language: str,
+    progress: bool,
+    file: Path | None,
 ) -> TopCounts:
-    counts = TopCounts(top_ratio)
-    with tqdm(desc=f"detect {language}", unit=" sentences", disable=not progress, leave=False) as bar:
-        for batch in batches:
+    counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(meter.model))
+    saved = time.monotonic()
+    with tqdm(
+        desc=f"detect {language}", unit=" sentences", initial=counts.num_sentences, disable=not progress, leave=False
+    ) as bar:
+        for batch in islice(batches, counts.num_batches, None):
             meter.measure(batch, counts.add)
+            counts.num_batches += 1
             counts.num_sentences += len(batch["input_ids"])
             bar.update(len(batch["input_ids"]))
+            if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                counts.save(file)
+                saved = time.monotonic()
+    if file is not None:
+        counts.save(file)
     return counts

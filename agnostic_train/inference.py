@@ -26,6 +26,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: the device of its embeddings."""
+    return model.get_input_embeddings().weight.device
+
+
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The forward arguments for a padded batch, on the model's input device.
 
@@ -34,7 +39,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     Args:
         batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
     """
-    device = model.get_input_embeddings().weight.device
+    device = find_device(model)
     input_ids = batch["input_ids"].to(device)
     mask = batch.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask.to(device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agnostic_train.files import UserError
 from agnostic_train.inference import Batch, left_as_found, model_inputs
+from agnostic_train.processes import in_order, own_share
 
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
 _TOKENS_AT_ONCE = 512
@@ -51,7 +52,8 @@ class Perplexity:
 def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     """Token-weighted perplexity of a causal language model, each token scored once.
 
-    A sentence's first real token isn't scored, since nothing real predicts it; padding is excluded.
+    A sentence's first real token isn't scored, since nothing real predicts it; padding is excluded. Several processes
+    share the batches, and each gets the whole result.
 
     Args:
         model: left as found.
@@ -60,26 +62,35 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     Raises:
         UserError: no token to score, or a loss that isn't finite.
     """
-    nats, tokens, num_bytes = [], [], 0
     with left_as_found(model):
-        for batch in batches:
-            inputs = model_inputs(model, batch)
-            logits = model(**inputs).logits
-            scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
-            losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
-            scored = scored.to(losses.device)
-            nats.append(losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64).cpu())
-            tokens.append(scored.sum(1).cpu())
-            counted = batch.get("num_bytes")
-            num_bytes = (
-                None if counted is None or num_bytes is None else num_bytes + int(torch.as_tensor(counted).sum())
-            )
-    if not tokens or not sum(int(count.sum()) for count in tokens):
+        parts = in_order([_score_batch(model, batch) for batch in own_share(batches)])
+    num_tokens = sum(int(tokens.sum()) for _, tokens, _ in parts)
+    if not num_tokens:
         raise UserError("corpus: no token to score; a sentence needs two tokens")
-    result = Perplexity(torch.cat(nats), torch.cat(tokens), num_bytes)
+    counted = [num_bytes for _, _, num_bytes in parts]
+    result = Perplexity(
+        torch.cat([nats for nats, _, _ in parts]),
+        torch.cat([tokens for _, tokens, _ in parts]),
+        None if None in counted else sum(counted),
+    )
     if not math.isfinite(result.nats):
         raise UserError("model.name: its loss isn't finite; the model computes NaN or Inf")
     return result
+
+
+def _score_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, int | None]:
+    """Each sentence's nats (float64) and scored tokens, on the CPU, and the batch's bytes."""
+    inputs = model_inputs(model, batch)
+    logits = model(**inputs).logits
+    losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
+    scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
+    scored = scored.to(losses.device)
+    num_bytes = batch.get("num_bytes")
+    return (
+        losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64).cpu(),
+        scored.sum(1).cpu(),
+        None if num_bytes is None else int(torch.as_tensor(num_bytes).sum()),
+    )
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

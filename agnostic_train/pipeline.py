@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -23,7 +24,7 @@ from agnostic_train.export import export_checkpoint
 from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
 from agnostic_train.loading import load_model, load_tokenizer, model_identity
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.quickstart.tiny_model import quickstart_corpus, quickstart_model
+from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.report import model_card, write_report
 from agnostic_train.strategy import Choice, Strategy
@@ -54,10 +55,13 @@ class Pipeline:
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
         self.recipe = recipe
         self.force = force
-        self.say = say
+        self.training_arguments = _training_arguments(recipe)
+        # Transformers sets the processes up when it is first asked for the device; the state is one for all.
+        assert self.training_arguments.device is not None
+        self.processes = PartialState()
+        self.say = say if self.processes.is_main_process else lambda line: None
         self.directory = Path(recipe.output_dir)
         self._make_directory()
-        self.training_arguments = _training_arguments(recipe)
         if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
             raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
 
@@ -96,13 +100,16 @@ class Pipeline:
         if not forced and record.get("fingerprint") == key and record.get("finished") and self._complete(stage):
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return
+        self.processes.wait_for_everyone()
         self.say(f"{stage}: {STAGES[stage]}")
         resumed = record.get("fingerprint") == key and not record.get("finished") and not forced
         self._record(stage, {"fingerprint": key, "finished": False})
         start = time.monotonic()
         result = getattr(self, f"_{stage}")(*([resumed] if stage == "train" else []))
+        self.processes.wait_for_everyone()
         seconds = round(time.monotonic() - start, 1)
         self._record(stage, {"fingerprint": key, "finished": True, "seconds": seconds, **(result or {})})
+        self.processes.wait_for_everyone()
 
     # What a run is made of, loaded when it is first needed.
 
@@ -110,6 +117,8 @@ class Pipeline:
     def model_path(self) -> str:
         if self.recipe.model.name != EMBEDDED:
             return self.recipe.model.name
+        if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
+            raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
         self.say("model: the embedded default (at first use it is trained from scratch, about a minute)")
         return str(quickstart_model())
 
@@ -162,6 +171,7 @@ class Pipeline:
 
     def _detect(self) -> dict:
         section = self.recipe.detection
+        checkpoints = self.directory / f".detection-{self._fingerprints['detect'][:16]}"
         found = detect_neurons(
             self.model,
             self.batches("detection"),
@@ -172,8 +182,12 @@ class Pipeline:
             min_languages=section.min_languages,
             memory_gb=section.memory_gb,
             verify=section.verify,
+            progress=self.processes.is_local_main_process,
+            checkpoints=checkpoints,
         )
-        found.save(self.directory / "neurons")
+        if self.processes.is_main_process:
+            found.save(self.directory / "neurons")
+            shutil.rmtree(checkpoints, ignore_errors=True)
         for language in found.languages:
             self.say(
                 f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
@@ -188,9 +202,10 @@ class Pipeline:
             LanguageNeurons.load(self.directory / "neurons"),
             self.batches("validation"),
             control_seeds=range(1, self.recipe.score.controls + 1),
-            progress=True,
+            progress=self.processes.is_local_main_process,
         )
-        write_json(self.directory / "score.json", score.to_json())
+        if self.processes.is_main_process:
+            write_json(self.directory / "score.json", score.to_json())
         value = "undefined" if score.value is None else f"{score.value:.3f}"
         controls = ", ".join("undefined" if it is None else f"{it:.3f}" for it in score.controls.values())
         self.say(f"score: language-agnostic score {value}" + (f" (random sets: {controls})" if controls else ""))
@@ -219,14 +234,19 @@ class Pipeline:
         else:
             trainer = NeuronTrainer(self.model, **settings, neurons=choice.neurons, update=recipe.training.update)
         trainer.remove_callback(PrinterCallback)
+        if self.processes.is_main_process:
+            _remove_incomplete_checkpoints(self.directory)
+        self.processes.wait_for_everyone()
         checkpoints = _checkpoints(self.directory)
         if checkpoints and resumed:
             self.say(f"train: resumed from {checkpoints[-1].name}")
         else:
             for stale in checkpoints:
                 self.say(f"train: {stale.name} belongs to another recipe, removed")
-                shutil.rmtree(stale)
+                if self.processes.is_main_process:
+                    shutil.rmtree(stale)
             checkpoints = []
+        self.processes.wait_for_everyone()
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         # A trained model is no base any more: whoever asks for one loads it again.
         del self.__dict__["model"]
@@ -248,6 +268,8 @@ class Pipeline:
         }
 
     def _export(self) -> dict:
+        if not self.processes.is_main_process:
+            return {}
         record = self.manifest["stages"]["train"]
         checkpoint = self.directory / record["checkpoint"]
         neurons = None
@@ -280,14 +302,17 @@ class Pipeline:
 
     def _evaluate(self) -> dict:
         batches = self.batches("test", self.recipe.evaluation.batch_size)
-        before = evaluate_languages(self.model, batches, "before")
+        progress = self.processes.is_local_main_process
+        before = evaluate_languages(self.model, batches, "before", progress)
         enhanced = load_model(self.recipe.model, self.directory / "enhanced")
-        after = evaluate_languages(enhanced, batches, "after")
-        write_json(self.directory / "evaluation.json", compare_languages(before, after))
+        after = evaluate_languages(enhanced, batches, "after", progress)
+        if self.processes.is_main_process:
+            write_json(self.directory / "evaluation.json", compare_languages(before, after))
         return {}
 
     def _report(self) -> dict:
-        write_report(self.directory, self.recipe.to_dict(), self.manifest)
+        if self.processes.is_main_process:
+            write_report(self.directory, self.recipe.to_dict(), self.manifest)
         self.say(f"report: {self.directory / 'report.html'}")
         return {}
 
@@ -326,7 +351,7 @@ class Pipeline:
     # What is on disk.
 
     def _make_directory(self) -> None:
-        probe = self.directory / ".writable"
+        probe = self.directory / f".writable.{os.getpid()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe.touch()
@@ -383,6 +408,8 @@ class Pipeline:
         return manifest
 
     def _record(self, stage: str, record: dict) -> None:
+        if not self.processes.is_main_process:
+            return
         stages = self.manifest["stages"]
         stages[stage] = record
         frozen = stages.get("export", {}).get("frozen_weights")
@@ -406,9 +433,12 @@ class Pipeline:
 
 def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
     os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
+    accelerator = torch.accelerator.is_available()
+    # On a CPU several processes need to be told so, and pinned memory warns.
+    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
     try:
         return NeuronTrainingArguments(
-            **{"dataloader_pin_memory": torch.accelerator.is_available(), **recipe.training.arguments},
+            **{**defaults, **recipe.training.arguments},
             output_dir=recipe.output_dir,
             report_to=["wandb"] if recipe.tracking.wandb else [],
             run_name=recipe.tracking.run_name,
@@ -419,14 +449,16 @@ def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; the Trainer writes its state last."""
+    """The checkpoints, oldest first."""
     found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in found:
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _remove_incomplete_checkpoints(directory: Path) -> None:
+    """Removes what a kill in the middle of saving left behind; the Trainer writes its state last."""
+    for path in _checkpoints(directory):
         if not (path / TRAINER_STATE_NAME).exists():
             shutil.rmtree(path)
-    return sorted(
-        (path for path in found if path.exists()), key=lambda path: int(path.name.removeprefix("checkpoint-"))
-    )
 
 
 def _read_score(file: Path) -> AgnosticScore:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,7 +30,6 @@ training:
   learning_rate: 1e-2
   logging_steps: 2
   save_steps: 3
-  use_cpu: true
   disable_tqdm: true
 output_dir: {root}/out
 """
@@ -222,3 +223,15 @@ def test_a_missing_stage_or_recipe(capsys):
             main(arguments)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert main(["run", "none.yaml"]) == 2
+
+
+def test_two_processes_run_the_chain(root):
+    """Sentences are shared out, training is data parallel, and one process writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "agnostic_train", "run", str(root / "recipe.yaml"), "--training.per_device_train_batch_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("6 steps") == 1
+    assert run(root, "detect", f"--output_dir={root / 'alone'}") == 0
+    assert LanguageNeurons.load(root / "out/neurons") == LanguageNeurons.load(root / "alone/neurons")
+    assert json.loads((root / "out/manifest.json").read_text())["frozen_weights"]["status"] == "identical"

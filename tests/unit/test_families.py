@@ -74,7 +74,11 @@ def test_impacts_equal_real_deactivation(name):
         for site, values in impacts.items():
             assert values.shape == expected[site].shape
             torch.testing.assert_close(
-                values, expected[site], rtol=0, atol=1e-4 * expected[site].max().item(), msg=lambda m: f"{site}: {m}"
+                values,
+                expected[site],
+                rtol=0,
+                atol=1e-4 * expected[site].max().item(),
+                msg=lambda m, site=site: f"{site}: {m}",
             )
     assert max(comparison.error for comparison in verify_impacts(model, padded_batch(LENGTHS, "left"))) < 1e-4
 

@@ -1,0 +1,90 @@
+"""Two processes give the sets and numbers of one, and an interrupted detection ends like a whole one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train import detection
+from agnostic_train.detection import detect_neurons
+from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.perplexity import perplexity
+
+WORKER = """
+import sys
+sys.path[:0] = [{tests!r}]
+import torch, torch.distributed as dist
+from conftest import tiny_llama
+from test_processes import corpora, detect
+from agnostic_train.perplexity import perplexity
+
+dist.init_process_group("gloo")
+model = tiny_llama()
+found = detect(model)
+result = perplexity(model, corpora()["a"])
+if dist.get_rank() == 1:
+    found.save({out!r} + "/neurons")
+    torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), {out!r} + "/perplexity.pt")
+dist.destroy_process_group()
+"""
+
+
+def corpora():
+    """Three batches for one language and one, so that a process has none, for the other."""
+    sizes = {"a": ([5, 9, 3], [8], [4, 6]), "b": ([7, 7],)}
+    return {
+        language: [
+            padded_batch(lengths, seed=index) | {"num_bytes": torch.tensor(lengths)}
+            for index, lengths in enumerate(batches)
+        ]
+        for language, batches in sizes.items()
+    }
+
+
+def detect(model, **settings):
+    return detect_neurons(model, corpora(), 0.2, 0.6, progress=False, **settings)
+
+
+def test_two_processes_give_the_result_of_one(tmp_path, pytestconfig):
+    tests = [str(pytestconfig.rootpath / "tests"), str(pytestconfig.rootpath / "tests/integration")]
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        WORKER.format(tests=tests[0], out=str(tmp_path)).replace(
+            "import torch,", f"sys.path.append({tests[1]!r})\nimport torch,"
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = tiny_llama()
+    assert LanguageNeurons.load(tmp_path / "neurons") == detect(model)
+    nats, tokens, num_bytes = torch.load(tmp_path / "perplexity.pt", weights_only=True)
+    result = perplexity(model, corpora()["a"])
+    torch.testing.assert_close(nats, result.sentence_nats)
+    assert torch.equal(tokens, result.sentence_tokens) and num_bytes == result.num_bytes
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, stop_after):
+    model = tiny_llama()
+    whole = detect(model)
+    monkeypatch.setattr(detection, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    original, measured = detection.ImpactMeter.measure, []
+
+    def interrupted(self, batch, sink):
+        if sum(measured) == stop_after and len(self.projections) > 1:
+            raise KeyboardInterrupt
+        original(self, batch, sink)
+        measured.append(len(self.projections) > 1)
+
+    monkeypatch.setattr(detection.ImpactMeter, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect(model, checkpoints=tmp_path)
+    measured.clear()
+    monkeypatch.setattr(detection.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args)))
+    assert detect(model, checkpoints=tmp_path, verify=False) == LanguageNeurons(
+        whole.related, whole.shared, whole.exclusive, {**whole.settings, "verified": False}
+    )
+    assert len(measured) == 4 - stop_after
