@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from agnostic_train.deactivation import deactivate
+from agnostic_train.files import UserError, read_json
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.perplexity import Perplexity, perplexity
@@ -61,6 +63,18 @@ class AgnosticScore:
     def clipped(self) -> list[str]:
         """Languages of which a change was set to `SMALLEST_CHANGE`."""
         return [row.language for row in self.table if row.clipped]
+
+    @classmethod
+    def load(cls, file: str | Path) -> "AgnosticScore":
+        """Reads `score.json`; raises `UserError` that names the file if it is missing or broken."""
+        content = read_json(file)
+        names = {it.name for it in fields(LanguageScore)}
+        try:
+            table = [LanguageScore(**{name: row[name] for name in names}) for row in content["table"]]
+            controls = {int(seed): value for seed, value in content["controls"]["values"].items()}
+            return cls(content["value"], table, controls)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
 
     def to_json(self) -> dict:
         """Plain JSON values, as in `score.json`."""

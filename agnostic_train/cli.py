@@ -5,6 +5,8 @@ import sys
 from difflib import get_close_matches
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 from agnostic_train.files import UserError
 from agnostic_train.recipe import load_recipe, recipe_keys, training_argument_types
 
@@ -80,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(summary_table(pipeline.directory, recipe.training.languages))
     except UserError as error:
         return _fail(str(error))
+    except SafetensorError as error:  # what writing to a full disk raises, too
+        return _fail(f"a weight file can't be read or written ({error})")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")

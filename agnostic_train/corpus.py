@@ -70,6 +70,10 @@ def load_corpus(section: CorpusSection, path: str | Path) -> Corpus:
             splits[split] = _read_sentences(file, language)
             hashes[file.name] = hash_file(file)
         if "test" not in splits:
+            if len(splits["valid"]) < 2:
+                raise UserError(
+                    f"{path / f'{language}.valid.txt'}: one sentence can't be shared by validation and test"
+                )
             splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
         _check_disjoint(language, splits, path)
         texts[language] = _by_purpose(section, language, splits, path)
@@ -78,7 +82,7 @@ def load_corpus(section: CorpusSection, path: str | Path) -> Corpus:
 
 def _read_sentences(file: Path, language: str) -> list[str]:
     try:
-        lines = file.read_bytes().decode("utf-8").splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"corpus.languages: {language!r} has no file {file}; add it or take the language out") from None
     except IsADirectoryError:
@@ -162,6 +166,8 @@ class Encoder:
 
         num_bytes counts the UTF-8 bytes that the kept tokens cover.
         """
+        if not sentences:
+            return []
         tokenizer = self.tokenizer
         encoded = tokenizer(
             list(sentences),
@@ -184,7 +190,11 @@ class Encoder:
             if self.max_length is not None and len(ids) > self.max_length:
                 num_cut += 1
                 ids, special = ids[: self.max_length], special[: self.max_length]
-                kept = sentence[: max(ends[: self.max_length])] if ends else tokenizer.decode(ids)
+                kept = (
+                    sentence[: max(ends[: self.max_length])]
+                    if ends
+                    else tokenizer.decode(ids, skip_special_tokens=True)
+                )
                 num_bytes = len(kept.encode())
             else:
                 num_bytes = len(sentence.encode())
@@ -203,12 +213,12 @@ class Encoder:
     def batches(
         self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """Padded batches of sentences of like length: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`.
+        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`.
 
-        Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
+        What the longest need in memory shows at once, and the self-check sees them. Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
         `special_tokens_mask` that leaves such tokens out of impacts.
         """
-        rows = sorted(self.encode(sentences, purpose), key=lambda row: len(row["input_ids"]))
+        rows = sorted(self.encode(sentences, purpose), key=lambda row: -len(row["input_ids"]))
         batches = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]

@@ -62,9 +62,12 @@ def export_checkpoint(
     dtype = _dtype(dtype) or model.dtype
     neurons = neurons if neurons is not None else getattr(model, "trained_neurons", None)
     check = check_frozen_weights(model, base, neurons, dtype)
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
-    }
+    # Cast once per storage: weights that are tied stay tied, and are written once.
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        rounded = value.to(dtype) if value.is_floating_point() else value
+        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
     with whole_directory(directory) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.

@@ -32,6 +32,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that replaces `path` on success and is removed on failure."""
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: a file, where a folder belongs; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()

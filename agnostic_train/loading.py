@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agnostic_train.files import UserError, hash_file
@@ -21,7 +22,11 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         UserError: it isn't there, or can't be loaded.
     """
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    model = _load(AutoModelForCausalLM, section, name, dtype=dtype)
+    model, info = _load(AutoModelForCausalLM, section, name, dtype=dtype, output_loading_info=True)
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        # Transformers fills them with random numbers, and goes on.
+        raise UserError(f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
 
@@ -53,7 +58,7 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
         return auto_class.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         if not Path(name).exists():
             problem = f"no such folder, and not to be had from the hub ({problem[:200]})"

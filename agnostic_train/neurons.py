@@ -44,11 +44,12 @@ class NeuronSet:
         for (layer, projection), indices in sorted((sites or {}).items(), key=lambda item: _order(item[0])):
             if projection not in PROJECTIONS:
                 raise ValueError(f"unknown projection {projection!r}; it is one of {', '.join(PROJECTIONS)}")
-            indices = torch.as_tensor(
-                indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64, device="cpu"
-            ).unique()
-            if not len(indices):
+            indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+            if not indices.numel():
                 continue
+            if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
+                raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {indices.dtype}")
+            indices = indices.to("cpu", torch.int64).unique()
             site = (int(layer), projection)
             if indices[0] < 0 or site[0] < 0:
                 raise ValueError(f"layer {layer} {projection}: a layer or index is negative")

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +16,20 @@ from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from agnostic_train.agnostic_score import AgnosticScore, LanguageScore, language_agnostic_score
+from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
 from agnostic_train.corpus import Corpus, Encoder, load_corpus, training_examples
 from agnostic_train.detection import detect_neurons
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
-from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
+from agnostic_train.files import UserError, fingerprint, hash_file, write_json
 from agnostic_train.loading import load_model, load_tokenizer, model_identity
+from agnostic_train.manifest import Manifest
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.report import model_card, write_report
 from agnostic_train.strategy import Choice, Strategy
+from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
 
 STAGES = {
@@ -56,14 +58,15 @@ class Pipeline:
         self.recipe = recipe
         self.force = force
         self.training_arguments = _training_arguments(recipe)
+        self.strategy = _strategy(recipe, self.training_arguments.seed)
         # Transformers sets the processes up when it is first asked for the device; the state is one for all.
         assert self.training_arguments.device is not None
         self.processes = PartialState()
         self.say = say if self.processes.is_main_process else lambda line: None
         self.directory = Path(recipe.output_dir)
+        self._check_inputs()
         self._make_directory()
-        if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
-            raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+        self.manifest = Manifest(self.directory)
 
     def run(self, stage: str) -> None:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
@@ -80,7 +83,7 @@ class Pipeline:
         return {
             "detect": [],
             "score": ["detect"],
-            "train": ["detect"] * self._chooses + ["score"] * self._uses_score,
+            "train": (["detect"] + ["score"] * self.strategy.needs_score) if self.strategy else [],
             "export": ["train"],
             "evaluate": ["export"],
             "report": ["score", "evaluate"],
@@ -95,20 +98,25 @@ class Pipeline:
         return [name for name in STAGES if name in needed]
 
     def _run_stage(self, stage: str, forced: bool) -> None:
-        key = self._fingerprints[stage]
-        record = self.manifest["stages"].get(stage, {})
-        if not forced and record.get("fingerprint") == key and record.get("finished") and self._complete(stage):
+        key = self.manifest.key(self._inputs[stage], self._depends(stage))
+        state = self.manifest.state(stage, key)
+        if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return
         self.processes.wait_for_everyone()
         self.say(f"{stage}: {STAGES[stage]}")
-        resumed = record.get("fingerprint") == key and not record.get("finished") and not forced
-        self._record(stage, {"fingerprint": key, "finished": False})
-        start = time.monotonic()
-        result = getattr(self, f"_{stage}")(*([resumed] if stage == "train" else []))
+        if self.processes.is_main_process:
+            if stage == "train":
+                self._clear_checkpoints(resume=state == "started" and not forced)
+            self.manifest.start(stage, key, self._head())
         self.processes.wait_for_everyone()
-        seconds = round(time.monotonic() - start, 1)
-        self._record(stage, {"fingerprint": key, "finished": True, "seconds": seconds, **(result or {})})
+        start = time.monotonic()
+        result = getattr(self, f"_{stage}")()
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            result["seconds"] = round(time.monotonic() - start, 1)
+            outputs = [self.directory / name for name in result.pop("outputs")]
+            self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
         self.processes.wait_for_everyone()
 
     # What a run is made of, loaded when it is first needed.
@@ -125,12 +133,6 @@ class Pipeline:
     @cached_property
     def corpus(self) -> Corpus:
         path = quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
-        for language in self.recipe.training.languages:
-            if language not in self.recipe.corpus.languages:
-                raise UserError(
-                    f"training.languages: {language!r} isn't in corpus.languages "
-                    f"({', '.join(self.recipe.corpus.languages)})"
-                )
         corpus = load_corpus(self.recipe.corpus, path)
         for language, text in corpus.texts.items():
             self.say(
@@ -171,7 +173,7 @@ class Pipeline:
 
     def _detect(self) -> dict:
         section = self.recipe.detection
-        checkpoints = self.directory / f".detection-{self._fingerprints['detect'][:16]}"
+        checkpoints = self.directory / f".detection-{fingerprint(self._inputs['detect'])[:16]}"
         found = detect_neurons(
             self.model,
             self.batches("detection"),
@@ -194,7 +196,7 @@ class Pipeline:
                 f"exclusive ({section.exclusive})"
             )
         self.say(f"detect: {len(found.shared)} shared by all")
-        return {"shared": len(found.shared)}
+        return {"outputs": ["neurons"], "shared": len(found.shared)}
 
     def _score(self) -> dict:
         score = language_agnostic_score(
@@ -212,9 +214,9 @@ class Pipeline:
         for problem, languages in (("undefined, a set is empty", score.undefined), ("clipped", score.clipped)):
             if languages:
                 self.say(f"score: {problem}: {', '.join(languages)}")
-        return {"value": score.value}
+        return {"outputs": ["score.json"], "value": score.value}
 
-    def _train(self, resumed: bool) -> dict:
+    def _train(self) -> dict:
         recipe, arguments = self.recipe, self.training_arguments
         choice = self._choose()
         self.say(f"train: {choice.reason}" if choice else "train: all weights")
@@ -234,19 +236,9 @@ class Pipeline:
         else:
             trainer = NeuronTrainer(self.model, **settings, neurons=choice.neurons, update=recipe.training.update)
         trainer.remove_callback(PrinterCallback)
-        if self.processes.is_main_process:
-            _remove_incomplete_checkpoints(self.directory)
-        self.processes.wait_for_everyone()
         checkpoints = _checkpoints(self.directory)
-        if checkpoints and resumed:
+        if checkpoints:
             self.say(f"train: resumed from {checkpoints[-1].name}")
-        else:
-            for stale in checkpoints:
-                self.say(f"train: {stale.name} belongs to another recipe, removed")
-                if self.processes.is_main_process:
-                    shutil.rmtree(stale)
-            checkpoints = []
-        self.processes.wait_for_everyone()
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         # A trained model is no base any more: whoever asks for one loads it again.
         del self.__dict__["model"]
@@ -261,6 +253,7 @@ class Pipeline:
             + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
         )
         return {
+            "outputs": [Path(best or last).name],
             "checkpoint": Path(best or last).name,
             "strategy": choice.strategy if choice else "full",
             "reason": choice.reason if choice else "all weights, as asked for",
@@ -270,7 +263,7 @@ class Pipeline:
     def _export(self) -> dict:
         if not self.processes.is_main_process:
             return {}
-        record = self.manifest["stages"]["train"]
+        record = self.manifest.record("train")
         checkpoint = self.directory / record["checkpoint"]
         neurons = None
         if record["strategy"] != "full":
@@ -286,19 +279,22 @@ class Pipeline:
             neurons=neurons,
             model_card=model_card(self.recipe, record),
         )
+        frozen = asdict(check) | {"changed": list(check.changed)}
+        if check.status == "changed":
+            shutil.rmtree(self.directory / "enhanced")
+            write_json(self.directory / "manifest.json", {**self.manifest.read(), "frozen_weights": frozen})
+            raise UserError(
+                f"enhanced: not written, because {len(check.changed)} parameters moved that weren't chosen "
+                f"({check.changed[0]}, ...); report this with {self.directory / 'manifest.json'}"
+            )
         if neurons is None:
             self.say("export: enhanced/ written; all weights were trained, so none was checked")
-        elif check.status != "identical":
-            raise UserError(
-                f"enhanced: {len(check.changed)} parameters moved that weren't chosen ({check.changed[0]}, ...); "
-                f"don't use it, and report this with {self.directory / 'manifest.json'}"
-            )
         else:
             self.say(
                 f"export: enhanced/ written; {check.num_compared:,} weights are the base's bit for bit, "
                 f"{check.chosen_moved:.1%} of {check.num_chosen:,} chosen ones moved"
             )
-        return {"frozen_weights": asdict(check) | {"changed": list(check.changed)}}
+        return {"outputs": ["enhanced"], "frozen_weights": frozen}
 
     def _evaluate(self) -> dict:
         batches = self.batches("test", self.recipe.evaluation.batch_size)
@@ -308,44 +304,25 @@ class Pipeline:
         after = evaluate_languages(enhanced, batches, "after", progress)
         if self.processes.is_main_process:
             write_json(self.directory / "evaluation.json", compare_languages(before, after))
-        return {}
+        return {"outputs": ["evaluation.json"]}
 
     def _report(self) -> dict:
         if self.processes.is_main_process:
-            write_report(self.directory, self.recipe.to_dict(), self.manifest)
+            write_report(self.directory, self.recipe.to_dict(), self.manifest.read())
         self.say(f"report: {self.directory / 'report.html'}")
-        return {}
-
-    # Which neurons.
-
-    @property
-    def _chooses(self) -> bool:
-        """Whether the neurons come from detection, not from a file and not 'all weights'."""
-        return self.recipe.training.strategy != "full" and self.recipe.training.neurons is None
-
-    @property
-    def _strategy(self) -> dict:
-        training = self.recipe.training
-        return {
-            "name": training.strategy,
-            "languages": training.languages,
-            "low": training.low,
-            "high": training.high,
-            "random_like": training.random_like,
-            "seed": self.training_arguments.seed,
-        }
+        return {"outputs": ["report.html", "figures"]}
 
     def _choose(self) -> Choice | None:
-        training = self.recipe.training
-        if training.strategy == "full":
+        """The neurons to train; None trains all weights."""
+        file = self.recipe.training.neurons
+        if file is not None:
+            neurons = NeuronSet.load(file)
+            neurons.check(self.model, source=file)
+            return Choice("file", neurons, f"{len(neurons)} neurons from {file}")
+        if self.strategy is None:
             return None
-        if training.neurons is not None:
-            neurons = NeuronSet.load(training.neurons)
-            neurons.check(self.model, source=training.neurons)
-            return Choice("file", neurons, f"{len(neurons)} neurons from {training.neurons}")
-        strategy = Strategy(**self._strategy)
-        score = _read_score(self.directory / "score.json") if strategy.needs_score else None
-        choice = strategy.choose(LanguageNeurons.load(self.directory / "neurons"), score, self.model)
+        score = AgnosticScore.load(self.directory / "score.json") if self.strategy.needs_score else None
+        choice = self.strategy.choose(LanguageNeurons.load(self.directory / "neurons"), score, self.model)
         return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}")
 
     # What is on disk.
@@ -359,9 +336,44 @@ class Pipeline:
         except OSError as error:
             raise UserError(f"output_dir: can't write to {self.directory} ({error.strerror})") from None
 
+    def _check_inputs(self) -> None:
+        """What would fail after hours, or destroy what it reads, is refused at the start."""
+        recipe, output = self.recipe, self.directory.resolve()
+        for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
+            if Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
+                raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
+        if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
+            raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+        for language in recipe.training.languages:
+            if language not in recipe.corpus.languages:
+                raise UserError(
+                    f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
+                )
+        if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
+            raise UserError(
+                f"detection.min_languages: {recipe.detection.min_languages} is more than the "
+                f"{len(recipe.corpus.languages)} of corpus.languages"
+            )
+        optimizer = str(getattr(self.training_arguments.optim, "value", self.training_arguments.optim))
+        if recipe.training.strategy != "full" and optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "
+                f"promise that nothing else moves; use {', '.join(OPTIMIZERS)}"
+            )
+
+    def _clear_checkpoints(self, resume: bool) -> None:
+        """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
+        found = _checkpoints(self.directory)
+        if found and not self.manifest.record("train"):
+            raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
+        for path in found:
+            # The Trainer writes its state last: without it, saving was interrupted.
+            if not resume or not (path / TRAINER_STATE_NAME).exists():
+                shutil.rmtree(path)
+
     @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        """Per stage, a hash of all that its result depends on."""
+    def _inputs(self) -> dict[str, dict]:
+        """Per stage, what its result depends on, beside the stages before it."""
         recipe = self.recipe.to_dict()
         neurons = recipe["training"]["neurons"]
         common = {
@@ -379,56 +391,35 @@ class Pipeline:
             "evaluate": recipe["evaluation"],
             "report": None,
         }
-        keys: dict[str, str] = {}
-        for stage in STAGES:
-            keys[stage] = fingerprint([common, own[stage], [keys[name] for name in self._depends(stage)]])
-        return keys
+        return {stage: {**common, stage: own[stage]} for stage in STAGES}
 
-    @property
-    def _uses_score(self) -> bool:
-        return self._chooses and self.recipe.training.strategy == "auto"
-
-    def _complete(self, stage: str) -> bool:
-        outputs = {
-            "detect": ["neurons/summary.json"],
-            "score": ["score.json"],
-            "train": [self.manifest["stages"].get("train", {}).get("checkpoint", "checkpoint")],
-            "export": ["enhanced/config.json", "enhanced/manifest.json"],
-            "evaluate": ["evaluation.json"],
-            "report": ["report.html"],
-        }
-        return all((self.directory / output).exists() for output in outputs[stage])
-
-    @property
-    def manifest(self) -> dict:
-        file = self.directory / "manifest.json"
-        manifest = read_json(file) if file.exists() else {"stages": {}}
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-            raise UserError(f"{file}: not a manifest of this package; delete it, or use another output_dir")
-        return manifest
-
-    def _record(self, stage: str, record: dict) -> None:
-        if not self.processes.is_main_process:
-            return
-        stages = self.manifest["stages"]
-        stages[stage] = record
-        frozen = stages.get("export", {}).get("frozen_weights")
-        write_json(
-            self.directory / "manifest.json",
-            {
-                "model": {
-                    **model_identity(self.recipe.model, self.model_path),
-                    "name": self.recipe.model.name,
-                    "revision": self.recipe.model.revision,
-                },
-                "corpus": self.corpus.hashes,
-                "recipe": self.recipe.to_dict(),
-                "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
-                "versions": _versions(),
-                "frozen_weights": frozen or {"status": "unverified"},
-                "stages": stages,
+    def _head(self, frozen_weights: dict | None = None) -> dict:
+        """What stands in the manifest above the stages."""
+        export = self.manifest.record("export")
+        if frozen_weights is None and export.get("finished"):
+            # A proof holds for the weights that it was made of, not for a later training's.
+            key = self.manifest.key(self._inputs["export"], self._depends("export"))
+            frozen_weights = export["frozen_weights"] if export["key"] == key else None
+        return {
+            "model": {
+                **model_identity(self.recipe.model, self.model_path),
+                "name": self.recipe.model.name,
+                "revision": self.recipe.model.revision,
             },
-        )
+            "corpus": self.corpus.hashes,
+            "recipe": self.recipe.to_dict(),
+            "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
+            "versions": _versions(),
+            "frozen_weights": frozen_weights or {"status": "unverified"},
+        }
+
+
+def _strategy(recipe: Recipe, seed: int) -> Strategy | None:
+    """How the neurons are chosen; None where they come from a file or all weights learn."""
+    training = recipe.training
+    if training.strategy == "full" or training.neurons is not None:
+        return None
+    return Strategy(training.strategy, training.languages, training.low, training.high, training.random_like, seed)
 
 
 def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
@@ -452,20 +443,6 @@ def _checkpoints(directory: Path) -> list[Path]:
     """The checkpoints, oldest first."""
     found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _remove_incomplete_checkpoints(directory: Path) -> None:
-    """Removes what a kill in the middle of saving left behind; the Trainer writes its state last."""
-    for path in _checkpoints(directory):
-        if not (path / TRAINER_STATE_NAME).exists():
-            shutil.rmtree(path)
-
-
-def _read_score(file: Path) -> AgnosticScore:
-    content = read_json(file)
-    names = {it.name for it in fields(LanguageScore)}
-    table = [LanguageScore(**{name: row[name] for name in names}) for row in content["table"]]
-    return AgnosticScore(content["value"], table)
 
 
 def _versions() -> dict[str, str]:

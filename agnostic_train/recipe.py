@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from agnostic_train.files import UserError
 
-_section = dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+_section = dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), frozen=True, kw_only=True)
 
 
 def _as_list(value: Any) -> Any:

@@ -99,6 +99,14 @@ def model_card(recipe: Recipe, training: dict) -> str:
     neurons = (
         "all weights" if counts is None else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     )
+    if training["strategy"] == "full":
+        what = "Trained with agnostic_train as a baseline: all weights learned."
+    else:
+        kind = "random" if training["strategy"] == "random" else "chosen"
+        what = (
+            f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
+            "other weight was compared with the base's, bit for bit: see `manifest.json`."
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -110,8 +118,7 @@ tags:
 
 # {recipe.model.name}, enhanced for {", ".join(recipe.training.languages)}
 
-Trained with agnostic_train: only language-related neurons learned (Chen et al. 2025, arXiv 2506.09890); every other
-weight is the base's, bit for bit, as `manifest.json` says.
+{what}
 
 - strategy: {training["strategy"]} ({training["reason"]})
 - neurons trained: {neurons}

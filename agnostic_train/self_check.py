@@ -17,7 +17,7 @@ from agnostic_train.deactivation import switched_off
 from agnostic_train.decoder import ATTENTION_PROJECTIONS, PROJECTIONS, Layer, find_decoder, float32_copy
 from agnostic_train.files import UserError
 from agnostic_train.impact.hooks import ImpactMeter, LayerObserver, observed_attention
-from agnostic_train.inference import Batch, left_as_found, real_and_counted
+from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 TOLERANCE = 1e-3
 """Largest accepted difference, as a part of the largest impact of the site in that sentence."""
@@ -50,41 +50,35 @@ class Comparison:
 def verify_impacts(
     model: nn.Module, batch: Batch, neurons_per_site: int = 2, num_sentences: int = 2, seed: int = 0
 ) -> list[Comparison]:
-    """Compares scores with real deactivation in the first, a middle and the last layer.
+    """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
 
     It costs one forward pass of the model on `num_sentences` sentences, and per checked layer one measuring pass of
     that layer and `neurons_per_site + 2` plain ones per projection.
 
     Args:
         model: left as found.
-        batch: real sentences, as for `neuron_impacts`; the first `num_sentences` are used.
+        batch: real sentences, as for `neuron_impacts`; the `num_sentences` longest are used.
         neurons_per_site: random neurons per projection; the one of largest score is added.
 
     Returns: all comparisons.
 
     Raises:
         ImpactMismatchError: with the table, when a score is off by more than `TOLERANCE`.
+        UserError: a model whose attention can't be followed at all.
     """
-    batch = {name: values[:num_sentences] for name, values in batch.items() if isinstance(values, Tensor)}
-    generator = torch.Generator().manual_seed(seed)
-    last = len(find_decoder(model).layers) - 1
-    comparisons = []
-    with left_as_found(model):
-        for excerpt in _excerpts(model, batch, sorted({0, (last + 1) // 2, last})):
-            layer, scores = excerpt.layer, excerpt.scores()
-            for name in layer.projections:
-                neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
-                neurons.append(int(scores[name][0].argmax()))
-                before = excerpt.output(name)
-                for neuron in neurons:
-                    with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
-                        change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
-                    for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
-                        comparisons.append(
-                            Comparison(
-                                layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max())
-                            )
-                        )
+    # Short sentences would hide a wrong rotation or window: the longest tell most.
+    longest = model_inputs(model, batch)["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
+    batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
+    try:
+        with left_as_found(model):
+            comparisons = _compare(model, batch, neurons_per_site, torch.Generator().manual_seed(seed))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(
+            f"model.name: {type(model).__name__} isn't supported: its attention can't be followed "
+            f"({type(error).__name__}: {error})"
+        ) from error
     worst = max(comparisons, key=lambda comparison: comparison.error)
     if worst.error > TOLERANCE:
         logger.error("%s", comparison_table(comparisons))
@@ -94,6 +88,39 @@ def verify_impacts(
             " this model can't be used"
         )
     return comparisons
+
+
+def _compare(model: nn.Module, batch: Batch, neurons_per_site: int, generator: torch.Generator) -> list[Comparison]:
+    comparisons = []
+    for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers)):
+        layer, scores = excerpt.layer, excerpt.scores()
+        for name in layer.projections:
+            neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
+            neurons.append(int(scores[name][0].argmax()))
+            before = excerpt.output(name)
+            for neuron in neurons:
+                with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
+                    change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
+                for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
+                    comparisons.append(
+                        Comparison(
+                            layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max())
+                        )
+                    )
+    return comparisons
+
+
+def _layers_to_check(layers: list[Layer]) -> list[int]:
+    """The first, a middle and the last layer, and one of each kind that differs in a plain attribute.
+
+    Families mix kinds: windowed and full attention, with rotation and without.
+    """
+    kinds: dict[tuple, int] = {}
+    for layer in layers:
+        plain = {name: it for name, it in vars(layer.attention).items() if isinstance(it, (bool, int, float, str))}
+        plain.pop("layer_idx", None)
+        kinds.setdefault((type(layer.attention), *sorted(plain.items())), layer.index)
+    return sorted({0, len(layers) // 2, len(layers) - 1, *kinds.values()})
 
 
 def comparison_table(comparisons: list[Comparison]) -> str:

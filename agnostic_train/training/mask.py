@@ -40,6 +40,10 @@ class MaskedParameter:
         return len(self.chosen) * self.parameter.numel() // self.parameter.shape[self.dim]
 
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""The names of `TrainingArguments.optim` that treat each weight on its own, and were tested."""
+
+
 class GradientMask:
     """Lets only the chosen neurons' rows and columns learn: freezes all else, masks every gradient.
 
@@ -90,14 +94,14 @@ class GradientMask:
         if not isinstance(optimizer, (Adam, AdamW, SGD)):
             raise UserError(
                 f"training.optim: {type(optimizer).__name__} isn't known to treat each weight on its own, so "
-                "update='mask' can't promise that nothing else moves; use adamw_torch, adamw_torch_fused or sgd"
+                f"update='mask' can't promise that nothing else moves; use {', '.join(OPTIMIZERS)}"
             )
         decays = {
             id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
         }
         self._take_decay_out(optimizer)
         self._handles += [
-            optimizer.register_step_pre_hook(lambda optimizer, *_: self._decay_chosen(optimizer, decays)),
+            optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer, decays)),
             # A resumed optimizer brings back its own decay, and momentum that may belong to other neurons.
             optimizer.register_load_state_dict_post_hook(self._take_decay_out),
             optimizer.register_load_state_dict_post_hook(self._clean_loaded_state),
@@ -115,6 +119,13 @@ class GradientMask:
                     value.masked_fill_(masked.frozen.to(value.device), 0)
 
     @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, decays: dict[int, float]) -> None:
+        for masked in self.parameters:
+            if masked.parameter.grad is not None:
+                # Clipping came after the mask, and a norm that is NaN makes NaN of frozen entries' zeros too.
+                masked.parameter.grad.masked_fill_(masked.frozen, 0)
+        self._decay_chosen(optimizer, decays)
+
     def _decay_chosen(self, optimizer: Optimizer, decays: dict[int, float]) -> None:
         masked_by_id = {id(masked.parameter): masked for masked in self.parameters}
         for group in optimizer.param_groups:

@@ -58,6 +58,25 @@ def root(template, tmp_path):
     return tmp_path / "it"
 
 
+@pytest.fixture(scope="module")
+def finished_template(template, tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(template, root / "it")
+    (root / "it/recipe.yaml").write_text(RECIPE.format(root=root / "it"))
+    assert run(root / "it", "run") == 0
+    return root / "it"
+
+
+@pytest.fixture
+def finished(finished_template):
+    """A folder with a finished run; the tests' damage is undone after each."""
+    backup = finished_template.with_name("backup")
+    shutil.copytree(finished_template, backup)
+    yield finished_template
+    shutil.rmtree(finished_template)
+    backup.rename(finished_template)
+
+
 def run(root, stage, *flags):
     return main([stage, str(root / "recipe.yaml"), *flags])
 
@@ -165,6 +184,73 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch):
     assert not (root / "out/checkpoint-5").exists()
 
 
+def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints(root, monkeypatch):
+    assert run(root, "train") == 0
+    assert run(root, "train", "--training.learning_rate=5e-2", f"--output_dir={root / 'clean'}") == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agnostic_train.pipeline.training_examples", interrupted)
+    assert run(root, "train", "--training.learning_rate=5e-2") == 130
+    monkeypatch.undo()
+    assert run(root, "train", "--training.learning_rate=5e-2") == 0
+    models = [
+        AutoModelForCausalLM.from_pretrained(root / name / "checkpoint-6").state_dict() for name in ("clean", "out")
+    ]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+@pytest.mark.parametrize(
+    "damage, stage",
+    [
+        (lambda out: (out / "neurons/shared.safetensors").unlink(), "detect"),
+        (lambda out: (out / "score.json").write_text("{"), "score"),
+        (lambda out: (out / "checkpoint-6/model.safetensors").unlink(), "train"),
+        (lambda out: (out / "enhanced/model.safetensors").write_bytes(b""), "export"),
+        (lambda out: shutil.rmtree(out / "figures"), "report"),
+    ],
+)
+def test_a_stage_with_a_damaged_file_is_run_again_and_so_is_what_rests_on_it(finished, capsys, damage, stage):
+    damage(finished / "out")
+    assert run(finished, "run") == 0
+    printed = capsys.readouterr().out
+    kept = {line.split(":")[0] for line in printed.splitlines() if "unchanged" in line}
+    rests = {"detect": STAGES, "score": ["score", "report"], "train": ["train", "export", "evaluate", "report"]}
+    rests |= {"export": ["export", "evaluate", "report"], "report": ["report"]}
+    assert kept == set(STAGES) - set(rests[stage])
+
+
+def test_a_forced_stage_makes_what_rests_on_it_stale(finished, capsys):
+    assert run(finished, "train", "--force") == 0
+    assert json.loads((finished / "out/manifest.json").read_text())["frozen_weights"] == {"status": "unverified"}
+    capsys.readouterr()
+    assert run(finished, "export") == 0
+    assert "export: unchanged" not in capsys.readouterr().out
+    assert json.loads((finished / "out/manifest.json").read_text())["frozen_weights"]["status"] == "identical"
+
+
+def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
+    out = finished / "out"
+    for flag in (f"--model.name={out / 'enhanced'}", f"--corpus.path={out}"):
+        assert run(finished, "run", flag) == 2
+        assert "would be overwritten" in capsys.readouterr().err
+    foreign = finished / "foreign"
+    shutil.copytree(out / "checkpoint-6", foreign / "checkpoint-900")
+    assert run(finished, "train", f"--output_dir={foreign}") == 2
+    assert "checkpoint-900 isn't of this run" in capsys.readouterr().err and (foreign / "checkpoint-900").exists()
+    assert run(finished, "train", "--training.optim=adafactor") == 2 and (out / "checkpoint-6").exists()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(root, capsys):
+    config = json.loads((root / "model/config.json").read_text()) | {"num_hidden_layers": 3}
+    (root / "model/config.json").write_text(json.dumps(config))
+    assert run(root, "detect") == 2
+    assert "lacks 9 weights that its config asks for" in capsys.readouterr().err
+    (root / "model/model.safetensors").write_bytes(b"truncated")
+    assert run(root, "detect") == 2
+
+
 MISTAKES = [
     (["--corpus.pth=x"], "unknown flag --corpus.pth; did you mean --corpus.path?"),
     (["--detection.top_ratio=2"], "detection.top_ratio"),
@@ -177,6 +263,8 @@ MISTAKES = [
     (["--training.optim=adamx"], "training: "),
     (["--training.optim=adafactor"], "training.optim"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
+    (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
+    (["--training.high=.inf"], "training.high"),
     (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
 ]
 

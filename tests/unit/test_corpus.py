@@ -62,9 +62,16 @@ def test_empty_lines_and_repetitions_are_dropped(folder):
     assert len(load_corpus(section(), folder).texts["en"].training) == 20
 
 
+def test_a_byte_order_mark_and_unicode_line_separators_belong_to_no_sentence(folder):
+    (folder / "en.train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*SENTENCES[:30], "a\u2028b"]).encode())
+    text = load_corpus(section(), folder).texts["en"]
+    assert sorted(text.detection + text.training) == sorted([*SENTENCES[:30], "a\u2028b"])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        (lambda folder: write(folder, "en", valid=["only one"]), r"en\.valid\.txt: one sentence can't be shared"),
         (lambda folder: (folder / "en.valid.txt").unlink(), r"'en' has no file .*en\.valid\.txt"),
         (
             lambda folder: (folder / "en.train.txt").write_bytes(b"good\n\xff\xfe"),

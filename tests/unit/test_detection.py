@@ -26,6 +26,14 @@ def test_in_top_with_ties_and_zeros():
             assert set(selected.nonzero().flatten().tolist()) == brute_force_top(row, count)
 
 
+def test_the_top_is_the_floor_of_the_exact_product():
+    """0.29 * 100 is 28.999... in binary."""
+    counts = TopCounts(top_ratio=0.29)
+    counts.add((0, "q"), torch.arange(1, 101, dtype=torch.float32)[None])
+    counts.num_sentences = 1
+    assert len(counts.consistent(1.0, {(0, "q"): 100})) == 29
+
+
 @pytest.mark.parametrize("consistency, expected", [(1.0, [0]), (0.6, [0, 1]), (0.2, [0, 1, 2]), (0.61, [0])])
 def test_consistency_is_a_part_of_the_sentences(consistency, expected):
     """In five sentences neuron 0 is top in 5, neuron 1 in 3, neuron 2 in 1; neuron 3 never."""

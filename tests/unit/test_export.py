@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.decoder import find_decoder
@@ -69,6 +70,12 @@ def test_half_precision_export_is_checked_in_that_precision(tmp_path):
     assert loaded.dtype == torch.bfloat16 and model.dtype == torch.float32
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(loaded.state_dict()[name], base.state_dict()[name])
+
+
+def test_tied_embeddings_are_written_once_in_another_dtype(tmp_path):
+    export_checkpoint(trained(tiny_llama(tie_word_embeddings=True)), tmp_path / "out", dtype="bfloat16")
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as tensors:
+        assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not iterable itself)
 
 
 def test_without_a_base_or_neurons_nothing_is_claimed(tmp_path):

@@ -128,6 +128,22 @@ def test_nan_gradients_do_not_reach_frozen_entries():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_nan_loss_does_not_reach_frozen_entries_through_clipping(tmp_path):
+    """Clipping multiplies every gradient by a norm that is NaN, after the mask: zero times NaN is NaN."""
+
+    class NanTrainer(NeuronTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * torch.nan
+
+    model = tiny_llama()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    NanTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=sentences(), neurons=CHOSEN).train()
+    for name, mask in chosen_entries(model, CHOSEN).items():
+        value = dict(model.named_parameters())[name]
+        assert torch.equal(value[~mask], before[name][~mask]), name
+        assert value[mask].isnan().all()
+
+
 def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries():
     model, other = tiny_llama(), tiny_llama()
     weight, other_weight = (it.model.layers[0].self_attn.q_proj.weight for it in (model, other))

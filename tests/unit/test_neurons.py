@@ -28,7 +28,11 @@ def test_algebra():
     assert A != B and NeuronSet({(1, "down"): [7], (0, "q"): [1, 5], (3, "k"): []}) == A
 
 
-@pytest.mark.parametrize("sites", [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}])
+@pytest.mark.parametrize(
+    "sites",
+    [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}]
+    + [{(0, "q"): [1.5]}, {(0, "q"): torch.tensor([True, False])}, {(0, "q"): torch.zeros(2, 2, dtype=torch.int64)}],
+)
 def test_impossible_neurons_are_refused(sites):
     with pytest.raises(ValueError):
         NeuronSet(sites)

@@ -8,7 +8,7 @@ from conftest import padded_batch, tiny_llama
 
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
 from agnostic_train.deactivation import deactivate
-from agnostic_train.files import UserError
+from agnostic_train.files import UserError, write_json
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.perplexity import perplexity
 from agnostic_train.strategy import Strategy
@@ -122,6 +122,17 @@ def test_the_score_from_really_deactivated_models(llama):
         "1",
         "2",
     }
+
+
+def test_a_score_comes_back_from_its_file(llama, tmp_path):
+    corpora = {name: [padded_batch([9, 12, 7])] for name in "abc"}
+    score = language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1])
+    write_json(tmp_path / "score.json", score.to_json())
+    assert AgnosticScore.load(tmp_path / "score.json").to_json() == score.to_json()
+    for broken in ({}, [], {"value": 1, "table": [{}]}):
+        write_json(tmp_path / "score.json", broken)
+        with pytest.raises(UserError, match=r"score\.json"):
+            AgnosticScore.load(tmp_path / "score.json")
 
 
 def test_nothing_defined_gives_no_score(llama):

@@ -1,0 +1,65 @@
+"""`manifest.json`: what a run was made from, and which stages are finished with every file in place."""
+
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+from agnostic_train.files import UserError, fingerprint, read_json, write_json
+
+
+class Manifest:
+    """The record of a run's stages in its `output_dir`.
+
+    A stage's key is a hash of all that its result depends on: its own inputs, and which run of each stage before it.
+    Only `start` and `finish` write; with several processes only the main one calls them.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._file = directory / "manifest.json"
+
+    def read(self) -> dict[str, Any]:
+        """The manifest as it stands; raises `UserError` if it isn't one."""
+        content = read_json(self._file) if self._file.exists() else {"stages": {}}
+        stages = content.get("stages") if isinstance(content, dict) else None
+        if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
+            raise UserError(f"{self._file}: not a manifest of this package; delete it, or use another output_dir")
+        return content
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What is known of a stage; empty if it never started."""
+        return self.read()["stages"].get(stage, {})
+
+    def key(self, inputs: Any, depends: list[str]) -> str:
+        """The key of a stage with these inputs, after the runs of other stages as they stand."""
+        return fingerprint([inputs, {stage: self.record(stage).get("run") for stage in depends}])
+
+    def state(self, stage: str, key: str) -> Literal["finished", "started", "stale"]:
+        """Whether the stage ran for this key: to its end with every file still there, in part, or not at all."""
+        record = self.record(stage)
+        if record.get("key") != key:
+            return "stale"
+        if not record.get("finished"):
+            return "started"
+        intact = all(
+            (self.directory / name).is_file() and (self.directory / name).stat().st_size == size
+            for name, size in record.get("files", {}).items()
+        )
+        return "finished" if intact else "stale"
+
+    def start(self, stage: str, key: str, head: dict[str, Any]) -> None:
+        """Says that a run of the stage has begun. `head`: what stands above the stages."""
+        found = self.record(stage)
+        run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
+        self._write(stage, {"key": key, "run": run, "finished": False}, head)
+
+    def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:
+        """Says that the stage is done. `outputs`: its files and folders, whose sizes are noted."""
+        files = [path for output in outputs for path in ([output] if output.is_file() else sorted(output.rglob("*")))]
+        sizes = {str(path.relative_to(self.directory)): path.stat().st_size for path in files if path.is_file()}
+        started = self.record(stage)
+        self._write(stage, {**started, "finished": True, **result, "files": sizes}, head)
+
+    def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
+        stages = self.read()["stages"] | {stage: record}
+        write_json(self._file, {**head, "stages": stages})
