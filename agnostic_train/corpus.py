@@ -1,21 +1,21 @@
-"""Text in several languages: from files to sentences for each purpose, and from sentences to padded batches."""
+"""Text in several languages: which sentence serves which purpose. No sentence serves two."""
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
+from tqdm.auto import tqdm
 
+from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError, hash_file
 from agnostic_train.recipe import CorpusSection
+from agnostic_train.sources import find_file, hub_documents, local_sentences, split_documents
 
-logger = logging.get_logger(__name__)
-
-PURPOSES = ("detection", "training", "validation", "test")
+STREAMED_DEFAULT = 1000
+"""Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
 
 
 @dataclass(frozen=True)
@@ -44,55 +44,82 @@ class Corpus:
         return list(self.texts)
 
 
-def load_corpus(section: CorpusSection, path: str | Path) -> Corpus:
-    """Reads `{lang}.train.txt`, `{lang}.valid.txt` and, if there, `{lang}.test.txt`: a sentence a line.
+def load_corpus(section: CorpusSection, path: str | Path | None = None, progress: bool = False) -> Corpus:
+    """Reads the text of every language, from `path` or, without one, from the hub's `corpus.dataset`.
 
-    Without a test file every second line of valid is the test text, and only the others ever select anything. Empty
-    lines and repeated sentences are dropped; the order is drawn by `corpus.seed`.
-
-    Args:
-        section: the recipe's `corpus`.
-        path: the folder.
+    Local text is `{lang}.train`, `{lang}.valid` and, if there, `{lang}.test` as `.txt` (a document a line), `.jsonl`
+    or `.parquet`. Without a test file every second sentence of valid is the test text, and only the others ever select
+    anything. Documents are split at line breaks; repeated sentences are dropped; `corpus.seed` draws the order.
 
     Raises:
-        UserError: a missing, empty or non-UTF-8 file, fewer sentences than asked for, or text in two splits.
+        UserError: a missing, empty or unreadable file, fewer sentences than asked for, or text in two splits.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"corpus.path: {path} isn't a folder")
     texts, hashes = {}, {}
     for language in section.languages:
-        splits = {}
-        for split in ("train", "valid", "test"):
-            file = path / f"{language}.{split}.txt"
-            if split == "test" and not file.exists():
-                continue
-            splits[split] = _read_sentences(file, language)
-            hashes[file.name] = hash_file(file)
-        if "test" not in splits:
-            if len(splits["valid"]) < 2:
-                raise UserError(
-                    f"{path / f'{language}.valid.txt'}: one sentence can't be shared by validation and test"
-                )
-            splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
-        _check_disjoint(language, splits, path)
-        texts[language] = _by_purpose(section, language, splits, path)
+        if path is None:
+            texts[language] = _streamed(section, language, progress)
+            content = "\n".join(sentence for part in vars(texts[language]).values() for sentence in part)
+            hashes[f"{section.dataset} {language}"] = hashlib.sha256(content.encode()).hexdigest()
+        else:
+            texts[language], files = _local(section, Path(path), language)
+            hashes |= {file.name: hash_file(file) for file in files}
     return Corpus(texts, hashes)
 
 
-def _read_sentences(file: Path, language: str) -> list[str]:
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"corpus.languages: {language!r} has no file {file}; add it or take the language out") from None
-    except IsADirectoryError:
-        raise UserError(f"{file}: a folder, where the text of {language!r} was expected") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
-    sentences = list(dict.fromkeys(filter(None, (line.strip() for line in lines))))
-    if not sentences:
-        raise UserError(f"{file}: has no sentence; a sentence a line is expected")
-    return sentences
+def _local(section: CorpusSection, folder: Path, language: str) -> tuple[LanguageText, list[Path]]:
+    if not folder.is_dir():
+        raise UserError(f"corpus.path: {folder} isn't a folder")
+    files = {split: find_file(folder, language, split) for split in ("train", "valid", "test")}
+    for split in ("train", "valid"):
+        if files[split] is None:
+            raise UserError(
+                f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'}; add it or take the "
+                "language out"
+            )
+    splits = {split: local_sentences(section, file) for split, file in files.items() if file is not None}
+    if "test" not in splits:
+        if len(splits["valid"]) < 2:
+            raise UserError(f"{files['valid']}: one sentence can't be shared by validation and test")
+        splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
+    _check_disjoint(language, splits, folder)
+    return _by_purpose(section, language, splits, folder), [file for file in files.values() if file is not None]
+
+
+def _streamed(section: CorpusSection, language: str, progress: bool) -> LanguageText:
+    """Fills one purpose after the other from whole documents, so that no document serves two."""
+    if section.training_sentences is None:
+        raise UserError("corpus.training_sentences: a streamed dataset has no end; say how many to train on")
+    wanted = {
+        "test": section.test_sentences or STREAMED_DEFAULT,
+        "validation": section.validation_sentences or STREAMED_DEFAULT,
+        "detection": section.detection_sentences,
+        "training": section.training_sentences,
+    }
+    documents = hub_documents(section, language)
+    seen: set[str] = set()
+    taken: dict[str, list[str]] = {}
+    with tqdm(total=sum(wanted.values()), desc=f"read {language}", disable=not progress, leave=False) as bar:
+        for purpose, count in wanted.items():
+            taken[purpose] = []
+            while len(taken[purpose]) < count:
+                document = next(documents, None)
+                if document is None:
+                    raise UserError(
+                        f"corpus.{purpose}_sentences: {count} asked for, {section.dataset} has only "
+                        f"{len(taken[purpose])} more of {language!r}"
+                    )
+                new = _unseen(split_documents([document], section.split_sentences), seen)
+                found = list(islice(new, count - len(taken[purpose])))
+                taken[purpose] += found
+                bar.update(len(found))
+    return LanguageText(language, **taken)
+
+
+def _unseen(sentences: Iterator[str], seen: set[str]) -> Iterator[str]:
+    for sentence in sentences:
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence
 
 
 def _check_disjoint(language: str, splits: dict[str, list[str]], path: Path) -> None:
@@ -127,119 +154,6 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
         taken[purpose] = sentences[:count]
     training = train[section.detection_sentences :][: section.training_sentences]
     return LanguageText(language, training=training, **taken)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Turns sentences into token ids, by the recipe's corpus keys and the model's limits.
-
-    add_bos: None leaves it to the tokenizer. max_length: in tokens; longer sentences are cut, and counted.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    add_bos: bool | None
-    max_length: int | None
-    pad_id: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, section: CorpusSection, config) -> "Encoder":
-        """An encoder for a model's config; says once what it had to decide.
-
-        Raises:
-            UserError: no token to pad with, no beginning-of-sequence token where one is asked for.
-        """
-        config = config.get_text_config()
-        pad_id = tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = tokenizer.eos_token_id
-            if pad_id is None:
-                raise UserError("model.name: its tokenizer has neither a pad nor an end-of-sequence token; set one")
-            logger.warning("the tokenizer has no pad token: padding with its end-of-sequence token, always masked")
-        if section.add_bos and tokenizer.bos_token_id is None:
-            raise UserError("corpus.add_bos: the tokenizer has no beginning-of-sequence token; set it to false")
-        limits = [limit for limit in (section.max_length, getattr(config, "max_position_embeddings", None)) if limit]
-        return cls(tokenizer, section.add_bos, min(limits, default=None), pad_id, config.vocab_size)
-
-    def encode(self, sentences: Sequence[str], purpose: str, add_eos: bool = False) -> list[dict]:
-        """One dict a sentence: `input_ids`, `special_tokens_mask` (lists of int), `num_bytes` (int).
-
-        num_bytes counts the UTF-8 bytes that the kept tokens cover.
-        """
-        if not sentences:
-            return []
-        tokenizer = self.tokenizer
-        encoded = tokenizer(
-            list(sentences),
-            add_special_tokens=self.add_bos is not False,
-            return_special_tokens_mask=True,
-            return_offsets_mapping=tokenizer.is_fast,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        rows, num_cut = [], 0
-        for index, sentence in enumerate(sentences):
-            ids, special = encoded["input_ids"][index], encoded["special_tokens_mask"][index]
-            ends = [end for _, end in encoded["offset_mapping"][index]] if tokenizer.is_fast else None
-            if self.add_bos and ids[:1] != [tokenizer.bos_token_id]:
-                ids, special = [tokenizer.bos_token_id, *ids], [1, *special]
-                ends = ends and [0, *ends]
-            if add_eos and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-                ids, special = [*ids, tokenizer.eos_token_id], [*special, 1]
-                ends = ends and [*ends, len(sentence)]
-            if self.max_length is not None and len(ids) > self.max_length:
-                num_cut += 1
-                ids, special = ids[: self.max_length], special[: self.max_length]
-                kept = (
-                    sentence[: max(ends[: self.max_length])]
-                    if ends
-                    else tokenizer.decode(ids, skip_special_tokens=True)
-                )
-                num_bytes = len(kept.encode())
-            else:
-                num_bytes = len(sentence.encode())
-            if not ids:
-                raise UserError(f"{purpose}: the tokenizer makes no token of {sentence[:60]!r}; take the line out")
-            if max(ids) >= self.vocab_size:
-                raise UserError(
-                    f"model.name: its tokenizer gives token {max(ids)}, the model's vocabulary has {self.vocab_size}; "
-                    "the two don't belong together"
-                )
-            rows.append({"input_ids": ids, "special_tokens_mask": special, "num_bytes": num_bytes})
-        if num_cut:
-            logger.warning(f"{purpose}: {num_cut} of {len(rows)} sentences cut at {self.max_length} tokens")
-        return rows
-
-    def batches(
-        self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
-    ) -> list[dict[str, torch.Tensor]]:
-        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`.
-
-        What the longest need in memory shows at once, and the self-check sees them. Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
-        `special_tokens_mask` that leaves such tokens out of impacts.
-        """
-        rows = sorted(self.encode(sentences, purpose), key=lambda row: -len(row["input_ids"]))
-        batches = []
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            batch = self._padded(part) | {"num_bytes": torch.tensor([row["num_bytes"] for row in part])}
-            if skip_special_tokens:
-                special = [torch.tensor(row["special_tokens_mask"]) for row in part]
-                batch["special_tokens_mask"] = pad_sequence(special, batch_first=True)
-            batches.append(batch)
-        return batches
-
-    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""
-        batch = self._padded(rows)
-        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-    def _padded(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }
 
 
 def training_examples(encoder: Encoder, corpus: Corpus, languages: Sequence[str]) -> list[dict[str, list[int]]]:

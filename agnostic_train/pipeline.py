@@ -17,8 +17,9 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
-from agnostic_train.corpus import Corpus, Encoder, load_corpus, training_examples
+from agnostic_train.corpus import Corpus, load_corpus, training_examples
 from agnostic_train.detection import detect_neurons
+from agnostic_train.encoding import Encoder
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
 from agnostic_train.files import UserError, fingerprint, hash_file, write_json
@@ -133,7 +134,7 @@ class Pipeline:
     @cached_property
     def corpus(self) -> Corpus:
         path = quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
-        corpus = load_corpus(self.recipe.corpus, path)
+        corpus = load_corpus(self.recipe.corpus, path, self.processes.is_local_main_process)
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
@@ -340,7 +341,7 @@ class Pipeline:
         """What would fail after hours, or destroy what it reads, is refused at the start."""
         recipe, output = self.recipe, self.directory.resolve()
         for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
-            if Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
+            if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
                 raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
         if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
             raise UserError(f"training.neurons: no such file {recipe.training.neurons}")

@@ -6,8 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -50,11 +51,17 @@ class ModelSection:
 class CorpusSection:
     """The text."""
 
-    path: str = Field(
-        description="A folder of {lang}.train.txt, {lang}.valid.txt and, if there, {lang}.test.txt; or "
-        + EMBEDDED
-        + "."
+    path: str | None = Field(
+        default=None,
+        description="A folder of {lang}.train, {lang}.valid and, if there, {lang}.test as .txt, .jsonl or .parquet; "
+        f"or {EMBEDDED}.",
     )
+    dataset: str | None = Field(default=None, description="Instead of a folder: a dataset of the hub, streamed.")
+    config_pattern: str | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
+    data_files: str | None = Field(default=None, description="Its files for a language, with {lang}, if no config.")
+    dataset_split: str = Field(default="train", description="The split to stream.")
+    text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
+    split_sentences: bool = Field(default=False, description="Split also after . ! ? and not just at line breaks.")
     languages: Languages = Field(description="Every language to look at; the names of the files.")
     detection_sentences: int = Field(default=1000, ge=1, description="Train sentences per language to detect on.")
     training_sentences: int | None = Field(default=None, ge=1, description="At most so many more to train on; all.")
@@ -68,6 +75,14 @@ class CorpusSection:
     )
     batch_size: int = Field(default=16, ge=1, description="Sentences per batch in detection, scores and evaluation.")
     seed: int = Field(default=0, ge=0, description="Of the sample of sentences.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusSection":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("needs either path or dataset")
+        if self.dataset is not None and not (self.config_pattern or self.data_files):
+            raise ValueError("dataset needs config_pattern or data_files to tell the languages apart")
+        return self
 
 
 @_section
@@ -263,7 +278,8 @@ def _explain(error: dict) -> str:
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key} must be a section of keys, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower() + message[1:]}, not {error['input']!r}"
+    given = "" if isinstance(error["input"], (dict, ArgsKwargs)) else f", not {error['input']!r}"
+    return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 
 def _unknown(key: str, candidates: list[str]) -> str:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import processors
 from transformers import LlamaConfig
 
-from agnostic_train.corpus import Encoder, load_corpus, training_examples
+from agnostic_train.corpus import load_corpus, training_examples
+from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.recipe import CorpusSection
@@ -131,12 +133,12 @@ def test_add_bos(tokenizer, add_bos, begins):
 
 
 def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
-    from agnostic_train import corpus
+    from agnostic_train import encoding
 
-    corpus.logger.addHandler(caplog.handler)
+    encoding.logger.addHandler(caplog.handler)
     encoder = Encoder.of(tokenizer, section(max_length=6), config())
     rows = encoder.encode(["a", "ñandú ñandú ñandú ñandú ñandú"], "the text")
-    corpus.logger.removeHandler(caplog.handler)
+    encoding.logger.removeHandler(caplog.handler)
     assert "the text: 1 of 2 sentences cut at 6 tokens" in caplog.text
     assert len(rows[1]["input_ids"]) == 6
     assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
@@ -169,3 +171,88 @@ def test_training_text_runs_out(folder, tokenizer):
     assert len(training_examples(encoder, load_corpus(section(), folder), ["en"])) == 20
     with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
         training_examples(encoder, load_corpus(section(detection_sentences=30), folder), ["en"])
+
+
+def table(folder, name, rows):
+    """Writes rows as JSON lines or parquet, by the name's ending."""
+    data = Dataset.from_list(rows)
+    if name.endswith("parquet"):
+        data.to_parquet(folder / name)
+    else:
+        data.to_json(folder / name, force_ascii=False)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_json_lines_and_parquet_hold_documents(folder, ending):
+    expected = load_corpus(section(), folder).texts["en"]
+    for split in ("train", "valid"):
+        (folder / f"en.{split}.txt").unlink()
+    documents = ["\n".join(SENTENCES[start : start + 3]) for start in range(0, 30, 3)]
+    table(folder, f"en.train.{ending}", [{"content": document, "id": 1} for document in documents])
+    table(folder, f"en.valid.{ending}", [{"content": sentence, "id": 1} for sentence in SENTENCES[30:]])
+    assert load_corpus(section(text_column="content"), folder).texts["en"] == expected
+    with pytest.raises(UserError, match=rf"en\.train\.{ending}: no text in column 'text'; .* content, id"):
+        load_corpus(section(), folder)
+    (folder / f"en.train.{ending}").write_text("{broken")
+    with pytest.raises(UserError, match=rf"en\.train\.{ending}: not readable"):
+        load_corpus(section(), folder)
+    write(folder, "en", train=SENTENCES[:30])
+    with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.{ending}"):
+        load_corpus(section(), folder)
+
+
+def test_sentences_are_split_further_if_asked(folder):
+    write(folder, "en", train=[*SENTENCES[:20], "One. Two? 三。四！ Five"])
+    text = load_corpus(section(split_sentences=True), folder).texts["en"]
+    assert {"One.", "Two?", "三。", "四！", "Five"} < {*text.detection, *text.training}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local folder of the layout that a hub repository has: a config per language, and files by pattern."""
+    root = tmp_path / "hub"
+    configs = []
+    for language in ("en", "sw"):
+        (root / language).mkdir(parents=True)
+        documents = [{"text": f"{language} {n} first\n{language} {n} second\nsame"} for n in range(40)]
+        table(root, f"{language}/part.jsonl", documents)
+        configs.append(f"- config_name: {language}\n  data_files: {language}/part.jsonl")
+    (root / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    return root
+
+
+def streamed(hub, **changes):
+    counts = dict(detection_sentences=10, training_sentences=20, validation_sentences=6, test_sentences=5)
+    source = {"dataset": str(hub), "config_pattern": "{lang}"}
+    return CorpusSection(**{"languages": ["sw", "en"], **counts, **source, **changes})
+
+
+def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
+    corpus = load_corpus(streamed(hub))
+    text = corpus.texts["sw"]
+    parts = [text.test, text.validation, text.detection, text.training]
+    assert [len(part) for part in parts] == [5, 6, 10, 20]
+    every = [sentence for part in parts for sentence in part]
+    assert len(set(every)) == 41 and all(sentence.startswith("sw") or sentence == "same" for sentence in every)
+    documents = [{sentence.split()[1] for sentence in part if sentence != "same"} for part in parts]
+    assert all(not (a & b) for i, a in enumerate(documents) for b in documents[:i])
+    assert load_corpus(streamed(hub)) == corpus and load_corpus(streamed(hub, seed=1)) != corpus
+    by_files = load_corpus(streamed(hub, config_pattern=None, data_files="{lang}/*.jsonl"))
+    assert by_files.texts == corpus.texts
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"languages": ["xx"]}, r"corpus\.dataset: can't stream .*config xx"),
+        ({"dataset": "/nowhere/at/all"}, r"corpus\.dataset: can't stream /nowhere"),
+        ({"text_column": "content"}, "no text in column 'content'; corpus.text_column is one of text"),
+        ({"training_sentences": None}, r"corpus\.training_sentences: a streamed dataset has no end"),
+        ({"training_sentences": 500}, r"corpus\.training_sentences: 500 asked for, .* has only"),
+        ({"data_files": "{lang}/none.jsonl", "config_pattern": None}, "can't stream"),
+    ],
+)
+def test_a_dataset_that_is_not_there_is_named(hub, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_corpus(streamed(hub, **changes))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,127 @@
+"""From sentences to token ids and padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import CorpusSection
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns sentences into token ids, by the recipe's corpus keys and the model's limits.
+
+    add_bos: None leaves it to the tokenizer. max_length: in tokens; longer sentences are cut, and counted.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    add_bos: bool | None
+    max_length: int | None
+    pad_id: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, section: CorpusSection, config) -> "Encoder":
+        """An encoder for a model's config; says once what it had to decide.
+
+        Raises:
+            UserError: no token to pad with, no beginning-of-sequence token where one is asked for.
+        """
+        config = config.get_text_config()
+        pad_id = tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = tokenizer.eos_token_id
+            if pad_id is None:
+                raise UserError("model.name: its tokenizer has neither a pad nor an end-of-sequence token; set one")
+            logger.warning("the tokenizer has no pad token: padding with its end-of-sequence token, always masked")
+        if section.add_bos and tokenizer.bos_token_id is None:
+            raise UserError("corpus.add_bos: the tokenizer has no beginning-of-sequence token; set it to false")
+        limits = [limit for limit in (section.max_length, getattr(config, "max_position_embeddings", None)) if limit]
+        return cls(tokenizer, section.add_bos, min(limits, default=None), pad_id, config.vocab_size)
+
+    def encode(self, sentences: Sequence[str], purpose: str, add_eos: bool = False) -> list[dict]:
+        """One dict a sentence: `input_ids`, `special_tokens_mask` (lists of int), `num_bytes` (int).
+
+        num_bytes counts the UTF-8 bytes that the kept tokens cover.
+        """
+        if not sentences:
+            return []
+        tokenizer = self.tokenizer
+        encoded = tokenizer(
+            list(sentences),
+            add_special_tokens=self.add_bos is not False,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=tokenizer.is_fast,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        rows, num_cut = [], 0
+        for index, sentence in enumerate(sentences):
+            ids, special = encoded["input_ids"][index], encoded["special_tokens_mask"][index]
+            ends = [end for _, end in encoded["offset_mapping"][index]] if tokenizer.is_fast else None
+            if self.add_bos and ids[:1] != [tokenizer.bos_token_id]:
+                ids, special = [tokenizer.bos_token_id, *ids], [1, *special]
+                ends = ends and [0, *ends]
+            if add_eos and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids, special = [*ids, tokenizer.eos_token_id], [*special, 1]
+                ends = ends and [*ends, len(sentence)]
+            if self.max_length is not None and len(ids) > self.max_length:
+                num_cut += 1
+                ids, special = ids[: self.max_length], special[: self.max_length]
+                kept = (
+                    sentence[: max(ends[: self.max_length])]
+                    if ends
+                    else tokenizer.decode(ids, skip_special_tokens=True)
+                )
+                num_bytes = len(kept.encode())
+            else:
+                num_bytes = len(sentence.encode())
+            if not ids:
+                raise UserError(f"{purpose}: the tokenizer makes no token of {sentence[:60]!r}; take the line out")
+            if max(ids) >= self.vocab_size:
+                raise UserError(
+                    f"model.name: its tokenizer gives token {max(ids)}, the model's vocabulary has {self.vocab_size}; "
+                    "the two don't belong together"
+                )
+            rows.append({"input_ids": ids, "special_tokens_mask": special, "num_bytes": num_bytes})
+        if num_cut:
+            logger.warning(f"{purpose}: {num_cut} of {len(rows)} sentences cut at {self.max_length} tokens")
+        return rows
+
+    def batches(
+        self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
+        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`.
+
+        What the longest need in memory shows at once, and the self-check sees them. Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
+        `special_tokens_mask` that leaves such tokens out of impacts.
+        """
+        rows = sorted(self.encode(sentences, purpose), key=lambda row: -len(row["input_ids"]))
+        batches = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            batch = self._padded(part) | {"num_bytes": torch.tensor([row["num_bytes"] for row in part])}
+            if skip_special_tokens:
+                special = [torch.tensor(row["special_tokens_mask"]) for row in part]
+                batch["special_tokens_mask"] = pad_sequence(special, batch_first=True)
+            batches.append(batch)
+        return batches
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""
+        batch = self._padded(rows)
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    def _padded(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }

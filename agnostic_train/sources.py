@@ -1,0 +1,106 @@
+"""Where text comes from: local files, or a dataset of the hub, as documents and the sentences in them."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from datasets import load_dataset
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import CorpusSection
+
+FORMATS = {"txt": None, "jsonl": "json", "parquet": "parquet"}
+"""File endings, and the `datasets` builder that reads them."""
+
+_SHUFFLE_BUFFER = 10_000
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
+
+
+def find_file(folder: Path, language: str, split: str) -> Path | None:
+    """`{lang}.{split}` with one of the known endings; None where there is none.
+
+    Raises:
+        UserError: two of them.
+    """
+    found = [file for ending in FORMATS if (file := folder / f"{language}.{split}.{ending}").exists()]
+    if len(found) > 1:
+        raise UserError(f"{found[0]}: stands beside {found[1].name}; keep one")
+    return found[0] if found else None
+
+
+def local_sentences(section: CorpusSection, file: Path) -> list[str]:
+    """The distinct sentences of a file, in its order.
+
+    Raises:
+        UserError: an unreadable file, not UTF-8, without the text column, or without a sentence.
+    """
+    builder = FORMATS[file.suffix.removeprefix(".")]
+    documents = _text_file(file) if builder is None else _table(section, file, builder)
+    sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
+    if not sentences:
+        raise UserError(f"{file}: has no sentence; a sentence a line is expected")
+    return sentences
+
+
+def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
+    """A dataset's documents of one language, streamed and shuffled by `corpus.seed`.
+
+    Raises:
+        UserError: a dataset, config or column that isn't there.
+    """
+    config = section.config_pattern and section.config_pattern.format(lang=language)
+    files = section.data_files and section.data_files.format(lang=language)
+    wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
+    try:
+        stream = load_dataset(
+            section.dataset, config, data_files=files, split=section.dataset_split, streaming=True
+        ).shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
+    except Exception as error:
+        raise UserError(f"corpus.dataset: can't stream {wanted}: {_one_line(error)}") from None
+    yield from _column(stream, section.text_column, f"corpus.dataset: {wanted}")
+
+
+def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
+    """Documents to sentences: at line breaks, and where asked for after `. ! ?` and their Chinese forms."""
+    for document in documents:
+        for line in document.split("\n"):
+            for sentence in _SENTENCE_END.split(line) if split_sentences else (line,):
+                if stripped := sentence.strip():
+                    yield stripped
+
+
+def _text_file(file: Path) -> Iterator[str]:
+    try:
+        # A byte order mark isn't text.
+        yield file.read_bytes().decode("utf-8-sig")
+    except IsADirectoryError:
+        raise UserError(f"{file}: a folder, where a text was expected") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+
+
+def _table(section: CorpusSection, file: Path, builder: str) -> Iterator[str]:
+    try:
+        # Streamed: nothing is copied into the cache of `datasets`.
+        stream = load_dataset(builder, data_files=str(file), split="train", streaming=True)
+    except Exception as error:
+        raise UserError(f"{file}: not readable as {builder} ({_one_line(error)})") from None
+    yield from _column(stream, section.text_column, str(file))
+
+
+def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
+    rows = iter(stream)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise UserError(f"{source}: not readable ({_one_line(error)})") from None
+        if row is None:
+            return
+        if not isinstance(row.get(column), str):
+            raise UserError(f"{source}: no text in column {column!r}; corpus.text_column is one of {', '.join(row)}")
+        yield row[column]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
