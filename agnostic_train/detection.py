@@ -16,10 +16,12 @@ from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError, whole_file
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
 from agnostic_train.inference import Batch, find_device, left_as_found
+from agnostic_train.lape import firing_rates, specific_neurons
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
 from agnostic_train.self_check import verify_impacts
 
+METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
@@ -32,6 +34,8 @@ def detect_neurons(
     exclusive: str = "complement",
     *,
     min_languages: int | None = None,
+    method: str = "impact",
+    lape_ratio: float = 0.01,
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
     verify: bool = True,
@@ -51,7 +55,10 @@ def detect_neurons(
         attention: `exact` or `paper`, see `neuron_impacts`.
         exclusive: `complement` (related minus shared) or `unique` (related to no other language).
         min_languages: shared means related to at least so many languages; all by default.
-        projections: the projections to look at.
+        method: `impact`, or `lape` for language activation probability entropy (Tang et al. 2024): feed-forward units
+            alone, by their firing rates over all languages. `lape` knows neither `top_ratio` nor `consistency`.
+        lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
+        projections: the projections that `impact` looks at.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
@@ -64,7 +71,9 @@ def detect_neurons(
         ValueError: an option out of range.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
-    for name, value in (("top_ratio", top_ratio), ("consistency", consistency)):
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} isn't one of {', '.join(METHODS)}")
+    for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
     if not corpora:
@@ -72,6 +81,8 @@ def detect_neurons(
     if min_languages is not None and not 1 <= min_languages <= len(corpora):
         raise ValueError(f"min_languages must be from 1 to the number of languages, {len(corpora)}")
     sizes = find_decoder(model).sizes
+    if method == "lape":
+        return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
     related: dict[str, NeuronSet] = {}
     num_sentences: dict[str, int] = {}
     with left_as_found(model):
@@ -98,6 +109,29 @@ def detect_neurons(
         "projections": list(projections),
         "num_sentences": num_sentences,
         "verified": verify,
+    }
+    return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+
+
+def _detect_by_lape(
+    model: nn.Module,
+    corpora: Mapping[str, Iterable[Batch]],
+    ratio: float,
+    exclusive: str,
+    min_languages: int | None,
+    sizes: Mapping[Site, int],
+    progress: bool,
+) -> LanguageNeurons:
+    with left_as_found(model):
+        found = {language: firing_rates(model, batches, language, progress) for language, batches in corpora.items()}
+    for language, rates in found.items():
+        if not rates.num_sentences:
+            raise UserError(f"corpus.languages: {language!r} has no sentence")
+    related = specific_neurons({language: it.rates for language, it in found.items()}, ratio, dict(sizes))
+    settings = {
+        "method": "lape",
+        "lape_ratio": ratio,
+        "num_sentences": {language: it.num_sentences for language, it in found.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
 

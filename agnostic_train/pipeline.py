@@ -178,6 +178,8 @@ class Pipeline:
         found = detect_neurons(
             self.model,
             self.batches("detection"),
+            method=section.method,
+            lape_ratio=section.lape_ratio,
             top_ratio=section.top_ratio,
             consistency=section.consistency,
             attention=section.attention,

@@ -89,6 +89,10 @@ class CorpusSection:
 class DetectionSection:
     """Which neurons matter for which language."""
 
+    method: Literal["impact", "lape"] = Field(
+        default="impact", description="By impact, or by activation probability entropy (feed-forward units alone)."
+    )
+    lape_ratio: float = Field(default=0.01, gt=0, le=1, description="'lape': part of all units that are selected.")
     top_ratio: float = Field(
         default=0.05, gt=0, le=1, description="Part of a site's neurons that are top in a sentence."
     )

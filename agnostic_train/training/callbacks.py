@@ -89,7 +89,9 @@ class DetectionCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._last_step != state.global_step:
             self.run(kwargs["model"], state.global_step)
-        self._report(args, state, control, kwargs)
+        # A resumed run brings along what it logged before.
+        if not any(entry["step"] == state.global_step and "neurons/shared" in entry for entry in state.log_history):
+            self._report(args, state, control, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.every_n_steps and state.global_step % self.every_n_steps == 0:

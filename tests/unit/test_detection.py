@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from transformers import AutoModelForCausalLM
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import TopCounts, detect_neurons, in_top
@@ -73,6 +74,36 @@ def test_padding_side_does_not_matter(llama):
     left = {"a": [padded_batch([5, 9, 3], "left")]}
     right = {"a": [padded_batch([5, 9, 3], "right")]}
     assert detect_neurons(llama, left, 0.2, progress=False) == detect_neurons(llama, right, 0.2, progress=False)
+
+
+def test_batch_size_and_padding_side_change_only_what_ties_within_rounding(llama):
+    """A neuron may enter or leave a set only where its impact is the threshold's, to rounding: they are counted."""
+    lengths = [5, 9, 3, 8, 11, 7, 4, 6]
+    sentences = [padded_batch([length], seed=index) for index, length in enumerate(lengths)]
+
+    def batches(size, side):
+        for start in range(0, len(sentences), size):
+            part = sentences[start : start + size]
+            batch = padded_batch(lengths[start : start + size], side)
+            for row, sentence in enumerate(part):
+                batch["input_ids"][row][batch["attention_mask"][row].bool()] = sentence["input_ids"][0]
+            yield batch
+
+    found = [
+        detect_neurons(llama, {"a": batches(size, side)}, 0.5, 0.5, progress=False).related["a"]
+        for size in (1, 3, 8)
+        for side in ("left", "right")
+    ]
+    assert len(found[0]) > 50
+    assert sum(len((found[0] | other) - (found[0] & other)) for other in found[1:]) == 0
+
+
+def test_a_model_placed_by_device_map_is_detected_on(tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert detect_neurons(placed, corpora(), 0.2, progress=False) == detect_neurons(
+        llama, corpora(), 0.2, progress=False
+    )
 
 
 def test_wrong_options_are_refused(llama):

@@ -135,10 +135,11 @@ def test_the_model_is_left_as_found(llama):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
 
 
-def test_half_precision_scores_accumulate_in_float32(llama):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_accumulate_in_float32(llama, dtype):
     batch = padded_batch(LENGTHS)
     expected = neuron_impacts(llama, batch)
-    for site, values in neuron_impacts(llama.bfloat16(), batch).items():
+    for site, values in neuron_impacts(llama.to(dtype), batch).items():
         assert values.dtype == torch.float32
         assert (values - expected[site]).abs().max() < 0.05 * expected[site].max()
 

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_llama
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from conftest import tiny_llama
+from transformers import TrainerCallback
 
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
-from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
@@ -208,44 +206,3 @@ def test_neurons_or_a_callback_are_needed(tmp_path):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), neurons=NeuronSet({})).train()
     with pytest.raises(UserError, match="training.update"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, update="rows")
-
-
-def corpora():
-    return {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate(("en", "sw"))}
-
-
-def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
-    model = tiny_llama()
-    before = copy.deepcopy(dict(model.named_parameters()))
-    callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
-    trainer = NeuronTrainer(model, arguments(tmp_path), train_dataset=sentences(), callbacks=[callback])
-    trainer.train()
-    assert trainer.neurons == callback.neurons.related["en"] | callback.neurons.related["sw"]
-    assert_only_chosen_moved(before, model, trainer.neurons)
-    first = trainer.state.log_history[0]
-    assert first["step"] == 0 and first["neurons/shared"] == len(callback.neurons.shared)
-    assert first["agnostic_score"] == pytest.approx(callback.score.value)
-
-
-def test_in_a_plain_trainer_the_callback_only_reports(tmp_path):
-    """With dropout in the model, the loss curve shows any change of the random state."""
-    curves, callback = [], None
-    for with_callback in (False, True):
-        model = tiny_llama(attention_dropout=0.2)
-        callback = DetectionCallback(
-            corpora(), every_n_steps=3, top_ratio=0.2, consistency=0.6, progress=False, control_seeds=[1]
-        )
-        args = TrainingArguments(
-            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=8, logging_steps=1, save_strategy="no",
-            disable_tqdm=True, learning_rate=1e-3,
-        )  # fmt: skip
-        trainer = Trainer(model, args, train_dataset=sentences(), callbacks=[callback] if with_callback else [])
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        curves.append((losses, {name: value.clone() for name, value in model.state_dict().items()}))
-    assert len(curves[0][0]) == 8 and curves[0][0] == curves[1][0]
-    assert all(torch.equal(curves[0][1][name], curves[1][1][name]) for name in curves[0][1])
-    reports = [entry["step"] for entry in trainer.state.log_history if "neurons/shared" in entry]
-    assert reports == [0, 3, 6]
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert find_decoder(model).sizes == callback.neurons.shared.sizes

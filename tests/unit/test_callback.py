@@ -1,0 +1,95 @@
+"""`DetectionCallback`: what a `NeuronTrainer` trains, and a plain `Trainer` only reports."""
+
+import copy
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from test_mask import arguments, assert_only_chosen_moved, sentences
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.training import callbacks
+from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.trainer import NeuronTrainer
+
+
+def corpora():
+    return {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate(("en", "sw"))}
+
+
+def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
+    model = tiny_llama()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
+    trainer = NeuronTrainer(model, arguments(tmp_path), train_dataset=sentences(), callbacks=[callback])
+    trainer.train()
+    assert trainer.neurons == callback.neurons.related["en"] | callback.neurons.related["sw"]
+    assert_only_chosen_moved(before, model, trainer.neurons)
+    first = trainer.state.log_history[0]
+    assert first["step"] == 0 and first["neurons/shared"] == len(callback.neurons.shared)
+    assert first["agnostic_score"] == pytest.approx(callback.score.value)
+
+
+def test_in_a_plain_trainer_the_callback_only_reports(tmp_path):
+    """With dropout in the model, the loss curve shows any change of the random state."""
+    curves, callback = [], None
+    for with_callback in (False, True):
+        model = tiny_llama(attention_dropout=0.2)
+        callback = DetectionCallback(
+            corpora(), every_n_steps=3, top_ratio=0.2, consistency=0.6, progress=False, control_seeds=[1]
+        )
+        args = TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=8, logging_steps=1, save_strategy="no",
+            disable_tqdm=True, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=sentences(), callbacks=[callback] if with_callback else [])
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        curves.append((losses, {name: value.clone() for name, value in model.state_dict().items()}))
+    assert len(curves[0][0]) == 8 and curves[0][0] == curves[1][0]
+    assert all(torch.equal(curves[0][1][name], curves[1][1][name]) for name in curves[0][1])
+    reports = [entry["step"] for entry in trainer.state.log_history if "neurons/shared" in entry]
+    assert reports == [0, 3, 6]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert find_decoder(model).sizes == callback.neurons.shared.sizes
+
+
+class StopAtTen(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 10
+
+
+def test_a_resumed_run_logs_the_same_values(tmp_path):
+    histories = []
+    for interrupted in (False, True):
+        settings = arguments(tmp_path / str(interrupted), save_strategy="steps", save_steps=10)
+
+        def train(*more, settings=settings, resume=None):
+            callback = DetectionCallback(corpora(), "related", 5, top_ratio=0.2, consistency=0.6, progress=False)
+            trainer = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback, *more])
+            trainer.train(resume_from_checkpoint=resume)
+            return [entry for entry in trainer.state.log_history if "neurons/shared" in entry]
+
+        if interrupted:
+            train(StopAtTen())
+            histories.append(train(resume=True))
+        else:
+            histories.append(train())
+    assert [entry["step"] for entry in histories[0]] == [0, 5, 10, 15, 20]
+    assert histories[0] == histories[1]
+
+
+def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
+    logged = []
+
+    class Integration(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append((state.global_step, logs))
+
+    monkeypatch.setattr(callbacks, "get_reporting_integration_callbacks", lambda report_to: [Integration])
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=4, disable_tqdm=True)
+    callback = DetectionCallback(corpora(), every_n_steps=2, top_ratio=0.2, consistency=0.6, progress=False)
+    Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
+    assert [step for step, _ in logged] == [0, 2, 4]
+    assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
