@@ -230,12 +230,14 @@ class LanguageNeurons:
         shared: related to every language (or at least `min_languages`).
         exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
         settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
+        stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
     """
 
     related: dict[str, NeuronSet]
     shared: NeuronSet
     exclusive: dict[str, NeuronSet]
     settings: dict = field(default_factory=dict)
+    stability: dict | None = None
 
     @classmethod
     def from_related(
@@ -284,6 +286,7 @@ class LanguageNeurons:
                 "exclusive": {language: neurons.counts() for language, neurons in self.exclusive.items()},
             },
             "shared_ratio": self.shared_ratio,
+            "stability": self.stability,
         }
         with whole_directory(directory) as temporary:
             self.shared.save(temporary / "shared.safetensors")
@@ -306,6 +309,7 @@ class LanguageNeurons:
             NeuronSet.load(directory / "shared.safetensors"),
             {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
             settings,
+            summary.get("stability"),
         )
 
 

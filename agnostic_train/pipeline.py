@@ -29,6 +29,7 @@ from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.report import model_card, write_report
+from agnostic_train.stability import detection_stability
 from agnostic_train.strategy import Choice, Strategy
 from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
@@ -157,17 +158,20 @@ class Pipeline:
     def encoder(self) -> Encoder:
         return Encoder.of(self.tokenizer, self.recipe.corpus, self.model.config)
 
-    def batches(self, purpose: str, batch_size: int | None = None) -> dict[str, list]:
-        """Per language, the batches of its sentences for a purpose."""
-        recipe = self.recipe
+    def batches(
+        self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None
+    ) -> dict[str, list]:
+        """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
+        if sentences is None:
+            sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
         return {
             language: self.encoder.batches(
-                getattr(text, purpose),
+                lines,
                 f"{purpose} text of {language}",
-                batch_size or recipe.corpus.batch_size,
-                skip_special_tokens=purpose == "detection" and recipe.detection.skip_special_tokens,
+                batch_size or self.recipe.corpus.batch_size,
+                skip_special_tokens=purpose == "detection" and self.recipe.detection.skip_special_tokens,
             )
-            for language, text in self.corpus.texts.items()
+            for language, lines in sentences.items()
         }
 
     # The stages.
@@ -175,21 +179,35 @@ class Pipeline:
     def _detect(self) -> dict:
         section = self.recipe.detection
         checkpoints = self.directory / f".detection-{fingerprint(self._inputs['detect'])[:16]}"
-        found = detect_neurons(
-            self.model,
-            self.batches("detection"),
-            method=section.method,
-            lape_ratio=section.lape_ratio,
-            top_ratio=section.top_ratio,
-            consistency=section.consistency,
-            attention=section.attention,
-            exclusive=section.exclusive,
-            min_languages=section.min_languages,
-            memory_gb=section.memory_gb,
-            verify=section.verify,
-            progress=self.processes.is_local_main_process,
-            checkpoints=checkpoints,
-        )
+        texts = self.corpus.texts
+
+        def detect(sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
+            return detect_neurons(
+                self.model,
+                self.batches("detection", sentences),
+                method=section.method,
+                lape_ratio=section.lape_ratio,
+                top_ratio=section.top_ratio,
+                consistency=section.consistency,
+                attention=section.attention,
+                exclusive=section.exclusive,
+                min_languages=section.min_languages,
+                memory_gb=section.memory_gb,
+                progress=self.processes.is_local_main_process,
+                **settings,
+            )
+
+        sample = {language: text.detection for language, text in texts.items()}
+        found = detect(sample, verify=section.verify, checkpoints=checkpoints)
+        if section.stability:
+            others = {language: text.training for language, text in texts.items()}
+            found.stability = detection_stability(lambda part: detect(part, verify=False), found, sample, others)
+            for name, overlaps in found.stability.items():
+                values = "  ".join(
+                    f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
+                    for language, it in overlaps.items()
+                )
+                self.say(f"detect: overlap of related sets, {name}: {values}")
         if self.processes.is_main_process:
             found.save(self.directory / "neurons")
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -300,7 +318,7 @@ class Pipeline:
         return {"outputs": ["enhanced"], "frozen_weights": frozen}
 
     def _evaluate(self) -> dict:
-        batches = self.batches("test", self.recipe.evaluation.batch_size)
+        batches = self.batches("test", batch_size=self.recipe.evaluation.batch_size)
         progress = self.processes.is_local_main_process
         before = evaluate_languages(self.model, batches, "before", progress)
         enhanced = load_model(self.recipe.model, self.directory / "enhanced")

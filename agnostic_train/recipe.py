@@ -106,6 +106,9 @@ class DetectionSection:
     min_languages: int | None = Field(default=None, ge=1, description="Shared: related to at least so many; all.")
     skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
     memory_gb: float = Field(default=2.0, gt=0, description="Bound on the temporaries of the q and k impacts, in GiB.")
+    stability: bool = Field(
+        default=False, description="Also detect on other samples, and say how far the sets agree; 2.4 times the work."
+    )
     verify: bool = Field(default=True, description="First compare a few scores with real deactivation.")
 
 

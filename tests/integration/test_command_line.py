@@ -138,6 +138,19 @@ def test_a_stage_alone_runs_what_it_needs(root, capsys):
     assert not (root / "out/score.json").exists()
 
 
+def test_other_samples_and_the_other_method(root, capsys):
+    assert run(root, "detect", "--detection.stability=true") == 0
+    stability = json.loads((root / "out/neurons/summary.json").read_text())["stability"]
+    assert set(stability) == {"halves", "second sample"} and 0 < stability["halves"]["sw"]["all"] < 1
+    assert LanguageNeurons.load(root / "out/neurons").stability == stability
+    assert "overlap of related sets, halves: en 0." in capsys.readouterr().out
+    lape = ("--detection.method=lape", "--detection.lape_ratio=0.2", "--training.strategy=related")
+    assert run(root, "run", *lape) == 0
+    chosen = NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors").counts()
+    assert chosen["gate"] == chosen["up"] == chosen["down"] > 0 and chosen["q"] == 0
+    assert "activation probability" in (root / "out/report.html").read_text()
+
+
 @pytest.mark.parametrize("strategy", ["random", "full"])
 def test_baselines(root, strategy):
     assert run(root, "run", f"--training.strategy={strategy}") == 0

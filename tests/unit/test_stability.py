@@ -1,0 +1,36 @@
+"""Overlaps between samples, with a detection that is known."""
+
+import pytest
+
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.stability import detection_stability, jaccard
+
+
+def test_jaccard_per_projection():
+    a, b = NeuronSet({(0, "q"): [1, 2], (0, "up"): [1]}), NeuronSet({(0, "q"): [2, 3], (1, "up"): [1]})
+    overlap = jaccard(a, b)
+    assert overlap["q"] == pytest.approx(1 / 3) and overlap["up"] == 0 and overlap["k"] is None
+    assert overlap["all"] == pytest.approx(1 / 5)
+    assert jaccard(NeuronSet({}), NeuronSet({}))["all"] is None
+
+
+def test_every_comparison_takes_the_sentences_that_it_says():
+    asked = []
+
+    def detect(sentences):
+        """A neuron per sentence: the overlap of two detections is that of their sentences."""
+        asked.append({language: len(lines) for language, lines in sentences.items()})
+        return LanguageNeurons.from_related(
+            {language: NeuronSet({(0, "up"): [int(line) for line in lines]}) for language, lines in sentences.items()}
+        )
+
+    sentences = {"a": [str(n) for n in range(400)], "b": [str(n) for n in range(400, 800)]}
+    others = {"a": [str(n) for n in range(200, 700)], "b": [str(n) for n in range(2000, 2500)]}
+    found = detect(sentences)
+    result = detection_stability(detect, found, sentences, others)
+    assert list(result) == ["halves", "second sample", "first 100", "first 300"]
+    assert result["halves"]["a"]["all"] == 0 and result["first 100"]["b"]["up"] == 0.25
+    assert result["first 300"]["a"]["all"] == 0.75
+    assert result["second sample"]["a"]["all"] == pytest.approx(200 / 600) and result["second sample"]["b"]["all"] == 0
+    assert [it["a"] for it in asked] == [400, 200, 200, 400, 100, 300]
+    assert "second sample" not in detection_stability(detect, found, sentences, {"a": [], "b": []})
