@@ -64,6 +64,7 @@ def detect_neurons(
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
             goes on from them, to the identical result; use another folder for other settings, text or weights.
+            `lape`, which costs no more than a forward pass, starts anew.
 
     Several processes share the batches and add up their counts: each gets the whole of `corpora`.
 

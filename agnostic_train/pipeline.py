@@ -17,17 +17,16 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
-from agnostic_train.corpus import Corpus, load_corpus, training_examples
+from agnostic_train.corpus import training_examples
 from agnostic_train.detection import detect_neurons
-from agnostic_train.encoding import Encoder
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
 from agnostic_train.files import UserError, fingerprint, hash_file, write_json
-from agnostic_train.loading import load_model, load_tokenizer, model_identity
+from agnostic_train.loading import load_model, model_identity
 from agnostic_train.manifest import Manifest
+from agnostic_train.materials import Materials
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
-from agnostic_train.recipe import EMBEDDED, Recipe
+from agnostic_train.recipe import Recipe
 from agnostic_train.report import model_card, write_report
 from agnostic_train.stability import detection_stability
 from agnostic_train.strategy import Choice, Strategy
@@ -65,6 +64,7 @@ class Pipeline:
         assert self.training_arguments.device is not None
         self.processes = PartialState()
         self.say = say if self.processes.is_main_process else lambda line: None
+        self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
         self._check_inputs()
         self._make_directory()
@@ -121,70 +121,17 @@ class Pipeline:
             self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
         self.processes.wait_for_everyone()
 
-    # What a run is made of, loaded when it is first needed.
-
-    @cached_property
-    def model_path(self) -> str:
-        if self.recipe.model.name != EMBEDDED:
-            return self.recipe.model.name
-        if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
-            raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
-        self.say("model: the embedded default (at first use it is trained from scratch, about a minute)")
-        return str(quickstart_model())
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        path = quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
-        corpus = load_corpus(self.recipe.corpus, path, self.processes.is_local_main_process)
-        for language, text in corpus.texts.items():
-            self.say(
-                f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
-                f"{len(text.validation)} to select by, {len(text.test)} to test on"
-            )
-        return corpus
-
-    @cached_property
-    def model(self):
-        model = load_model(self.recipe.model, self.model_path)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
-        return model
-
-    @cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.recipe.model, self.model_path)
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder.of(self.tokenizer, self.recipe.corpus, self.model.config)
-
-    def batches(
-        self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None
-    ) -> dict[str, list]:
-        """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
-        if sentences is None:
-            sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
-        return {
-            language: self.encoder.batches(
-                lines,
-                f"{purpose} text of {language}",
-                batch_size or self.recipe.corpus.batch_size,
-                skip_special_tokens=purpose == "detection" and self.recipe.detection.skip_special_tokens,
-            )
-            for language, lines in sentences.items()
-        }
-
     # The stages.
 
     def _detect(self) -> dict:
         section = self.recipe.detection
         checkpoints = self.directory / f".detection-{fingerprint(self._inputs['detect'])[:16]}"
-        texts = self.corpus.texts
+        texts = self.materials.corpus.texts
 
         def detect(sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
             return detect_neurons(
-                self.model,
-                self.batches("detection", sentences),
+                self.materials.model,
+                self.materials.batches("detection", sentences),
                 method=section.method,
                 lape_ratio=section.lape_ratio,
                 top_ratio=section.top_ratio,
@@ -221,9 +168,9 @@ class Pipeline:
 
     def _score(self) -> dict:
         score = language_agnostic_score(
-            self.model,
+            self.materials.model,
             LanguageNeurons.load(self.directory / "neurons"),
-            self.batches("validation"),
+            self.materials.batches("validation"),
             control_seeds=range(1, self.recipe.score.controls + 1),
             progress=self.processes.is_local_main_process,
         )
@@ -242,27 +189,28 @@ class Pipeline:
         choice = self._choose()
         self.say(f"train: {choice.reason}" if choice else "train: all weights")
         set_seed(arguments.seed)
-        encoder = self.encoder
-        examples = training_examples(encoder, self.corpus, recipe.training.languages)
+        encoder = self.materials.encoder
+        examples = training_examples(encoder, self.materials.corpus, recipe.training.languages)
         held_out = {
             language: [
                 {"input_ids": row["input_ids"]}
                 for row in encoder.encode(text.validation, f"validation text of {language}", add_eos=True)
             ]
-            for language, text in self.corpus.texts.items()
+            for language, text in self.materials.corpus.texts.items()
         }
         settings = dict(args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=encoder.collate)
         if choice is None:
-            trainer = Trainer(self.model, **settings)
+            trainer = Trainer(self.materials.model, **settings)
         else:
-            trainer = NeuronTrainer(self.model, **settings, neurons=choice.neurons, update=recipe.training.update)
+            trainer = NeuronTrainer(
+                self.materials.model, **settings, neurons=choice.neurons, update=recipe.training.update
+            )
         trainer.remove_callback(PrinterCallback)
         checkpoints = _checkpoints(self.directory)
         if checkpoints:
             self.say(f"train: resumed from {checkpoints[-1].name}")
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-        # A trained model is no base any more: whoever asks for one loads it again.
-        del self.__dict__["model"]
+        self.materials.forget_model()
         last = self.directory / f"checkpoint-{trainer.state.global_step}"
         if not (last / TRAINER_STATE_NAME).exists():
             trainer.save_model(str(last))
@@ -294,8 +242,8 @@ class Pipeline:
             trained,
             self.directory / "enhanced",
             to=self.recipe.export.to,
-            base=self.model,
-            tokenizer=self.tokenizer,
+            base=self.materials.model,
+            tokenizer=self.materials.tokenizer,
             dtype=self.recipe.export.dtype,
             neurons=neurons,
             model_card=model_card(self.recipe, record),
@@ -318,9 +266,9 @@ class Pipeline:
         return {"outputs": ["enhanced"], "frozen_weights": frozen}
 
     def _evaluate(self) -> dict:
-        batches = self.batches("test", batch_size=self.recipe.evaluation.batch_size)
+        batches = self.materials.batches("test", batch_size=self.recipe.evaluation.batch_size)
         progress = self.processes.is_local_main_process
-        before = evaluate_languages(self.model, batches, "before", progress)
+        before = evaluate_languages(self.materials.model, batches, "before", progress)
         enhanced = load_model(self.recipe.model, self.directory / "enhanced")
         after = evaluate_languages(enhanced, batches, "after", progress)
         if self.processes.is_main_process:
@@ -338,12 +286,12 @@ class Pipeline:
         file = self.recipe.training.neurons
         if file is not None:
             neurons = NeuronSet.load(file)
-            neurons.check(self.model, source=file)
+            neurons.check(self.materials.model, source=file)
             return Choice("file", neurons, f"{len(neurons)} neurons from {file}")
         if self.strategy is None:
             return None
         score = AgnosticScore.load(self.directory / "score.json") if self.strategy.needs_score else None
-        choice = self.strategy.choose(LanguageNeurons.load(self.directory / "neurons"), score, self.model)
+        choice = self.strategy.choose(LanguageNeurons.load(self.directory / "neurons"), score, self.materials.model)
         return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}")
 
     # What is on disk.
@@ -399,9 +347,9 @@ class Pipeline:
         neurons = recipe["training"]["neurons"]
         common = {
             "corpus": recipe["corpus"] | {"path": None},
-            "files": self.corpus.hashes,
+            "files": self.materials.corpus.hashes,
             "model": recipe["model"],
-            "identity": model_identity(self.recipe.model, self.model_path),
+            "identity": model_identity(self.recipe.model, self.materials.model_path),
             "version": version("agnostic_train"),
         }
         own = {
@@ -423,11 +371,11 @@ class Pipeline:
             frozen_weights = export["frozen_weights"] if export["key"] == key else None
         return {
             "model": {
-                **model_identity(self.recipe.model, self.model_path),
+                **model_identity(self.recipe.model, self.materials.model_path),
                 "name": self.recipe.model.name,
                 "revision": self.recipe.model.revision,
             },
-            "corpus": self.corpus.hashes,
+            "corpus": self.materials.corpus.hashes,
             "recipe": self.recipe.to_dict(),
             "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
             "versions": _versions(),

@@ -97,9 +97,12 @@ def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             raise UserError(f"{source}: not readable ({_one_line(error)})") from None
         if row is None:
             return
-        if not isinstance(row.get(column), str):
+        text = row.get(column)
+        if isinstance(text, list):  # mOSCAR keeps a document as a list of its parts
+            text = "\n".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in text)
+        if not isinstance(text, str):
             raise UserError(f"{source}: no text in column {column!r}; corpus.text_column is one of {', '.join(row)}")
-        yield row[column]
+        yield text
 
 
 def _one_line(error: Exception) -> str:

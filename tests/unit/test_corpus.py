@@ -201,6 +201,13 @@ def test_json_lines_and_parquet_hold_documents(folder, ending):
         load_corpus(section(), folder)
 
 
+def test_documents_in_parts_are_joined(folder):
+    (folder / "en.train.txt").unlink()
+    rows = [{"text": [{"text": sentence}, {"text": f"{sentence} again"}]} for sentence in SENTENCES[:30]]
+    table(folder, "en.train.jsonl", rows)
+    assert len(load_corpus(section(), folder).texts["en"].training) == 50
+
+
 def test_sentences_are_split_further_if_asked(folder):
     write(folder, "en", train=[*SENTENCES[:20], "One. Two? 三。四！ Five"])
     text = load_corpus(section(split_sentences=True), folder).texts["en"]

@@ -1,0 +1,84 @@
+"""The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agnostic_train.corpus import Corpus, load_corpus
+from agnostic_train.encoding import Encoder
+from agnostic_train.files import UserError
+from agnostic_train.loading import load_model, load_tokenizer
+from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
+from agnostic_train.recipe import EMBEDDED, Recipe
+
+
+class Materials:
+    """What a run works on.
+
+    Args:
+        recipe: names it.
+        processes: of the run.
+        say: told once what was loaded.
+    """
+
+    def __init__(self, recipe: Recipe, processes: PartialState, say: Callable[[str], None]):
+        self.recipe = recipe
+        self.processes = processes
+        self.say = say
+
+    @cached_property
+    def model_path(self) -> str:
+        if self.recipe.model.name != EMBEDDED:
+            return self.recipe.model.name
+        if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
+            raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
+        self.say("model: the embedded default (at first use it is trained from scratch, about a minute)")
+        return str(quickstart_model())
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        path = quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
+        corpus = load_corpus(self.recipe.corpus, path, self.processes.is_local_main_process)
+        for language, text in corpus.texts.items():
+            self.say(
+                f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
+                f"{len(text.validation)} to select by, {len(text.test)} to test on"
+            )
+        return corpus
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model = load_model(self.recipe.model, self.model_path)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.recipe.model, self.model_path)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder.of(self.tokenizer, self.recipe.corpus, self.model.config)
+
+    def batches(
+        self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None
+    ) -> dict[str, list]:
+        """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
+        if sentences is None:
+            sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
+        return {
+            language: self.encoder.batches(
+                lines,
+                f"{purpose} text of {language}",
+                batch_size or self.recipe.corpus.batch_size,
+                skip_special_tokens=purpose == "detection" and self.recipe.detection.skip_special_tokens,
+            )
+            for language, lines in sentences.items()
+        }
+
+    def forget_model(self) -> None:
+        """After training the model is no base any more: whoever asks for one loads it again."""
+        del self.__dict__["model"]
