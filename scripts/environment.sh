@@ -17,7 +17,8 @@ if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   fi
   echo "installing into .venv (a few minutes the first time, GPU: $_gpu)"
   [ -x .venv/bin/python ] || "$_python" -m venv .venv
-  _pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+  # Twice quiet: errors are shown, warnings about the index of this or that machine are not.
+  _pip=(.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt)
   if [ "$_gpu" = no ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     # Plain torch brings gigabytes of CUDA. A CPU build that pip already knows comes first, then PyTorch's own index.
     _torch="$(grep '^torch==' constraints.txt)+cpu"

@@ -149,7 +149,9 @@ class OutputChange:
         self._output = self._logits.softmax(-1) @ self._value
         self._visible = inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
         self._weight = counted.to(self._value.dtype).repeat_interleave(self.num_heads, 0)
-        bytes_per_neuron = 2 * self.length * (self.length + self.head_dim) * self._value.element_size()
+        # At the peak a neuron has its change, its logits and its attention, and two outputs.
+        entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)
+        bytes_per_neuron = entries_per_neuron * self._value.element_size()
         self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
 
     def of_rank_two(self, change: RankTwo, before_cap: bool = True) -> Tensor:

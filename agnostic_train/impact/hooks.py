@@ -33,7 +33,7 @@ Sink = Callable[[Site, Tensor], None]
 
 DEFAULT_MEMORY_GB = 2.0
 # On a CPU temporaries that stay in cache are several times faster than the largest that memory allows.
-_CPU_CHUNK_BYTES = 4 << 20
+_CPU_CHUNK_BYTES = 6 << 20
 _IMPLEMENTATION = "agnostic_train_impact"
 
 
