@@ -88,6 +88,10 @@ class ImpactMeter:
             raise ValueError(f"attention: {attention!r} isn't one of {', '.join(attention_impacts.ATTENTION_MODES)}")
         self.model = model
         self.decoder: Decoder = find_decoder(model)
+        if any(part.linear.weight.is_meta for layer in self.decoder.layers for part in layer.projections.values()):
+            raise UserError(
+                "model.name: some of the model's weights are offloaded or empty; detection needs them all on devices"
+            )
         self.projections = projections
         self._stack = ExitStack()
         self._observers = [LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers]

@@ -197,6 +197,33 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch):
     assert not (root / "out/checkpoint-5").exists()
 
 
+def test_killed_detection_goes_on_from_its_counts(root, tmp_path):
+    """kill -9 in the middle; what is left is a whole file of counts, and the sets come out the same."""
+    flags = ["--corpus.batch_size=1", "--detection.verify=false"]
+    assert run(root, "detect", *flags, f"--output_dir={root / 'whole'}") == 0
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        "import os, signal, sys\n"
+        "from agnostic_train import cli, detection\n"
+        "detection.SECONDS_BETWEEN_CHECKPOINTS = 0\n"
+        "original, calls = detection.ImpactMeter.measure, []\n"
+        "def measure(self, batch, sink):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 27:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    original(self, batch, sink)\n"
+        "detection.ImpactMeter.measure = measure\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, str(killer), "detect", str(root / "recipe.yaml"), *flags], timeout=300)
+    assert done.returncode == -9 and not (root / "out/neurons").exists()
+    counts = sorted(path.name for path in next((root / "out").glob(".detection-*")).iterdir())
+    assert counts == ["en.0-of-1.safetensors", "sw.0-of-1.safetensors"]
+    assert run(root, "detect", *flags) == 0
+    assert LanguageNeurons.load(root / "out/neurons") == LanguageNeurons.load(root / "whole/neurons")
+    assert not list((root / "out").glob(".detection-*"))
+
+
 def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints(root, monkeypatch):
     assert run(root, "train") == 0
     assert run(root, "train", "--training.learning_rate=5e-2", f"--output_dir={root / 'clean'}") == 0

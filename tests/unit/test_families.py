@@ -52,6 +52,8 @@ def family_model(name):
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(0)
+    # Eager attention is each family's definition: some versions' sdpa leaves Gemma 2's cap out.
+    config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -6,7 +6,9 @@ from conftest import padded_batch, tiny_llama
 
 from agnostic_train.deactivation import deactivate
 from agnostic_train.decoder import PROJECTIONS, find_decoder
+from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, neuron_impacts
+from agnostic_train.impact.attention import OutputChange
 from agnostic_train.neurons import NeuronSet
 
 LENGTHS = [1, 6, 13]
@@ -142,6 +144,33 @@ def test_half_precision_scores_accumulate_in_float32(llama, dtype):
     for site, values in neuron_impacts(llama.to(dtype), batch).items():
         assert values.dtype == torch.float32
         assert (values - expected[site]).abs().max() < 0.05 * expected[site].max()
+
+
+def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
+    """At the peak: change, logits and attention of a chunk, and its two outputs."""
+    sizes = []
+    original = OutputChange._squares
+
+    def spied(self, heads, logits):
+        sizes.append((3 * logits.numel() + 2 * logits[..., 0].numel() * 10) * logits.element_size())
+        return original(self, heads, logits)
+
+    monkeypatch.setattr(OutputChange, "_squares", spied)
+    counts = []
+    for budget in (1 << 14, 1 << 16, 1 << 20):
+        sizes.clear()
+        with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=budget / 2**30) as meter:
+            meter.measure(padded_batch([13, 9]), lambda site, impacts: None)
+        assert max(sizes) <= budget
+        counts.append(len(sizes))
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_offloaded_weights_are_refused():
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(UserError, match="offloaded"):
+        ImpactMeter(model)
 
 
 def test_unknown_names_are_refused(llama):
