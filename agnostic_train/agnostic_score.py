@@ -42,12 +42,12 @@ class AgnosticScore:
     """The score with its table, and the same for random sets of the same sizes.
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
-    table: a row per language. controls: `value` with random sets, by seed.
+    table: a row per language. controls: the scores with random sets, by seed.
     """
 
     value: float | None
     table: list[LanguageScore]
-    controls: dict[int, float | None] = field(default_factory=dict)
+    controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
 
     @property
     def importance(self) -> dict[str, float | None]:
@@ -66,13 +66,12 @@ class AgnosticScore:
 
     @classmethod
     def load(cls, file: str | Path) -> "AgnosticScore":
-        """Reads `score.json`; raises `UserError` that names the file if it is missing or broken."""
+        """Reads `score.json` without its controls; raises `UserError` that names the file if it is missing or broken."""
         content = read_json(file)
         names = {it.name for it in fields(LanguageScore)}
         try:
             table = [LanguageScore(**{name: row[name] for name in names}) for row in content["table"]]
-            controls = {int(seed): value for seed, value in content["controls"]["values"].items()}
-            return cls(content["value"], table, controls)
+            return cls(content["value"], table)
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
 
@@ -86,7 +85,8 @@ class AgnosticScore:
             "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
             "controls": {
                 "description": "the score with random sets of the same number of neurons at every site",
-                "values": {str(seed): value for seed, value in self.controls.items()},
+                "values": {str(seed): control.value for seed, control in self.controls.items()},
+                "clipped": {str(seed): control.clipped for seed, control in self.controls.items()},
             },
         }
 
@@ -137,8 +137,9 @@ def language_agnostic_score(
                 neurons.shared.random_like(seed, model),
                 {language: own.random_like(seed, model) for language, own in neurons.exclusive.items()},
             )
-            controls[seed] = _mean([row.importance for row in _table(model, drawn, before, measure)])
-    return AgnosticScore(_mean([row.importance for row in table]), table, controls)
+            control_table = _table(model, drawn, before, measure)
+            controls[seed] = AgnosticScore(_mean(control_table), control_table)
+    return AgnosticScore(_mean(table), table, controls)
 
 
 def _table(model: nn.Module, neurons: LanguageNeurons, before: dict[str, Perplexity], measure) -> list[LanguageScore]:
@@ -181,6 +182,6 @@ def language_score(
     )
 
 
-def _mean(importances: list[float | None]) -> float | None:
-    defined = [math.log1p(importance) for importance in importances if importance is not None]
+def _mean(table: list[LanguageScore]) -> float | None:
+    defined = [math.log1p(row.importance) for row in table if row.importance is not None]
     return sum(defined) / len(defined) if defined else None

@@ -177,7 +177,10 @@ class Pipeline:
         if self.processes.is_main_process:
             write_json(self.directory / "score.json", score.to_json())
         value = "undefined" if score.value is None else f"{score.value:.3f}"
-        controls = ", ".join("undefined" if it is None else f"{it:.3f}" for it in score.controls.values())
+        controls = ", ".join(
+            "undefined" if it.value is None else f"{it.value:.3f}" + (" clipped" if it.clipped else "")
+            for it in score.controls.values()
+        )
         self.say(f"score: language-agnostic score {value}" + (f" (random sets: {controls})" if controls else ""))
         for problem, languages in (("undefined, a set is empty", score.undefined), ("clipped", score.clipped)):
             if languages:

@@ -127,7 +127,7 @@ tags:
 
 
 def _draw_neurons(found: LanguageNeurons) -> Figure:
-    """Stacked bars: shared below, each language's exclusive beside each other."""
+    """A map of layers by projections for the shared set and for each language's exclusive one."""
     sizes = found.shared.sizes or {}
     projections = [name for name in PROJECTIONS if any(site[1] == name for site in sizes)] or list(PROJECTIONS)
     num_layers = 1 + max((layer for layer, _ in sizes), default=0)
@@ -185,7 +185,7 @@ def _draw_score(score: dict) -> Figure:
     controls = [value for value in score["controls"]["values"].values() if value is not None]
     for index, value in enumerate(controls):
         axis.axhline(value, color="0.5", linestyle="--", label="random sets" if index == 0 else None)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
