@@ -154,7 +154,7 @@ class Pipeline:
                     f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
                     for language, it in overlaps.items()
                 )
-                self.say(f"detect: overlap of related sets, {name}: {values}")
+                self.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
         if self.processes.is_main_process:
             found.save(self.directory / "neurons")
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -182,7 +182,10 @@ class Pipeline:
             for it in score.controls.values()
         )
         self.say(f"score: language-agnostic score {value}" + (f" (random sets: {controls})" if controls else ""))
-        for problem, languages in (("undefined, a set is empty", score.undefined), ("clipped", score.clipped)):
+        for problem, languages in (
+            ("undefined, the shared or exclusive set is empty", score.undefined),
+            ("clipped, a set off changed perplexity by less than 1e-6", score.clipped),
+        ):
             if languages:
                 self.say(f"score: {problem}: {', '.join(languages)}")
         return {"outputs": ["score.json"], "value": score.value}
@@ -321,6 +324,8 @@ class Pipeline:
                 raise UserError(
                     f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
                 )
+        if self.strategy is not None and len(recipe.corpus.languages) < 2:
+            raise UserError("corpus.languages: one language shares nothing with others; name at least two")
         if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
             raise UserError(
                 f"detection.min_languages: {recipe.detection.min_languages} is more than the "
@@ -399,6 +404,11 @@ def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
     accelerator = torch.accelerator.is_available()
     # On a CPU several processes need to be told so, and pinned memory warns.
     defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
+        value = recipe.training.arguments.get(key)
+        # -1 is how transformers spells 'not by steps'.
+        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
+            raise UserError(f"training.{key}: must be above 0, not {value}")
     try:
         return NeuronTrainingArguments(
             **{**defaults, **recipe.training.arguments},

@@ -4,10 +4,11 @@ import math
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -64,14 +65,21 @@ class CorpusSection:
     split_sentences: bool = Field(default=False, description="Split also after . ! ? and not just at line breaks.")
     languages: Languages = Field(description="Every language to look at; the names of the files.")
     detection_sentences: int = Field(default=1000, ge=1, description="Train sentences per language to detect on.")
-    training_sentences: int | None = Field(default=None, ge=1, description="At most so many more to train on; all.")
-    validation_sentences: int | None = Field(default=None, ge=1, description="So many valid sentences; all.")
-    test_sentences: int | None = Field(default=None, ge=1, description="So many test sentences; all.")
+    training_sentences: int | None = Field(
+        default=None, ge=1, description="At most so many further train sentences to train on; without it, all."
+    )
+    validation_sentences: int | None = Field(
+        default=None, ge=1, description="At most so many valid sentences; without it, all."
+    )
+    test_sentences: int | None = Field(
+        default=None, ge=1, description="At most so many test sentences; without it, all."
+    )
     max_length: int | None = Field(
-        default=None, ge=2, description="Cut sentences at so many tokens; the model's limit."
+        default=None, ge=2, description="Cut sentences at so many tokens; without it, at the model's limit."
     )
     add_bos: bool | None = Field(
-        default=None, description="Begin sentences with the beginning-of-sequence token; what the tokenizer does."
+        default=None,
+        description="Begin sentences with the beginning-of-sequence token; without it, as the tokenizer does.",
     )
     batch_size: int = Field(default=16, ge=1, description="Sentences per batch in detection, scores and evaluation.")
     seed: int = Field(default=0, ge=0, description="Of the sample of sentences.")
@@ -103,7 +111,9 @@ class DetectionSection:
     exclusive: Literal["complement", "unique"] = Field(
         default="complement", description="Related minus shared, or minus every other language's related."
     )
-    min_languages: int | None = Field(default=None, ge=1, description="Shared: related to at least so many; all.")
+    min_languages: int | None = Field(
+        default=None, ge=1, description="Shared: related to at least so many languages; without it, to all."
+    )
     skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
     memory_gb: float = Field(default=2.0, gt=0, description="Bound on the temporaries of the q and k impacts, in GiB.")
     stability: bool = Field(
@@ -141,7 +151,9 @@ class TrainingSection:
 class EvaluationSection:
     """Before and after, on test text."""
 
-    batch_size: int | None = Field(default=None, ge=1, description="Sentences per batch; corpus.batch_size.")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Sentences per batch; without it, corpus.batch_size."
+    )
 
 
 @_section
@@ -150,7 +162,7 @@ class ExportSection:
 
     to: Literal["merged"] = Field(default="merged", description="A plain Hugging Face checkpoint.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="Of the saved weights; as trained."
+        default=None, description="Of the saved weights; without it, as trained."
     )
 
 
@@ -198,12 +210,24 @@ def training_argument_types() -> dict[str, Any]:
 def recipe_keys() -> dict[str, str]:
     """Every key of the recipe's own, as `section.key` or `output_dir`, with its help text."""
     keys = {
-        f"{name}.{key}": info.description
+        f"{name}.{key}": info.description + _choices_and_default(info)
         for name, section in SECTIONS.items()
         for key, info in section.__pydantic_fields__.items()
         if info.description is not None
     }
     return {"output_dir": Recipe.__pydantic_fields__["output_dir"].description, **keys}
+
+
+def _choices_and_default(info: FieldInfo) -> str:
+    kinds = (info.annotation, *get_args(info.annotation))
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    parts = [f"one of {', '.join(choices)}"] if choices else []
+    if info.is_required():
+        parts.append("required")
+    elif info.default is not None:
+        default = f"{info.default:.4g}" if isinstance(info.default, float) else str(info.default)
+        parts.append(f"default {default}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:

@@ -1,5 +1,6 @@
 """Detection inside a Trainer: neurons and score of a model in training, on the device it trains on."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -47,6 +48,9 @@ class DetectionCallback(TrainerCallback):
     ):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        unknown = detect_keywords.keys() - inspect.signature(detect_neurons).parameters.keys()
+        if unknown:
+            raise TypeError(f"detect_neurons has no option {sorted(unknown)[0]!r}")
         self.corpora = {language: list(batches) for language, batches in corpora.items()}
         self.score_corpora = self.corpora if score_corpora is None else score_corpora
         self.strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy or "shared+exclusive")

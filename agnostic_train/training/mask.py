@@ -68,7 +68,7 @@ class GradientMask:
         if any(masked.parameter.dtype in (torch.float16, torch.bfloat16) for masked in self.parameters):
             logger.warning(
                 "update='mask' on half-precision weights: most steps of a usual learning rate round to nothing "
-                "(1e-5 leaves 85%% of bfloat16 weights unchanged over 100 steps); load the model in float32"
+                "(1e-5 leaves 85% of bfloat16 weights unchanged over 100 steps); load the model in float32"
             )
         for parameter in model.parameters():
             parameter.requires_grad_(False)

@@ -303,6 +303,9 @@ MISTAKES = [
     (["--training.optim=adamx"], "training: "),
     (["--training.optim=adafactor"], "training.optim"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
+    (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
+    (["--training.max_steps=0"], "training.max_steps: must be above 0"),
+    (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
     (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
@@ -342,7 +345,11 @@ def test_help(stage, capsys):
         main([*([stage] if stage else []), "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "--detection.top_ratio VALUE" in printed if stage else "evaluate" in printed
+    if stage is None:
+        assert "evaluate" in printed
+    else:
+        assert "--detection.top_ratio VALUE" in printed and "default 0.05" in printed
+        assert "one of impact, lape; default impact" in " ".join(printed.split())
 
 
 def test_a_missing_stage_or_recipe(capsys):

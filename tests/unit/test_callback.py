@@ -93,3 +93,8 @@ def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
     assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
+
+
+def test_a_misspelt_option_is_refused_at_once():
+    with pytest.raises(TypeError, match="no option 'top_ration'"):
+        DetectionCallback(corpora(), top_ration=0.1)
