@@ -23,9 +23,11 @@ from agnostic_train.perplexity import perplexity
 dist.init_process_group("gloo")
 model = tiny_llama()
 found = detect(model)
+lape = detect(model, method="lape", lape_ratio=0.2)
 result = perplexity(model, corpora()["a"])
 if dist.get_rank() == 1:
     found.save({out!r} + "/neurons")
+    lape.save({out!r} + "/lape")
     torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), {out!r} + "/perplexity.pt")
 dist.destroy_process_group()
 """
@@ -60,6 +62,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, pytestconfig):
     assert done.returncode == 0, done.stderr[-2000:]
     model = tiny_llama()
     assert LanguageNeurons.load(tmp_path / "neurons") == detect(model)
+    assert LanguageNeurons.load(tmp_path / "lape") == detect(model, method="lape", lape_ratio=0.2)
     nats, tokens, num_bytes = torch.load(tmp_path / "perplexity.pt", weights_only=True)
     result = perplexity(model, corpora()["a"])
     torch.testing.assert_close(nats, result.sentence_nats)

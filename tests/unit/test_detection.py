@@ -100,7 +100,7 @@ def test_batch_size_and_padding_side_change_only_what_ties_within_rounding(llama
 
 def test_a_model_placed_by_device_map_is_detected_on(tmp_path, llama):
     llama.save_pretrained(tmp_path)
-    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     assert detect_neurons(placed, corpora(), 0.2, progress=False) == detect_neurons(
         llama, corpora(), 0.2, progress=False
     )
