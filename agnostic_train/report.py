@@ -95,6 +95,7 @@ def model_card(recipe: Recipe, training: dict) -> str:
     # The hub's metadata takes only its own names; a local path isn't one.
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
     base = f"base_model: {recipe.model.name}\n" if hub_name else ""
+    title = recipe.model.name if hub_name else Path(recipe.model.name).name  # a card is published, a path is private
     counts = training["neurons"]
     neurons = (
         "all weights" if counts is None else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
@@ -116,7 +117,7 @@ tags:
 - agnostic-train
 ---
 
-# {recipe.model.name}, enhanced for {", ".join(recipe.training.languages)}
+# {title}, enhanced for {", ".join(recipe.training.languages)}
 
 {what}
 
