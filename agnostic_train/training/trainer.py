@@ -84,9 +84,11 @@ class NeuronTrainer(Trainer):
         if self._mask is None or self._mask.model is not self.model:
             self._install_mask()
         optimizer = super().create_optimizer(model)
-        if optimizer is not self._guarded:
-            self._mask.guard(optimizer)
-            self._guarded = optimizer
+        # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
+        bare = getattr(optimizer, "optimizer", optimizer)
+        if bare is not self._guarded:
+            self._mask.guard(bare)
+            self._guarded = bare
         return optimizer
 
     def _install_mask(self) -> None:

@@ -206,3 +206,15 @@ def test_neurons_or_a_callback_are_needed(tmp_path):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), neurons=NeuronSet({})).train()
     with pytest.raises(UserError, match="training.update"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, update="rows")
+
+
+def test_training_twice_keeps_the_promise(tmp_path):
+    """The second time the optimizer is there already, wrapped by accelerate."""
+    model = tiny_llama()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer = NeuronTrainer(model, arguments(tmp_path, max_steps=3), train_dataset=sentences(), neurons=CHOSEN)
+    trainer.train()
+    once = copy.deepcopy(model.state_dict())
+    trainer.train()
+    assert_only_chosen_moved(before, model, CHOSEN)
+    assert any(not torch.equal(value, once[name]) for name, value in model.state_dict().items())
