@@ -12,6 +12,7 @@ from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.perplexity import Perplexity, perplexity
 from agnostic_train.strategy import Strategy
 from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
 __version__ = version("agnostic_train")
@@ -20,6 +21,7 @@ __all__ = [
     "AgnosticScore",
     "DetectionCallback",
     "LanguageNeurons",
+    "NeuronConfig",
     "NeuronSet",
     "NeuronTrainer",
     "NeuronTrainingArguments",

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from agnostic_train.files import UserError
 
@@ -22,18 +24,26 @@ COLUMN_PROJECTIONS = ("o", "down")
 
 Site = tuple[int, str]
 
+_UNIT_VECTORS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Projection:
     """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons.
 
+    linear: the module that the model calls; with adapters, PEFT's layer around the `nn.Linear`.
     rows: where the projection shares a fused linear with others, the row of each of its neurons, int64; None where
     the linear is its own.
     """
 
     name: str
-    linear: nn.Linear
+    linear: nn.Linear | BaseTunerLayer
     rows: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the linear is its weight and nothing more: no adapters beside it, not quantised."""
+        return isinstance(self.linear, nn.Linear) and self.linear.weight.is_floating_point()
 
     @property
     def neuron_dim(self) -> int:
@@ -42,19 +52,41 @@ class Projection:
 
     @property
     def num_neurons(self) -> int:
-        return self.linear.weight.shape[self.neuron_dim] if self.rows is None else len(self.rows)
+        if self.rows is not None:
+            return len(self.rows)
+        if self.is_plain:
+            return self.linear.weight.shape[self.neuron_dim]
+        # Four-bit weights are packed: their shape says nothing.
+        return self.linear.in_features if self.neuron_dim else self.linear.out_features
 
     def entries(self, neurons: Tensor) -> Tensor:
         """The rows or columns of `linear.weight` that hold the neurons, on the weight's device."""
         entries = neurons if self.rows is None else self.rows[neurons]
         return entries.to(self.linear.weight.device)
 
+    def neurons(self, entries: Tensor) -> Tensor:
+        """The neurons of this projection among rows or columns of `linear.weight`: the inverse of `entries`."""
+        return entries if self.rows is None else torch.isin(self.rows, entries.to(self.rows.device)).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """What the linear applies, (out, in): its weight, or what adapters and quantisation make of it."""
+        linear, weight = self.linear, self.linear.weight
+        if self.is_plain:
+            return weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        columns = []
+        for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE):
+            output = linear(F.one_hot(units, linear.in_features).to(dtype))
+            columns.append(output if linear.bias is None else output - linear.bias)
+        return torch.cat(columns).T
+
     def output(self, output: Tensor) -> Tensor:
         """The projection's own part of its linear's output, (..., neurons)."""
         return output if self.rows is None else output[..., self.rows.to(output.device)]
 
     def parts(self) -> list[tuple[nn.Parameter, int]]:
-        """The parameters that deactivation zeroes, each with its neuron dimension."""
+        """The parameters that deactivation zeroes where the linear is plain, each with its neuron dimension."""
         parts = [(self.linear.weight, self.neuron_dim)]
         if self.linear.bias is not None and self.neuron_dim == 0:
             parts.append((self.linear.bias, 0))
@@ -239,9 +271,9 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
     return {name: Projection(name, _linear(index, feed_forward, f"{name}_proj")) for name in FEED_FORWARD_PROJECTIONS}
 
 
-def _linear(index: int, owner: nn.Module | None, name: str) -> nn.Linear:
+def _linear(index: int, owner: nn.Module | None, name: str) -> nn.Linear | BaseTunerLayer:
     linear = getattr(owner, name, None)
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear, nn.Linear):
         raise UserError(
             f"model.name: layer {index} has no nn.Linear called {name} in its {type(owner).__name__}; "
             "this family isn't supported"

@@ -169,6 +169,15 @@ class NeuronSet:
         except (SafetensorError, ValueError, OSError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: not a readable neuron set ({' '.join(str(error).split())})") from None
 
+    @classmethod
+    def read(cls, file: str | Path, model: nn.Module) -> "NeuronSet":
+        """Reads either format by the file's name: `.json` by `from_json`, anything else by `load`."""
+        if Path(file).suffix == ".json":
+            return cls.from_json(file, model)
+        neurons = cls.load(file)
+        neurons.check(model, source=str(file))
+        return neurons
+
     def to_json(self, file: str | Path) -> None:
         """Writes `{"format": .., "neurons": {projection: {layer: [index, ..]}}}`, for people and other tools.
 

@@ -131,7 +131,7 @@ class LayerObserver:
         self._cos_sin: tuple[Tensor, Tensor] | None = None
         with torch.no_grad():
             self._norms = {
-                name: weight_norms(layer.projections[name].linear.weight)
+                name: weight_norms(layer.projections[name].effective_weight())
                 for name, readers in (("o", {"o"}), ("down", set(FEED_FORWARD_PROJECTIONS)))
                 if self.projections & readers
             }

@@ -13,9 +13,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.chosen import chosen_entries
 
 logger = logging.get_logger(__name__)
 
@@ -154,22 +154,18 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
     """The weights that hold a chosen neuron, each with its chosen rows or columns.
 
     Raises:
-        UserError: neurons of another model.
+        UserError: neurons of another model, or a model with adapters or quantised weights.
     """
-    neurons.check(model)
-    decoder = find_decoder(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # Sites that share a fused weight (Phi-3's q, k and v) learn as one.
-    shared: dict[int, tuple[nn.Parameter, int, list[Tensor]]] = {}
-    for site, indices in neurons.items():
-        projection = decoder.projection(site)
-        weight = projection.linear.weight
-        shared.setdefault(id(weight), (weight, projection.neuron_dim, []))[2].append(projection.entries(indices))
-    for weight, dim, entries in shared.values():
-        chosen = torch.cat(entries).sort().values
-        frozen = torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)
-        frozen[chosen] = False
-        yield MaskedParameter(names[id(weight)], weight, dim, chosen, frozen.unsqueeze(1 - dim))
+    for name, chosen in chosen_entries(model, neurons).items():
+        if not isinstance(chosen.linear, nn.Linear) or not chosen.linear.weight.is_floating_point():
+            raise UserError(
+                f"training.update: 'mask' trains plain weights, and {name} has adapters beside it or is quantised; "
+                "use 'compact', or merge the adapters first"
+            )
+        weight = chosen.linear.weight
+        yield MaskedParameter(
+            f"{name}.weight", weight, chosen.dim, chosen.index, chosen.frozen(weight.shape[chosen.dim])
+        )
 
 
 def _zero_frozen(frozen: Tensor):

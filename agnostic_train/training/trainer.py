@@ -4,15 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.mask import GradientMask
 
-UPDATES = ("mask",)
+UPDATES = ("compact", "mask")
 NEURONS_FILE = "neurons.safetensors"
 
 
@@ -21,7 +25,11 @@ class NeuronTrainingArguments(TrainingArguments):
     """`TrainingArguments` and how the chosen neurons are updated."""
 
     update: str = field(
-        default="mask", metadata={"help": "How the chosen neurons learn: 'mask' masks the gradients of full weights."}
+        default=UPDATES[0],
+        metadata={
+            "help": "How the chosen neurons learn: 'compact' trains a small adapter of their rows and columns beside "
+            "frozen weights, 'mask' the full weights with masked gradients."
+        },
     )
 
 
@@ -30,36 +38,51 @@ class NeuronTrainer(Trainer):
 
     Biases, norms, embeddings and every unchosen row and column keep the very bits that they had, whatever the
     optimizer's weight decay and momentum. Checkpoints hold the neurons beside the weights, and a resumed run takes
-    them from there. Weight decay draws the chosen entries toward zero.
+    them from there.
+
+    With `update="compact"` the model becomes a `PeftModel` around the one given (`trainer.model`): the chosen rows
+    and columns are its only trainable tensors, and checkpoints hold them alone. Weight decay draws them toward the
+    base model; with `update="mask"`, toward zero.
 
     Args:
-        neurons: the neurons to train, or a file of them. None: a `DetectionCallback` among `callbacks` finds them
-            inside `train()`, on the training device, before the optimizer exists.
+        model: a causal language model, plain or with one neuron adapter to go on training.
+        neurons: the neurons to train, or a file of them. None: those of the model's adapter, or else a
+            `DetectionCallback` among `callbacks` finds them inside `train()`, on the training device, before the
+            optimizer exists.
         update: overrides the arguments' `update`.
         Others as for `Trainer`.
 
     Attributes:
-        neurons: what trains; None until detection has run. After training `model.trained_neurons` says it too, which
-            `export_checkpoint` reads.
+        neurons: what trains; None until detection has run. After training with masks `model.trained_neurons` says it
+            too, which `export_checkpoint` reads.
 
     Raises:
-        UserError: neither neurons nor a `DetectionCallback`, neurons of another model, an engine or optimizer with
-            which nothing else can be kept from moving.
+        UserError: neither neurons nor a `DetectionCallback`, neurons of another model, other adapters in the model,
+            an engine or optimizer with which nothing else can be kept from moving.
     """
 
-    def __init__(self, *args, neurons: NeuronSet | str | Path | None = None, update: str | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.neurons = NeuronSet.load(neurons) if isinstance(neurons, (str, Path)) else neurons
-        self.update = update or getattr(self.args, "update", "mask")
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *args,
+        neurons: NeuronSet | str | Path | None = None,
+        update: str | None = None,
+        **kwargs,
+    ):
+        arguments = args[0] if args else kwargs.get("args")
+        self.update = update or getattr(arguments, "update", UPDATES[0])
         if self.update not in UPDATES:
             raise UserError(f"training.update: {self.update!r} isn't one of {', '.join(UPDATES)}")
-        if self.neurons is not None:
-            self.neurons.check(self.model)
-        elif self._detection is None:
-            raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
+        self.neurons = neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
+        if isinstance(model, nn.Module):
+            # As early as this, because a Trainer takes quantised models only with their adapter.
+            model = self._with_adapter(model)
+        super().__init__(model, *args, **kwargs)
+        if self.neurons is None and self._detection is None:
+            raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
 
     @property
     def _detection(self) -> DetectionCallback | None:
@@ -77,36 +100,71 @@ class NeuronTrainer(Trainer):
                     f"{Path(checkpoint) / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
                     "start in another output_dir"
                 )
+        if self.model_init is None:
+            prepared = self._prepared(self.model)
+            if prepared is not self.model:
+                self.model = self.model_wrapped = self.callback_handler.model = prepared
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Chooses the neurons if that is still to do, masks the model, and guards the optimizer."""
-        if self._mask is None or self._mask.model is not self.model:
-            self._install_mask()
-        optimizer = super().create_optimizer(model)
-        # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
-        bare = getattr(optimizer, "optimizer", optimizer)
-        if bare is not self._guarded:
-            self._mask.guard(bare)
-            self._guarded = bare
-        return optimizer
+    def call_model_init(self, trial=None) -> nn.Module:
+        """As `Trainer.call_model_init`; inside `train()`, the model is made ready for its neurons to learn."""
+        model = super().call_model_init(trial)
+        return self._prepared(model.to(self.args.device)) if getattr(self, "is_in_train", False) else model
 
-    def _install_mask(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError(
-                "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
-                "split; train with plain data parallelism (DDP)"
-            )
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        """The model with its neurons chosen, and everything else kept from learning."""
         detection = self._detection
         if detection is not None:
             detection.log = self.log
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
         elif self.neurons is None:
-            detection.run(self.model)
-            self.neurons = detection.choose(self.model).neurons
-        self._mask = GradientMask(self.model, self.neurons)
-        self.model.trained_neurons = self.neurons
+            detection.run(model)
+            self.neurons = detection.choose(model).neurons
+        if self.update == "compact":
+            return self._with_adapter(model)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError(
+                "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
+                "split; use 'compact', or train with plain data parallelism (DDP)"
+            )
+        if self._mask is None or self._mask.model is not model:
+            self._mask = GradientMask(model, self.neurons)
+            model.trained_neurons = self.neurons
+        return model
+
+    def _with_adapter(self, model: nn.Module) -> nn.Module:
+        """The model, in `compact` with an adapter of the chosen neurons, as soon as they are known."""
+        adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        if adapters and (self.update != "compact" or not all(isinstance(it, NeuronLinear) for it in adapters)):
+            raise UserError(
+                f"training.update: {self.update!r} trains a plain model, and this one has adapters "
+                f"({type(adapters[0]).__name__}); merge them first (merge_and_unload)"
+            )
+        if isinstance(self.neurons, (str, Path)):
+            self.neurons = NeuronSet.read(self.neurons, model)
+        if adapters:
+            found = adapter_neurons(model)
+            if self.neurons is not None and self.neurons != found:
+                raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise UserError("model: its adapter is frozen; load it with is_trainable=True")
+            self.neurons = found
+        elif self.neurons is not None:
+            self.neurons.check(model)
+            if self.update == "compact":
+                model = get_peft_model(model, NeuronConfig(task_type=TaskType.CAUSAL_LM, neurons=self.neurons))
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else."""
+        optimizer = super().create_optimizer(model)
+        # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
+        bare = getattr(optimizer, "optimizer", optimizer)
+        if self._mask is not None and bare is not self._guarded:
+            self._mask.guard(bare)
+            self._guarded = bare
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with the neurons beside the weights."""

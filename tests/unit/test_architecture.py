@@ -7,7 +7,8 @@ ORDER = [
     "impact", "self_check", "lape", "detection", "stability", "perplexity", "agnostic_score", "strategy", "training",
     "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "pipeline", "cli", "__main__",
 ]  # fmt: skip
-ORDER_OF_TRAINING = ["mask", "callbacks", "trainer"]
+ORDER_OF_TRAINING = ["chosen", "mask", "compact", "callbacks", "trainer"]
+ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
 
 
 def imported(file):
@@ -29,6 +30,8 @@ def test_imports_run_one_way(pytestconfig):
         for other in imported(file):
             if other[0] != parts[0]:
                 assert ORDER.index(other[0]) < ORDER.index(parts[0]), f"{file} imports {other[0]}"
-            elif parts[0] == "training" and other[1] != parts[-1]:
-                assert ORDER_OF_TRAINING.index(other[1]) < ORDER_OF_TRAINING.index(parts[-1]), f"{file} imports {other}"
+            elif parts[0] == "training" and other[1] != parts[1]:
+                assert ORDER_OF_TRAINING.index(other[1]) < ORDER_OF_TRAINING.index(parts[1]), f"{file} imports {other}"
+            elif "compact" in parts and parts[-1] != "__init__":
+                assert ORDER_OF_COMPACT.index(other[2]) < ORDER_OF_COMPACT.index(parts[2]), f"{file} imports {other}"
     assert seen == set(ORDER)

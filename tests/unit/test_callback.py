@@ -1,11 +1,9 @@
 """`DetectionCallback`: what a `NeuronTrainer` trains, and a plain `Trainer` only reports."""
 
-import copy
-
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
-from test_mask import arguments, assert_only_chosen_moved, sentences
+from small_training import arguments, assert_only_chosen_moved, plain_weights, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from agnostic_train.decoder import find_decoder
@@ -20,12 +18,12 @@ def corpora():
 
 def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
     model = tiny_llama()
-    before = copy.deepcopy(dict(model.named_parameters()))
+    before = plain_weights(model)
     callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
     trainer = NeuronTrainer(model, arguments(tmp_path), train_dataset=sentences(), callbacks=[callback])
     trainer.train()
     assert trainer.neurons == callback.neurons.related["en"] | callback.neurons.related["sw"]
-    assert_only_chosen_moved(before, model, trainer.neurons)
+    assert_only_chosen_moved(before, plain_weights(trainer.model), trainer.neurons)
     first = trainer.state.log_history[0]
     assert first["step"] == 0 and first["neurons/shared"] == len(callback.neurons.shared)
     assert first["agnostic_score"] == pytest.approx(callback.score.value)

@@ -1,0 +1,12 @@
+"""`update="compact"`: the chosen rows and columns as a PEFT tuner, float32, beside a frozen base."""
+
+from peft.utils import register_peft_method
+
+from agnostic_train.training.compact.peft_type import NEURON
+from agnostic_train.training.compact.config import NeuronConfig
+from agnostic_train.training.compact.layer import NeuronLinear
+from agnostic_train.training.compact.model import NeuronModel, adapter_neurons
+
+register_peft_method(name=NEURON.lower(), config_cls=NeuronConfig, model_cls=NeuronModel, prefix=NeuronModel.prefix)
+
+__all__ = ["NeuronConfig", "NeuronLinear", "NeuronModel", "adapter_neurons"]

@@ -1,0 +1,64 @@
+"""The configuration of a neuron adapter: which rows and columns learn, and of which shapes they are."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from peft import PeftConfig, PeftType
+from torch import nn
+
+from agnostic_train.files import UserError
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.chosen import ChosenEntries, chosen_entries
+
+
+@dataclass
+class NeuronConfig(PeftConfig):
+    """Configures an adapter of chosen rows and columns: `get_peft_model(model, NeuronConfig(neurons=...))`.
+
+    The indices themselves are saved with the weights; `rows` and `columns` are enough to allocate the shapes.
+
+    Args:
+        neurons: a `NeuronSet`, or a file of one, as `NeuronSet.read` takes it. Not needed to load a saved adapter.
+    """
+
+    neurons: NeuronSet | str | Path | None = field(
+        default=None, metadata={"help": "The neurons to train: a NeuronSet or its file. Not saved with the adapter."}
+    )
+    rows: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Number of chosen rows of each module's weight; filled from `neurons`."},
+    )
+    columns: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Number of chosen columns of each module's weight; filled from `neurons`."},
+    )
+
+    target_modules = None
+    """PEFT reads it of every config; here `rows` and `columns` name the modules."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.NEURON
+
+    def to_dict(self) -> dict:
+        """What `adapter_config.json` holds: all but `neurons`, whose indices are saved with the weights."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "neurons"}
+
+    def resolve(self, model: nn.Module) -> dict[str, ChosenEntries]:
+        """Fills `rows` and `columns` from `neurons`, and returns the chosen entries by module name.
+
+        Raises:
+            UserError: no neuron at all, or neurons of another model.
+        """
+        if self.neurons is None:
+            if not self.rows and not self.columns:
+                raise UserError("neurons: give NeuronConfig a NeuronSet, or the file of one")
+            return {}
+        if not isinstance(self.neurons, NeuronSet):
+            self.neurons = NeuronSet.read(self.neurons, model)
+        if not len(self.neurons):
+            raise UserError("training.strategy: there is no neuron to train")
+        chosen = chosen_entries(model, self.neurons)
+        self.rows = {name: len(entries.index) for name, entries in chosen.items() if entries.dim == 0}
+        self.columns = {name: len(entries.index) for name, entries in chosen.items() if entries.dim == 1}
+        return chosen

@@ -1,0 +1,125 @@
+"""One linear with chosen rows or columns beside it."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class NeuronLinear(nn.Module, BaseTunerLayer):
+    """Runs the base layer, and adds what the active adapters change in its chosen rows or columns.
+
+    For chosen rows (dim 0): `y[..., index] += x @ delta.T`, delta (rows, in). For chosen columns (dim 1):
+    `y += x[..., index] @ delta.T`, delta (out, columns). The delta is float32, float64 beside a float64 base.
+
+    Args:
+        base_layer: an `nn.Linear`, quantised or not.
+        dim: which dimension of the weight counts neurons.
+    """
+
+    adapter_layer_names = ("neuron_delta",)
+    other_param_names = ("neuron_index",)
+
+    def __init__(self, base_layer: nn.Module, dim: int):
+        super().__init__()
+        self.base_layer = base_layer
+        self.dim = dim
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.neuron_delta = nn.ParameterDict()
+        self.neuron_index = BufferDict(persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._before_merge: list[Tensor] = []
+        self._backend = resolve_quantization_backend(base_layer)
+
+    def add(self, adapter_name: str, index: Tensor) -> None:
+        """Adds an adapter of zeros for the rows or columns at `index` (int64, sorted, unique)."""
+        weight = self.base_layer.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+        shape = (len(index), self.in_features) if self.dim == 0 else (self.out_features, len(index))
+        self.neuron_delta[adapter_name] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+        self.neuron_index[adapter_name] = index.to(weight.device)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for name in self.active_adapters:
+            if name not in self.neuron_delta:
+                continue
+            delta, index = self.neuron_delta[name].to(x.dtype), self.neuron_index[name]
+            if self.dim == 0:
+                y = y.index_add(-1, index, F.linear(x, delta).to(y.dtype))
+            else:
+                y = y + F.linear(x.index_select(-1, index), delta).to(y.dtype)
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, dense: (out, in)."""
+        delta = self.neuron_delta[adapter]
+        dense = torch.zeros(self.out_features, self.in_features, dtype=delta.dtype, device=delta.device)
+        return dense.index_copy(self.dim, self.neuron_index[adapter], delta.detach())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Puts the adapters' rows and columns into the base weight, each rounded once from its sum.
+
+        Args:
+            safe_merge: raise `ValueError` instead if a sum isn't finite.
+            adapter_names: the active ones by default.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.neuron_delta:
+                continue
+            delta, index = self.neuron_delta[name], self.neuron_index[name]
+            weight = self.base_layer.weight if self._backend is None else self._backend.get_base_weight(self.base_layer)
+            before = weight.index_select(self.dim, index)
+            merged = before + delta
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )  # as PEFT's own tuners put it
+            self._before_merge.append(before)
+            self._put(weight, index, merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the base weight's own rows and columns back, bit for bit unless it is quantised."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            index = self.neuron_index[self.merged_adapters.pop()]
+            weight = self.base_layer.weight if self._backend is None else self._backend.get_base_weight(self.base_layer)
+            self._put(weight, index, self._before_merge.pop().to(weight.device))
+
+    def _put(self, weight: Tensor, index: Tensor, values: Tensor) -> None:
+        weight.index_copy_(self.dim, index, values.to(weight.dtype))
+        if self._backend is not None:
+            self._backend.set_base_weight(self, weight)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """The base weight and the active adapters' sum, (out, in), in the delta's precision; not rounded further."""
+        weight = self.base_layer.weight
+        if self.merged or self.disable_adapters:
+            return weight
+        for name in self.active_adapters:
+            if name in self.neuron_delta:
+                delta = self.neuron_delta[name]
+                weight = weight.to(delta.dtype).index_add(self.dim, self.neuron_index[name], delta.detach())
+        return weight
+
+    def __repr__(self) -> str:
+        return "neuron." + super().__repr__()

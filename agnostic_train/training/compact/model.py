@@ -1,0 +1,88 @@
+"""The tuner that puts a `NeuronLinear` around every linear with a chosen neuron."""
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.chosen import ChosenEntries
+from agnostic_train.training.compact.config import NeuronConfig
+from agnostic_train.training.compact.layer import NeuronLinear
+
+
+class NeuronModel(BaseTuner):
+    """A model of which only chosen rows and columns learn, made by `get_peft_model(model, NeuronConfig(...))`.
+
+    Weight decay draws the chosen entries toward the base model (in `update="mask"`, toward zero).
+    """
+
+    prefix = "neuron_"
+    tuner_layer_cls = NeuronLinear
+    target_module_mapping: dict = {}
+
+    def _prepare_adapter_config(self, peft_config: NeuronConfig, model_config: dict) -> NeuronConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
+        self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NeuronConfig, key: str) -> bool:
+        return key in peft_config.rows or key in peft_config.columns
+
+    def _create_and_replace(
+        self, peft_config: NeuronConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        dim = 0 if current_key in peft_config.rows else 1
+        if current_key in self._chosen:
+            index = self._chosen[current_key].index
+        else:
+            # A saved adapter is about to be loaded, and brings its own.
+            index = torch.arange((peft_config.rows if dim == 0 else peft_config.columns)[current_key])
+        if isinstance(target, NeuronLinear):
+            layer = target
+        elif isinstance(target, BaseTunerLayer):
+            raise UserError(f"neurons: {current_key} has {type(target).__name__} adapters already; merge them first")
+        else:
+            layer = NeuronLinear(target, dim)
+            self._replace_module(parent, target_name, layer, target)
+        layer.add(adapter_name, index)
+        layer.set_adapter(self.active_adapters)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: NeuronConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT; an index beyond a weight would otherwise only be noticed by an error in mid-training."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, module in model.named_modules():
+            index = remapped.get(f"{name}.neuron_index.{adapter_name}")
+            if isinstance(module, NeuronLinear) and index is not None and len(index):
+                size = module.out_features if module.dim == 0 else module.in_features
+                if index.min() < 0 or index.max() >= size:
+                    raise ValueError(
+                        f"{name}: the adapter's neuron {int(index.max())} isn't one of {size}; it was trained on another model"
+                    )
+        return remapped
+
+
+def adapter_neurons(model: nn.Module, adapter_name: str | None = None) -> NeuronSet:
+    """The neurons that an adapter trains, read from the model's layers.
+
+    Args:
+        model: with neuron adapters, in a `PeftModel` or not.
+        adapter_name: the active one by default.
+    """
+    decoder = find_decoder(model)
+    sites = {}
+    for site in decoder.sizes:
+        projection = decoder.projection(site)
+        layer = projection.linear
+        if isinstance(layer, NeuronLinear):
+            for name in [adapter_name] if adapter_name else layer.active_adapters:
+                if name in layer.neuron_index:
+                    sites[site] = projection.neurons(layer.neuron_index[name])
+    return NeuronSet(sites, decoder.sizes)

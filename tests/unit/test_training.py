@@ -1,0 +1,281 @@
+"""`compact`, `mask` and a plain loop give the same weights, and whatever happens, nothing else moves."""
+
+import copy
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
+from transformers import TrainerCallback, get_scheduler
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.compact import NeuronConfig
+from agnostic_train.training.trainer import UPDATES, NeuronTrainer
+
+both_updates = pytest.mark.parametrize("update", UPDATES)
+
+
+def trainer_of(model, directory, update, *, data=None, neurons=CHOSEN, callbacks=(), **changes):
+    return NeuronTrainer(
+        model, arguments(directory, **changes), train_dataset=data or sentences(), neurons=neurons, update=update,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+THIRTY_STEPS = dict(
+    max_steps=30, gradient_accumulation_steps=2, max_grad_norm=0.1, lr_scheduler_type="cosine", warmup_steps=5,
+    weight_decay=0.0, learning_rate=1e-3, train_sampling_strategy="sequential",
+)  # fmt: skip
+
+
+def plain_loop(model, data, optimizer_class=torch.optim.AdamW, **optimizer_settings):
+    """Full fine-tuning with masked gradients, as `THIRTY_STEPS` says."""
+    masks = may_learn(plain_weights(model), CHOSEN)
+    chosen = [parameter for name, parameter in model.named_parameters() if masks[name].any()]
+    optimizer = optimizer_class(chosen, lr=1e-3, weight_decay=0.0, **optimizer_settings)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=30)
+    model.train()
+    for step in range(30):
+        for part in range(2):
+            start = (step * 2 + part) * 4
+            ids = torch.stack([row["input_ids"] for row in data[start : start + 4]])
+            (model(input_ids=ids, labels=ids).loss / 2).backward()
+        for name, parameter in model.named_parameters():
+            parameter.grad *= masks[name]
+        torch.nn.utils.clip_grad_norm_(chosen, 0.1)
+        optimizer.step()
+        scheduler.step()
+        model.zero_grad()
+    return plain_weights(model)
+
+
+OPTIMIZERS = {
+    "adamw_torch": (torch.optim.AdamW, {}),
+    "adamw_torch_fused": (torch.optim.AdamW, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+@both_updates
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_thirty_steps_end_where_a_plain_loop_ends(tmp_path, update, optim, dtype, tolerance):
+    """Tolerance: the largest difference of a weight, where the chosen weights move by up to 2e-2 (SGD: 8e-4)."""
+    model, data = tiny_llama(attention_bias=True, tie_word_embeddings=True).to(dtype), sentences(240)
+    before, reference = plain_weights(model), copy.deepcopy(model)
+    optim_args = {"optim_args": "momentum=0.9"} if optim == "sgd" else {}
+    trainer = trainer_of(model, tmp_path, update, data=data, optim=optim, **optim_args, **THIRTY_STEPS)
+    trainer.train()
+    after = plain_weights(trainer.model)
+    assert_only_chosen_moved(before, after, CHOSEN)
+    optimizer_class, settings = OPTIMIZERS[optim]
+    expected = plain_loop(reference, data, optimizer_class, **settings)
+    moved = max(float((expected[name] - before[name]).abs().max()) for name in before)
+    assert moved > 20 * tolerance
+    for name, mask in may_learn(before, CHOSEN).items():
+        torch.testing.assert_close(after[name][mask], expected[name][mask], rtol=0, atol=tolerance)
+
+
+@both_updates
+def test_only_batch_times_accumulation_matters(tmp_path, update):
+    ends = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        model = tiny_llama().double()
+        settings = {**THIRTY_STEPS, "per_device_train_batch_size": batch_size, "max_steps": 10}
+        settings["gradient_accumulation_steps"] = accumulation
+        trainer = trainer_of(model, tmp_path, update, data=sentences(80), **settings)
+        trainer.train()
+        ends.append(plain_weights(trainer.model))
+    for other in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9)
+
+
+@both_updates
+def test_a_rerun_gives_the_same_bits(tmp_path, update):
+    ends = []
+    for _ in range(2):
+        trainer = trainer_of(tiny_llama(attention_dropout=0.2), tmp_path, update)
+        trainer.train()
+        ends.append(plain_weights(trainer.model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_weight_decay_draws_the_delta_to_zero(tmp_path):
+    """A learning rate of which nothing but the decay is left to see: AdamW multiplies by 1 - lr * decay."""
+    model = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    deltas = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for delta in deltas.values():
+            delta.normal_()
+    before = {name: delta.clone() for name, delta in deltas.items()}
+    trainer = NeuronTrainer(
+        model,
+        arguments(tmp_path, max_steps=1, learning_rate=1e-6, weight_decay=1e5, lr_scheduler_type="constant"),
+        train_dataset=sentences(),
+    )
+    trainer.train()
+    for name, delta in deltas.items():
+        torch.testing.assert_close(delta, before[name] * 0.9, rtol=1e-5, atol=5e-6)
+
+
+def test_optimizer_state_and_gradients_exist_for_the_chosen_entries_alone(tmp_path):
+    trainer = trainer_of(tiny_llama(), tmp_path, "compact")
+    trainer.train()
+    num_chosen = sum(int(mask.sum()) for mask in may_learn(plain_weights(trainer.model), CHOSEN).values())
+    assert sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad) == num_chosen
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert sum(state[moment].numel() for state in trainer.optimizer.state.values()) == num_chosen
+    assert len(trainer.optimizer.state) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 10
+
+
+class PowerCut(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 13:
+            raise KeyboardInterrupt
+
+
+@both_updates
+@pytest.mark.parametrize("interruption", [Stop, PowerCut])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, update, interruption):
+    saving = dict(save_strategy="steps", save_steps=5)
+    before = plain_weights(tiny_llama())
+    whole = trainer_of(tiny_llama(), tmp_path / "whole", update, **saving)
+    whole.train()
+    part = trainer_of(tiny_llama(), tmp_path / "parts", update, callbacks=[interruption()], **saving)
+    try:
+        part.train()
+    except KeyboardInterrupt:
+        assert interruption is PowerCut
+    # What an exception in mid-epoch leaves is as untouched as what a whole run leaves.
+    assert_only_chosen_moved(before, plain_weights(part.model), CHOSEN)
+    resumed = trainer_of(tiny_llama(), tmp_path / "parts", update, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    after = plain_weights(resumed.model)
+    assert_only_chosen_moved(before, after, CHOSEN)
+    assert all(torch.equal(value, after[name]) for name, value in plain_weights(whole.model).items())
+    with pytest.raises(UserError, match="trains other neurons"):
+        trainer_of(tiny_llama(), tmp_path / "parts", update, neurons=NeuronSet({(0, "q"): [0]})).train(True)
+
+
+@both_updates
+def test_training_twice_keeps_the_promise(tmp_path, update):
+    """The second time the optimizer is there already, wrapped by accelerate."""
+    trainer = trainer_of(tiny_llama(), tmp_path, update, max_steps=3)
+    before = plain_weights(tiny_llama())
+    trainer.train()
+    once = plain_weights(trainer.model)
+    trainer.train()
+    after = plain_weights(trainer.model)
+    assert_only_chosen_moved(before, after, CHOSEN)
+    assert any(not torch.equal(value, once[name]) for name, value in after.items())
+
+
+@both_updates
+def test_a_model_made_inside_train(tmp_path, update):
+    trainer = NeuronTrainer(
+        None, arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, update=update, model_init=lambda: tiny_llama()
+    )
+    before = plain_weights(tiny_llama())
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel) is (update == "compact")
+    assert_only_chosen_moved(before, plain_weights(trainer.model), CHOSEN)
+
+
+@both_updates
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, update):
+    """The loss falls, and the best is said to be the highest: the first checkpoint, not the last."""
+    trainer = NeuronTrainer(
+        tiny_llama(),
+        arguments(
+            tmp_path, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=5,
+            load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+        ),
+        train_dataset=sentences(), eval_dataset=sentences(8, seed=4), neurons=CHOSEN, update=update,
+    )  # fmt: skip
+    before = plain_weights(tiny_llama())
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > losses[-1] + 0.01
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-6)
+    assert_only_chosen_moved(before, plain_weights(trainer.model), CHOSEN)
+
+
+def test_bfloat16_weights_stagnate_in_mask_and_move_in_compact(tmp_path):
+    """A rate of 1e-5 is below half the distance of neighbouring bfloat16 numbers around 0.3."""
+    moved = {}
+    for update in UPDATES:
+        base = tiny_llama().bfloat16()
+        before = plain_weights(base)
+        trainer = trainer_of(
+            base, tmp_path, update, max_steps=100, learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.0
+        )
+        trainer.train()
+        masks = may_learn(before, CHOSEN)
+        num_chosen = sum(int(mask.sum()) for mask in masks.values())
+        if update == "compact":
+            deltas = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+            assert all(delta.dtype == torch.float32 for delta in deltas)
+            moved[update] = sum(int((delta != 0).sum()) for delta in deltas) / num_chosen
+        else:
+            after = plain_weights(trainer.model)
+            moved[update] = sum(int((after[it] != before[it])[mask].sum()) for it, mask in masks.items()) / num_chosen
+    assert moved["compact"] == 1.0 and moved["mask"] < 0.25
+
+
+def test_neurons_or_a_callback_are_needed(tmp_path):
+    with pytest.raises(UserError, match="NeuronSet"):
+        NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences())
+    for update in UPDATES:
+        with pytest.raises(UserError, match="no neuron"):
+            trainer_of(tiny_llama(), tmp_path, update, neurons=NeuronSet({})).train()
+    with pytest.raises(UserError, match="training.update"):
+        trainer_of(tiny_llama(), tmp_path, "rows")
+
+
+def test_other_adapters_are_refused_by_name(tmp_path):
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    for update in UPDATES:
+        with pytest.raises(UserError, match="has adapters"):
+            trainer_of(lora, tmp_path, update)
+    ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    with pytest.raises(UserError, match="has adapters"):
+        trainer_of(ours, tmp_path, "mask")
+    with pytest.raises(UserError, match="adapter of other neurons"):
+        trainer_of(ours, tmp_path, "compact", neurons=NeuronSet({(0, "q"): [0]}))
+    ours.requires_grad_(False)
+    with pytest.raises(UserError, match="is_trainable"):
+        trainer_of(ours, tmp_path, "compact", neurons=None)
+
+
+def test_an_adapter_goes_on_training(tmp_path):
+    ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    trainer = trainer_of(ours, tmp_path, None, neurons=None)
+    trainer.train()
+    assert trainer.neurons == CHOSEN
+    assert_only_chosen_moved(plain_weights(tiny_llama()), plain_weights(trainer.model), CHOSEN)
+
+
+def test_detection_runs_on_the_adapted_model_in_training(tmp_path):
+    """Every few steps, of the sum of base and adapter, and without a trace in what is learnt."""
+    corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate(("en", "sw"))}
+    ends = []
+    for every_n_steps in (None, 4):
+        callback = DetectionCallback(
+            corpora, "related", every_n_steps, top_ratio=0.2, consistency=0.6, progress=False
+        )
+        trainer = trainer_of(tiny_llama(), tmp_path, "compact", neurons=None, callbacks=[callback])
+        trainer.train()
+        ends.append(plain_weights(trainer.model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert [it["step"] for it in trainer.state.log_history if "neurons/shared" in it] == [0, 4, 8, 12, 16, 20]
+    assert find_decoder(trainer.model).sizes == find_decoder(tiny_llama()).sizes

@@ -1,0 +1,290 @@
+"""The PEFT tuner of chosen rows and columns, put to what PEFT's own test matrix asks of every tuner."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_families import FAMILIES, family_model
+from transformers import AutoModelForCausalLM
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
+
+BATCH = padded_batch([5, 9])
+
+
+def some_neurons(model, offset=0):
+    """A few neurons at every other site, the last one of each among them."""
+    sizes = find_decoder(model).sizes
+    return NeuronSet({site: [offset, size // 2, size - 1] for site, size in list(sizes.items())[offset::2]}, sizes)
+
+
+def fill(model, adapter_name="default", seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NeuronLinear) and adapter_name in module.neuron_delta:
+                delta = module.neuron_delta[adapter_name]
+                delta.copy_(torch.randn(delta.shape, generator=generator) * 0.2)
+
+
+def adapted(model=None, neurons=None):
+    model = tiny_llama() if model is None else model
+    wrapped = get_peft_model(model, NeuronConfig(neurons=neurons or some_neurons(model), task_type="CAUSAL_LM"))
+    fill(wrapped)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**BATCH).logits[BATCH["attention_mask"].bool()]
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def brute_force(model, neurons, seed=5):
+    """The same change made to a plain copy's weights, entry by entry, from the definition."""
+    changed = copy.deepcopy(model)
+    wrapped = get_peft_model(copy.deepcopy(model), NeuronConfig(neurons=neurons))
+    fill(wrapped, seed=seed)
+    for site, indices in neurons.items():
+        projection = find_decoder(changed).projection(site)
+        layer = find_decoder(wrapped).projection(site).linear
+        for row_or_column in projection.entries(indices).tolist():
+            place = layer.neuron_index["default"].tolist().index(row_or_column)
+            with torch.no_grad():
+                if projection.neuron_dim == 0:
+                    projection.linear.weight[row_or_column] += layer.neuron_delta["default"][place]
+                else:
+                    projection.linear.weight[:, row_or_column] += layer.neuron_delta["default"][:, place]
+    return changed
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_adapter_changes_no_logit_and_a_filled_one_what_its_weights_say(name):
+    model = family_model(name)
+    neurons, before = some_neurons(model), logits(model)
+    expected = logits(brute_force(model, neurons))
+    wrapped = get_peft_model(model, NeuronConfig(neurons=neurons)).eval()
+    assert torch.equal(logits(wrapped), before)
+    assert adapter_neurons(wrapped) == neurons
+    trainable = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".neuron_delta.default" in name for name in trainable)
+    fill(wrapped)
+    assert_same(logits(wrapped), expected)
+    assert not torch.allclose(expected, before)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), before)
+
+
+@pytest.mark.parametrize("name", ["Llama with biases", "Phi-3", "GPT-NeoX"])
+def test_merging_and_back(name):
+    model = family_model(name)
+    weights = copy.deepcopy(model.state_dict())
+    before, wrapped = logits(model), adapted(model)
+    expected = logits(wrapped)
+    wrapped.merge_adapter()
+    assert_same(logits(wrapped), expected)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), before)
+    wrapped.merge_adapter(safe_merge=True)
+    wrapped.unmerge_adapter()
+    assert_same(logits(wrapped), expected)
+    unloaded = wrapped.unload()
+    # The bits, not nearly: unmerging puts back what merging took out.
+    assert all(torch.equal(value, weights[name]) for name, value in unloaded.state_dict().items())
+    merged = adapted(unloaded).merge_and_unload(safe_merge=True)
+    assert type(merged) is type(model) and not any(isinstance(it, NeuronLinear) for it in merged.modules())
+    assert_same(logits(merged), expected)
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing():
+    wrapped = adapted()
+    layer = next(module for module in wrapped.modules() if isinstance(module, NeuronLinear))
+    before = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.neuron_delta["default"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        wrapped.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_the_saved_file_is_what_others_will_look_for(tmp_path):
+    """Hard-coded names: a change of them orphans every adapter on people's disks."""
+    neurons = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 7, 52]})
+    wrapped = adapted(neurons=neurons)
+    wrapped.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    q, down = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.mlp.down_proj"
+    assert set(tensors) == {f"{it}.{part}" for it in (q, down) for part in ("neuron_delta", "neuron_index")}
+    assert tensors[f"{q}.neuron_delta"].shape == (2, 42) and tensors[f"{q}.neuron_delta"].dtype == torch.float32
+    assert tensors[f"{down}.neuron_delta"].shape == (42, 3)
+    assert tensors[f"{q}.neuron_index"].tolist() == [1, 17] and tensors[f"{down}.neuron_index"].tolist() == [0, 7, 52]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "NEURON" and config["task_type"] == "CAUSAL_LM"
+    assert config["rows"] == {"model.layers.0.self_attn.q_proj": 2}
+    assert config["columns"] == {"model.layers.1.mlp.down_proj": 3}
+    assert "neurons" not in config
+
+
+def test_the_file_is_the_chosen_entries_and_their_indices(tmp_path):
+    model = tiny_llama(
+        hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64, num_hidden_layers=4
+    )
+    sizes = find_decoder(model).sizes
+    neurons = NeuronSet({site: range(size // 20) for site, size in sizes.items()}, sizes)
+    wrapped = adapted(model, neurons)
+    wrapped.save_pretrained(tmp_path)
+    entries = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    expected = 4 * entries + 8 * len(neurons)
+    assert expected <= (tmp_path / "adapter_model.safetensors").stat().st_size <= 1.02 * expected
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_and_loaded_by_peft(tmp_path, low_cpu_mem_usage):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    plain = logits(base)
+    wrapped = adapted(base)
+    expected = logits(wrapped)
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "adapter")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), expected)
+    assert adapter_neurons(loaded) == some_neurons(tiny_llama())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(automatic), expected)
+    trainable = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
+    assert any(parameter.requires_grad for parameter in trainable.parameters())
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("adapter_model.safetensors",):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+    # Into a model that has another adapter already.
+    other = get_peft_model(tiny_llama(), NeuronConfig(neurons=NeuronSet({(0, "k"): [1]}))).eval()
+    other.load_adapter(tmp_path / "adapter", "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(other), plain)
+    other.set_adapter("second")
+    assert torch.equal(logits(other), expected)
+
+
+def test_several_adapters():
+    base = tiny_llama()
+    plain = logits(base)
+    first = logits(brute_force(base, some_neurons(base), seed=5))
+    second = logits(brute_force(base, some_neurons(base, offset=1), seed=6))
+    both = brute_force(brute_force(base, some_neurons(base), seed=5), some_neurons(base, offset=1), seed=6)
+    wrapped = adapted(base)
+    wrapped.add_adapter("second", NeuronConfig(neurons=some_neurons(base, offset=1)))
+    fill(wrapped, "second", seed=6)
+    wrapped.eval()
+    assert_same(logits(wrapped), first)
+    assert all(".default" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
+    wrapped.set_adapter("second")
+    assert_same(logits(wrapped), second)
+    assert all(".second" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
+    assert adapter_neurons(wrapped) == some_neurons(base, offset=1)
+    assert adapter_neurons(wrapped, "default") == some_neurons(base)
+    wrapped.base_model.set_adapter(["default", "second"])
+    assert_same(logits(wrapped), logits(both))
+    wrapped.merge_adapter()
+    assert_same(logits(wrapped), logits(both))
+    wrapped.unmerge_adapter()
+    wrapped.base_model.set_adapter("second")
+    wrapped.delete_adapter("default")
+    assert_same(logits(wrapped), second)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_gets_a_float32_delta(dtype):
+    base = tiny_llama().to(dtype)
+    plain = logits(base)
+    wrapped = get_peft_model(base, NeuronConfig(neurons=some_neurons(base)), autocast_adapter_dtype=False).eval()
+    assert torch.equal(logits(wrapped), plain)
+    fill(wrapped)
+    assert all(parameter.dtype == torch.float32 for parameter in wrapped.parameters() if parameter.requires_grad)
+    expected = logits(wrapped)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(wrapped), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    # Each merged weight is the float32 sum, rounded once.
+    layer = next(module for module in wrapped.modules() if isinstance(module, NeuronLinear))
+    merged = layer.base_layer.weight.clone()
+    wrapped.unmerge_adapter()
+    assert torch.equal(merged, layer.effective_weight().to(dtype))
+    assert torch.equal(merged, (layer.base_layer.weight.float() + layer.get_delta_weight("default")).to(dtype))
+
+
+def test_a_copy_and_a_state_dict_are_whole():
+    wrapped = adapted()
+    expected = logits(wrapped)
+    duplicate = copy.deepcopy(wrapped)
+    fill(wrapped, seed=9)
+    assert torch.equal(logits(duplicate), expected)
+    wrapped.load_state_dict(duplicate.state_dict())
+    assert torch.equal(logits(wrapped), expected)
+
+
+def test_neurons_may_be_a_file(tmp_path):
+    model = tiny_llama()
+    neurons = some_neurons(model)
+    neurons.save(tmp_path / "set.safetensors")
+    neurons.to_json(tmp_path / "set.json")
+    for file in ("set.safetensors", "set.json"):
+        wrapped = get_peft_model(tiny_llama(), NeuronConfig(neurons=tmp_path / file))
+        assert adapter_neurons(wrapped) == neurons
+
+
+def test_mistakes_are_named(tmp_path):
+    for config, message in (
+        (NeuronConfig(), "give NeuronConfig a NeuronSet"),
+        (NeuronConfig(neurons=NeuronSet({})), "no neuron to train"),
+        (NeuronConfig(neurons=NeuronSet({(0, "q"): [60]})), "neuron 60 at layer 0 q"),
+        (NeuronConfig(neurons=tmp_path / "none.safetensors"), "no such neuron file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            get_peft_model(tiny_llama(), config)
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="adapters already"):
+        get_peft_model(lora.base_model.model, NeuronConfig(neurons=NeuronSet({(0, "q"): [0]})))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    adapted(neurons=NeuronSet({(0, "q"): [1, 59]})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trained on another model"):
+        PeftModel.from_pretrained(tiny_llama(num_attention_heads=3, num_key_value_heads=1), tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(tiny_llama(hidden_size=36), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("neuron_index"))
+    save_file({**tensors, key: tensors[key] - 100}, file)
+    with pytest.raises(ValueError, match="trained on another model"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_without_the_import_peft_says_that_it_does_not_know_the_type(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).peft_type == "NEURON"
+    load = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert done.returncode and "NEURON" in done.stderr.splitlines()[-1]
+    done = subprocess.run([sys.executable, "-c", "import agnostic_train; " + load], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
