@@ -66,7 +66,9 @@ class Projection:
 
     def neurons(self, entries: Tensor) -> Tensor:
         """The neurons of this projection among rows or columns of `linear.weight`: the inverse of `entries`."""
-        return entries if self.rows is None else torch.isin(self.rows, entries.to(self.rows.device)).nonzero().squeeze(1)
+        return (
+            entries if self.rows is None else torch.isin(self.rows, entries.to(self.rows.device)).nonzero().squeeze(1)
+        )
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:

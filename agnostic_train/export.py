@@ -1,38 +1,30 @@
-"""Enhanced checkpoints, with proof that nothing but the chosen neurons moved."""
+"""Enhanced checkpoints: whole ones, and adapters of a few rows and columns."""
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agnostic_train.files import UserError, whole_directory, write_json
+from agnostic_train.frozen_weights import FrozenWeightCheck, check_frozen_weights
 from agnostic_train.neurons import NeuronSet
-from agnostic_train.training.mask import masked_parameters
+from agnostic_train.trained import Trained
+from agnostic_train.training.compact import NeuronConfig
+from agnostic_train.training.delta import KEY_PREFIX, Delta
 
-TARGETS = ("merged",)
-
-
-@dataclass(frozen=True)
-class FrozenWeightCheck:
-    """What a comparison with the base, bit by bit, says of the weights that weren't chosen.
-
-    status: `identical`, `changed`, or `unverified` without a base to compare with. changed: names of the parameters
-    with an unchosen entry that differs. chosen_moved: the part of the chosen entries that differ from the base.
-    """
-
-    status: str
-    num_compared: int = 0
-    changed: tuple[str, ...] = ()
-    num_chosen: int = 0
-    chosen_moved: float | None = None
+TARGETS = ("merged", "lora", "delta")
 
 
 def export_checkpoint(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     directory: str | Path,
     to: str = "merged",
     base: PreTrainedModel | str | Path | None = None,
@@ -42,38 +34,46 @@ def export_checkpoint(
     neurons: NeuronSet | None = None,
     model_card: str | None = None,
 ) -> FrozenWeightCheck:
-    """Writes a plain Hugging Face checkpoint and a `manifest.json` with the frozen-weight check, all or nothing.
+    """Writes a checkpoint or an adapter, and a `manifest.json` with the frozen-weight check, all or nothing.
 
     Args:
-        model: a model trained by `NeuronTrainer`; left as found.
+        model: a model trained by `NeuronTrainer` (`trainer.model`), any model with one active neuron adapter, or the
+            folder of such an adapter; left as found.
         directory: replaced if it is there.
-        to: `merged`, a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
-        base: the model before training, or where to load it from. None: the manifest says `unverified`.
+        to: `merged`, a plain checkpoint that `AutoModelForCausalLM.from_pretrained` loads. `lora`, an adapter that
+            PEFT loads without this package: R rows or columns are a LoRA of rank R with a one-hot factor. `delta`,
+            the rows and columns alone, which PEFT loads once `agnostic_train` is imported.
+        base: the model before training, or where to load it from. None: for an adapter, the weights that it stands
+            beside (for a folder, the base that it names); for other models the manifest says `unverified`, and only
+            `merged` can be had.
         tokenizer: saved beside the weights.
-        dtype: of the saved weights, such as `torch.float32` or "bfloat16"; the model's own by default.
-        neurons: what was trained; the model's `trained_neurons` by default. Empty: everything may differ.
+        dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
+            default. Each weight is rounded once, from the sum in float32. Adapters are float32.
+        neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default. Empty: everything may
+            differ.
         model_card: the text of `README.md`.
 
     Raises:
-        UserError: an unknown target or dtype, or a base of other shapes.
+        UserError: an unknown target or dtype, a base of other shapes, or quantised weights to merge into.
     """
     if to not in TARGETS:
         raise UserError(f"export.to: {to!r} isn't one of {', '.join(TARGETS)}")
-    dtype = _dtype(dtype) or model.dtype
-    neurons = neurons if neurons is not None else getattr(model, "trained_neurons", None)
-    check = check_frozen_weights(model, base, neurons, dtype)
-    # Cast once per storage: weights that are tied stay tied, and are written once.
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
-    state = {}
-    for name, value in model.state_dict().items():
-        rounded = value.to(dtype) if value.is_floating_point() else value
-        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+    dtype = _dtype(dtype)
+    trained = Trained.of(model, base, neurons)
+    if to == "merged" and trained.is_quantised:
+        raise UserError(
+            "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "
+            "unquantised model as base, or export to 'lora' or 'delta'"
+        )
+    dtype = (dtype or trained.model.dtype) if to == "merged" else torch.float32
+    check = check_frozen_weights(trained, dtype)
     with whole_directory(directory) as temporary:
-        model.save_pretrained(temporary, state_dict=state)
-        # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
-        config = copy.deepcopy(model.config)
-        config.dtype = dtype
-        config.save_pretrained(temporary)
+        if to == "merged":
+            _write_merged(temporary, trained, dtype)
+        elif to == "lora":
+            _write_lora(temporary, trained)
+        else:
+            _write_delta(temporary, trained)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model_card is not None:
@@ -83,68 +83,68 @@ def export_checkpoint(
             {
                 "format": to,
                 "dtype": str(dtype).removeprefix("torch."),
+                "base": trained.base_name,
                 "frozen_weights": asdict(check),
-                "neurons": None if neurons is None else neurons.counts(),
-                "versions": {name: version(name) for name in ("agnostic_train", "transformers", "torch")},
+                "neurons": None if trained.neurons is None else trained.neurons.counts(),
+                "versions": {name: version(name) for name in ("agnostic_train", "transformers", "peft", "torch")},
             },
         )
     return check
 
 
-@torch.no_grad()
-def check_frozen_weights(
-    model: PreTrainedModel,
-    base: PreTrainedModel | str | Path | None,
-    neurons: NeuronSet | None,
-    dtype: torch.dtype | None = None,
-) -> FrozenWeightCheck:
-    """Compares every weight that wasn't chosen with the base's, bit by bit, both rounded to `dtype`.
-
-    Args:
-        model, base: of the same shapes; a path or name is loaded in its own dtype. None: `unverified`.
-        neurons: the chosen ones. None: which weights were meant to move isn't known, so `unverified` too.
-        dtype: the dtype of comparison; the model's own by default.
-    """
-    if base is None or neurons is None:
-        return FrozenWeightCheck("unverified")
-    if not isinstance(base, nn.Module):
-        base = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    dtype = dtype or model.dtype
-    chosen = {masked.name: masked for masked in masked_parameters(model, neurons)}
-    base_parameters = dict(base.named_parameters())
-    changed, num_compared, num_chosen, num_moved = [], 0, 0, 0
-    for name, parameter in model.named_parameters():
-        other = base_parameters.get(name)
-        if other is None or other.shape != parameter.shape:
-            raise UserError(f"base: parameter {name} is missing there or has another shape; give the model's own base")
-        # Both pass through the model's dtype first: a base in bfloat16 was trained from its float32 values.
-        other = other.to(parameter.device, parameter.dtype)
-        differs = _bits(parameter.to(dtype)) != _bits(other.to(dtype))
-        if name in chosen:
-            masked = chosen[name]
-            num_chosen += masked.num_chosen
-            # Counted before rounding: the question is what training moved.
-            moved = _bits(parameter) != _bits(other)
-            num_moved += int(moved.index_select(masked.dim, masked.chosen).sum())
-            differs &= masked.frozen
-            num_compared += parameter.numel() - masked.num_chosen
-        else:
-            num_compared += parameter.numel()
-        if differs.any():
-            changed.append(name)
-    return FrozenWeightCheck(
-        "changed" if changed else "identical",
-        num_compared,
-        tuple(changed),
-        num_chosen,
-        num_moved / num_chosen if num_chosen else None,
-    )
+def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None:
+    # Cast once per storage: weights that are tied stay tied, and are written once.
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, value in trained.weights(trained.model.state_dict().items()).items():
+        rounded = value.to(dtype) if value.is_floating_point() else value
+        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+    trained.model.save_pretrained(directory, state_dict=state)
+    # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
+    config = copy.deepcopy(trained.model.config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
 
 
-def _bits(values: Tensor) -> Tensor:
-    """The bit patterns: NaN equals NaN, and 0 differs from -0."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.contiguous().view(integers[values.element_size()])
+def _write_delta(directory: Path, trained: Trained) -> None:
+    deltas = trained.deltas()
+    sizes = [{name: len(it.index) for name, it in deltas.items() if it.dim == dim} for dim in (0, 1)]
+    config = NeuronConfig(
+        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, inference_mode=True,
+        rows=sizes[0], columns=sizes[1],
+    )  # fmt: skip
+    tensors = {f"{name}.neuron_delta": delta.values for name, delta in deltas.items()}
+    tensors |= {f"{name}.neuron_index": delta.index for name, delta in deltas.items()}
+    _write_adapter(directory, config, tensors)
+
+
+def _write_lora(directory: Path, trained: Trained) -> None:
+    deltas, shapes = trained.deltas(), trained.shapes
+    ranks = {name: len(delta.index) for name, delta in deltas.items()}
+    largest = max(ranks.values())
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, inference_mode=True,
+        r=largest, lora_alpha=largest, rank_pattern=ranks, alpha_pattern=ranks, target_modules=sorted(ranks),
+    )  # fmt: skip
+    tensors = {}
+    for name, delta in deltas.items():
+        for factor, values in zip("AB", _lora_factors(delta, shapes[name]), strict=True):
+            tensors[f"{name}.lora_{factor}.weight"] = values
+    _write_adapter(directory, config, tensors)
+
+
+def _lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with B @ A = the delta: one is its values, the other one-hot."""
+    index, values = delta.index.to(delta.values.device), delta.values
+    picked = torch.zeros(len(index), shape[delta.dim], dtype=values.dtype, device=values.device)
+    picked.scatter_(1, index.unsqueeze(1), 1)
+    return (values, picked.T) if delta.dim == 0 else (picked, values)
+
+
+def _write_adapter(directory: Path, config: NeuronConfig | LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    config.save_pretrained(str(directory))
+    tensors = {f"{KEY_PREFIX}{name}": values.contiguous().cpu() for name, values in tensors.items()}
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

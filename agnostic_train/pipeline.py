@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -21,17 +22,18 @@ from agnostic_train.corpus import training_examples
 from agnostic_train.detection import detect_neurons
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
-from agnostic_train.files import UserError, fingerprint, hash_file, write_json
+from agnostic_train.files import UserError, fingerprint, hash_file, whole_directory, whole_file, write_json
+from agnostic_train.frozen_weights import FrozenWeightCheck
 from agnostic_train.loading import load_model, model_identity
 from agnostic_train.manifest import Manifest
 from agnostic_train.materials import Materials
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.recipe import Recipe
 from agnostic_train.report import model_card, write_report
+from agnostic_train.settings import check_inputs, choose_strategy, training_arguments
 from agnostic_train.stability import detection_stability
-from agnostic_train.strategy import Choice, Strategy
-from agnostic_train.training.mask import OPTIMIZERS
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
+from agnostic_train.strategy import Choice
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer
 
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
@@ -41,6 +43,8 @@ STAGES = {
     "evaluate": "measure every language before and after, on test text",
     "report": "write report.html and the figures",
 }
+ADAPTER = "adapter"
+EXPORTS = {"merged": "enhanced", "lora": "lora", "delta": "delta"}
 
 
 class Pipeline:
@@ -58,15 +62,15 @@ class Pipeline:
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
         self.recipe = recipe
         self.force = force
-        self.training_arguments = _training_arguments(recipe)
-        self.strategy = _strategy(recipe, self.training_arguments.seed)
+        self.training_arguments = training_arguments(recipe)
+        self.strategy = choose_strategy(recipe, self.training_arguments.seed)
         # Transformers sets the processes up when it is first asked for the device; the state is one for all.
         assert self.training_arguments.device is not None
         self.processes = PartialState()
         self.say = say if self.processes.is_main_process else lambda line: None
         self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
-        self._check_inputs()
+        check_inputs(recipe, self.strategy, self.training_arguments, self.directory)
         self._make_directory()
         self.manifest = Manifest(self.directory)
 
@@ -222,14 +226,20 @@ class Pipeline:
             trainer.save_model(str(last))
             trainer.state.save_to_json(str(last / TRAINER_STATE_NAME))
         best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+        outputs = [Path(best or last).name]
+        compact = choice is not None and recipe.training.update == "compact"
+        if compact:
+            self._copy_adapter(self.directory / outputs[0])
+            outputs.append(ADAPTER)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         self.say(
             f"train: {trainer.state.global_step} steps"
             + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
         )
         return {
-            "outputs": [Path(best or last).name],
-            "checkpoint": Path(best or last).name,
+            "outputs": outputs,
+            "checkpoint": outputs[0],
+            "adapter": ADAPTER if compact else None,
             "strategy": choice.strategy if choice else "full",
             "reason": choice.reason if choice else "all weights, as asked for",
             "neurons": choice.neurons.counts() if choice else None,
@@ -240,23 +250,25 @@ class Pipeline:
             return {}
         record = self.manifest.record("train")
         checkpoint = self.directory / record["checkpoint"]
-        neurons = None
-        if record["strategy"] != "full":
-            neurons = NeuronSet.load(checkpoint / NEURONS_FILE)
-        trained = load_model(self.recipe.model, checkpoint)
-        check = export_checkpoint(
-            trained,
-            self.directory / "enhanced",
-            to=self.recipe.export.to,
-            base=self.materials.model,
-            tokenizer=self.materials.tokenizer,
-            dtype=self.recipe.export.dtype,
-            neurons=neurons,
-            model_card=model_card(self.recipe, record),
-        )
+        neurons = None if record["strategy"] == "full" else NeuronSet.load(checkpoint / NEURONS_FILE)
+        trained = self.directory / ADAPTER if record["adapter"] else load_model(self.recipe.model, checkpoint)
+
+        def export(to: str) -> FrozenWeightCheck:
+            return export_checkpoint(
+                trained,
+                self.directory / EXPORTS[to],
+                to=to,
+                base=self.materials.model,
+                tokenizer=self.materials.tokenizer,
+                dtype=self.recipe.export.dtype,
+                neurons=neurons,
+                model_card=model_card(self.recipe, record, to),
+            )
+
+        check = export("merged")
         frozen = asdict(check) | {"changed": list(check.changed)}
         if check.status == "changed":
-            shutil.rmtree(self.directory / "enhanced")
+            shutil.rmtree(self.directory / EXPORTS["merged"])
             write_json(self.directory / "manifest.json", {**self.manifest.read(), "frozen_weights": frozen})
             raise UserError(
                 f"enhanced: not written, because {len(check.changed)} parameters moved that weren't chosen "
@@ -265,21 +277,42 @@ class Pipeline:
         if neurons is None:
             self.say("export: enhanced/ written; all weights were trained, so none was checked")
         else:
+            rounding = f", {check.chosen_surviving:.1%} of these outlived rounding" if check.chosen_moved else ""
             self.say(
                 f"export: enhanced/ written; {check.num_compared:,} weights are the base's bit for bit, "
-                f"{check.chosen_moved:.1%} of {check.num_chosen:,} chosen ones moved"
+                f"{check.chosen_moved:.1%} of {check.num_chosen:,} chosen ones moved{rounding}"
             )
-        return {"outputs": ["enhanced"], "frozen_weights": frozen}
+        if self.recipe.export.to != "merged":
+            export(self.recipe.export.to)
+            self.say(f"export: {EXPORTS[self.recipe.export.to]}/ written")
+        # Evaluation writes its numbers into the cards.
+        files = [
+            f"{folder}/{path.name}"
+            for folder in self._export_folders
+            for path in sorted((self.directory / folder).iterdir())
+            if path.name != "README.md"
+        ]
+        return {"outputs": files, "frozen_weights": frozen}
+
+    @property
+    def _export_folders(self) -> list[str]:
+        return list(dict.fromkeys([EXPORTS["merged"], EXPORTS[self.recipe.export.to]]))
 
     def _evaluate(self) -> dict:
         batches = self.materials.batches("test", batch_size=self.recipe.evaluation.batch_size)
         progress = self.processes.is_local_main_process
         before = evaluate_languages(self.materials.model, batches, "before", progress)
-        enhanced = load_model(self.recipe.model, self.directory / "enhanced")
+        enhanced = load_model(self.recipe.model, self.directory / EXPORTS["merged"])
         after = evaluate_languages(enhanced, batches, "after", progress)
+        comparison = compare_languages(before, after)
+        cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", self.recipe.export.to])}
         if self.processes.is_main_process:
-            write_json(self.directory / "evaluation.json", compare_languages(before, after))
-        return {"outputs": ["evaluation.json"]}
+            write_json(self.directory / "evaluation.json", comparison)
+            for to, name in cards.items():
+                card = model_card(self.recipe, self.manifest.record("train"), to, comparison["languages"])
+                with whole_file(self.directory / name) as temporary:
+                    temporary.write_text(card, encoding="utf-8")
+        return {"outputs": ["evaluation.json", *cards.values()]}
 
     def _report(self) -> dict:
         if self.processes.is_main_process:
@@ -302,6 +335,13 @@ class Pipeline:
 
     # What is on disk.
 
+    def _copy_adapter(self, checkpoint: Path) -> None:
+        """The trained rows and columns at a name of their own, without optimizer and trainer state."""
+        if self.processes.is_main_process:
+            with whole_directory(self.directory / ADAPTER) as temporary:
+                for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE):
+                    shutil.copyfile(checkpoint / name, temporary / name)
+
     def _make_directory(self) -> None:
         probe = self.directory / f".writable.{os.getpid()}"
         try:
@@ -310,33 +350,6 @@ class Pipeline:
             probe.unlink()
         except OSError as error:
             raise UserError(f"output_dir: can't write to {self.directory} ({error.strerror})") from None
-
-    def _check_inputs(self) -> None:
-        """What would fail after hours, or destroy what it reads, is refused at the start."""
-        recipe, output = self.recipe, self.directory.resolve()
-        for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
-            if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
-                raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
-        if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
-            raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
-        for language in recipe.training.languages:
-            if language not in recipe.corpus.languages:
-                raise UserError(
-                    f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
-                )
-        if self.strategy is not None and len(recipe.corpus.languages) < 2:
-            raise UserError("corpus.languages: one language shares nothing with others; name at least two")
-        if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
-            raise UserError(
-                f"detection.min_languages: {recipe.detection.min_languages} is more than the "
-                f"{len(recipe.corpus.languages)} of corpus.languages"
-            )
-        optimizer = str(getattr(self.training_arguments.optim, "value", self.training_arguments.optim))
-        if recipe.training.strategy != "full" and optimizer not in OPTIMIZERS:
-            raise UserError(
-                f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "
-                f"promise that nothing else moves; use {', '.join(OPTIMIZERS)}"
-            )
 
     def _clear_checkpoints(self, resume: bool) -> None:
         """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
@@ -389,36 +402,6 @@ class Pipeline:
             "versions": _versions(),
             "frozen_weights": frozen_weights or {"status": "unverified"},
         }
-
-
-def _strategy(recipe: Recipe, seed: int) -> Strategy | None:
-    """How the neurons are chosen; None where they come from a file or all weights learn."""
-    training = recipe.training
-    if training.strategy == "full" or training.neurons is not None:
-        return None
-    return Strategy(training.strategy, training.languages, training.low, training.high, training.random_like, seed)
-
-
-def _training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
-    os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
-    accelerator = torch.accelerator.is_available()
-    # On a CPU several processes need to be told so, and pinned memory warns.
-    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
-        value = recipe.training.arguments.get(key)
-        # -1 is how transformers spells 'not by steps'.
-        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
-            raise UserError(f"training.{key}: must be above 0, not {value}")
-    try:
-        return NeuronTrainingArguments(
-            **{**defaults, **recipe.training.arguments},
-            output_dir=recipe.output_dir,
-            report_to=["wandb"] if recipe.tracking.wandb else [],
-            run_name=recipe.tracking.run_name,
-            update=recipe.training.update,
-        )
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 
 def _checkpoints(directory: Path) -> list[Path]:

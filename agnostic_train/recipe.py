@@ -137,7 +137,10 @@ class TrainingSection:
     strategy: Literal["shared", "exclusive", "related", "shared+exclusive", "random", "auto", "full"] = Field(
         default="shared+exclusive", description="Which neurons learn; 'full' trains all weights, as a baseline."
     )
-    update: Literal["mask"] = Field(default="mask", description="How they learn: gradient masks on full weights.")
+    update: Literal["compact", "mask"] = Field(
+        default="compact",
+        description="How they learn: an adapter of their rows and columns beside frozen weights, or masked gradients.",
+    )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive; has no default.")
     random_like: Literal["shared", "exclusive", "related", "shared+exclusive"] = Field(
@@ -160,7 +163,10 @@ class EvaluationSection:
 class ExportSection:
     """The enhanced checkpoint."""
 
-    to: Literal["merged"] = Field(default="merged", description="A plain Hugging Face checkpoint.")
+    to: Literal["merged", "lora", "delta"] = Field(
+        default="merged",
+        description="'lora', 'delta': beside enhanced/ also an adapter folder of that name, for any PEFT or for ours.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Of the saved weights; without it, as trained."
     )

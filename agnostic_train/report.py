@@ -89,8 +89,14 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
     return table
 
 
-def model_card(recipe: Recipe, training: dict) -> str:
-    """The README.md of an enhanced checkpoint."""
+def model_card(recipe: Recipe, training: dict, to: str = "merged", evaluation: dict | None = None) -> str:
+    """The README.md of an enhanced checkpoint or adapter.
+
+    Args:
+        training: what the manifest says of the training.
+        to: what was exported: `merged`, `lora`, or `delta`.
+        evaluation: per language, the numbers before and after, as in `evaluation.json`, once they are known.
+    """
     languages = "\n".join(f"- {language}" for language in recipe.training.languages)
     # The hub's metadata takes only its own names; a local path isn't one.
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
@@ -108,8 +114,9 @@ def model_card(recipe: Recipe, training: dict) -> str:
             f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
             "other weight was compared with the base's, bit for bit: see `manifest.json`."
         )
+    library, use = _USES[to]
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 {base}language:
 {languages}
@@ -119,12 +126,41 @@ tags:
 
 # {title}, enhanced for {", ".join(recipe.training.languages)}
 
-{what}
+{what} {use}
 
+- languages detected on: {", ".join(recipe.corpus.languages)}
 - strategy: {training["strategy"]} ({training["reason"]})
 - neurons trained: {neurons}
 - top ratio {recipe.detection.top_ratio}, consistency {recipe.detection.consistency}
-"""
+- update: {recipe.training.update}; {", ".join(f"{key} {value}" for key, value in recipe.training.arguments.items())}
+{_numbers(evaluation, recipe.training.languages)}"""
+
+
+_USES = {
+    "merged": ("transformers", "It is a plain checkpoint: `AutoModelForCausalLM.from_pretrained`."),
+    "lora": ("peft", "It is a LoRA adapter: `PeftModel.from_pretrained`."),
+    "delta": (
+        "peft",
+        "It is an adapter of rows and columns: `import agnostic_train`, then `PeftModel.from_pretrained`.",
+    ),
+}
+
+
+def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:
+    if evaluation is None:
+        return ""
+    lines = [
+        "",
+        "Bits per byte on held-out text (lower is better; * enhanced):",
+        "",
+        "| language | before | after | change |",
+    ]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for language, row in evaluation.items():
+        before, after = row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]
+        name = language + (" *" if language in enhanced else "")
+        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {row['bits_per_byte_change']:+.1%} |")
+    return "\n".join([*lines, ""])
 
 
 def _draw_neurons(found: LanguageNeurons) -> Figure:

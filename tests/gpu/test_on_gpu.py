@@ -8,12 +8,13 @@ from conftest import padded_batch, tiny_llama
 from transformers import PrinterCallback
 
 from agnostic_train.detection import detect_neurons
-from agnostic_train.export import check_frozen_weights
+from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.impact import neuron_impacts
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.perplexity import perplexity
 from agnostic_train.self_check import verify_impacts
-from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
+from agnostic_train.trained import Trained
+from agnostic_train.training.trainer import UPDATES, NeuronTrainer, NeuronTrainingArguments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,8 @@ def test_the_self_check_in_bfloat16():
     assert max(comparison.error for comparison in comparisons) < 1e-3
 
 
-def test_training_moves_nothing_else(tmp_path):
+@pytest.mark.parametrize("update", UPDATES)
+def test_training_moves_nothing_else(tmp_path, update):
     model = tiny_llama()
     base = copy.deepcopy(model)
     neurons = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52], (1, "v"): [3]})
@@ -49,8 +51,8 @@ def test_training_moves_nothing_else(tmp_path):
         output_dir=str(tmp_path), report_to=[], max_steps=5, learning_rate=1e-2, weight_decay=0.1, bf16=True,
         save_strategy="no",
     )  # fmt: skip
-    trainer = NeuronTrainer(model, arguments, train_dataset=rows, neurons=neurons)
+    trainer = NeuronTrainer(model, arguments, train_dataset=rows, neurons=neurons, update=update)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    check = check_frozen_weights(model.cpu(), base, neurons)
+    check = check_frozen_weights(Trained.of(trainer.model.cpu(), base))
     assert check.status == "identical" and check.chosen_moved > 0.9

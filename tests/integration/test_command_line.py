@@ -8,15 +8,17 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import padded_batch, tiny_llama
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.cli import STAGE_HELP, main
-from agnostic_train.export import check_frozen_weights
+from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.pipeline import STAGES
 from agnostic_train.quickstart.phrasebook import phrasebook
 from agnostic_train.quickstart.tiny_model import build_tokenizer
+from agnostic_train.trained import Trained
 
 RECIPE = """
 model: {{name: {root}/model}}
@@ -94,7 +96,7 @@ def test_the_whole_chain(root, capsys):
     enhanced = AutoModelForCausalLM.from_pretrained(out / "enhanced")
     assert AutoTokenizer.from_pretrained(out / "enhanced").bos_token_id is not None
     base = AutoModelForCausalLM.from_pretrained(root / "model")
-    check = check_frozen_weights(enhanced, base, chosen)
+    check = check_frozen_weights(Trained.of(enhanced, base, chosen))
     assert check.status == "identical" and check.chosen_moved > 0.9
 
     manifest = json.loads((out / "manifest.json").read_text())
@@ -241,12 +243,39 @@ def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
+@pytest.mark.parametrize("update", ["compact", "mask"])
+def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
+    """The logits of all three exports are the same, and the cards hold the numbers once they are known."""
+    out, batch = root / "out", padded_batch([5, 9], vocab_size=200)
+    flags = [f"--training.update={update}"]
+    assert run(root, "run", *flags, "--export.to=lora") == 0
+    assert (out / "adapter").exists() is (update == "compact")
+    enhanced = AutoModelForCausalLM.from_pretrained(out / "enhanced").eval()
+    expected = enhanced(**batch).logits
+    assert run(root, "run", *flags, "--export.to=delta") == 0
+    assert "train: unchanged, kept" in capsys.readouterr().out
+    for name in ("lora", "delta"):
+        base = AutoModelForCausalLM.from_pretrained(root / "model")
+        adapted = PeftModel.from_pretrained(base, out / name).eval()
+        torch.testing.assert_close(adapted(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+        card = (out / name / "README.md").read_text()
+        assert "library_name: peft" in card and "| sw * |" in card and f"- update: {update};" in card
+        assert (out / name / "tokenizer.json").exists()
+    assert "| sw * |" in (out / "enhanced/README.md").read_text()
+    (out / "enhanced/README.md").unlink()
+    assert run(root, "run", *flags, "--export.to=delta") == 0
+    printed = capsys.readouterr().out
+    assert "export: unchanged" in printed and "evaluate: unchanged" not in printed
+    assert "| sw * |" in (out / "enhanced/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "damage, stage",
     [
         (lambda out: (out / "neurons/shared.safetensors").unlink(), "detect"),
         (lambda out: (out / "score.json").write_text("{"), "score"),
-        (lambda out: (out / "checkpoint-6/model.safetensors").unlink(), "train"),
+        (lambda out: (out / "checkpoint-6/adapter_model.safetensors").unlink(), "train"),
+        (lambda out: (out / "adapter/adapter_config.json").unlink(), "train"),
         (lambda out: (out / "enhanced/model.safetensors").write_bytes(b""), "export"),
         (lambda out: shutil.rmtree(out / "figures"), "report"),
     ],
@@ -279,7 +308,8 @@ def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
     shutil.copytree(out / "checkpoint-6", foreign / "checkpoint-900")
     assert run(finished, "train", f"--output_dir={foreign}") == 2
     assert "checkpoint-900 isn't of this run" in capsys.readouterr().err and (foreign / "checkpoint-900").exists()
-    assert run(finished, "train", "--training.optim=adafactor") == 2 and (out / "checkpoint-6").exists()
+    masked = ("--training.update=mask", "--training.optim=adafactor")
+    assert run(finished, "train", *masked) == 2 and (out / "checkpoint-6").exists()
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(root, capsys):
@@ -301,7 +331,9 @@ MISTAKES = [
     (["--model.name=nowhere"], "model.name: can't load nowhere: no such folder"),
     (["--training.strategy=auto"], "training.high"),
     (["--training.optim=adamx"], "training: "),
-    (["--training.optim=adafactor"], "training.optim"),
+    (["--training.update=mask", "--training.optim=adafactor"], "training.optim"),
+    (["--training.update=masked"], "training.update"),
+    (["--export.to=onnx"], "export.to"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
     (["--training.max_steps=0"], "training.max_steps: must be above 0"),

@@ -2,18 +2,28 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
+from test_families import family_model
+from test_tuner import adapted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.decoder import find_decoder
-from agnostic_train.export import check_frozen_weights, export_checkpoint
+from agnostic_train.export import export_checkpoint
 from agnostic_train.files import UserError
+from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
+from agnostic_train.trained import Trained
+from agnostic_train.training.compact import NeuronConfig
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52]})
 
@@ -55,7 +65,7 @@ def test_a_weight_that_moved_is_named():
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[2, 3] += 1e-6
         model.model.norm.weight[0] *= -1
-    check = check_frozen_weights(model, base, CHOSEN)
+    check = check_frozen_weights(Trained.of(model, base, CHOSEN))
     assert check.status == "changed"
     assert check.changed == ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
@@ -96,3 +106,126 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
         with pytest.raises(UserError, match=message):
             export_checkpoint(model, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+TO = ("merged", "lora", "delta")
+STRANGER = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+assert "agnostic_train" not in sys.modules
+torch.save(model(input_ids=torch.tensor([[3, 14, 15, 9, 26]])).logits.detach(), sys.argv[3])
+"""
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=torch.tensor([[3, 14, 15, 9, 26]])).logits
+
+
+@pytest.fixture(params=["adapter", "folder of an adapter", "trained with masks", "fused weights", "original variable"])
+def exported(request, tmp_path):
+    """(base's folder, expected logits, folder by target, checks) of one trained model exported to all targets."""
+    base = family_model("Phi-3") if request.param == "fused weights" else tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if request.param == "trained with masks":
+        model, settings = trained(base), {"base": base}
+    else:
+        neurons = NeuronSet({(0, "q"): [1, 17], (0, "v"): [2], (1, "up"): [28]}) if "fused" in request.param else CHOSEN
+        model, settings = adapted(copy.deepcopy(base), neurons), {}
+    expected = logits(model)
+    if request.param == "folder of an adapter":
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        model.save_pretrained(tmp_path / "adapter")
+        model = tmp_path / "adapter"
+    if request.param == "original variable":
+        model = model.get_base_model()
+    before = None if isinstance(model, Path) else copy.deepcopy(model.state_dict())
+    checks = [export_checkpoint(model, tmp_path / to, to=to, **settings) for to in TO]
+    if before is not None:
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return tmp_path / "base", expected, {to: tmp_path / to for to in TO}, checks
+
+
+def test_all_targets_have_the_logits_of_the_trained_model(exported, tmp_path):
+    base, expected, folders, checks = exported
+    for check in checks:
+        assert check.status == "identical" and check.chosen_moved == check.chosen_surviving == 1.0
+    models = {
+        "merged": AutoModelForCausalLM.from_pretrained(folders["merged"]),
+        "delta": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders["delta"]),
+    }
+    tied = models["merged"].config.tie_word_embeddings
+    assert (models["merged"].lm_head.weight is models["merged"].get_input_embeddings().weight) is tied
+    results = {to: logits(model) for to, model in models.items()}
+    command = [sys.executable, "-c", STRANGER, str(base), str(folders["lora"]), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    results["lora"] = torch.load(tmp_path / "logits.pt")
+    for result in results.values():
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    for to, folder in folders.items():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["format"] == to and manifest["frozen_weights"]["status"] == "identical"
+
+
+def test_a_delta_is_the_file_that_peft_saves(tmp_path):
+    model = adapted(tiny_llama(), CHOSEN)
+    model.save_pretrained(tmp_path / "peft")
+    export_checkpoint(model, tmp_path / "ours", to="delta")
+    ours, peft = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft"))
+    assert ours.keys() == peft.keys() and all(torch.equal(ours[name], peft[name]) for name in ours)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft")]
+    assert configs[0]["rows"] == configs[1]["rows"] and configs[0]["columns"] == configs[1]["columns"]
+
+
+def test_rounding_is_done_once_and_what_it_swallows_is_reported(tmp_path):
+    """Changes of 1e-4 beside bfloat16 weights of 0.02: a third of them is lost."""
+    base = tiny_llama(initializer_range=0.02, hidden_size=252).bfloat16()
+    neurons = NeuronSet({(0, "up"): range(53), (1, "down"): range(53)})
+    model = get_peft_model(base, NeuronConfig(neurons=neurons))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=1e-4)
+    rounded = export_checkpoint(model, tmp_path / "rounded")
+    assert rounded.status == "identical" and rounded.chosen_moved == 1.0
+    assert rounded.chosen_surviving == pytest.approx(0.675, abs=0.02)
+    whole = export_checkpoint(model, tmp_path / "whole", dtype="float32")
+    assert whole.chosen_surviving == 1.0
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    for folder, dtype in (("rounded", torch.bfloat16), ("whole", torch.float32)):
+        weight = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto").model.layers[0].mlp.up_proj.weight
+        )
+        assert torch.equal(weight, exact.to(dtype))
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    merged = adapted(tiny_llama(), CHOSEN)
+    merged.merge_adapter()
+    two = adapted(tiny_llama(), CHOSEN)
+    two.add_adapter("second", NeuronConfig(neurons=CHOSEN))
+    two.base_model.set_adapter(["default", "second"])
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "ours")
+    inputs = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for model, settings, message in (
+        (merged, {}, "unmerge_adapter"),
+        (two, {}, "several adapters are active"),
+        (lora, {}, "merge them first"),
+        (trained(tiny_llama()), {"to": "lora"}, "give that as base"),
+        (tmp_path / "lora", {}, "a LORA one"),
+        (tmp_path / "none", {}, "no readable neuron adapter"),
+        (tmp_path / "ours", {}, "give it as base"),
+        (tmp_path / "ours", {"base": tmp_path / "none"}, "base: can't load"),
+        (tmp_path / "ours", {"base": tiny_llama(hidden_size=36)}, "base: model.layers.0.self_attn.q_proj.weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_checkpoint(model, tmp_path / "out", **settings)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == inputs

@@ -7,10 +7,11 @@ from conftest import padded_batch
 from test_impact import brute_force, sentences_of
 
 from agnostic_train.decoder import PROJECTIONS, find_decoder
-from agnostic_train.export import check_frozen_weights
+from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.impact import neuron_impacts
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.self_check import verify_impacts
+from agnostic_train.trained import Trained
 from agnostic_train.training.mask import GradientMask
 
 LENGTHS = [1, 5, 11]
@@ -119,5 +120,5 @@ def test_fused_weights_train_only_the_chosen_rows(name, tmp_path):
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert len(moved) == 3
     base = family_model(name)
-    check = check_frozen_weights(model, base, neurons)
+    check = check_frozen_weights(Trained.of(model, base, neurons))
     assert check.status == "identical" and check.num_chosen == 6 * 36

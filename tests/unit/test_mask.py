@@ -121,7 +121,9 @@ def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries
 
 @pytest.mark.parametrize("optim", ["adafactor", "rmsprop"])
 def test_optimizers_that_may_mix_entries_are_refused(tmp_path, optim):
-    trainer = NeuronTrainer(tiny_llama(), mask_arguments(tmp_path, optim=optim), train_dataset=sentences(), neurons=CHOSEN)
+    trainer = NeuronTrainer(
+        tiny_llama(), mask_arguments(tmp_path, optim=optim), train_dataset=sentences(), neurons=CHOSEN
+    )
     with pytest.raises(UserError, match="training.optim"):
         trainer.train()
 

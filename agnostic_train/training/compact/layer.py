@@ -109,17 +109,5 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         if self._backend is not None:
             self._backend.set_base_weight(self, weight)
 
-    @torch.no_grad()
-    def effective_weight(self) -> Tensor:
-        """The base weight and the active adapters' sum, (out, in), in the delta's precision; not rounded further."""
-        weight = self.base_layer.weight
-        if self.merged or self.disable_adapters:
-            return weight
-        for name in self.active_adapters:
-            if name in self.neuron_delta:
-                delta = self.neuron_delta[name]
-                weight = weight.to(delta.dtype).index_add(self.dim, self.neuron_index[name], delta.detach())
-        return weight
-
     def __repr__(self) -> str:
         return "neuron." + super().__repr__()

@@ -1,5 +1,7 @@
 """The tuner that puts a `NeuronLinear` around every linear with a chosen neuron."""
 
+from typing import ClassVar
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class NeuronModel(BaseTuner):
 
     prefix = "neuron_"
     tuner_layer_cls = NeuronLinear
-    target_module_mapping: dict = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: NeuronConfig, model_config: dict) -> NeuronConfig:
         return peft_config

@@ -1,0 +1,73 @@
+"""What a recipe asks of a training, made ready and checked before any work begins."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import Recipe
+from agnostic_train.strategy import Strategy
+from agnostic_train.training.mask import OPTIMIZERS
+from agnostic_train.training.trainer import NeuronTrainingArguments
+
+
+def choose_strategy(recipe: Recipe, seed: int) -> Strategy | None:
+    """How the neurons are chosen; None where they come from a file or all weights learn."""
+    training = recipe.training
+    if training.strategy == "full" or training.neurons is not None:
+        return None
+    return Strategy(training.strategy, training.languages, training.low, training.high, training.random_like, seed)
+
+
+def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
+    os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
+    accelerator = torch.accelerator.is_available()
+    # On a CPU several processes need to be told so, and pinned memory warns.
+    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
+        value = recipe.training.arguments.get(key)
+        # -1 is how transformers spells 'not by steps'.
+        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
+            raise UserError(f"training.{key}: must be above 0, not {value}")
+    try:
+        return NeuronTrainingArguments(
+            **{**defaults, **recipe.training.arguments},
+            output_dir=recipe.output_dir,
+            report_to=["wandb"] if recipe.tracking.wandb else [],
+            run_name=recipe.tracking.run_name,
+            update=recipe.training.update,
+        )
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from None
+
+
+def check_inputs(
+    recipe: Recipe, strategy: Strategy | None, arguments: NeuronTrainingArguments, directory: Path
+) -> None:
+    """What would fail after hours, or destroy what it reads, is refused at the start."""
+    output = directory.resolve()
+    for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
+        if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
+            raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
+    if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
+        raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+    for language in recipe.training.languages:
+        if language not in recipe.corpus.languages:
+            raise UserError(
+                f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
+            )
+    if strategy is not None and len(recipe.corpus.languages) < 2:
+        raise UserError("corpus.languages: one language shares nothing with others; name at least two")
+    if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
+        raise UserError(
+            f"detection.min_languages: {recipe.detection.min_languages} is more than the "
+            f"{len(recipe.corpus.languages)} of corpus.languages"
+        )
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    masked = recipe.training.update == "mask" and recipe.training.strategy != "full"
+    if masked and optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "
+            f"promise that nothing else moves; use {', '.join(OPTIMIZERS)}, or update='compact'"
+        )

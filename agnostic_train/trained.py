@@ -1,0 +1,109 @@
+"""A trained model, whichever way it was trained: its base, and what was learnt."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from agnostic_train.files import UserError
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.chosen import ChosenEntries, chosen_entries
+from agnostic_train.training.compact import adapter_neurons
+from agnostic_train.training.delta import Delta, adapter_deltas, add_deltas, plain_model, read_deltas, weight_deltas
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `of` makes of a model, so that nobody after it has to ask how it was trained.
+
+    Attributes:
+        model: the model, with an adapter's layers still in it.
+        adapter: what the adapter adds, by module name; empty for a model trained with masks.
+        base: the model before training, if it is known.
+        neurons: what was trained, if it is known.
+        base_name: what the base was loaded from.
+    """
+
+    model: nn.Module
+    adapter: Mapping[str, Delta]
+    base: nn.Module | None
+    neurons: NeuronSet | None
+    base_name: str | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel | str | Path,
+        base: PreTrainedModel | str | Path | None = None,
+        neurons: NeuronSet | None = None,
+    ) -> "Trained":
+        """Takes a model apart, without changing it.
+
+        Args:
+            model: a model trained by `NeuronTrainer`, one with a neuron adapter, or the folder of such an adapter.
+            base: the model before training, or where to load it from; a folder's adapter names its own by default.
+            neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default.
+
+        Raises:
+            UserError: adapters that aren't ours, several active ones, or no adapter in the folder.
+        """
+        if isinstance(model, (str, Path)):
+            adapter, name = read_deltas(model)
+            if base is None and not name:
+                raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
+            base = _loaded(name if base is None else base)
+            return cls(base, adapter, base, neurons, base.name_or_path or None)
+        adapter, plain = adapter_deltas(model), plain_model(model)
+        if neurons is None:
+            neurons = adapter_neurons(plain) if adapter else getattr(plain, "trained_neurons", None)
+        base = None if base is None else _loaded(base)
+        return cls(plain, adapter, base, neurons, (plain if base is None else base).name_or_path or None)
+
+    @property
+    def is_quantised(self) -> bool:
+        return getattr(self.model, "hf_quantizer", None) is not None
+
+    @cached_property
+    def chosen(self) -> Mapping[str, Delta | ChosenEntries] | None:
+        """The entries of weights that may differ from the base's, by module name; None if that isn't known."""
+        if self.adapter or self.neurons is None:
+            return self.adapter or None
+        return chosen_entries(self.model, self.neurons)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each linear that holds a chosen neuron, by module name."""
+        modules = dict(self.model.named_modules())
+        return {name: (modules[name].out_features, modules[name].in_features) for name in self.chosen or {}}
+
+    def weights(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The model's own named parameters, or state, as the plain model that it stands for has them.
+
+        What an adapter changes is the sum in the adapter's precision; all else is the same tensor.
+        """
+        plain = {name.replace(".base_layer.", "."): value for name, value in named if ".neuron_" not in name}
+        return add_deltas(plain, self.adapter)
+
+    def deltas(self) -> Mapping[str, Delta]:
+        """What was learnt, as rows and columns to add to the base's weights.
+
+        Raises:
+            UserError: a model without adapter, of which the base or the neurons aren't known.
+        """
+        if self.adapter:
+            return self.adapter
+        if self.base is None or not self.neurons:
+            raise UserError("base: an adapter is the difference to the model before training; give that as base")
+        return weight_deltas(self.model, self.base, self.neurons)
+
+
+def _loaded(base: nn.Module | str | Path) -> nn.Module:
+    if isinstance(base, nn.Module):
+        return base
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: can't load {base} ({' '.join(str(error).split())[:200]})") from None

@@ -1,0 +1,100 @@
+"""What detection, deactivation and scores say of a model with adapters is what they say of the merged one."""
+
+import copy
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from peft import LoraConfig, get_peft_model
+from test_families import family_model
+from test_tuner import adapted, some_neurons
+
+from agnostic_train import deactivate, detect_neurons, language_agnostic_score, neuron_impacts, perplexity
+from agnostic_train.decoder import find_decoder
+from agnostic_train.lape import firing_rates
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.self_check import verify_impacts
+
+BATCH = padded_batch([5, 11, 8])
+
+
+def with_lora(model):
+    torch.manual_seed(7)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, use_dora=True, lora_dropout=0.3))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=0.2)
+    return wrapped
+
+
+MODELS = {
+    "neurons": lambda: adapted(),
+    "neurons in fused weights": lambda: adapted(family_model("Phi-3")),
+    "neurons by head": lambda: adapted(family_model("GPT-NeoX")),
+    "DoRA, as a stranger": lambda: with_lora(tiny_llama(attention_bias=True)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def wrapped_and_merged(request):
+    wrapped = MODELS[request.param]()
+    return wrapped, copy.deepcopy(wrapped).merge_and_unload().eval()
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_impacts_are_those_of_the_merged_model(wrapped_and_merged):
+    wrapped, merged = wrapped_and_merged
+    expected = neuron_impacts(merged, BATCH)
+    impacts = neuron_impacts(wrapped, BATCH)
+    assert impacts.keys() == expected.keys()
+    for site, values in impacts.items():
+        assert_close(values, expected[site])
+    verify_impacts(wrapped, BATCH)
+    corpora = {"en": [BATCH], "sw": [padded_batch([6, 9], seed=4)]}
+    assert detect_neurons(wrapped, corpora, 0.2, 0.5).related == detect_neurons(merged, corpora, 0.2, 0.5).related
+    wrapped.eval()
+    rates = [firing_rates(model, [BATCH], "en", progress=False).rates for model in wrapped_and_merged]
+    assert float((rates[0] - rates[1]).abs().max()) < 0.05  # rounding may move an output across zero
+
+
+@torch.no_grad()
+def test_deactivation_switches_the_sum_off_and_leaves_every_bit(wrapped_and_merged):
+    wrapped, merged = wrapped_and_merged
+    wrapped.eval()
+    before = copy.deepcopy(wrapped.state_dict())
+    with deactivate(merged, some_neurons(merged)):
+        expected = merged(**BATCH).logits[BATCH["attention_mask"].bool()]
+    plain = wrapped(**BATCH).logits
+    with pytest.raises(ZeroDivisionError), deactivate(wrapped, some_neurons(wrapped)):
+        assert_close(wrapped(**BATCH).logits[BATCH["attention_mask"].bool()], expected)
+        raise ZeroDivisionError
+    assert torch.equal(wrapped(**BATCH).logits, plain)
+    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+
+
+def test_blocks_can_be_nested(wrapped_and_merged):
+    wrapped, merged = wrapped_and_merged
+    sizes = find_decoder(merged).sizes
+    first, second = NeuronSet({(0, "up"): [3, 4], (1, "o"): [5]}, sizes), NeuronSet({(0, "up"): [4, 7]}, sizes)
+    with deactivate(merged, first | second):
+        expected = perplexity(merged, [BATCH]).value
+    with deactivate(wrapped, first):
+        with deactivate(wrapped, second):
+            assert perplexity(wrapped, [BATCH]).value == pytest.approx(expected, rel=1e-5)
+        inside = perplexity(wrapped, [BATCH]).value
+    with deactivate(merged, first):
+        assert inside == pytest.approx(perplexity(merged, [BATCH]).value, rel=1e-5)
+
+
+def test_the_score_is_that_of_the_merged_model(wrapped_and_merged):
+    wrapped, merged = wrapped_and_merged
+    corpora = {"en": [BATCH], "sw": [padded_batch([6, 9], seed=4)]}
+    assert perplexity(wrapped, [BATCH]).value == pytest.approx(perplexity(merged, [BATCH]).value, rel=1e-5)
+    found = detect_neurons(merged, corpora, 0.2, 0.5)
+    scores = [language_agnostic_score(model, found, corpora) for model in (wrapped, merged)]
+    assert scores[0].value == pytest.approx(scores[1].value, rel=1e-3)
