@@ -70,18 +70,9 @@ class Projection:
             entries if self.rows is None else torch.isin(self.rows, entries.to(self.rows.device)).nonzero().squeeze(1)
         )
 
-    @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """What the linear applies, (out, in): its weight, or what adapters and quantisation make of it."""
-        linear, weight = self.linear, self.linear.weight
-        if self.is_plain:
-            return weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        columns = []
-        for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE):
-            output = linear(F.one_hot(units, linear.in_features).to(dtype))
-            columns.append(output if linear.bias is None else output - linear.bias)
-        return torch.cat(columns).T
+        return self.linear.weight if self.is_plain else _weight_read_through(self.linear)
 
     def output(self, output: Tensor) -> Tensor:
         """The projection's own part of its linear's output, (..., neurons)."""
@@ -229,7 +220,13 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def float32_copy(layer: Layer) -> Layer:
     """The layer's two modules copied and cast to float32, to be tried out alone; the model isn't touched."""
-    return _find_layer(layer.index, copy.deepcopy(layer.attention).float(), copy.deepcopy(layer.feed_forward).float())
+    attention, feed_forward = (copy.deepcopy(module) for module in (layer.attention, layer.feed_forward))
+    for module in (attention, feed_forward):
+        for name, linear in list(module.named_modules()):
+            # Quantised matrix products have rounding errors of their own, which change with the batch.
+            if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():
+                module.set_submodule(name, _dequantised(linear))
+    return _find_layer(layer.index, attention.float(), feed_forward.float())
 
 
 def _find_layer(index: int, attention: nn.Module | None, feed_forward: nn.Module | None) -> Layer:
@@ -271,6 +268,26 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
         down = Projection("down", _linear(index, feed_forward, "down_proj"))
         return {"gate": Projection("gate", fused, gate), "up": Projection("up", fused, up), "down": down}
     return {name: Projection(name, _linear(index, feed_forward, f"{name}_proj")) for name in FEED_FORWARD_PROJECTIONS}
+
+
+@torch.no_grad()
+def _weight_read_through(linear: nn.Module) -> Tensor:
+    """The weight that a linear applies, (out, in), found by giving it unit vectors."""
+    weight = linear.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    columns = []
+    for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE):
+        output = linear(F.one_hot(units, linear.in_features).to(dtype))
+        columns.append(output if linear.bias is None else output - linear.bias)
+    return torch.cat(columns).T
+
+
+def _dequantised(linear: nn.Linear) -> nn.Linear:
+    plain = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None)
+    plain.weight = nn.Parameter(_weight_read_through(linear).float(), requires_grad=False)
+    if linear.bias is not None:
+        plain.bias = nn.Parameter(linear.bias.float(), requires_grad=False)
+    return plain
 
 
 def _linear(index: int, owner: nn.Module | None, name: str) -> nn.Linear | BaseTunerLayer:

@@ -1,5 +1,6 @@
 """One linear with chosen rows or columns beside it."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 
@@ -86,28 +87,27 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
             before = weight.index_select(self.dim, index)
             merged = before + delta
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )  # as PEFT's own tuners put it
-            self._before_merge.append(before)
-            self._put(weight, index, merged)
+                # In the words of PEFT's own tuners.
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            # Quantising again would not give the same bits: the quantised weight is kept whole.
+            self._before_merge.append(before if self._backend is None else copy.deepcopy(self.base_layer.weight))
+            weight.index_copy_(self.dim, index, merged.to(weight.dtype))
+            if self._backend is not None:
+                self._backend.set_base_weight(self, weight)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the base weight's own rows and columns back, bit for bit unless it is quantised."""
+        """Puts the base weight's own rows and columns back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            index = self.neuron_index[self.merged_adapters.pop()]
-            weight = self.base_layer.weight if self._backend is None else self._backend.get_base_weight(self.base_layer)
-            self._put(weight, index, self._before_merge.pop().to(weight.device))
-
-    def _put(self, weight: Tensor, index: Tensor, values: Tensor) -> None:
-        weight.index_copy_(self.dim, index, values.to(weight.dtype))
-        if self._backend is not None:
-            self._backend.set_base_weight(self, weight)
+            name, before, weight = self.merged_adapters.pop(), self._before_merge.pop(), self.base_layer.weight
+            if self._backend is None:
+                weight.index_copy_(self.dim, self.neuron_index[name], before.to(weight.device))
+            else:
+                self.base_layer.weight = before.to(weight.device)
 
     def __repr__(self) -> str:
         return "neuron." + super().__repr__()
