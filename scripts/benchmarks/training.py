@@ -1,0 +1,235 @@
+"""What a training step costs: chosen neurons (compact, mask) beside full fine-tuning, LoRA and SHiRA.
+
+One model after another, all in one process, in turns, with the same data and optimizer and (LoRA, SHiRA) as many
+trainable parameters; ratios of medians are reported, because absolute times say little on shared machines. The floor is
+a forward pass and the gradients of activations alone. Writes a JSON file with the machine, the versions and the date.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.neurons import NeuronSet
+from agnostic_train.training.compact import NeuronConfig
+from agnostic_train.training.mask import GradientMask
+
+SHAPES = {
+    "cpu": dict(
+        vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64,
+    ),
+    "llama-3.2-1b": dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+    ),
+}  # fmt: skip
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--fraction", type=float, nargs="+", default=[0.05], help="of the neurons of each projection")
+    parser.add_argument("--neurons", type=Path, help="a neuron set of the shapes, instead of a fraction")
+    parser.add_argument("--methods", nargs="+", default=["floor", "compact", "mask", "full", "lora", "shira"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
+    return parser
+
+
+class Step:
+    """One way to train a copy of the model, a step at a time."""
+
+    def __init__(self, method: str, model: nn.Module, neurons: NeuronSet, batch: dict[str, Tensor]):
+        self.method, self.batch = method, batch
+        self.model = model = copy.deepcopy(model)
+        num_entries = sum(
+            len(indices) * it.linear.weight.numel() // it.num_neurons
+            for site, indices in neurons.items()
+            for it in [find_decoder(model).projection(site)]
+        )
+        # A rank of LoRA, and of SHiRA, costs in + out parameters a linear.
+        per_rank = sum(
+            sum(module.weight.shape) for name, module in model.named_modules() if name.endswith(tuple(LINEARS))
+        )
+        rank = max(1, round(num_entries / per_rank))
+        if method == "floor":
+            model.requires_grad_(False)
+        elif method == "compact":
+            model = get_peft_model(model, NeuronConfig(neurons=neurons))
+        elif method == "lora":
+            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS))
+        elif method == "shira":
+            model = get_peft_model(model, ShiraConfig(r=rank, target_modules=LINEARS))
+        self.mask = GradientMask(model, neurons) if method == "mask" else None
+        self.model = model.train()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.num_trainable = self.mask.num_trainable if self.mask else sum(it.numel() for it in trainable)
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0) if trainable else None
+        if self.mask:
+            self.mask.guard(self.optimizer)
+
+    def __call__(self) -> None:
+        batch = dict(self.batch)
+        if self.method == "floor":
+            embedded = self.model.get_input_embeddings()(batch.pop("input_ids"))
+            batch["inputs_embeds"] = embedded.detach().requires_grad_()
+        self.model(**batch).loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def optimizer_bytes(self) -> int:
+        states = self.optimizer.state.values() if self.optimizer else []
+        return sum(
+            value.numel() * value.element_size()
+            for state in states
+            for value in state.values()
+            if isinstance(value, Tensor) and value.ndim
+        )
+
+    def saved_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass, each storage once, parameters left out."""
+        parameters = {it.untyped_storage().data_ptr() for it in self.model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(saved: Tensor) -> Tensor:
+            if saved.layout != torch.strided:  # SHiRA's sparse deltas have no storage of their own
+                return saved
+            storage = saved.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                # Kept alive, so that no address is counted for two tensors.
+                kept.append(saved)
+                storages[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            self()
+        return sum(storages.values())
+
+    def adapter_bytes(self) -> int | None:
+        """The size of the saved adapter's weights."""
+        if self.method not in ("compact", "lora", "shira"):
+            return None
+        with tempfile.TemporaryDirectory() as directory:
+            self.model.save_pretrained(directory)
+            return (Path(directory) / "adapter_model.safetensors").stat().st_size
+
+
+def timed(step: Step, device: str) -> float:
+    """Seconds of one step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(model: nn.Module, neurons: NeuronSet, methods: list[str], batch: dict, rounds: int, device: str) -> dict:
+    """Per method the median step, and what it keeps in memory."""
+    steps, peaks = {}, {}
+    for method in methods:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        steps[method] = Step(method, model, neurons, batch)
+        for _ in range(2):
+            steps[method]()
+        if device == "cuda":
+            peaks[method] = torch.cuda.max_memory_allocated() - before
+    seconds = {method: [] for method in methods}
+    for _ in range(rounds):
+        for method in methods:
+            seconds[method].append(timed(steps[method], device))
+    return {
+        method: {
+            "step_seconds": statistics.median(seconds[method]),
+            "trainable_parameters": step.num_trainable,
+            "optimizer_bytes": step.optimizer_bytes(),
+            "saved_for_backward_bytes": step.saved_bytes(),
+            "adapter_bytes": step.adapter_bytes(),
+            "peak_bytes": peaks.get(method),
+        }
+        for method, step in steps.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    with torch.device(options.device):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.shapes])).to(dtype)
+        ids = torch.randint(SHAPES[options.shapes]["vocab_size"], (options.batch_size, options.length))
+    batch = {"input_ids": ids, "labels": ids}
+    sizes = find_decoder(model).sizes
+    sets = {}
+    if options.neurons:
+        sets[str(options.neurons)] = NeuronSet.read(options.neurons, model)
+    else:
+        for fraction in options.fraction:
+            first = {site: range(max(1, int(size * fraction))) for site, size in sizes.items()}
+            sets[str(fraction)] = NeuronSet(first, sizes).random_like(0, model)
+    results = {}
+    for name, neurons in sets.items():
+        rows = measure(model, neurons, options.methods, batch, options.rounds, options.device)
+        for row in rows.values():
+            row["times"] = {
+                other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
+                for other in ("floor", "lora", "full")
+                if other in rows
+            }
+        results[name] = rows
+        for method, row in rows.items():
+            print(
+                f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  "
+                f"{row['step_seconds']:.3f} s  {row['times']}  saved {row['saved_for_backward_bytes'] / 2**20:.1f} MiB  "
+                f"optimizer {row['optimizer_bytes'] / 2**20:.1f} MiB  adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
+            )
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers", "peft")},
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "shapes": SHAPES[options.shapes],
+        "results": results,
+    }
+    text = json.dumps(record, indent=2)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
