@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agnostic_train.deactivation import deactivate
+from agnostic_train.ablation import NOTHING, Ablation, ablate
 from agnostic_train.files import UserError, read_json
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.perplexity import Perplexity, perplexity
 
 SMALLEST_CHANGE = 1e-6
 """A smaller change of perplexity is set to this and reported as clipped."""
@@ -24,7 +24,7 @@ class LanguageScore:
 
     perplexity: with no neuron off. change_shared, change_exclusive: how much it rises with that set off, None where
     the set is empty. clipped: which of the two changes were below `SMALLEST_CHANGE`. importance: their ratio, None
-    where undefined.
+    where undefined. interval: of the importance, 95%, from resampled sentences.
     """
 
     language: str
@@ -35,6 +35,7 @@ class LanguageScore:
     change_exclusive: float | None
     importance: float | None
     clipped: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class AgnosticScore:
     """The score with its table, and the same for random sets of the same sizes.
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
-    table: a row per language. controls: the scores with random sets, by seed.
+    table: a row per language. controls: the scores with random sets, by seed. interval: of the value, 95%, from
+    resampled sentences (percentile bootstrap, the same draw of sentences for every set). variants: `per_neuron`, each
+    change divided by its set's size; `log_perplexity`, changes of its logarithm. ablation: what was measured.
     """
 
     value: float | None
     table: list[LanguageScore]
     controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    variants: dict[str, float | None] = field(default_factory=dict)
+    ablation: Ablation | None = None
 
     @property
     def importance(self) -> dict[str, float | None]:
@@ -70,7 +76,12 @@ class AgnosticScore:
         content = read_json(file)
         names = {it.name for it in fields(LanguageScore)}
         try:
-            table = [LanguageScore(**{name: row[name] for name in names}) for row in content["table"]]
+            rows = [{name: row[name] for name in names} for row in content["table"]]
+            # JSON knows no tuples.
+            table = [
+                LanguageScore(**{name: tuple(it) if isinstance(it, list) else it for name, it in row.items()})
+                for row in rows
+            ]
             return cls(content["value"], table)
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
@@ -79,6 +90,8 @@ class AgnosticScore:
         """Plain JSON values, as in `score.json`."""
         return {
             "value": self.value,
+            "interval": self.interval,
+            "variants": self.variants,
             "importance": self.importance,
             "undefined": self.undefined,
             "clipped": self.clipped,
@@ -86,8 +99,10 @@ class AgnosticScore:
             "controls": {
                 "description": "the score with random sets of the same number of neurons at every site",
                 "values": {str(seed): control.value for seed, control in self.controls.items()},
+                "intervals": {str(seed): control.interval for seed, control in self.controls.items()},
                 "clipped": {str(seed): control.clipped for seed, control in self.controls.items()},
             },
+            "ablation": None if self.ablation is None else self.ablation.to_json(),
         }
 
 
@@ -97,6 +112,7 @@ def language_agnostic_score(
     corpora: Mapping[str, Iterable[Batch]],
     *,
     control_seeds: Sequence[int] = (),
+    num_resamples: int = 1000,
     progress: bool = False,
 ) -> AgnosticScore:
     """Scores how language-agnostic a model is (Chen et al. 2025, Eq. 4-5).
@@ -110,6 +126,7 @@ def language_agnostic_score(
         corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
             kept in memory.
         control_seeds: also score random sets of the same sizes, one for each seed.
+        num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
 
     Raises:
@@ -120,46 +137,84 @@ def language_agnostic_score(
     if missing:
         raise ValueError(f"no corpus for {', '.join(missing)}")
     batches = {language: list(corpora[language]) for language in neurons.languages}
-    num_passes = len(batches) * (1 + 2 * (1 + len(control_seeds)))
-    with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
-
-        def measure(language: str) -> Perplexity:
-            result = perplexity(model, batches[language])
-            bar.update()
-            return result
-
-        before = {language: measure(language) for language in batches}
-        table = _table(model, neurons, before, measure)
-        controls = {}
-        for seed in control_seeds:
-            drawn = LanguageNeurons(
-                neurons.related,
-                neurons.shared.random_like(seed, model),
-                {language: own.random_like(seed, model) for language, own in neurons.exclusive.items()},
-            )
-            control_table = _table(model, drawn, before, measure)
-            controls[seed] = AgnosticScore(_mean(control_table), control_table)
-    return AgnosticScore(_mean(table), table, controls)
-
-
-def _table(model: nn.Module, neurons: LanguageNeurons, before: dict[str, Perplexity], measure) -> list[LanguageScore]:
-    shared_off: dict[str, float] = {}
-    if len(neurons.shared):
-        with deactivate(model, neurons.shared):
-            shared_off = {language: measure(language).value for language in before}
-    rows = []
-    for language, found in before.items():
-        own: NeuronSet = neurons.exclusive[language]
-        exclusive_off = None
-        if len(own):
-            with deactivate(model, own):
-                exclusive_off = measure(language).value
-        rows.append(
-            language_score(
-                language, found.value, shared_off.get(language), exclusive_off, len(neurons.shared), len(own)
-            )
+    sets, only = _sets("", neurons), {}
+    for seed in control_seeds:
+        drawn = LanguageNeurons(
+            neurons.related,
+            neurons.shared.random_like(seed, model),
+            {language: own.random_like(seed, model) for language, own in neurons.exclusive.items()},
         )
-    return rows
+        prefix = f"random {seed} "
+        sets |= _sets(prefix, drawn)
+        # What a language's random counterpart does to other languages is nobody's question.
+        only |= {f"{prefix}exclusive {language}": [language] for language in batches}
+    num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
+    with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
+        ablation = ablate(model, sets, batches, only, bar.update)
+    resamples = {
+        language: _resamples(len(result.sentence_nats), num_resamples, seed)
+        for seed, (language, result) in enumerate(ablation.measured[NOTHING].items())
+    }
+    controls = {seed: _score(ablation, f"random {seed} ", resamples) for seed in control_seeds}
+    score = _score(ablation, "", resamples)
+    return replace(score, controls=controls, ablation=ablation)
+
+
+def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
+    own = {f"{prefix}exclusive {language}": neurons.exclusive[language] for language in neurons.languages}
+    return {f"{prefix}shared": neurons.shared, **own}
+
+
+def _resamples(num_sentences: int, count: int, seed: int) -> Tensor:
+    """How often each sentence is drawn, with replacement: (count, sentences), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(num_sentences, (count, num_sentences), generator=generator)
+    return torch.zeros(count, num_sentences, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
+    )
+
+
+def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> AgnosticScore:
+    """The score of the sets whose names begin with `prefix`, from what was measured."""
+    rows, logs, variants = [], [], {"per_neuron": [], "log_perplexity": []}
+    for language in ablation.languages:
+        names = f"{prefix}shared", f"{prefix}exclusive {language}"
+        off = [ablation.perplexity(name, language) for name in names]
+        numbers = [ablation.num_neurons.get(name, 0) for name in names]
+        before = ablation.perplexity(NOTHING, language)
+        row = language_score(
+            language, float(before), *(None if it is None else float(it) for it in off), num_shared=numbers[0],
+            num_exclusive=numbers[1],
+        )  # fmt: skip
+        if row.importance is not None:
+            changes = [it - before for it in off]
+            # Clipped before it is shared out: the smallest change is one of perplexity.
+            per_neuron = [max(float(it), SMALLEST_CHANGE) / n for it, n in zip(changes, numbers, strict=True)]
+            variants["per_neuron"].append(per_neuron[0] / per_neuron[1])
+            variants["log_perplexity"].append(float(_importance(*(it.log() - before.log() for it in off))))
+            drawn = resamples[language]
+            if len(drawn):
+                before = ablation.perplexity(NOTHING, language, drawn)
+                importance = _importance(*(ablation.perplexity(name, language, drawn) - before for name in names))
+                logs.append(importance.log1p())
+                row = replace(row, interval=_interval(importance))
+        rows.append(row)
+    return AgnosticScore(
+        _mean([row.importance for row in rows]),
+        rows,
+        interval=_interval(torch.stack(logs).nanmean(0)) if logs else None,
+        variants={name: _mean(values) for name, values in variants.items()},
+    )
+
+
+def _importance(change_shared: Tensor, change_exclusive: Tensor) -> Tensor:
+    return change_shared.clamp(min=SMALLEST_CHANGE) / change_exclusive.clamp(min=SMALLEST_CHANGE)
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    # A draw of sentences without a token to score has no perplexity.
+    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
 
 
 def language_score(
@@ -182,6 +237,6 @@ def language_score(
     )
 
 
-def _mean(table: list[LanguageScore]) -> float | None:
-    defined = [math.log1p(row.importance) for row in table if row.importance is not None]
+def _mean(importances: list[float | None]) -> float | None:
+    defined = [math.log1p(it) for it in importances if it is not None]
     return sum(defined) / len(defined) if defined else None

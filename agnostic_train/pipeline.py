@@ -181,6 +181,8 @@ class Pipeline:
         if self.processes.is_main_process:
             write_json(self.directory / "score.json", score.to_json())
         value = "undefined" if score.value is None else f"{score.value:.3f}"
+        if score.interval:
+            value += " (95% interval {:.3f} to {:.3f})".format(*score.interval)
         controls = ", ".join(
             "undefined" if it.value is None else f"{it.value:.3f}" + (" clipped" if it.clipped else "")
             for it in score.controls.values()

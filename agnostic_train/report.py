@@ -34,6 +34,8 @@ def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
         "change": ("Bits per byte before and after", _draw_change(evaluation, recipe["training"]["languages"])),
         "score": ("Importance of shared neurons, by language", _draw_score(score)),
     }
+    if score["ablation"]:
+        figures["ablation"] = ("Perplexity with sets of neurons switched off", _draw_ablation(score["ablation"]))
     if any("loss" in entry for entry in history):
         figures["training"] = ("Training loss", _draw_training(history))
     with whole_directory(directory / "figures") as temporary:
@@ -214,6 +216,10 @@ def _draw_score(score: dict) -> Figure:
     positions = np.arange(len(rows))
     values = [np.log1p(row["importance"]) for row in rows]
     axis.bar(positions, values, 0.6, color="0.7", edgecolor="black")
+    for position, value, row in zip(positions, values, rows, strict=True):
+        if row["interval"]:
+            low, high = np.log1p(row["interval"])
+            axis.plot([position, position], [min(low, value), max(high, value)], color="black", marker="_")
     axis.set_xticks(positions, [row["language"] for row in rows])
     axis.set_ylabel("log(1 + importance)")
     axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
@@ -223,6 +229,32 @@ def _draw_score(score: dict) -> Figure:
     for index, value in enumerate(controls):
         axis.axhline(value, color="0.5", linestyle="--", label="random sets" if index == 0 else None)
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_ablation(rows: dict) -> Figure:
+    """Sets that were off by languages: how many times larger the perplexity is, on a scale of its logarithm."""
+    languages = list(rows["none"]["languages"])
+    # Random counterparts of exclusive sets are measured on their own language alone: no row of a map.
+    names = [name for name, row in rows.items() if name != "none" and len(row["languages"]) == len(languages)]
+    times = np.array(
+        [
+            [
+                rows[name]["languages"][it]["perplexity"] / rows["none"]["languages"][it]["perplexity"]
+                for it in languages
+            ]
+            for name in names
+        ]
+    ).reshape(len(names), len(languages))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.4 * len(names)), layout="constrained")
+    shades = np.log(times.clip(min=1e-3))
+    image = axis.imshow(shades, aspect="auto", cmap="Greys", vmin=min(0.0, shades.min(initial=0)))
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for (row, column), value in np.ndenumerate(times):
+        color = "white" if shades[row, column] > middle else "black"
+        axis.text(column, row, f"{value:.3g}\u00d7", ha="center", va="center", fontsize=9, color=color)
+    axis.set_xticks(range(len(languages)), languages)
+    axis.set_yticks(range(len(names)), [f"{name} off ({rows[name]['neurons']})" for name in names])
     return figure
 
 

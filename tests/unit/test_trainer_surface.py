@@ -1,5 +1,7 @@
 """What people switch on in a Trainer works in both updates, and TRL's SFTTrainer takes the mix-in."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -17,7 +19,7 @@ def end_of(tmp_path, update, dtype=torch.float32, collator=None, **settings):
     model = tiny_llama().to(dtype)
     before = plain_weights(model)
     trainer = NeuronTrainer(
-        model, arguments(tmp_path, max_steps=8, **settings), data_collator=collator,
+        model, arguments(tmp_path, **{"max_steps": 8, **settings}), data_collator=collator,
         train_dataset=sentences(), neurons=CHOSEN, update=update,
     )  # fmt: skip
     trainer.train()
@@ -41,6 +43,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant)
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"neftune_noise_alpha": 5.0}, {"max_grad_norm": 0.0}])
 def test_other_switches(tmp_path, update, settings):
     end_of(tmp_path, update, **settings)
+
+
+@both_updates
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
+    """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2."""
+    ends = [end_of(tmp_path, update, torch.float64, torch_compile=compiled, max_steps=3) for compiled in (False, True)]
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)
 
 
 @both_updates
