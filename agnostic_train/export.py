@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,12 +50,13 @@ def export_checkpoint(
         tokenizer: saved beside the weights.
         dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
             default. Each weight is rounded once, from the sum in float32. Adapters are float32.
-        neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default. Empty: everything may
-            differ.
+        neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default. Where nobody knows, the
+            manifest says `unverified`.
         model_card: the text of `README.md`.
 
     Raises:
-        UserError: an unknown target or dtype, a base of other shapes, or quantised weights to merge into.
+        UserError: an unknown target or dtype, a base of other shapes, quantised weights to merge into, or trained
+            weights that aren't finite in `dtype`.
     """
     if to not in TARGETS:
         raise UserError(f"export.to: {to!r} isn't one of {', '.join(TARGETS)}")
@@ -67,6 +69,7 @@ def export_checkpoint(
         )
     dtype = (dtype or trained.model.dtype) if to == "merged" else torch.float32
     check = check_frozen_weights(trained, dtype)
+    _check_finite(trained, dtype)
     with whole_directory(directory) as temporary:
         if to == "merged":
             _write_merged(temporary, trained, dtype)
@@ -99,11 +102,49 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
     for name, value in trained.weights(trained.model.state_dict().items()).items():
         rounded = value.to(dtype) if value.is_floating_point() else value
         state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
-    trained.model.save_pretrained(directory, state_dict=state)
+    model = trained.model
+    # With a native adapter, transformers would save that and drop the rest.
+    native, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), False
+    try:
+        model.save_pretrained(directory, state_dict=dict(state))  # it takes out what it has written
+    except ValueError as error:
+        raise UserError(f"model: transformers can't save it ({' '.join(str(error).split())[:300]})") from None
+    finally:
+        model._hf_peft_config_loaded = native
+    _check_written(directory, state)
     # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
-    config = copy.deepcopy(trained.model.config)
+    config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(directory)
+
+
+def _check_written(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Reads the files back: each weight as it was to be written, once per storage."""
+    read = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not iterable itself)
+                if not torch.equal(tensors.get_tensor(name), state[name].cpu()):
+                    raise RuntimeError(f"{file.name}: {name} wasn't written as it was")
+                read.add(state[name].data_ptr())
+    lost = [name for name, value in state.items() if value.data_ptr() not in read]
+    if lost:
+        raise RuntimeError(f"{len(lost)} weights weren't written, such as {lost[0]}")
+
+
+def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
+    for name, chosen in (trained.chosen or {}).items():
+        weight = trained.model.get_submodule(name).weight
+        if trained.adapter:
+            plain = weight.is_floating_point()  # a quantised weight takes no sum
+            values = trained.adapter[name].added_to(weight) if plain else trained.adapter[name].values
+        else:
+            values = weight.index_select(chosen.dim, chosen.index)
+        if not values.to(dtype).isfinite().all():
+            raise UserError(
+                f"{name}: trained weights aren't finite in {str(dtype).removeprefix('torch.')}; train with a lower "
+                "learning rate, or export in a wider export.dtype"
+            )
 
 
 def _write_delta(directory: Path, trained: Trained) -> None:
@@ -148,9 +189,7 @@ def _write_adapter(directory: Path, config: NeuronConfig | LoraConfig, tensors: 
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"export.dtype: {dtype!r} isn't a floating-point dtype of torch, such as float32 or bfloat16")
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16) or (dtype and not found):
+        raise UserError(f"export.dtype: {dtype!r} isn't one of float64, float32, bfloat16, float16")
     return found

@@ -13,12 +13,14 @@ from agnostic_train.trained import Trained
 class FrozenWeightCheck:
     """What a comparison with the base, bit by bit, says of the weights that weren't chosen.
 
-    status: `identical`, `changed`, or `unverified` without a base to compare with. changed: names of the parameters
-    with an unchosen entry that differs. chosen_moved: the part of the chosen entries that training moved.
+    status: `identical`, `changed`, or `unverified` without a base to compare with. against: what was compared with,
+    `base`, or `frozen weights` where an adapter's own neighbours stand in for it: then the check says what the export
+    did, not what training did. changed: names of the parameters with an unchosen entry that differs. chosen_moved: the part of the chosen entries that training moved.
     chosen_surviving: the part of those that still differ from the base after rounding to the checkpoint's dtype.
     """
 
     status: str
+    against: str | None = None
     num_compared: int = 0
     changed: tuple[str, ...] = ()
     num_chosen: int = 0
@@ -30,8 +32,7 @@ class FrozenWeightCheck:
 def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> FrozenWeightCheck:
     """Compares every weight that wasn't chosen with the base's, bit by bit, both rounded to `dtype`.
 
-    Without a base, what has an adapter is compared with the weights that the adapter stands beside: then the check
-    says what the export did, not what training did.
+    A base of higher precision than the trained model's frozen weights differs from these, unless `dtype` is as low.
 
     Args:
         dtype: of comparison; the model's own by default.
@@ -49,14 +50,13 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         other = others.get(name)
         if other is None or other.shape != weight.shape:
             raise UserError(f"base: parameter {name} is missing there or has another shape; give the model's own base")
-        # Both pass through the trained weight's dtype first: a base in bfloat16 was trained from its float32 values.
-        other = other.to(weight.device, weight.dtype)
+        other = other.to(weight.device)
         differs = _bits(weight.to(dtype)) != _bits(other.to(dtype))
         chosen = trained.chosen.get(name.removesuffix(".weight"))
         if chosen is not None:
             dim, index = chosen.dim, chosen.index.to(weight.device)
             # Counted before rounding: the question is what training moved.
-            moved = _bits(weight.index_select(dim, index)) != _bits(other.index_select(dim, index))
+            moved = _bits(weight.index_select(dim, index)) != _bits(other.index_select(dim, index).to(weight.dtype))
             num_chosen += moved.numel()
             num_moved += int(moved.sum())
             num_surviving += int((moved & differs.index_select(dim, index)).sum())
@@ -67,6 +67,7 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
             changed.append(name)
     return FrozenWeightCheck(
         "changed" if changed else "identical",
+        "frozen weights" if trained.base is None else "base",
         num_compared,
         tuple(changed),
         num_chosen,

@@ -47,6 +47,15 @@ class Manifest:
         )
         return "finished" if intact else "stale"
 
+    def remove_outputs(self, stage: str) -> None:
+        """Deletes the files that the stage's last finished run wrote, and the folders that are empty then."""
+        files = [self.directory / name for name in self.record(stage).get("files", {})]
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in {file.parent for file in files} - {self.directory}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
     def start(self, stage: str, key: str, head: dict[str, Any]) -> None:
         """Says that a run of the stage has begun. `head`: what stands above the stages."""
         found = self.record(stage)

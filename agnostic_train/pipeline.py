@@ -112,6 +112,9 @@ class Pipeline:
         self.processes.wait_for_everyone()
         self.say(f"{stage}: {STAGES[stage]}")
         if self.processes.is_main_process:
+            # What these write depends on their options: nothing of other ones may stay.
+            for written in {"train": ["train"], "export": ["export", "evaluate"]}.get(stage, []):
+                self.manifest.remove_outputs(written)
             if stage == "train":
                 self._clear_checkpoints(resume=state == "started" and not forced)
             self.manifest.start(stage, key, self._head())
@@ -326,8 +329,7 @@ class Pipeline:
         """The neurons to train; None trains all weights."""
         file = self.recipe.training.neurons
         if file is not None:
-            neurons = NeuronSet.load(file)
-            neurons.check(self.materials.model, source=file)
+            neurons = NeuronSet.read(file, self.materials.model)
             return Choice("file", neurons, f"{len(neurons)} neurons from {file}")
         if self.strategy is None:
             return None

@@ -24,7 +24,13 @@ def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
     os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
     accelerator = torch.accelerator.is_available()
     # On a CPU several processes need to be told so, and pinned memory warns.
-    defaults = {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
+    best = f"eval_{recipe.training.languages[0]}_loss"
+    metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
+    named = recipe.training.arguments.get("metric_for_best_model")
+    if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
+        raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
+    defaults = {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
+    defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
         value = recipe.training.arguments.get(key)
         # -1 is how transformers spells 'not by steps'.
@@ -50,6 +56,10 @@ def check_inputs(
     for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
         if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
             raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
+    if recipe.training.strategy == "full" and recipe.export.to != "merged":
+        raise UserError(
+            f"export.to: {recipe.export.to!r} needs neurons, and training.strategy 'full' trains all weights"
+        )
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
     for language in recipe.training.languages:

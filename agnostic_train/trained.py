@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
@@ -55,6 +57,7 @@ class Trained:
             if base is None and not name:
                 raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
             base = _loaded(name if base is None else base)
+            neurons = _neurons_at(base, adapter) if neurons is None else neurons
             return cls(base, adapter, base, neurons, base.name_or_path or None)
         adapter, plain = adapter_deltas(model), plain_model(model)
         if neurons is None:
@@ -95,13 +98,29 @@ class Trained:
         """
         if self.adapter:
             return self.adapter
-        if self.base is None or not self.neurons:
+        if self.base is None:
             raise UserError("base: an adapter is the difference to the model before training; give that as base")
+        if self.neurons is None:
+            raise UserError("neurons: which were trained isn't known, so there are no rows to export; name them")
         return weight_deltas(self.model, self.base, self.neurons)
+
+
+def _neurons_at(model: nn.Module, deltas: Mapping[str, Delta]) -> NeuronSet:
+    """The neurons whose rows or columns the deltas are."""
+    decoder = find_decoder(model)
+    names = {module: name for name, module in model.named_modules()}
+    projections = {site: decoder.projection(site) for site in decoder.sizes}
+    found = {site: deltas.get(names[projection.linear]) for site, projection in projections.items()}
+    return NeuronSet(
+        {site: projections[site].neurons(delta.index) for site, delta in found.items() if delta is not None},
+        decoder.sizes,
+    )
 
 
 def _loaded(base: nn.Module | str | Path) -> nn.Module:
     if isinstance(base, nn.Module):
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise UserError("base: it has adapters; give the model as it was before them")
         return base
     try:
         return AutoModelForCausalLM.from_pretrained(base, dtype="auto")

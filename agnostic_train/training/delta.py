@@ -25,33 +25,37 @@ KEY_PREFIX = "base_model.model."
 class Delta:
     """What to add to chosen rows (dim 0) or columns (dim 1) of one weight.
 
-    index: int64, sorted, unique. values: float32 or better, (rows, in) or (out, columns).
+    index: int64, sorted, unique. values: (rows, in) or (out, columns), made float32 if they are less.
     """
 
     dim: int
     index: Tensor
     values: Tensor
 
+    def __post_init__(self) -> None:
+        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        object.__setattr__(self, "values", self.values.to(dtype))
+
     def fits(self, weight: Tensor) -> bool:
         """Whether it can have been trained beside this weight."""
         return (
-            self.index.shape == (self.values.shape[self.dim],)
+            len(self.index) > 0
+            and self.index.shape == (self.values.shape[self.dim],)
             and self.values.shape[1 - self.dim] == weight.shape[1 - self.dim]
             and 0 <= int(self.index.min()) <= int(self.index.max()) < weight.shape[self.dim]
         )
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """The changed weight, in the precision of `values`: whoever needs another rounds once."""
-        return weight.to(self.values.dtype).index_add(
-            self.dim, self.index.to(weight.device), self.values.to(weight.device)
-        )
+        """The changed weight, in float32 or better: whoever needs less rounds once."""
+        values = self.values.to(weight.device, torch.promote_types(weight.dtype, self.values.dtype))
+        return weight.to(values.dtype).index_add(self.dim, self.index.to(weight.device), values)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model without PEFT's outer shells; its adapters' layers stay in it.
 
     Raises:
-        UserError: adapters that aren't ours, several active ones, or merged ones.
+        UserError: adapters that aren't ours, several active ones, merged or disabled ones.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in model.named_modules():
@@ -63,6 +67,8 @@ def plain_model(model: nn.Module) -> nn.Module:
             )
         if module.merged:
             raise UserError("model: its adapter is merged into the weights; take it out first (unmerge_adapter)")
+        if module.disable_adapters:
+            raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
         if sum(adapter in module.neuron_delta for adapter in module.active_adapters) > 1:
             raise UserError("model: several adapters are active; choose one (set_adapter)")
     return model

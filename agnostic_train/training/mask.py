@@ -65,6 +65,7 @@ class GradientMask:
         self.parameters = list(masked_parameters(model, neurons))
         self._found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._handles: list[RemovableHandle] = []
+        self._guarded: list[tuple[Optimizer, list[float]]] = []
         if any(masked.parameter.dtype in (torch.float16, torch.bfloat16) for masked in self.parameters):
             logger.warning(
                 "update='mask' on half-precision weights: most steps of a usual learning rate round to nothing "
@@ -99,6 +100,7 @@ class GradientMask:
         decays = {
             id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
         }
+        self._guarded.append((optimizer, [group["weight_decay"] for group in optimizer.param_groups]))
         self._take_decay_out(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer, decays)),
@@ -143,11 +145,14 @@ class GradientMask:
                     parameter.grad.index_add_(masked.dim, masked.chosen, values, alpha=decay)
 
     def remove(self) -> None:
-        """Takes all hooks off and gives every parameter its `requires_grad` back."""
+        """Takes all hooks off, and gives parameters their `requires_grad` and optimizers their decay back."""
         for handle in self._handles:
             handle.remove()
         for parameter, requires_grad in self._found:
             parameter.requires_grad_(requires_grad)
+        for optimizer, decays in self._guarded:
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedParameter]:

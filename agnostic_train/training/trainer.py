@@ -1,10 +1,11 @@
 """The Trainer of which only the chosen neurons learn."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -46,15 +47,15 @@ class NeuronTrainer(Trainer):
 
     Args:
         model: a causal language model, plain or with one neuron adapter to go on training.
-        neurons: the neurons to train, or a file of them. None: those of the model's adapter, or else a
+        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's adapter, or else a
             `DetectionCallback` among `callbacks` finds them inside `train()`, on the training device, before the
             optimizer exists.
         update: overrides the arguments' `update`.
         Others as for `Trainer`.
 
     Attributes:
-        neurons: what trains; None until detection has run. After training with masks `model.trained_neurons` says it
-            too, which `export_checkpoint` reads.
+        neurons: what trains; None until detection has run. Training with masks notes it in `model.trained_neurons`
+            too (what was trained earlier included), which `export_checkpoint` reads.
 
     Raises:
         UserError: neither neurons nor a `DetectionCallback`, neurons of another model, other adapters in the model,
@@ -65,7 +66,7 @@ class NeuronTrainer(Trainer):
         self,
         model: nn.Module | None = None,
         *args,
-        neurons: NeuronSet | str | Path | None = None,
+        neurons: NeuronSet | Mapping | str | Path | None = None,
         update: str | None = None,
         **kwargs,
     ):
@@ -73,7 +74,7 @@ class NeuronTrainer(Trainer):
         self.update = update or getattr(arguments, "update", UPDATES[0])
         if self.update not in UPDATES:
             raise UserError(f"training.update: {self.update!r} isn't one of {', '.join(UPDATES)}")
-        self.neurons = neurons
+        self.neurons = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
@@ -95,6 +96,7 @@ class NeuronTrainer(Trainer):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
             self._resumed_neurons = NeuronSet.load(Path(checkpoint) / NEURONS_FILE)
+            self._read_neurons(self.model)
             if self.neurons is not None and self.neurons != self._resumed_neurons:
                 raise UserError(
                     f"{Path(checkpoint) / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
@@ -104,7 +106,13 @@ class NeuronTrainer(Trainer):
             prepared = self._prepared(self.model)
             if prepared is not self.model:
                 self.model = self.model_wrapped = self.callback_handler.model = prepared
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._mask is not None:
+                # A mask left on the model would silently freeze what another training is told to train.
+                self._mask.remove()
+                self._mask = self._guarded = None
 
     def call_model_init(self, trial=None) -> nn.Module:
         """As `Trainer.call_model_init`; inside `train()`, the model is made ready for its neurons to learn."""
@@ -128,10 +136,15 @@ class NeuronTrainer(Trainer):
                 "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
                 "split; use 'compact', or train with plain data parallelism (DDP)"
             )
-        if self._mask is None or self._mask.model is not model:
-            self._mask = GradientMask(model, self.neurons)
-            model.trained_neurons = self.neurons
+        self._read_neurons(model)
+        self._mask = GradientMask(model, self.neurons)
+        earlier = getattr(model, "trained_neurons", None)
+        model.trained_neurons = self.neurons if earlier is None else earlier | self.neurons
         return model
+
+    def _read_neurons(self, model: nn.Module) -> None:
+        if isinstance(self.neurons, (str, Path)):
+            self.neurons = NeuronSet.read(self.neurons, model)
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
         """The model, in `compact` with an adapter of the chosen neurons, as soon as they are known."""
@@ -141,14 +154,19 @@ class NeuronTrainer(Trainer):
                 f"training.update: {self.update!r} trains a plain model, and this one has adapters "
                 f"({type(adapters[0]).__name__}); merge them first (merge_and_unload)"
             )
-        if isinstance(self.neurons, (str, Path)):
-            self.neurons = NeuronSet.read(self.neurons, model)
+        self._read_neurons(model)
         if adapters:
+            if not isinstance(model, PeftModel):
+                raise UserError("model: its adapter isn't in a PeftModel; load it with PeftModel.from_pretrained")
+            if len(model.active_adapters) != 1:
+                raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
             found = adapter_neurons(model)
             if self.neurons is not None and self.neurons != found:
                 raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise UserError("model: its adapter is frozen; load it with is_trainable=True")
+            model.requires_grad_(False)
+            model.set_adapter(model.active_adapters[0])
             self.neurons = found
         elif self.neurons is not None:
             self.neurons.check(model)
@@ -161,6 +179,12 @@ class NeuronTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
         bare = getattr(optimizer, "optimizer", optimizer)
+        trainable = {id(parameter) for parameter in (model or self.model).parameters() if parameter.requires_grad}
+        if not any(id(parameter) in trainable for group in bare.param_groups for parameter in group["params"]):
+            raise UserError(
+                "optimizers: this optimizer was made before the adapter, and holds none of it; give "
+                "optimizer_cls_and_kwargs, or get_peft_model(model, NeuronConfig(...)) first"
+            )
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
             self._guarded = bare

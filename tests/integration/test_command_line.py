@@ -247,23 +247,21 @@ def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints
 def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
     """The logits of all three exports are the same, and the cards hold the numbers once they are known."""
     out, batch = root / "out", padded_batch([5, 9], vocab_size=200)
-    flags = [f"--training.update={update}"]
-    assert run(root, "run", *flags, "--export.to=lora") == 0
-    assert (out / "adapter").exists() is (update == "compact")
-    enhanced = AutoModelForCausalLM.from_pretrained(out / "enhanced").eval()
-    expected = enhanced(**batch).logits
-    assert run(root, "run", *flags, "--export.to=delta") == 0
-    assert "train: unchanged, kept" in capsys.readouterr().out
     for name in ("lora", "delta"):
+        assert run(root, "run", f"--training.update={update}", f"--export.to={name}") == 0
+        assert (out / "adapter").exists() is (update == "compact")
+        expected = AutoModelForCausalLM.from_pretrained(out / "enhanced").eval()(**batch).logits
         base = AutoModelForCausalLM.from_pretrained(root / "model")
         adapted = PeftModel.from_pretrained(base, out / name).eval()
         torch.testing.assert_close(adapted(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         card = (out / name / "README.md").read_text()
         assert "library_name: peft" in card and "| sw * |" in card and f"- update: {update};" in card
         assert (out / name / "tokenizer.json").exists()
+    assert "train: unchanged, kept" in capsys.readouterr().out
+    assert not (out / "lora").exists()  # what was exported for other options doesn't stay
     assert "| sw * |" in (out / "enhanced/README.md").read_text()
     (out / "enhanced/README.md").unlink()
-    assert run(root, "run", *flags, "--export.to=delta") == 0
+    assert run(root, "run", f"--training.update={update}", "--export.to=delta") == 0
     printed = capsys.readouterr().out
     assert "export: unchanged" in printed and "evaluate: unchanged" not in printed
     assert "| sw * |" in (out / "enhanced/README.md").read_text()
@@ -312,6 +310,25 @@ def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
     assert run(finished, "train", *masked) == 2 and (out / "checkpoint-6").exists()
 
 
+def test_another_update_leaves_nothing_of_the_first(root):
+    assert run(root, "export") == 0 and (root / "out/adapter").exists()
+    assert run(root, "export", "--training.update=mask") == 0
+    assert not (root / "out/adapter").exists() and (root / "out/enhanced/model.safetensors").exists()
+
+
+def test_the_best_checkpoint_by_the_first_enhanced_language(root):
+    flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps"]
+    assert run(root, "train", *flags, "--training.eval_steps=3", "--training.learning_rate=3") == 0
+    state = json.loads((root / "out/checkpoint-6/trainer_state.json").read_text())
+    assert state["best_metric"] == min(it["eval_sw_loss"] for it in state["log_history"] if "eval_sw_loss" in it)
+
+
+def test_neurons_of_a_json_file(root):
+    NeuronSet({(0, "up"): [1, 2], (1, "down"): [3]}).to_json(root / "mine.json")
+    assert run(root, "train", f"--training.neurons={root / 'mine.json'}") == 0
+    assert len(NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors")) == 3
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(root, capsys):
     config = json.loads((root / "model/config.json").read_text()) | {"num_hidden_layers": 3}
     (root / "model/config.json").write_text(json.dumps(config))
@@ -334,6 +351,9 @@ MISTAKES = [
     (["--training.update=mask", "--training.optim=adafactor"], "training.optim"),
     (["--training.update=masked"], "training.update"),
     (["--export.to=onnx"], "export.to"),
+    (["--training.strategy=full", "--export.to=lora"], "export.to"),
+    (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "aren't finite"),
+    (["--training.metric_for_best_model=eval_loss"], "training.metric_for_best_model"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
     (["--training.max_steps=0"], "training.max_steps: must be above 0"),

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families import family_model
-from test_tuner import adapted
+from test_tuner import adapted, fill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.decoder import find_decoder
@@ -229,3 +229,79 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         with pytest.raises(UserError, match=message):
             export_checkpoint(model, tmp_path / "out", **settings)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == inputs
+
+
+def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monkeypatch):
+    native = tiny_llama()
+    native.add_adapter(NeuronConfig(neurons=CHOSEN))
+    fill(native)
+    expected = logits(native)
+    assert export_checkpoint(native, tmp_path / "native", base=tiny_llama()).status == "identical"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert native._hf_peft_config_loaded
+    original = type(native).save_pretrained
+
+    def forgetful(self, directory, state_dict):
+        original(self, directory, state_dict={**state_dict, "model.norm.weight": state_dict["model.norm.weight"] + 1})
+
+    monkeypatch.setattr(type(native), "save_pretrained", forgetful)
+    with pytest.raises(RuntimeError, match="wasn't written as it was"):
+        export_checkpoint(adapted(tiny_llama(), CHOSEN), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_precision_is_not_called_identical(tmp_path):
+    base, model = tiny_llama(), adapted(tiny_llama().bfloat16(), CHOSEN)
+    for trained_model in (model, trained(tiny_llama()).bfloat16()):
+        trained_model.trained_neurons = CHOSEN
+        check = export_checkpoint(trained_model, tmp_path / "out", base=base, dtype="float32")
+        # All weights but the norms, which are ones.
+        assert check.status == "changed" and len(check.changed) == 16
+        assert export_checkpoint(trained_model, tmp_path / "out", base=base, dtype="bfloat16").status == "identical"
+    cast = adapted(tiny_llama(), CHOSEN)
+    cast.save_pretrained(tmp_path / "whole")
+    cast.to(torch.bfloat16).save_pretrained(tmp_path / "cast")
+    check = export_checkpoint(tmp_path / "cast", tmp_path / "out", base=base, dtype="torch.float32")
+    assert check.status == "identical" and check.num_chosen == 4 * 42
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (loaded[name] != base.state_dict()[name]).any(1).nonzero().flatten().tolist() == [1, 17]
+    export_checkpoint(tmp_path / "cast", tmp_path / "delta", to="delta", base=base)
+    tensors = load_file(tmp_path / "delta/adapter_model.safetensors")
+    assert {it.dtype for it in tensors.values()} == {torch.float32, torch.int64}
+    assert json.loads((tmp_path / "delta/manifest.json").read_text())["neurons"] == CHOSEN.counts()
+
+
+@pytest.mark.parametrize("to", TO)
+def test_weights_that_are_not_finite_are_refused(tmp_path, to):
+    model = adapted(tiny_llama(), CHOSEN)
+    delta = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        delta[0, 0] = 1e6
+    if to == "merged":
+        with pytest.raises(UserError, match="aren't finite in float16"):
+            export_checkpoint(model, tmp_path / "out", to=to, dtype="float16")
+    with torch.no_grad():
+        delta[0, 0] = torch.nan
+    with pytest.raises(UserError, match="aren't finite in float32"):
+        export_checkpoint(model, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_that_cannot_be_exported_is_named(tmp_path):
+    disabled, invalid = adapted(tiny_llama(), CHOSEN), adapted(tiny_llama(), CHOSEN)
+    disabled.base_model.disable_adapter_layers()
+    invalid.generation_config.temperature, invalid.generation_config.do_sample = 0.5, False
+    nameless = copy.deepcopy(tiny_llama())
+    for model, settings, message in (
+        (disabled, {}, "disabled"),
+        (invalid, {}, "transformers can't save it"),
+        (nameless, {"to": "delta", "base": tiny_llama()}, "neurons: which were trained isn't known"),
+        (adapted(tiny_llama(), CHOSEN), {"base": adapted(tiny_llama(), CHOSEN)}, "base: it has adapters"),
+        (adapted(tiny_llama(), CHOSEN), {"dtype": 32}, "export.dtype"),
+        (adapted(tiny_llama(), CHOSEN), {"dtype": "float8_e4m3fn"}, "export.dtype"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_checkpoint(model, tmp_path / "out", **settings)
+    assert list(tmp_path.iterdir()) == []

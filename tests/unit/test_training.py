@@ -7,7 +7,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
-from transformers import TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback, get_scheduler
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
@@ -282,3 +282,57 @@ def test_detection_runs_on_the_adapted_model_in_training(tmp_path):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert [it["step"] for it in trainer.state.log_history if "neurons/shared" in it] == [0, 4, 8, 12, 16, 20]
     assert find_decoder(trainer.model).sizes == find_decoder(tiny_llama()).sizes
+
+
+def test_a_mask_does_not_outlive_its_training(tmp_path):
+    """Another set afterwards, then everything: each training moves what it is told to move."""
+    model, quiet = tiny_llama(), dict(max_steps=3, weight_decay=0.0)
+    for neurons in (NeuronSet({(0, "q"): [1]}), NeuronSet({(0, "q"): [5]})):
+        before = plain_weights(model)
+        trainer_of(model, tmp_path, "mask", neurons=neurons, **quiet).train()
+        assert_only_chosen_moved(before, plain_weights(model), neurons)
+    assert model.trained_neurons == NeuronSet({(0, "q"): [1, 5]})
+    before = plain_weights(model)
+    Trainer(model, arguments(tmp_path, **quiet), train_dataset=sentences()).train()
+    assert all(not torch.equal(value, before[name]) for name, value in plain_weights(model).items())
+
+
+def test_a_thawed_base_is_frozen_again(tmp_path):
+    ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    ours.requires_grad_(True)
+    trainer = trainer_of(ours, tmp_path, "compact", neurons=None)
+    trainer.train()
+    assert_only_chosen_moved(plain_weights(tiny_llama()), plain_weights(trainer.model), CHOSEN)
+
+
+def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trainer = NeuronTrainer(
+        model, arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, optimizers=(optimizer, None)
+    )
+    with pytest.raises(UserError, match="made before the adapter"):
+        trainer.train()
+    two = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    two.add_adapter("second", NeuronConfig(neurons=CHOSEN))
+    two.base_model.set_adapter(["default", "second"])
+    with pytest.raises(UserError, match="several adapters are active"):
+        trainer_of(two, tmp_path, "compact", neurons=None)
+    native = tiny_llama()
+    native.add_adapter(NeuronConfig(neurons=CHOSEN))
+    with pytest.raises(UserError, match="isn't in a PeftModel"):
+        trainer_of(native, tmp_path, "compact", neurons=None)
+
+
+@both_updates
+def test_neurons_may_be_a_file_or_a_dict_and_the_model_come_later(tmp_path, update):
+    CHOSEN.save(tmp_path / "n.safetensors")
+    settings = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    for resume in (None, True):
+        trainer = NeuronTrainer(
+            args=settings, train_dataset=sentences(), neurons=tmp_path / "n.safetensors", update=update,
+            model_init=lambda: tiny_llama(),
+        )  # fmt: skip
+        trainer.train(resume)
+        assert trainer.neurons == CHOSEN
+    assert trainer_of(tiny_llama(), tmp_path, update, neurons={(0, "q"): [1]}).neurons == NeuronSet({(0, "q"): [1]})

@@ -285,3 +285,39 @@ def test_without_the_import_peft_says_that_it_does_not_know_the_type(tmp_path):
     assert done.returncode and "NEURON" in done.stderr.splitlines()[-1]
     done = subprocess.run([sys.executable, "-c", "import agnostic_train; " + load], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_configuration_without_weights_trains_nothing_by_mistake(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    empty = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(tmp_path))
+    with pytest.raises(UserError, match="weren't loaded"):
+        adapter_neurons(empty)
+    with pytest.raises((RuntimeError, IndexError)):
+        logits(empty)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
+    deep = tiny_llama(num_hidden_layers=4)
+    adapted(deep, NeuronSet({(0, "q"): [1], (3, "up"): [2]})).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj, which this model lacks"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_unmerging_a_model_that_was_cast_in_between():
+    wrapped = adapted()
+    wrapped.merge_adapter()
+    wrapped.to(torch.bfloat16).unmerge_adapter()
+    weight = wrapped.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(weight, tiny_llama().model.layers[0].self_attn.q_proj.weight.bfloat16())
+
+
+def test_a_wrapped_model_is_not_wrapped_again():
+    with pytest.raises(UserError, match="PeftModel already"):
+        get_peft_model(adapted(), NeuronConfig(neurons=NeuronSet({(0, "q"): [0]})))
+
+
+def test_several_active_adapters_are_read_together():
+    wrapped = adapted(neurons=NeuronSet({(0, "q"): [1, 4]}))
+    wrapped.add_adapter("second", NeuronConfig(neurons=NeuronSet({(0, "q"): [4, 7], (1, "up"): [2]})))
+    wrapped.base_model.set_adapter(["default", "second"])
+    assert adapter_neurons(wrapped) == NeuronSet({(0, "q"): [1, 4, 7], (1, "up"): [2]})

@@ -15,7 +15,8 @@ from agnostic_train.training.chosen import ChosenEntries, chosen_entries
 class NeuronConfig(PeftConfig):
     """Configures an adapter of chosen rows and columns: `get_peft_model(model, NeuronConfig(neurons=...))`.
 
-    The indices themselves are saved with the weights; `rows` and `columns` are enough to allocate the shapes.
+    The indices themselves are saved with the weights; `rows` and `columns` are enough to allocate the shapes, which
+    `PeftModel.from_pretrained` and `load_adapter` then fill.
 
     Args:
         neurons: a `NeuronSet`, or a file of one, as `NeuronSet.read` takes it. Not needed to load a saved adapter.
@@ -59,6 +60,10 @@ class NeuronConfig(PeftConfig):
         if not len(self.neurons):
             raise UserError("training.strategy: there is no neuron to train")
         chosen = chosen_entries(model, self.neurons)
+        if any(name.startswith("base_model.") for name in chosen):
+            raise UserError(
+                "model: it is a PeftModel already; use its add_adapter, or the model inside (get_base_model)"
+            )
         self.rows = {name: len(entries.index) for name, entries in chosen.items() if entries.dim == 0}
         self.columns = {name: len(entries.index) for name, entries in chosen.items() if entries.dim == 1}
         return chosen

@@ -69,7 +69,8 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         return dense.index_copy(self.dim, self.neuron_index[adapter], delta.detach())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """False: PEFT's conversion is by singular values; `export_checkpoint(to="lora")` is exact."""
+        return False
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -103,11 +104,13 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name, before, weight = self.merged_adapters.pop(), self._before_merge.pop(), self.base_layer.weight
+            name, before, weight = self.merged_adapters[-1], self._before_merge[-1], self.base_layer.weight
             if self._backend is None:
-                weight.index_copy_(self.dim, self.neuron_index[name], before.to(weight.device))
+                weight.index_copy_(self.dim, self.neuron_index[name], before.to(weight))
             else:
                 self.base_layer.weight = before.to(weight.device)
+            self.merged_adapters.pop()
+            self._before_merge.pop()
 
     def __repr__(self) -> str:
         return "neuron." + super().__repr__()

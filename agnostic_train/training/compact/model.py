@@ -13,6 +13,8 @@ from agnostic_train.training.chosen import ChosenEntries
 from agnostic_train.training.compact.config import NeuronConfig
 from agnostic_train.training.compact.layer import NeuronLinear
 
+NOT_LOADED = -1
+
 
 class NeuronModel(BaseTuner):
     """A model of which only chosen rows and columns learn, made by `get_peft_model(model, NeuronConfig(...))`.
@@ -29,6 +31,10 @@ class NeuronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
         self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
+        modules = {name for name, _ in model.named_modules()}
+        strangers = [name for name in (*peft_config.rows, *peft_config.columns) if name not in modules]
+        if strangers:
+            raise UserError(f"neurons: the adapter has rows of {strangers[0]}, which this model lacks")
 
     @staticmethod
     def _check_target_module_exists(peft_config: NeuronConfig, key: str) -> bool:
@@ -42,8 +48,8 @@ class NeuronModel(BaseTuner):
         if current_key in self._chosen:
             index = self._chosen[current_key].index
         else:
-            # A saved adapter is about to be loaded, and brings its own.
-            index = torch.arange((peft_config.rows if dim == 0 else peft_config.columns)[current_key])
+            # A saved adapter is about to be loaded, and brings its own. Until then no forward pass succeeds.
+            index = torch.full(((peft_config.rows if dim == 0 else peft_config.columns)[current_key],), NOT_LOADED)
         if isinstance(target, NeuronLinear):
             layer = target
         elif isinstance(target, BaseTunerLayer):
@@ -76,7 +82,10 @@ def adapter_neurons(model: nn.Module, adapter_name: str | None = None) -> Neuron
 
     Args:
         model: with neuron adapters, in a `PeftModel` or not.
-        adapter_name: the active one by default.
+        adapter_name: all active ones by default.
+
+    Raises:
+        UserError: an adapter made from a saved configuration, without its weights.
     """
     decoder = find_decoder(model)
     sites = {}
@@ -84,7 +93,13 @@ def adapter_neurons(model: nn.Module, adapter_name: str | None = None) -> Neuron
         projection = decoder.projection(site)
         layer = projection.linear
         if isinstance(layer, NeuronLinear):
-            for name in [adapter_name] if adapter_name else layer.active_adapters:
-                if name in layer.neuron_index:
-                    sites[site] = projection.neurons(layer.neuron_index[name])
+            names = [adapter_name] if adapter_name else layer.active_adapters
+            found = [layer.neuron_index[name] for name in names if name in layer.neuron_index]
+            if any((index == NOT_LOADED).any() for index in found):
+                raise UserError(
+                    "neurons: the adapter's weights weren't loaded (PeftModel.from_pretrained); a new adapter needs "
+                    "NeuronConfig(neurons=...)"
+                )
+            if found:
+                sites[site] = projection.neurons(torch.cat(found))
     return NeuronSet(sites, decoder.sizes)
