@@ -1,5 +1,6 @@
 """Models and tokenizers by the recipe's `model` section, with one-line errors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,19 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         raise UserError(f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return model.to(device).eval()
+
+
+def load_checkpoint(section: ModelSection, source: str) -> PreTrainedModel:
+    """Loads an earlier state of the model: a folder, or a revision of its hub repository.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if Path(source).is_dir():
+        return load_model(section, source)
+    if Path(section.name).exists():
+        raise UserError(f"model.checkpoints: no such folder {source}, and model.name is a folder without revisions")
+    return load_model(replace(section, revision=source), section.name)
 
 
 def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:

@@ -1,8 +1,12 @@
 """`manifest.json`: what a run was made from, and which stages are finished with every file in place."""
 
+import platform
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
 
@@ -72,3 +76,13 @@ class Manifest:
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
         stages = self.read()["stages"] | {stage: record}
         write_json(self._file, {**head, "stages": stages})
+
+
+def package_versions() -> dict[str, str]:
+    """What a run was made with: Python, the packages that matter, and the accelerator."""
+    packages = ("agnostic_train", "torch", "transformers", "accelerate", "peft", "datasets")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }

@@ -1,8 +1,6 @@
 """The stages of a run: what each reads, writes and depends on. A stage whose inputs are unchanged isn't run again."""
 
 import os
-import platform
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -11,21 +9,21 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
 from agnostic_train.corpus import training_examples
 from agnostic_train.detection import detect_neurons
+from agnostic_train.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
 from agnostic_train.files import UserError, fingerprint, hash_file, whole_directory, whole_file, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck
-from agnostic_train.loading import load_model, model_identity
-from agnostic_train.manifest import Manifest
+from agnostic_train.loading import load_checkpoint, load_model, model_identity
+from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.recipe import Recipe
@@ -33,7 +31,7 @@ from agnostic_train.report import model_card, write_report
 from agnostic_train.settings import check_inputs, choose_strategy, training_arguments
 from agnostic_train.stability import detection_stability
 from agnostic_train.strategy import Choice
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, saved_checkpoints
 
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
@@ -133,29 +131,14 @@ class Pipeline:
     def _detect(self) -> dict:
         section = self.recipe.detection
         checkpoints = self.directory / f".detection-{fingerprint(self._inputs['detect'])[:16]}"
-        texts = self.materials.corpus.texts
-
-        def detect(sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
-            return detect_neurons(
-                self.materials.model,
-                self.materials.batches("detection", sentences),
-                method=section.method,
-                lape_ratio=section.lape_ratio,
-                top_ratio=section.top_ratio,
-                consistency=section.consistency,
-                attention=section.attention,
-                exclusive=section.exclusive,
-                min_languages=section.min_languages,
-                memory_gb=section.memory_gb,
-                progress=self.processes.is_local_main_process,
-                **settings,
-            )
-
+        texts, model = self.materials.corpus.texts, self.materials.model
         sample = {language: text.detection for language, text in texts.items()}
-        found = detect(sample, verify=section.verify, checkpoints=checkpoints)
+        found = self._detect_in(model, sample, verify=section.verify, checkpoints=checkpoints)
         if section.stability:
             others = {language: text.training for language, text in texts.items()}
-            found.stability = detection_stability(lambda part: detect(part, verify=False), found, sample, others)
+            found.stability = detection_stability(
+                lambda part: self._detect_in(model, part, verify=False), found, sample, others
+            )
             for name, overlaps in found.stability.items():
                 values = "  ".join(
                     f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
@@ -173,14 +156,67 @@ class Pipeline:
         self.say(f"detect: {len(found.shared)} shared by all")
         return {"outputs": ["neurons"], "shared": len(found.shared)}
 
-    def _score(self) -> dict:
-        score = language_agnostic_score(
-            self.materials.model,
-            LanguageNeurons.load(self.directory / "neurons"),
+    def _detect_in(self, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
+        section = self.recipe.detection
+        return detect_neurons(
+            model,
+            self.materials.batches("detection", sentences),
+            method=section.method,
+            lape_ratio=section.lape_ratio,
+            top_ratio=section.top_ratio,
+            consistency=section.consistency,
+            attention=section.attention,
+            exclusive=section.exclusive,
+            min_languages=section.min_languages,
+            memory_gb=section.memory_gb,
+            progress=self.processes.is_local_main_process,
+            **settings,
+        )
+
+    def _score_of(self, model: PreTrainedModel, found: LanguageNeurons) -> AgnosticScore:
+        return language_agnostic_score(
+            model,
+            found,
             self.materials.batches("validation"),
             control_seeds=range(1, self.recipe.score.controls + 1),
             progress=self.processes.is_local_main_process,
         )
+
+    def _follow_checkpoints(self) -> list[str]:
+        """Scores the model's earlier states; returns the files that were written."""
+        checkpoints = parse_checkpoints(self.recipe.model.checkpoints)
+        if not checkpoints:
+            return []
+        sample = {language: text.detection for language, text in self.materials.corpus.texts.items()}
+
+        def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
+            model = load_checkpoint(self.recipe.model, checkpoint.source)
+            found = self._detect_in(model, sample, verify=False)
+            score = self._score_of(model, found)
+            value = "undefined" if score.value is None else f"{score.value:.3f}"
+            self.say(f"score: {checkpoint.name}  {len(found.shared)} shared neurons, score {value}")
+            return found, score
+
+        rows = follow_checkpoints(
+            checkpoints,
+            measure,
+            lambda it: [self._inputs["detect"], self.recipe.score.controls, it.step, self._identity(it)],
+            self.directory / ".emergence",
+            write=self.processes.is_main_process,
+        )
+        if self.processes.is_main_process:
+            write_json(self.directory / "emergence.json", rows)
+        return ["emergence.json"]
+
+    def _identity(self, checkpoint: Checkpoint) -> dict:
+        return (
+            model_identity(self.recipe.model, checkpoint.source)
+            if Path(checkpoint.source).exists()
+            else vars(checkpoint)
+        )
+
+    def _score(self) -> dict:
+        score = self._score_of(self.materials.model, LanguageNeurons.load(self.directory / "neurons"))
         if self.processes.is_main_process:
             write_json(self.directory / "score.json", score.to_json())
         value = "undefined" if score.value is None else f"{score.value:.3f}"
@@ -197,7 +233,7 @@ class Pipeline:
         ):
             if languages:
                 self.say(f"score: {problem}: {', '.join(languages)}")
-        return {"outputs": ["score.json"], "value": score.value}
+        return {"outputs": ["score.json", *self._follow_checkpoints()], "value": score.value}
 
     def _train(self) -> dict:
         recipe, arguments = self.recipe, self.training_arguments
@@ -221,7 +257,7 @@ class Pipeline:
                 self.materials.model, **settings, neurons=choice.neurons, update=recipe.training.update
             )
         trainer.remove_callback(PrinterCallback)
-        checkpoints = _checkpoints(self.directory)
+        checkpoints = saved_checkpoints(self.directory)
         if checkpoints:
             self.say(f"train: resumed from {checkpoints[-1].name}")
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
@@ -357,7 +393,7 @@ class Pipeline:
 
     def _clear_checkpoints(self, resume: bool) -> None:
         """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
-        found = _checkpoints(self.directory)
+        found = saved_checkpoints(self.directory)
         if found and not self.manifest.record("train"):
             raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
         for path in found:
@@ -373,13 +409,18 @@ class Pipeline:
         common = {
             "corpus": recipe["corpus"] | {"path": None},
             "files": self.materials.corpus.hashes,
-            "model": recipe["model"],
+            "model": recipe["model"] | {"checkpoints": []},
             "identity": model_identity(self.recipe.model, self.materials.model_path),
             "version": version("agnostic_train"),
         }
         own = {
             "detect": recipe["detection"],
-            "score": recipe["score"],
+            "score": {
+                **recipe["score"],
+                "checkpoints": [
+                    [it.step, self._identity(it)] for it in parse_checkpoints(self.recipe.model.checkpoints)
+                ],
+            },
             "train": {"training": recipe["training"], "neurons": hash_file(neurons) if neurons else None},
             "export": recipe["export"],
             "evaluate": recipe["evaluation"],
@@ -403,21 +444,6 @@ class Pipeline:
             "corpus": self.materials.corpus.hashes,
             "recipe": self.recipe.to_dict(),
             "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
-            "versions": _versions(),
+            "versions": package_versions(),
             "frozen_weights": frozen_weights or {"status": "unverified"},
         }
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("agnostic_train", "torch", "transformers", "accelerate", "peft", "datasets")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }

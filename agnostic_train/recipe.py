@@ -42,6 +42,10 @@ class ModelSection:
 
     name: str = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
     revision: str | None = Field(default=None, description="A hub revision.")
+    checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list,
+        description="Earlier states of the model to score too: folders or hub revisions, STEP= before a name without one.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32", description="What the weights are loaded as; 'auto' is the checkpoint's own."
     )

@@ -1,6 +1,7 @@
 """What a run found, for people: a self-contained HTML page, figures, the final table, the model card."""
 
 import base64
+import math
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,8 @@ def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
     }
     if score["ablation"]:
         figures["ablation"] = ("Perplexity with sets of neurons switched off", _draw_ablation(score["ablation"]))
+    if (directory / "emergence.json").exists():
+        figures["emergence"] = ("Over the model's training", _draw_emergence(read_json(directory / "emergence.json")))
     if any("loss" in entry for entry in history):
         figures["training"] = ("Training loss", _draw_training(history))
     with whole_directory(directory / "figures") as temporary:
@@ -255,6 +258,43 @@ def _draw_ablation(rows: dict) -> Figure:
         axis.text(column, row, f"{value:.3g}\u00d7", ha="center", va="center", fontsize=9, color=color)
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(names)), [f"{name} off ({rows[name]['neurons']})" for name in names])
+    return figure
+
+
+def _draw_emergence(rows: list[dict]) -> Figure:
+    """Shared ratio, set sizes and score against the training step."""
+    figure, axes = plt.subplots(3, 1, figsize=(8, 9), layout="constrained", sharex=True)
+    numeric = all(row["step"] for row in rows)
+    steps = [row["step"] for row in rows] if numeric else list(range(len(rows)))
+    styles = [dict(marker="osv^Dx"[i % 6], linestyle=("-", "--", ":", "-.")[i % 4]) for i in range(20)]
+
+    def draw(axis, values, label, style):
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        axis.plot(*zip(*known, strict=True), label=label, color=style.pop("color", "black"), markersize=5, **style)
+
+    for index, language in enumerate(rows[0]["related"]):
+        style = styles[index % len(styles)]
+        draw(axes[0], [row["shared_ratio"][language] for row in rows], language, dict(style))
+        draw(axes[1], [row["exclusive"][language] for row in rows], f"exclusive {language}", dict(style))
+    draw(axes[1], [row["shared"] for row in rows], "shared", dict(linewidth=3, marker="o"))
+    for index in range(len(rows[0]["controls"])):
+        label = "random sets" if index == 0 else None
+        draw(axes[2], [row["controls"][index] for row in rows], label, dict(color="0.6", linestyle="--", marker="."))
+    for step, row in zip(steps, rows, strict=True):
+        if row["interval"]:
+            axes[2].plot([step, step], row["interval"], color="black", marker="_")
+    draw(axes[2], [row["score"] for row in rows], "score, 95% interval", dict(linewidth=2, marker="o"))
+    axes[2].axhline(math.log(2), color="black", linestyle=":", label="log 2")
+    for axis, title in zip(axes, ("shared / related", "neurons", "language-agnostic score"), strict=True):
+        axis.set_ylabel(title)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if numeric:
+        axes[2].set_xscale("log")
+        axes[2].set_xticks(steps, [str(step) for step in steps])
+        axes[2].minorticks_off()
+    else:
+        axes[2].set_xticks(steps, [row["checkpoint"] for row in rows])
+    axes[2].set_xlabel("training step" if numeric else "checkpoint")
     return figure
 
 

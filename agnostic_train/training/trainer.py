@@ -1,5 +1,6 @@
 """The Trainer of which only the chosen neurons learn."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,3 +196,9 @@ class NeuronTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and self.neurons is not None:
             self.neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
+
+
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """A Trainer's checkpoints in its folder, oldest first."""
+    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -323,6 +323,29 @@ def test_the_best_checkpoint_by_the_first_enhanced_language(root):
     assert state["best_metric"] == min(it["eval_sw_loss"] for it in state["log_history"] if "eval_sw_loss" in it)
 
 
+def test_checkpoints_are_followed_and_finished_ones_kept(root, capsys):
+    shutil.copytree(root / "model", root / "step-00012")
+    entries = f"--model.checkpoints=40={root / 'model'},{root / 'step-00012'}"
+    assert run(root, "score", entries) == 0
+    rows = json.loads((root / "out/emergence.json").read_text())
+    score = json.loads((root / "out/score.json").read_text())
+    assert [(row["step"], row["checkpoint"]) for row in rows] == [(12, "step-00012"), (40, "model")]
+    for row in rows:  # the model itself, twice
+        assert row["score"] == score["value"] and row["interval"] == score["interval"]
+        assert row["controls"] == list(score["controls"]["values"].values())
+        assert row["shared"] == len(LanguageNeurons.load(root / "out/neurons").shared)
+    capsys.readouterr()
+    assert run(root, "score", entries) == 0 and "score: unchanged" in capsys.readouterr().out
+    # One more checkpoint: the neurons are the same, and of the two that are done nothing is measured again.
+    shutil.copytree(root / "model", root / "step-00020")
+    assert run(root, "score", f"{entries},{root / 'step-00020'}") == 0
+    printed = capsys.readouterr().out
+    assert "detect: unchanged" in printed and "step-00020" in printed and "step-00012" not in printed
+    assert [row["step"] for row in json.loads((root / "out/emergence.json").read_text())] == [12, 20, 40]
+    assert run(root, "run", entries) == 0
+    assert (root / "out/figures/emergence.png").exists() and "ablation" in (root / "out/score.json").read_text()
+
+
 def test_neurons_of_a_json_file(root):
     NeuronSet({(0, "up"): [1, 2], (1, "down"): [3]}).to_json(root / "mine.json")
     assert run(root, "train", f"--training.neurons={root / 'mine.json'}") == 0
@@ -351,6 +374,8 @@ MISTAKES = [
     (["--training.update=mask", "--training.optim=adafactor"], "training.optim"),
     (["--training.update=masked"], "training.update"),
     (["--export.to=onnx"], "export.to"),
+    (["--model.checkpoints=nowhere"], "model.checkpoints: no such folder nowhere"),
+    (["--model.checkpoints=7=a,7=a"], "model.checkpoints: a is there twice"),
     (["--training.strategy=full", "--export.to=lora"], "export.to"),
     (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "aren't finite"),
     (["--training.metric_for_best_model=eval_loss"], "training.metric_for_best_model"),
