@@ -122,6 +122,11 @@ class NeuronTrainer(Trainer):
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         """The model with its neurons chosen, and everything else kept from learning."""
+        if self.update == "mask" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise UserError(
+                "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
+                "split; use 'compact', or train with plain data parallelism (DDP)"
+            )
         detection = self._detection
         if detection is not None:
             detection.log = self.log
@@ -132,11 +137,6 @@ class NeuronTrainer(Trainer):
             self.neurons = detection.choose(model).neurons
         if self.update == "compact":
             return self._with_adapter(model)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError(
-                "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
-                "split; use 'compact', or train with plain data parallelism (DDP)"
-            )
         self._read_neurons(model)
         self._mask = GradientMask(model, self.neurons)
         earlier = getattr(model, "trained_neurons", None)
@@ -164,7 +164,7 @@ class NeuronTrainer(Trainer):
             found = adapter_neurons(model)
             if self.neurons is not None and self.neurons != found:
                 raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
-            if not any(parameter.requires_grad for parameter in model.parameters()):
+            if self.neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
                 raise UserError("model: its adapter is frozen; load it with is_trainable=True")
             model.requires_grad_(False)
             model.set_adapter(model.active_adapters[0])
