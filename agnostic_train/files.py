@@ -10,9 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message is one line that names the key or file and the fix."""
+
+
+@contextmanager
+def sole_user(directory: Path) -> Iterator[None]:
+    """Holds a folder for this process; raises `UserError` if another one does. A killed process holds nothing."""
+    lock = FileLock(directory / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from agnostic_train.detection import detect_neurons
 from agnostic_train.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
 from agnostic_train.evaluation import compare_languages, evaluate_languages
 from agnostic_train.export import export_checkpoint
-from agnostic_train.files import UserError, fingerprint, hash_file, whole_directory, whole_file, write_json
+from agnostic_train.files import UserError, fingerprint, hash_file, sole_user, whole_directory, whole_file, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck
 from agnostic_train.loading import load_checkpoint, load_model, model_identity
 from agnostic_train.manifest import Manifest, package_versions
@@ -74,13 +75,10 @@ class Pipeline:
 
     def run(self, stage: str) -> None:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
-        if stage == "run":
-            for name in STAGES:
-                self._run_stage(name, forced=self.force)
-            return
-        for name in self._needs(stage):
-            self._run_stage(name, forced=False)
-        self._run_stage(stage, forced=self.force)
+        stages = list(STAGES) if stage == "run" else [*self._needs(stage), stage]
+        with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
+            for name in stages:
+                self._run_stage(name, forced=self.force and stage in ("run", name))
 
     def _depends(self, stage: str) -> list[str]:
         """The stages whose results a stage reads."""

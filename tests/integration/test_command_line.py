@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.cli import STAGE_HELP, main
+from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.pipeline import STAGES
@@ -344,6 +345,14 @@ def test_checkpoints_are_followed_and_finished_ones_kept(root, capsys):
     assert [row["step"] for row in json.loads((root / "out/emergence.json").read_text())] == [12, 20, 40]
     assert run(root, "run", entries) == 0
     assert (root / "out/figures/emergence.png").exists() and "ablation" in (root / "out/score.json").read_text()
+
+
+def test_a_second_run_in_one_folder_is_refused(root, capsys):
+    (root / "out").mkdir()
+    with sole_user(root / "out"):
+        assert run(root, "detect") == 2
+    assert "another run is writing" in capsys.readouterr().err and not (root / "out/neurons").exists()
+    assert run(root, "detect") == 0
 
 
 def test_neurons_of_a_json_file(root):
