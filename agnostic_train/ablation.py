@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from agnostic_train.deactivation import deactivate
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import NeuronSet
-from agnostic_train.perplexity import Perplexity, perplexity
+from agnostic_train.perplexity import Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.processes import process_index
 
 NOTHING = "none"
 """The row of the whole model."""
@@ -63,6 +65,7 @@ def ablate(
     batches: Mapping[str, Sequence[Batch]],
     languages: Mapping[str, Sequence[str]] | None = None,
     measured: Callable[[], object] = lambda: None,
+    checkpoints: str | Path | None = None,
 ) -> Ablation:
     """Measures every language with every set off. Each state of the weights is entered once, and none is copied.
 
@@ -72,6 +75,8 @@ def ablate(
         batches: per language, as for `perplexity`.
         languages: by set, the languages to measure if not all.
         measured: called after each language of each set.
+        checkpoints: a folder that keeps each set's measurements. What is found there isn't measured again; use another
+            folder for other sets, text or weights.
 
     Raises:
         UserError: neurons of another model.
@@ -79,9 +84,18 @@ def ablate(
     rows: dict[str, dict[str, Perplexity]] = {}
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
     for name, neurons in sets.items():
+        wanted = (languages or {}).get(name, batches)
+        file = None if checkpoints is None else Path(checkpoints) / f"{name}.safetensors"
+        if file is not None and file.exists():
+            rows[name] = load_measured(file)
+            for _ in wanted:
+                measured()
+            continue
         rows[name] = {}
         with deactivate(model, neurons):
-            for language in (languages or {}).get(name, batches):
+            for language in wanted:
                 rows[name][language] = perplexity(model, batches[language])
                 measured()
+        if file is not None and process_index() == 0:
+            save_measured(rows[name], file)
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.ablation import NOTHING, Ablation, ablate
+from agnostic_train.bootstrap import interval, resample_counts
 from agnostic_train.files import UserError, read_json
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
@@ -43,7 +44,8 @@ class AgnosticScore:
     """The score with its table, and the same for random sets of the same sizes.
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
-    table: a row per language. controls: the scores with random sets, by seed. interval: of the value, 95%, from
+    table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
+    like mean absolute activation. interval: of the value, 95%, from
     resampled sentences (percentile bootstrap, the same draw of sentences for every set). variants: `per_neuron`, each
     change divided by its set's size; `log_perplexity`, changes of its logarithm. ablation: what was measured.
     """
@@ -51,6 +53,7 @@ class AgnosticScore:
     value: float | None
     table: list[LanguageScore]
     controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
+    matched_controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     variants: dict[str, float | None] = field(default_factory=dict)
     ablation: Ablation | None = None
@@ -96,12 +99,14 @@ class AgnosticScore:
             "undefined": self.undefined,
             "clipped": self.clipped,
             "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
-            "controls": {
-                "description": "the score with random sets of the same number of neurons at every site",
-                "values": {str(seed): control.value for seed, control in self.controls.items()},
-                "intervals": {str(seed): control.interval for seed, control in self.controls.items()},
-                "clipped": {str(seed): control.clipped for seed, control in self.controls.items()},
-            },
+            "controls": _controls_json(
+                "the score with random sets of the same number of neurons at every site", self.controls
+            ),
+            "matched_controls": _controls_json(
+                "the score with as many random neurons at every site, outside the set and of like mean absolute "
+                "activation",
+                self.matched_controls,
+            ),
             "ablation": None if self.ablation is None else self.ablation.to_json(),
         }
 
@@ -114,6 +119,7 @@ def language_agnostic_score(
     control_seeds: Sequence[int] = (),
     num_resamples: int = 1000,
     progress: bool = False,
+    checkpoints: str | Path | None = None,
 ) -> AgnosticScore:
     """Scores how language-agnostic a model is (Chen et al. 2025, Eq. 4-5).
 
@@ -125,9 +131,11 @@ def language_agnostic_score(
         neurons: from `detect_neurons` on this model.
         corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
             kept in memory.
-        control_seeds: also score random sets of the same sizes, one for each seed.
+        control_seeds: also score random sets of the same sizes, one for each seed; where `neurons` has activations,
+            also one of like activation.
         num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
+        checkpoints: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
 
     Raises:
         ValueError: a language without a corpus.
@@ -138,40 +146,48 @@ def language_agnostic_score(
         raise ValueError(f"no corpus for {', '.join(missing)}")
     batches = {language: list(corpora[language]) for language in neurons.languages}
     sets, only = _sets("", neurons), {}
-    for seed in control_seeds:
-        drawn = LanguageNeurons(
-            neurons.related,
-            neurons.shared.random_like(seed, model),
-            {language: own.random_like(seed, model) for language, own in neurons.exclusive.items()},
-        )
-        prefix = f"random {seed} "
-        sets |= _sets(prefix, drawn)
-        # What a language's random counterpart does to other languages is nobody's question.
-        only |= {f"{prefix}exclusive {language}": [language] for language in batches}
+    kinds = {"random": None} | ({} if neurons.activations is None else {"matched": neurons.activations})
+    for kind, activations in kinds.items():
+        for seed in control_seeds:
+            drawn = LanguageNeurons(
+                neurons.related,
+                neurons.shared.random_like(seed, model, activations),
+                {language: own.random_like(seed, model, activations) for language, own in neurons.exclusive.items()},
+            )
+            prefix = f"{kind} {seed} "
+            sets |= _sets(prefix, drawn)
+            # What a language's random counterpart does to other languages is nobody's question.
+            only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
-        ablation = ablate(model, sets, batches, only, bar.update)
+        ablation = ablate(model, sets, batches, only, bar.update, checkpoints)
     resamples = {
-        language: _resamples(len(result.sentence_nats), num_resamples, seed)
+        language: resample_counts(len(result.sentence_nats), num_resamples, seed)
         for seed, (language, result) in enumerate(ablation.measured[NOTHING].items())
     }
-    controls = {seed: _score(ablation, f"random {seed} ", resamples) for seed in control_seeds}
+    controls = {
+        kind: {seed: _score(ablation, f"{kind} {seed} ", resamples) for seed in control_seeds} for kind in kinds
+    }
     score = _score(ablation, "", resamples)
-    return replace(score, controls=controls, ablation=ablation)
+    return replace(
+        score, controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation
+    )
+
+
+def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> dict:
+    return {
+        "description": description,
+        "values": {str(seed): control.value for seed, control in controls.items()},
+        "intervals": {str(seed): control.interval for seed, control in controls.items()},
+        "variants": {str(seed): control.variants for seed, control in controls.items()},
+        "clipped": {str(seed): control.clipped for seed, control in controls.items()},
+        "importance": {str(seed): control.importance for seed, control in controls.items()},
+    }
 
 
 def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
     own = {f"{prefix}exclusive {language}": neurons.exclusive[language] for language in neurons.languages}
     return {f"{prefix}shared": neurons.shared, **own}
-
-
-def _resamples(num_sentences: int, count: int, seed: int) -> Tensor:
-    """How often each sentence is drawn, with replacement: (count, sentences), float64."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(num_sentences, (count, num_sentences), generator=generator)
-    return torch.zeros(count, num_sentences, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-    )
 
 
 def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> AgnosticScore:
@@ -197,24 +213,18 @@ def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> 
                 before = ablation.perplexity(NOTHING, language, drawn)
                 importance = _importance(*(ablation.perplexity(name, language, drawn) - before for name in names))
                 logs.append(importance.log1p())
-                row = replace(row, interval=_interval(importance))
+                row = replace(row, interval=interval(importance))
         rows.append(row)
     return AgnosticScore(
         _mean([row.importance for row in rows]),
         rows,
-        interval=_interval(torch.stack(logs).nanmean(0)) if logs else None,
+        interval=interval(torch.stack(logs).nanmean(0)) if logs else None,
         variants={name: _mean(values) for name, values in variants.items()},
     )
 
 
 def _importance(change_shared: Tensor, change_exclusive: Tensor) -> Tensor:
     return change_shared.clamp(min=SMALLEST_CHANGE) / change_exclusive.clamp(min=SMALLEST_CHANGE)
-
-
-def _interval(values: Tensor) -> tuple[float, float]:
-    # A draw of sentences without a token to score has no perplexity.
-    low, high = torch.nanquantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def language_score(

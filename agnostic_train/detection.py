@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice
 from math import floor
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError, whole_file
+from agnostic_train.impact.activations import MEASURED, ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
@@ -23,6 +25,7 @@ from agnostic_train.self_check import verify_impacts
 
 METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 
 def detect_neurons(
@@ -38,6 +41,7 @@ def detect_neurons(
     lape_ratio: float = 0.01,
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
+    activations: bool = True,
     verify: bool = True,
     progress: bool = True,
     checkpoints: str | Path | None = None,
@@ -60,6 +64,7 @@ def detect_neurons(
         lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
         projections: the projections that `impact` looks at.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+        activations: also measure each neuron's mean absolute activation, which `random_like` can match; `impact` alone.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
@@ -86,6 +91,7 @@ def detect_neurons(
         return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
     related: dict[str, NeuronSet] = {}
     num_sentences: dict[str, int] = {}
+    mean_activations: list[dict[Site, Tensor]] = []
     with left_as_found(model):
         for language, batches in corpora.items():
             batches = iter(batches)
@@ -97,11 +103,16 @@ def detect_neurons(
             file = None
             if checkpoints is not None:
                 file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
-            with ImpactMeter(model, projections, attention, memory_gb) as meter:
-                counts = _count_top(meter, own_share(chain([first], batches)), top_ratio, language, progress, file)
+            with ExitStack() as stack:
+                meter = stack.enter_context(ImpactMeter(model, projections, attention, memory_gb))
+                active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
+                share = own_share(chain([first], batches))
+                counts = _count_top(meter, active, share, top_ratio, language, progress, file)
             counts.sum_over_processes(sizes, find_device(model))
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
+            if activations:
+                mean_activations.append(counts.mean_activations())
     settings = {
         "method": "impact",
         "attention": attention,
@@ -111,7 +122,14 @@ def detect_neurons(
         "num_sentences": num_sentences,
         "verified": verify,
     }
-    return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    found = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    if activations:
+        # Every language counts alike, whatever the number of its tokens.
+        found.activations = {
+            site: torch.stack([of_language[site] for of_language in mean_activations]).mean(0).float()
+            for site in mean_activations[0]
+        }
+    return found
 
 
 def _detect_by_lape(
@@ -144,8 +162,10 @@ class TopCounts:
         self.top_ratio = top_ratio
         self.num_batches = 0
         self.num_sentences = 0
+        self.num_tokens: int | Tensor = 0
         self._counts: dict[Site, Tensor] = {}
         self._finite: dict[Site, Tensor] = {}
+        self._activations: dict[Site, Tensor] = {}
 
     def add(self, site: Site, impacts: Tensor) -> None:
         """impacts: (sentences, neurons), float."""
@@ -159,18 +179,34 @@ class TopCounts:
         else:
             self._counts[site], self._finite[site] = top, finite
 
+    def add_activations(self, sums: Mapping[Site, Tensor], num_tokens: Tensor) -> None:
+        """sums: of a batch's absolute activations, num_tokens: over how many tokens, as `ActivationMeter` gives them."""
+        # Still on the device: an int would wait for the batch to end.
+        self.num_tokens = self.num_tokens + num_tokens
+        for site, values in sums.items():
+            # In float64: a hundred thousand sentences are added up.
+            found = self._activations.get(site)
+            self._activations[site] = values.double() if found is None else found.to(values.device) + values
+
+    def mean_activations(self) -> dict[Site, Tensor]:
+        """Mean absolute activation per token, (neurons,) float64, on the CPU."""
+        return {site: values.cpu() / max(1, int(self.num_tokens)) for site, values in self._activations.items()}
+
     def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
         """Adds up the counts of all processes; one that had no batch takes part with zeros."""
         if num_processes() == 1:
             return
         finite = torch.tensor([it.all() for it in self._finite.values()]).all()
-        totals = torch.tensor([self.num_sentences, self.num_batches, int(not finite)], device=device)
-        self.num_sentences, self.num_batches, not_finite = sum_over_processes(totals).tolist()
+        totals = torch.tensor([self.num_sentences, self.num_batches, int(self.num_tokens), int(not finite)], device=device)
+        self.num_sentences, self.num_batches, self.num_tokens, not_finite = sum_over_processes(totals).tolist()
         for site, size in sizes.items():
             own = self._counts.get(site)
             own = torch.zeros(size, dtype=torch.int32) if own is None else own
             self._counts[site] = sum_over_processes(own.to(device))
             self._finite[site] = torch.tensor(not not_finite)
+            if self.num_tokens and site[1] in MEASURED:
+                sums = self._activations.get(site, torch.zeros(size, dtype=torch.float64))
+                self._activations[site] = sum_over_processes(sums.to(device))
 
     def consistent(self, consistency: float, sizes: Mapping[Site, int]) -> NeuronSet:
         """The neurons that were in the top in at least `consistency` of the sentences."""
@@ -187,9 +223,10 @@ class TopCounts:
         """Writes the counts so far, whole or not at all."""
         tensors = {f"{layer}.{projection}": counts for (layer, projection), counts in self._counts.items()}
         finite = {f"finite.{layer}.{projection}": flag for (layer, projection), flag in self._finite.items()}
-        progress = {"num_batches": str(self.num_batches), "num_sentences": str(self.num_sentences)}
+        active = {f"active.{layer}.{projection}": sums for (layer, projection), sums in self._activations.items()}
+        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS}
         with whole_file(file) as temporary:
-            save_file({**tensors, **finite}, temporary, progress)
+            save_file({**tensors, **finite, **active}, temporary, progress)
 
     @classmethod
     def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
@@ -201,9 +238,10 @@ class TopCounts:
             progress = tensors.metadata()
             for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
                 *kind, layer, projection = key.split(".")
-                target = counts._finite if kind else counts._counts
+                target = {"finite": counts._finite, "active": counts._activations}.get("".join(kind), counts._counts)
                 target[(int(layer), projection)] = tensors.get_tensor(key)
-        counts.num_batches, counts.num_sentences = int(progress["num_batches"]), int(progress["num_sentences"])
+        for name in _PROGRESS:
+            setattr(counts, name, int(progress[name]))
         return counts
 
 
@@ -221,6 +259,7 @@ def in_top(impacts: Tensor, count: int) -> Tensor:
 
 def _count_top(
     meter: ImpactMeter,
+    active: ActivationMeter | None,
     batches: Iterable[Batch],
     top_ratio: float,
     language: str,
@@ -233,7 +272,11 @@ def _count_top(
         desc=f"detect {language}", unit=" sentences", initial=counts.num_sentences, disable=not progress, leave=False
     ) as bar:
         for batch in islice(batches, counts.num_batches, None):
+            if active is not None:
+                active.begin(batch)
             meter.measure(batch, counts.add)
+            if active is not None:
+                counts.add_activations(active.sums, active.num_tokens)
             counts.num_batches += 1
             counts.num_sentences += len(batch["input_ids"])
             bar.update(len(batch["input_ids"]))

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agnostic_train.decoder import PROJECTIONS, Layer, Site, find_decoder
 from agnostic_train.files import UserError, read_json, whole_directory, whole_file, write_json
+from agnostic_train.random_moves import matched_moves, random_moves
 
 FORMAT = "agnostic_train.neurons"
 EXCLUSIVE_MODES = ("complement", "unique")
+ACTIVATIONS_FILE = "activations.safetensors"
 
 _PUBLISHED_KEYS = {
     "fwd_up": "up", "fwd_down": "down", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_o": "o"
@@ -122,7 +124,9 @@ class NeuronSet:
                     "detect the neurons of this model"
                 )
 
-    def random_like(self, seed: int, model: nn.Module) -> "NeuronSet":
+    def random_like(
+        self, seed: int, model: nn.Module, activations: Mapping[Site, Tensor] | None = None
+    ) -> "NeuronSet":
         """A random set with as many neurons at every site, drawn without replacement.
 
         Gate, up and down of a hidden unit are drawn together, likewise v with the o columns that it feeds: one
@@ -132,15 +136,20 @@ class NeuronSet:
         Args:
             seed: the same seed gives the same set, on any device.
             model: gives the sizes and which query heads read a value channel.
+            activations: mean absolute activations (`LanguageNeurons.activations`). With them each neuron's counterpart
+                is, of those outside the set, one of the nearest in activation, so that the control answers whether a
+                set does more than any neurons that are as active.
         """
         self.check(model)
         generator = torch.Generator().manual_seed(seed)
         drawn: dict[Site, Tensor] = {}
         for layer in find_decoder(model).layers:
-            moves = _random_moves(layer, generator)
-            for projection, move in moves.items():
-                indices = self[(layer.index, projection)]
-                drawn[(layer.index, projection)] = move[indices]
+            members = {name: self[(layer.index, name)] for name in PROJECTIONS}
+            if activations is None:
+                moves = random_moves(layer, generator)
+            else:
+                moves = matched_moves(layer, members, activations, generator)
+            drawn |= {(layer.index, name): move[members[name]] for name, move in moves.items()}
         return NeuronSet(drawn, find_decoder(model).sizes)
 
     def save(self, file: str | Path) -> None:
@@ -240,6 +249,8 @@ class LanguageNeurons:
         exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
         settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
         stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
+        activations: mean absolute activations over the sentences, averaged over languages, by (layer, `q`, `k`, `v` or
+            `down`), (neurons,) float32 on the CPU; a hidden unit's stand under `down`. None if they weren't measured.
     """
 
     related: dict[str, NeuronSet]
@@ -247,6 +258,7 @@ class LanguageNeurons:
     exclusive: dict[str, NeuronSet]
     settings: dict = field(default_factory=dict)
     stability: dict | None = None
+    activations: dict[Site, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_related(
@@ -302,6 +314,8 @@ class LanguageNeurons:
             for language in self.related:
                 self.related[language].save(temporary / f"related.{language}.safetensors")
                 self.exclusive[language].save(temporary / f"exclusive.{language}.safetensors")
+            if self.activations is not None:
+                save_file({_key(site): it for site, it in self.activations.items()}, temporary / ACTIVATIONS_FILE)
             write_json(temporary / "summary.json", summary)
 
     @classmethod
@@ -319,7 +333,17 @@ class LanguageNeurons:
             {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
             settings,
             summary.get("stability"),
+            _load_activations(directory / ACTIVATIONS_FILE),
         )
+
+
+def _load_activations(file: Path) -> dict[Site, Tensor] | None:
+    if not file.exists():
+        return None
+    try:
+        return {_site(key): values for key, values in load_file(file).items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); detect again") from None
 
 
 def _order(site: Site) -> tuple[int, int]:
@@ -336,27 +360,6 @@ def _site(key: str) -> Site:
     if prefix != "layers":
         raise ValueError(f"unexpected tensor {key!r}")
     return int(layer), projection
-
-
-def _random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
-    """For each projection of a layer, where each neuron goes: an int64 permutation of the site's indices."""
-
-    def permutation(projection: str) -> Tensor:
-        return torch.randperm(layer.projections[projection].num_neurons, generator=generator)
-
-    units, channels = permutation("down"), permutation("v")
-    head_dim, queries_per_kv = layer.head_dim, layer.queries_per_kv
-    # Column (head, channel) of o reads value channel (head // queries_per_kv, channel). It follows that channel to its
-    # new place and takes there a query head of the new group, shifted by a random number.
-    column = torch.arange(layer.projections["o"].num_neurons)
-    head, channel = column // head_dim, column % head_dim
-    shift = torch.randint(queries_per_kv, (len(channels),), generator=generator)
-    source = (head // queries_per_kv) * head_dim + channel
-    target = channels[source]
-    slot = (head % queries_per_kv + shift[source]) % queries_per_kv
-    columns = (target // head_dim * queries_per_kv + slot) * head_dim + target % head_dim
-    moves = {"q": permutation("q"), "k": permutation("k"), "v": channels, "o": columns, "down": units}
-    return moves | {name: units for name in ("gate", "up") if name in layer.projections}
 
 
 def _kv_rows(indices: Tensor, layer: Layer, file: str | Path) -> Tensor:

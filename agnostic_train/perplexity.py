@@ -1,13 +1,17 @@
 """Perplexity over a corpus, and bits per byte, which can be compared across languages and tokenizers."""
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError
+from agnostic_train.files import UserError, whole_file
 from agnostic_train.inference import Batch, left_as_found, model_inputs
 from agnostic_train.processes import in_order, own_share
 
@@ -76,6 +80,29 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     if not math.isfinite(result.nats):
         raise UserError("model.name: its loss isn't finite; the model computes NaN or Inf")
     return result
+
+
+def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:
+    """Writes several corpora's results, by name, as safetensors: each sentence's nats and tokens."""
+    tensors, num_bytes = {}, {}
+    for name, result in measured.items():
+        tensors[f"nats.{name}"], tensors[f"tokens.{name}"] = result.sentence_nats, result.sentence_tokens
+        num_bytes[name] = result.num_bytes
+    with whole_file(file) as temporary:
+        save_file(tensors, temporary, {"num_bytes": json.dumps(num_bytes)})
+
+
+def load_measured(file: str | Path) -> dict[str, Perplexity]:
+    """Reads what `save_measured` wrote; raises `UserError` that names the file if it is broken."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            num_bytes = json.loads(tensors.metadata()["num_bytes"])
+            return {
+                name: Perplexity(tensors.get_tensor(f"nats.{name}"), tensors.get_tensor(f"tokens.{name}"), count)
+                for name, count in num_bytes.items()
+            }
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); delete it, and run again") from None
 
 
 def _score_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, int | None]:

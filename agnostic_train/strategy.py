@@ -6,23 +6,31 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
+from peft import LoraConfig
 from torch import nn
 
 from agnostic_train.agnostic_score import AgnosticScore
+from agnostic_train.equal_lora import equal_lora, num_weights
 from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 
 SET_STRATEGIES = ("shared", "exclusive", "related", "shared+exclusive")
 STRATEGIES = (*SET_STRATEGIES, "random", "auto")
+BASELINES = ("full", "lora")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The neurons to train, the strategy that gave them (after `auto`), and why, in words and numbers."""
+    """What learns.
+
+    strategy: that gave it (after `auto`). neurons: to train; None for a baseline, which trains `lora` or else all
+    weights. reason: why, in words and numbers.
+    """
 
     strategy: str
-    neurons: NeuronSet
+    neurons: NeuronSet | None
     reason: str
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,14 @@ class Strategy:
     """How to choose the neurons that are trained.
 
     Attributes:
-        name: one of `STRATEGIES`. `shared` trains what all languages use; `exclusive` and `related` what the target
+        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what the target
             languages use; `random` as many random neurons at every site as `random_like` would choose; `auto` decides
-            by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive.
+            by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The baseline `full`
+            trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would choose.
         languages: the languages to enhance; all detected ones by default.
         low, high: thresholds of `auto` on the language-agnostic score. log 2 is where shared neurons matter as much as
             exclusive ones; the paper supports no default for `high`.
-        random_like: the strategy that `random` matches.
+        random_like: the strategy whose numbers `random` and `lora` match.
         seed: of `random`.
     """
 
@@ -48,8 +57,8 @@ class Strategy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.name not in STRATEGIES:
-            raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join(STRATEGIES)}")
+        if self.name not in (*STRATEGIES, *BASELINES):
+            raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join((*STRATEGIES, *BASELINES))}")
         if self.random_like not in SET_STRATEGIES:
             raise UserError(f"training.random_like: {self.random_like!r} isn't one of {', '.join(SET_STRATEGIES)}")
         if self.name == "auto" and self.high is None:
@@ -80,6 +89,8 @@ class Strategy:
                     f"({', '.join(found.languages)}); add it to corpus.languages"
                 )
         names = ", ".join(languages)
+        if self.name == "full":
+            return Choice("full", None, "all weights, as asked for")
         if self.name == "random":
             neurons = _chosen(self.random_like, found, languages).random_like(self.seed, model)
             reason = f"as many random neurons at every site as {self.random_like} of {names} has (seed {self.seed})"
@@ -88,12 +99,20 @@ class Strategy:
             name, reason = self._by_score(score)
             choice = Choice(name, _chosen(name, found, languages), reason)
         else:
-            choice = Choice(self.name, _chosen(self.name, found, languages), f"{self.name} of {names}, as asked for")
+            name = self.random_like if self.name == "lora" else self.name
+            choice = Choice(name, _chosen(name, found, languages), f"{name} of {names}, as asked for")
         if not len(choice.neurons):
             raise UserError(
                 f"training.strategy: {choice.strategy!r} of {names} has no neuron to train; lower "
                 "detection.consistency or raise detection.top_ratio"
             )
+        if self.name == "lora":
+            lora, num_parameters = equal_lora(choice.neurons, model)
+            reason = (
+                f"a LoRA of {num_parameters:,} parameters, beside {num_weights(choice.neurons, model):,} of "
+                f"{self.random_like} of {names}"
+            )
+            return Choice("lora", None, reason, lora)
         return choice
 
     def _by_score(self, score: AgnosticScore | None) -> tuple[str, str]:

@@ -3,8 +3,8 @@
 import ast
 
 ORDER = [
-    "files", "recipe", "sources", "encoding", "corpus", "decoder", "neurons", "deactivation", "inference", "processes",
-    "impact", "self_check", "lape", "detection", "stability", "perplexity", "ablation", "agnostic_score", "emergence", "strategy", "training",
+    "files", "recipe", "sources", "encoding", "corpus", "decoder", "random_moves", "neurons", "deactivation", "inference", "processes",
+    "impact", "self_check", "lape", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
     "trained", "frozen_weights", "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "settings", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "trainer"]

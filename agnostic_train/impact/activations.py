@@ -1,0 +1,74 @@
+"""How strongly each neuron is active on average: what activation-matched random controls are drawn by."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from agnostic_train.decoder import Layer, Projection, Site, find_decoder
+from agnostic_train.inference import Batch, real_and_counted
+
+MEASURED = ("q", "k", "v", "down")
+"""Where activations are read: a hidden unit's at the input of `down`, a value channel's at the output of `v`. The
+neurons of `gate` and `up` are those units too, and the columns of `o` read those channels."""
+
+
+class ActivationMeter:
+    """Adds up `|activation|` over a batch's counted tokens, while something else runs the model.
+
+    The activation of a q, k or v neuron is its projection's output (before norm and rotation); that of a hidden unit is
+    the input of `down_proj`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._layers = find_decoder(model).layers
+        self._counted = torch.empty(0)
+        self._sums: dict[Site, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """Forgets the last batch, and says which tokens of the next one count."""
+        self._counted = real_and_counted(self.model, batch)[1]
+        self._sums = {}
+
+    @property
+    def sums(self) -> dict[Site, Tensor]:
+        """Of the batch that just ran: (layer, one of `MEASURED`) -> (neurons,), float32, on the layer's device."""
+        return self._sums
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """How many tokens of that batch count: int64, on the model's input device."""
+        return self._counted.sum()
+
+    @contextmanager
+    def installed(self) -> Iterator["ActivationMeter"]:
+        """Within it, each forward pass of the model is measured."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                for name in MEASURED:
+                    projection = layer.projections[name]
+                    if name == "down":
+                        handle = projection.linear.register_forward_pre_hook(self._see_input(layer))
+                    else:
+                        handle = projection.linear.register_forward_hook(self._see_output(layer, projection))
+                    stack.callback(handle.remove)
+            yield self
+
+    def _see_input(self, layer: Layer) -> Callable:
+        def see(module: nn.Module, args: tuple[Tensor]) -> None:
+            self._add((layer.index, "down"), args[0])
+
+        return see
+
+    def _see_output(self, layer: Layer, projection: Projection) -> Callable:
+        def see(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._add((layer.index, projection.name), projection.output(output))
+
+        return see
+
+    def _add(self, site: Site, values: Tensor) -> None:
+        # What stands at padding may be NaN.
+        padding = ~self._counted.to(values.device).unsqueeze(-1)
+        self._sums[site] = values.masked_fill(padding, 0).abs().sum((0, 1), dtype=torch.float32)

@@ -1,0 +1,79 @@
+"""Where a random control puts each neuron of a layer: to a random place, or to one of like activation."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
+
+NUM_NEAREST = 16
+"""A neuron's activation-matched counterpart is one of so many free ones of nearest mean absolute activation."""
+
+
+def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
+    """For each projection of a layer, where each neuron goes: an int64 permutation of the site's indices.
+
+    Gate, up and down of a hidden unit move together, likewise v with the o columns that read it.
+    """
+    drawn = {
+        name: torch.randperm(layer.projections[name].num_neurons, generator=generator) for name in ("down", "v", "q", "k")
+    }
+    return _joint_moves(layer, drawn, generator)
+
+
+def matched_moves(
+    layer: Layer, members: Mapping[str, Tensor], activations: Mapping[Site, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """As `random_moves`, but each member goes to a neuron of like activation that is no member.
+
+    Args:
+        members: the neurons of the set that the control is for, by projection.
+        activations: mean absolute activations, (layer, `q`, `k`, `v` or `down`) -> (neurons,).
+
+    Returns: int64 by projection, meaningful at members. Where members are more than half of a site, some stay members.
+    """
+    units = torch.cat([members[name] for name in FEED_FORWARD_PROJECTIONS]).unique()
+    channels = torch.cat([members["v"], _channels_read(layer)[members["o"]]]).unique()
+    together = {"down": units, "v": channels, "q": members["q"], "k": members["k"]}
+    drawn = {name: _nearest_free(activations[(layer.index, name)], its, generator) for name, its in together.items()}
+    return _joint_moves(layer, drawn, generator)
+
+
+def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
+    """A map of all indices that takes each member to one of its `NUM_NEAREST` nearest free neurons, each used once."""
+    activation = activation.double()
+    free = torch.ones(len(activation), dtype=torch.bool)
+    if 2 * len(members) <= len(activation):
+        free[members] = False
+    move = torch.arange(len(activation))
+    # The order is random, so that no member always has the first choice.
+    for member in members[torch.randperm(len(members), generator=generator)].tolist():
+        candidates = free.nonzero().flatten()
+        nearest = (activation[candidates] - activation[member]).abs().argsort(stable=True)[:NUM_NEAREST]
+        choice = candidates[nearest[torch.randint(len(nearest), (), generator=generator)]]
+        move[member] = choice
+        free[choice] = False
+    return move
+
+
+def _channels_read(layer: Layer) -> Tensor:
+    """For each column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
+    column = torch.arange(layer.projections["o"].num_neurons)
+    head, channel = column // layer.head_dim, column % layer.head_dim
+    return (head // layer.queries_per_kv) * layer.head_dim + channel
+
+
+def _joint_moves(layer: Layer, drawn: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    channels, units = drawn["v"], drawn["down"]
+    head_dim, queries_per_kv = layer.head_dim, layer.queries_per_kv
+    # A column of o follows the channel that it reads to its new place, and takes there a query head of the new group,
+    # shifted by a random number.
+    head = torch.arange(layer.projections["o"].num_neurons) // head_dim
+    shift = torch.randint(queries_per_kv, (len(channels),), generator=generator)
+    source = _channels_read(layer)
+    target = channels[source]
+    slot = (head % queries_per_kv + shift[source]) % queries_per_kv
+    columns = (target // head_dim * queries_per_kv + slot) * head_dim + target % head_dim
+    moves = {"q": drawn["q"], "k": drawn["k"], "v": channels, "o": columns, "down": units}
+    return moves | {name: units for name in ("gate", "up") if name in layer.projections}

@@ -1,0 +1,141 @@
+"""Mean absolute activations, against a loop over sentences; and the random sets that are drawn by them."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+
+from agnostic_train.agnostic_score import language_agnostic_score
+from agnostic_train.decoder import find_decoder
+from agnostic_train.detection import detect_neurons
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+
+
+def activations_by_definition(model, batches):
+    """(layer, projection) -> mean |activation| over real tokens, a sentence at a time without padding."""
+    sums, num_tokens = {}, 0
+    layer_modules = model.model.layers
+
+    def keep(site, values):
+        sums[site] = sums.get(site, 0) + values.detach()[0].abs().sum(0)
+
+    handles = []
+    for index, layer in enumerate(layer_modules):
+        for name in "qkv":
+            linear = getattr(layer.self_attn, f"{name}_proj")
+            handles.append(linear.register_forward_hook(lambda m, a, out, site=(index, name): keep(site, out)))
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, site=(index, "down"): keep(site, a[0])))
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            sentence = ids[mask.bool()]
+            model(input_ids=sentence[None])
+            num_tokens += len(sentence)
+    for handle in handles:
+        handle.remove()
+    return {site: values / num_tokens for site, values in sums.items()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_detection_measures_mean_absolute_activations(side, tmp_path):
+    model = tiny_llama(attention_bias=True)
+    corpora = {
+        "a": [padded_batch([9, 3], side, seed=1), padded_batch([5], side, seed=2)],
+        "b": [padded_batch([4, 12, 1], side, seed=3)],
+    }
+    found = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False)
+    expected = [activations_by_definition(model, batches) for batches in corpora.values()]
+    assert found.activations.keys() == expected[0].keys()
+    for site, values in found.activations.items():
+        torch.testing.assert_close(values, (expected[0][site] + expected[1][site]) / 2, rtol=1e-5, atol=1e-6)
+    found.save(tmp_path / "neurons")
+    loaded = LanguageNeurons.load(tmp_path / "neurons")
+    assert all(torch.equal(loaded.activations[site], values) for site, values in found.activations.items())
+    without = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False, activations=False)
+    assert without == found and without.activations is None
+
+
+def test_special_tokens_are_left_out(llama):
+    batch = padded_batch([6, 6])
+    special = torch.zeros_like(batch["input_ids"])
+    special[:, 0] = 1
+    corpora = {"a": [batch | {"special_tokens_mask": special}]}
+    found = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
+    everything = detect_neurons(llama, {"a": [batch]}, top_ratio=0.2, verify=False, progress=False)
+    assert not torch.allclose(found.activations[(0, "q")], everything.activations[(0, "q")])
+
+
+def a_set(model):
+    sites = {(0, "gate"): [1, 2], (0, "up"): [2, 30], (0, "down"): [30], (1, "v"): [3, 11], (1, "o"): [3, 13, 45]}
+    return NeuronSet({**sites, (1, "q"): range(0, 30, 5), (0, "k"): [19]}, find_decoder(model).sizes)
+
+
+def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama, monkeypatch):
+    monkeypatch.setattr("agnostic_train.random_moves.NUM_NEAREST", 3)
+    neurons = a_set(llama)
+    generator = torch.Generator().manual_seed(3)
+    activations = {
+        (layer.index, name): torch.rand(layer.projections[name].num_neurons, generator=generator)
+        for layer in find_decoder(llama).layers
+        for name in ("q", "k", "v", "down")
+    }
+    draws = [neurons.random_like(seed, llama, activations) for seed in range(40)]
+    assert draws[0] == neurons.random_like(0, llama, activations) and any(it != draws[0] for it in draws)
+    for drawn in draws:
+        assert {site: len(it) for site, it in drawn.items()} == {site: len(it) for site, it in neurons.items()}
+        # Hidden units move as units: those that two projections share stay shared, and none is a unit of the set.
+        units = set().union(*(drawn[(0, name)].tolist() for name in ("gate", "up", "down")))
+        assert len(units) == 3 and not units & {1, 2, 30}
+        assert len(set(drawn[(0, "gate")].tolist()) & set(drawn[(0, "up")].tolist())) == 1
+        assert set(drawn[(0, "down")].tolist()) <= set(drawn[(0, "up")].tolist())
+        # The columns of o still read the channels of v: 3 and 13 of KV head 0, 45 (query head 4) channel 15.
+        read = {column // 30 * 10 + column % 10 for column in drawn[(1, "o")].tolist()}
+        assert len(read) == 2 or len(read) == 3
+        channels = {3, 11, 15}
+        assert not set(drawn[(1, "v")].tolist()) & channels and not read & channels
+        k = drawn[(0, "k")].item()
+        ranks = (activations[(0, "k")] - activations[(0, "k")][19]).abs().argsort().tolist()
+        assert 1 <= ranks.index(k) <= 3
+    # A distance of random sets is several times as large.
+    site = (1, "q")
+
+    def distance(drawn):
+        return (activations[site][drawn[site]].sort().values - activations[site][neurons[site]].sort().values).abs().mean()
+
+    matched = sum(distance(it) for it in draws) / 40
+    free = sum(distance(neurons.random_like(seed, llama)) for seed in range(40)) / 40
+    assert matched < free / 2
+
+
+def test_a_set_of_most_neurons_still_has_a_counterpart(llama):
+    most = NeuronSet({(0, "up"): range(50), (0, "q"): range(60)}, find_decoder(llama).sizes)
+    activations = {site: torch.rand(size) for site, size in find_decoder(llama).sizes.items()}
+    drawn = most.random_like(1, llama, activations)
+    assert drawn.counts() == most.counts() and drawn != most
+
+
+def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(llama, tmp_path, monkeypatch):
+    corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("ab")}
+    found = detect_neurons(llama, corpora, top_ratio=0.3, consistency=0.6, verify=False, progress=False)
+    whole = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2])
+    assert whole.matched_controls.keys() == whole.controls.keys() == {1, 2}
+    matched, free = (whole.ablation.measured[f"{kind} 1 shared"]["a"].nats for kind in ("matched", "random"))
+    assert matched != free
+    drawn = found.shared.random_like(1, llama, found.activations)
+    assert whole.ablation.num_neurons["matched 1 shared"] == len(drawn) == len(found.shared)
+
+    from agnostic_train import ablation
+
+    original, calls = ablation.perplexity, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(ablation, "perplexity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
+    calls[:] = [1] * 9
+    again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
+    num_passes = 2 * 3 + 4 * (2 + 2)
+    assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
