@@ -169,9 +169,7 @@ def language_agnostic_score(
         kind: {seed: _score(ablation, f"{kind} {seed} ", resamples) for seed in control_seeds} for kind in kinds
     }
     score = _score(ablation, "", resamples)
-    return replace(
-        score, controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation
-    )
+    return replace(score, controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation)
 
 
 def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> dict:

@@ -18,6 +18,7 @@ STAGE_HELP = {
     "export": "write the enhanced checkpoint, and check that nothing else moved",
     "evaluate": "measure every language before and after, on test text",
     "report": "write report.html and the figures",
+    "compare": "train every strategy and baseline on the same data and budget, and say what differs beyond noise",
 }
 
 

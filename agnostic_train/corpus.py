@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError, hash_file
 from agnostic_train.recipe import CorpusSection
-from agnostic_train.sources import find_file, hub_documents, local_sentences, split_documents
+from agnostic_train.sources import find_file, hub_documents, local_sentences, read_text, split_documents
 
 STREAMED_DEFAULT = 1000
 """Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
@@ -156,16 +156,85 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
     return LanguageText(language, training=training, **taken)
 
 
-def training_examples(encoder: Encoder, corpus: Corpus, languages: Sequence[str]) -> list[dict[str, list[int]]]:
-    """The training sentences of some languages as `input_ids`, each closed by the end-of-sequence token."""
+def training_examples(encoder: Encoder, sentences: Mapping[str, Sequence[str]]) -> list[dict[str, list[int]]]:
+    """Training sentences of some languages as `input_ids`, each closed by the end-of-sequence token."""
     examples = []
-    for language in languages:
-        sentences = corpus.texts[language].training
-        if not sentences:
+    for language, lines in sentences.items():
+        if not lines:
             raise UserError(
                 f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none "
                 "to train on; lower it or add text"
             )
-        rows = encoder.encode(sentences, f"training text of {language}", add_eos=True)
+        rows = encoder.encode(lines, f"training text of {language}", add_eos=True)
         examples += [{"input_ids": row["input_ids"]} for row in rows]
     return examples
+
+
+def held_out_text(section: CorpusSection, language: str, path: str | Path | None = None) -> tuple[list[str], dict]:
+    """The test sentences of a language that serves no other purpose, and the SHA-256 of each file they came from.
+
+    Local text needs `{lang}.valid` or `{lang}.test`; a hub's dataset is streamed, as by `load_corpus`.
+
+    Raises:
+        UserError: neither file is there, or fewer sentences than asked for.
+    """
+    count = section.test_sentences
+    if path is None:
+        count = count or STREAMED_DEFAULT
+        documents = split_documents(hub_documents(section, language), section.split_sentences)
+        sentences, hashes = list(islice(_unseen(documents, set()), count)), {}
+        source = section.dataset
+    else:
+        files = {split: find_file(Path(path), language, split) for split in ("test", "valid")}
+        file = files["test"] or files["valid"]
+        if file is None:
+            source = Path(path) / f"{language}.test.txt"
+            raise UserError(f"evaluation.languages: {language!r} has no file {source}, nor .valid; add one")
+        sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, file
+        # The same half as for a language that is detected: it may become one.
+        sentences = sentences if files["test"] else sentences[1::2]
+    if count is not None and len(sentences) < count:
+        raise UserError(f"corpus.test_sentences: {count} asked for, {source} has {len(sentences)} of {language!r}")
+    return sentences[:count], hashes
+
+
+def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], count: int | None, seed: int) -> dict:
+    """Aligned lines of `{lang}.txt`, for those of the languages that have a file: `{language: [line, ...]}`.
+
+    Args:
+        corpus: no line may stand in its detection, training or validation text.
+        count: draw so many lines, the same in every language; all by default.
+
+    Raises:
+        UserError: no folder, no file, lines that aren't aligned, or a line that something was chosen or trained by.
+    """
+    key, folder = "evaluation.parallel", Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder} isn't a folder")
+    files = {language: file for language in languages if (file := folder / f"{language}.txt").exists()}
+    if not files:
+        raise UserError(f"{key}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt")
+    lines = {language: [it.strip() for it in read_text(file).split("\n")] for language, file in files.items()}
+    for language, its in lines.items():
+        while its and not its[-1]:
+            its.pop()
+        first = next(iter(lines))
+        if len(its) != len(lines[first]):
+            raise UserError(
+                f"{key}: {files[language]} has {len(its)} lines, {files[first].name} {len(lines[first])}; aligned "
+                "text has as many in every language"
+            )
+    kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
+    if count is not None:
+        if len(kept) < count:
+            raise UserError(f"{key}_sentences: {count} asked for, {folder} has {len(kept)}")
+        kept = sorted(random.Random(seed).sample(kept, count))
+    for language, text in corpus.texts.items():
+        seen = {line for line in (*text.detection, *text.training, *text.validation)}
+        repeated = [lines[language][index] for index in kept if language in lines and lines[language][index] in seen]
+        if repeated:
+            raise UserError(
+                f"{key}: {len(repeated)} lines of {files[language]} stand in the train or valid text, such as "
+                f"{repeated[0][:60]!r}; take them out of one"
+            )
+    return {language: [its[index] for index in kept] for language, its in lines.items()}

@@ -197,7 +197,9 @@ class TopCounts:
         if num_processes() == 1:
             return
         finite = torch.tensor([it.all() for it in self._finite.values()]).all()
-        totals = torch.tensor([self.num_sentences, self.num_batches, int(self.num_tokens), int(not finite)], device=device)
+        totals = torch.tensor(
+            [self.num_sentences, self.num_batches, int(self.num_tokens), int(not finite)], device=device
+        )
         self.num_sentences, self.num_batches, self.num_tokens, not_finite = sum_over_processes(totals).tolist()
         for site, size in sizes.items():
             own = self._counts.get(site)

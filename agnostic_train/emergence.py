@@ -48,7 +48,12 @@ def emergence_row(checkpoint: Checkpoint, found: LanguageNeurons, score: Agnosti
         "interval": score.interval,
         "variants": score.variants,
         "controls": [control.value for control in score.controls.values()],
-        "clipped": {"score": score.clipped, "controls": [control.clipped for control in score.controls.values()]},
+        "matched_controls": [control.value for control in score.matched_controls.values()],
+        "clipped": {
+            "score": score.clipped,
+            "controls": [control.clipped for control in score.controls.values()],
+            "matched_controls": [control.clipped for control in score.matched_controls.values()],
+        },
     }
 
 

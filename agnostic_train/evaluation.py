@@ -1,10 +1,14 @@
 """Before and after: what training did to every language, on text that selected nothing."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from agnostic_train.bootstrap import interval
+from agnostic_train.comparison import NUM_RESAMPLES, relative_change, resampled_changes
 from agnostic_train.inference import Batch
 from agnostic_train.perplexity import Perplexity, perplexity
 
@@ -24,15 +28,32 @@ def evaluate_languages(
 
 
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:
-    """`evaluation.json`: per language perplexity and bits per byte before and after, and the relative change."""
+    """Per language perplexity and bits per byte before and after, and the relative change with its 95% interval.
+
+    The interval is of the change on resampled sentences, the same ones before and after.
+    """
     languages = {}
-    for language in before:
+    for seed, language in enumerate(before):
         old, new = before[language], after[language]
+        drawn = resampled_changes(old, [new], torch.ones(NUM_RESAMPLES, 1, dtype=torch.float64), seed * NUM_RESAMPLES)[
+            1
+        ]
         languages[language] = {
-            "before": {"perplexity": old.value, "bits_per_byte": old.bits_per_byte},
-            "after": {"perplexity": new.value, "bits_per_byte": new.bits_per_byte},
-            "bits_per_byte_change": new.bits_per_byte / old.bits_per_byte - 1,
+            "before": describe(old),
+            "after": describe(new),
+            "bits_per_byte_change": relative_change(old, new),
+            "interval": interval(drawn),
             "num_sentences": len(old.sentence_nats),
             "num_tokens": old.num_tokens,
         }
-    return {"languages": languages}
+    return languages
+
+
+def describe(result: Perplexity) -> dict:
+    """Perplexity, bits per byte, and bits per sentence, which parallel text makes comparable across languages."""
+    bits = result.nats / math.log(2)
+    return {
+        "perplexity": result.value,
+        "bits_per_byte": result.bits_per_byte,
+        "bits_per_sentence": bits / len(result.sentence_nats),
+    }

@@ -32,8 +32,11 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def load_checkpoint(section: ModelSection, source: str) -> PreTrainedModel:
+def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkpoints") -> PreTrainedModel:
     """Loads an earlier state of the model: a folder, or a revision of its hub repository.
+
+    Args:
+        key: the recipe's key that names it, for errors.
 
     Raises:
         UserError: it is neither.
@@ -41,7 +44,7 @@ def load_checkpoint(section: ModelSection, source: str) -> PreTrainedModel:
     if Path(source).is_dir():
         return load_model(section, source)
     if Path(section.name).exists():
-        raise UserError(f"model.checkpoints: no such folder {source}, and model.name is a folder without revisions")
+        raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
     return load_model(replace(section, revision=source), section.name)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agnostic_train.corpus import Corpus, load_corpus
+from agnostic_train.corpus import Corpus, held_out_text, load_corpus, parallel_text
 from agnostic_train.encoding import Encoder
-from agnostic_train.files import UserError
+from agnostic_train.files import UserError, hash_file
 from agnostic_train.loading import load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
@@ -38,15 +39,40 @@ class Materials:
         return str(quickstart_model())
 
     @cached_property
+    def _corpus_path(self) -> str | Path | None:
+        return quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
+
+    @cached_property
     def corpus(self) -> Corpus:
-        path = quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
-        corpus = load_corpus(self.recipe.corpus, path, self.processes.is_local_main_process)
+        corpus = load_corpus(self.recipe.corpus, self._corpus_path, self.processes.is_local_main_process)
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
                 f"{len(text.validation)} to select by, {len(text.test)} to test on"
             )
         return corpus
+
+    @cached_property
+    def judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+        """The text that only judges: per kind (`test`, `parallel`) and language the sentences; and its files' SHA-256."""
+        recipe = self.recipe
+        texts = {"test": {language: text.test for language, text in self.corpus.texts.items()}}
+        hashes: dict[str, str] = {}
+        for language in recipe.evaluation.languages:
+            texts["test"][language], found = held_out_text(recipe.corpus, language, self._corpus_path)
+            hashes |= found
+        folder = recipe.evaluation.parallel
+        if folder is not None:
+            languages = [*recipe.corpus.languages, *recipe.evaluation.languages]
+            count, seed = recipe.evaluation.parallel_sentences, recipe.corpus.seed
+            texts["parallel"] = parallel_text(folder, self.corpus, languages, count, seed)
+            hashes |= {f"parallel/{it}.txt": hash_file(Path(folder) / f"{it}.txt") for it in texts["parallel"]}
+        return texts, hashes
+
+    def judging_batches(self) -> dict[str, dict[str, list]]:
+        """The batches of the text that only judges, per kind and language."""
+        size = self.recipe.evaluation.batch_size
+        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged[0].items()}
 
     @cached_property
     def model(self) -> PreTrainedModel:

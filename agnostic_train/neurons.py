@@ -124,9 +124,7 @@ class NeuronSet:
                     "detect the neurons of this model"
                 )
 
-    def random_like(
-        self, seed: int, model: nn.Module, activations: Mapping[Site, Tensor] | None = None
-    ) -> "NeuronSet":
+    def random_like(self, seed: int, model: nn.Module, activations: Mapping[Site, Tensor] | None = None) -> "NeuronSet":
         """A random set with as many neurons at every site, drawn without replacement.
 
         Gate, up and down of a hidden unit are drawn together, likewise v with the o columns that it feeds: one

@@ -15,6 +15,11 @@ from agnostic_train.files import UserError, whole_file
 from agnostic_train.inference import Batch, left_as_found, model_inputs
 from agnostic_train.processes import in_order, own_share
 
+
+class NonFiniteLoss(UserError):
+    """The model computes NaN or Inf: it was broken, or a training diverged."""
+
+
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
 _TOKENS_AT_ONCE = 512
 
@@ -64,7 +69,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
         batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,).
 
     Raises:
-        UserError: no token to score, or a loss that isn't finite.
+        UserError: no token to score. NonFiniteLoss: a loss that isn't finite.
     """
     with left_as_found(model):
         parts = in_order([_score_batch(model, batch) for batch in own_share(batches)])
@@ -78,7 +83,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
         None if None in counted else sum(counted),
     )
     if not math.isfinite(result.nats):
-        raise UserError("model.name: its loss isn't finite; the model computes NaN or Inf")
+        raise NonFiniteLoss("model.name: its loss isn't finite; the model computes NaN or Inf")
     return result
 
 

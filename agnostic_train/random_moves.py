@@ -17,7 +17,8 @@ def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
     Gate, up and down of a hidden unit move together, likewise v with the o columns that read it.
     """
     drawn = {
-        name: torch.randperm(layer.projections[name].num_neurons, generator=generator) for name in ("down", "v", "q", "k")
+        name: torch.randperm(layer.projections[name].num_neurons, generator=generator)
+        for name in ("down", "v", "q", "k")
     }
     return _joint_moves(layer, drawn, generator)
 

@@ -19,8 +19,10 @@ _section = dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), fro
 
 
 def _as_list(value: Any) -> Any:
-    """A flag's `--corpus.languages=en,sw` is the list that it looks like."""
-    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    """A flag's `--corpus.languages=en,sw` is the list that it looks like, and `--comparison.seeds=0` one of one."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    return [value] if isinstance(value, (int, float)) else value
 
 
 def _distinct(value: list[str]) -> list[str]:
@@ -34,6 +36,10 @@ Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_lengt
 
 EMBEDDED = "embedded:quickstart"
 """As `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
+
+
+SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
+Trained = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
 
 
 @_section
@@ -138,8 +144,10 @@ class TrainingSection:
     """What to train, and how. Every key of transformers' TrainingArguments is a key here too."""
 
     languages: Languages = Field(description="The languages to enhance: whose text is trained on.")
-    strategy: Literal["shared", "exclusive", "related", "shared+exclusive", "random", "auto", "full"] = Field(
-        default="shared+exclusive", description="Which neurons learn; 'full' trains all weights, as a baseline."
+    strategy: Literal[Trained, "auto", "pilot"] = Field(
+        default="shared+exclusive",
+        description="Which neurons learn. 'auto' decides by the score, 'pilot' by short trainings; 'full' trains all "
+        "weights, 'lora' a LoRA of equal size, as baselines.",
     )
     update: Literal["compact", "mask"] = Field(
         default="compact",
@@ -147,8 +155,14 @@ class TrainingSection:
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive; has no default.")
-    random_like: Literal["shared", "exclusive", "related", "shared+exclusive"] = Field(
-        default="shared+exclusive", description="'random': the strategy whose numbers it matches."
+    pilot_strategies: Annotated[list[SetStrategy], BeforeValidator(_as_list), Field(min_length=2)] = Field(
+        default_factory=lambda: list(get_args(SetStrategy)), description="'pilot': the strategies to try."
+    )
+    pilot_steps: int = Field(
+        default=50, ge=1, description="'pilot': steps of each, on text that the training proper doesn't see."
+    )
+    random_like: SetStrategy = Field(
+        default="shared+exclusive", description="'random', 'lora': the strategy whose numbers they match."
     )
     neurons: str | None = Field(default=None, description="Train the neurons of this file instead of a strategy's.")
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -160,6 +174,54 @@ class EvaluationSection:
 
     batch_size: int | None = Field(
         default=None, ge=1, description="Sentences per batch; without it, corpus.batch_size."
+    )
+    languages: Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)] = Field(
+        default_factory=list,
+        description="Further languages to measure, which are neither detected nor trained: what is forgotten there?",
+    )
+    parallel: str | None = Field(
+        default=None,
+        description="A folder of {lang}.txt, aligned line by line: measured too, as text of equal content.",
+    )
+    parallel_sentences: int | None = Field(
+        default=None, ge=1, description="At most so many lines of it, drawn by corpus.seed; without it, all."
+    )
+    checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Other checkpoints to measure beside the base and the enhanced one."
+    )
+    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Tasks of lm-evaluation-harness, by name (needs the extra 'eval')."
+    )
+    task_paths: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="Folders of further task files of the harness."
+    )
+    mgsm: str | None = Field(
+        default=None, description="A folder of {lang}.tsv (question, tab, answer): what the mgsm tasks read, offline."
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples before each item; a task's own by default."
+    )
+    limit: int | None = Field(default=None, ge=1, description="At most so many items of each task.")
+
+
+@_section
+class ComparisonSection:
+    """`compare`: strategies and baselines on the same data and budget."""
+
+    strategies: Annotated[list[Trained], BeforeValidator(_as_list), Field(min_length=2)] = Field(
+        default_factory=lambda: list(get_args(Trained)), description="What to compare."
+    )
+    seeds: Annotated[list[int], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        default_factory=lambda: [0, 1, 2], description="Each is one training of every strategy."
+    )
+    learning_rates: Annotated[list[float], BeforeValidator(_as_list), Field(min_length=1)] | None = Field(
+        default=None,
+        description="Tried for every strategy with the first seed; without it, training.learning_rate and a third and "
+        "three times of it. While the best is at an end, one more is tried there, twice at most.",
+    )
+    select_by: Literal["target", "all"] = Field(
+        default="target",
+        description="The best rate has the lowest bits per byte on validation text, of the enhanced languages or of all.",
     )
 
 
@@ -183,6 +245,9 @@ class TrackingSection:
     wandb: bool = Field(default=False, description="Log to Weights & Biases.")
     project: str = Field(default="agnostic_train", description="The wandb project.")
     run_name: str | None = Field(default=None, description="The wandb run's name.")
+    results_dir: str | None = Field(
+        default=None, description="A folder that gets the tables and figures too, to be kept beside the recipe."
+    )
 
 
 @_section
@@ -195,6 +260,7 @@ class Recipe:
     score: ScoreSection = Field(default_factory=ScoreSection)
     training: TrainingSection
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    comparison: ComparisonSection = Field(default_factory=ComparisonSection)
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     output_dir: str = Field(description="Where every file of the run goes.")
@@ -232,11 +298,13 @@ def _choices_and_default(info: FieldInfo) -> str:
     kinds = (info.annotation, *get_args(info.annotation))
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     parts = [f"one of {', '.join(choices)}"] if choices else []
+    default = info.get_default(call_default_factory=True)
     if info.is_required():
         parts.append("required")
-    elif info.default is not None:
-        default = f"{info.default:.4g}" if isinstance(info.default, float) else str(info.default)
-        parts.append(f"default {default}")
+    elif isinstance(default, list):
+        parts += [f"default {', '.join(map(str, default))}"] if default else []
+    elif default is not None:
+        parts.append(f"default {default:.4g}" if isinstance(default, float) else f"default {default}")
     return f" ({'; '.join(parts)})" if parts else ""
 
 

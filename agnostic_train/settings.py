@@ -7,20 +7,24 @@ import torch
 
 from agnostic_train.files import UserError
 from agnostic_train.recipe import Recipe
-from agnostic_train.strategy import Strategy
+from agnostic_train.strategy import BASELINES, Strategy
 from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 
-def choose_strategy(recipe: Recipe, seed: int) -> Strategy | None:
-    """How the neurons are chosen; None where they come from a file or all weights learn."""
+def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
+    """A strategy by name, with the recipe's languages and thresholds."""
     training = recipe.training
-    if training.strategy == "full" or training.neurons is not None:
-        return None
-    return Strategy(training.strategy, training.languages, training.low, training.high, training.random_like, seed)
+    return Strategy(name, training.languages, training.low, training.high, training.random_like, seed)
 
 
-def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
+def needs_neurons(recipe: Recipe) -> bool:
+    """Whether training rests on detected neurons: not where they come from a file or all weights learn."""
+    return recipe.training.neurons is None and recipe.training.strategy != "full"
+
+
+def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
+    """The recipe's `TrainingArguments`, with some of them changed."""
     os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
     accelerator = torch.accelerator.is_available()
     # On a CPU several processes need to be told so, and pinned memory warns.
@@ -30,7 +34,7 @@ def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
     if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
         raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
     defaults = {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
-    defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator}
+    defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
         value = recipe.training.arguments.get(key)
         # -1 is how transformers spells 'not by steps'.
@@ -38,8 +42,7 @@ def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
             raise UserError(f"training.{key}: must be above 0, not {value}")
     try:
         return NeuronTrainingArguments(
-            **{**defaults, **recipe.training.arguments},
-            output_dir=recipe.output_dir,
+            **{**defaults, **recipe.training.arguments, **changes},
             report_to=["wandb"] if recipe.tracking.wandb else [],
             run_name=recipe.tracking.run_name,
             update=recipe.training.update,
@@ -48,26 +51,29 @@ def training_arguments(recipe: Recipe) -> NeuronTrainingArguments:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 
-def check_inputs(
-    recipe: Recipe, strategy: Strategy | None, arguments: NeuronTrainingArguments, directory: Path
-) -> None:
+def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: Path) -> None:
     """What would fail after hours, or destroy what it reads, is refused at the start."""
     output = directory.resolve()
     for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
         if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
             raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
-    if recipe.training.strategy == "full" and recipe.export.to != "merged":
-        raise UserError(
-            f"export.to: {recipe.export.to!r} needs neurons, and training.strategy 'full' trains all weights"
-        )
+    name = recipe.training.strategy
+    if name in BASELINES and recipe.export.to != "merged":
+        what = "trains all weights" if name == "full" else "gives adapter/, which is one already"
+        raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {what}")
+    if recipe.training.neurons is None and name != "pilot":
+        make_strategy(recipe, name, arguments.seed)  # says what it lacks
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+    measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
+    if measured:
+        raise UserError(f"evaluation.languages: {sorted(measured)[0]!r} is in corpus.languages, and measured as it is")
     for language in recipe.training.languages:
         if language not in recipe.corpus.languages:
             raise UserError(
                 f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
             )
-    if strategy is not None and len(recipe.corpus.languages) < 2:
+    if needs_neurons(recipe) and len(recipe.corpus.languages) < 2:
         raise UserError("corpus.languages: one language shares nothing with others; name at least two")
     if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
         raise UserError(
@@ -75,7 +81,7 @@ def check_inputs(
             f"{len(recipe.corpus.languages)} of corpus.languages"
         )
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    masked = recipe.training.update == "mask" and recipe.training.strategy != "full"
+    masked = recipe.training.update == "mask" and name not in BASELINES
     if masked and optimizer not in OPTIMIZERS:
         raise UserError(
             f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "

@@ -35,7 +35,7 @@ def local_sentences(section: CorpusSection, file: Path) -> list[str]:
         UserError: an unreadable file, not UTF-8, without the text column, or without a sentence.
     """
     builder = FORMATS[file.suffix.removeprefix(".")]
-    documents = _text_file(file) if builder is None else _table(section, file, builder)
+    documents = [read_text(file)] if builder is None else _table(section, file, builder)
     sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
     if not sentences:
         raise UserError(f"{file}: has no sentence; a sentence a line is expected")
@@ -69,10 +69,11 @@ def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator
                     yield stripped
 
 
-def _text_file(file: Path) -> Iterator[str]:
+def read_text(file: Path) -> str:
+    """A UTF-8 file's text; raises `UserError` that names the file if it isn't one."""
     try:
         # A byte order mark isn't text.
-        yield file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except IsADirectoryError:
         raise UserError(f"{file}: a folder, where a text was expected") from None
     except UnicodeDecodeError as error:

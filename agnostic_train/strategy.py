@@ -70,17 +70,19 @@ class Strategy:
     def needs_score(self) -> bool:
         return self.name == "auto"
 
-    def choose(self, found: LanguageNeurons, score: AgnosticScore | None, model: nn.Module) -> Choice:
-        """Chooses the neurons to train.
+    def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
+        """Chooses what trains.
 
         Args:
-            found: from `detect_neurons`.
+            found: from `detect_neurons`; `full` alone needs none.
             score: needed by `auto` alone.
-            model: gives the sizes for `random`.
+            model: gives the sizes for `random` and `lora`.
 
         Raises:
             UserError: an unknown language, an undefined score for `auto`, or an empty choice.
         """
+        if self.name == "full":
+            return Choice("full", None, "all weights, as asked for")
         languages = list(self.languages or found.languages)
         for language in languages:
             if language not in found.languages:
@@ -89,8 +91,6 @@ class Strategy:
                     f"({', '.join(found.languages)}); add it to corpus.languages"
                 )
         names = ", ".join(languages)
-        if self.name == "full":
-            return Choice("full", None, "all weights, as asked for")
         if self.name == "random":
             neurons = _chosen(self.random_like, found, languages).random_like(self.seed, model)
             reason = f"as many random neurons at every site as {self.random_like} of {names} has (seed {self.seed})"

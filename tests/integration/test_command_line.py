@@ -234,7 +234,7 @@ def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agnostic_train.pipeline.training_examples", interrupted)
+    monkeypatch.setattr("agnostic_train.fitting.training_examples", interrupted)
     assert run(root, "train", "--training.learning_rate=5e-2") == 130
     monkeypatch.undo()
     assert run(root, "train", "--training.learning_rate=5e-2") == 0

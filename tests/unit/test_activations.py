@@ -23,7 +23,9 @@ def activations_by_definition(model, batches):
         for name in "qkv":
             linear = getattr(layer.self_attn, f"{name}_proj")
             handles.append(linear.register_forward_hook(lambda m, a, out, site=(index, name): keep(site, out)))
-        handles.append(layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, site=(index, "down"): keep(site, a[0])))
+        handles.append(
+            layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, site=(index, "down"): keep(site, a[0]))
+        )
     for batch in batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             sentence = ids[mask.bool()]
@@ -98,7 +100,9 @@ def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama,
     site = (1, "q")
 
     def distance(drawn):
-        return (activations[site][drawn[site]].sort().values - activations[site][neurons[site]].sort().values).abs().mean()
+        return (
+            (activations[site][drawn[site]].sort().values - activations[site][neurons[site]].sort().values).abs().mean()
+        )
 
     matched = sum(distance(it) for it in draws) / 40
     free = sum(distance(neurons.random_like(seed, llama)) for seed in range(40)) / 40
@@ -137,5 +141,5 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
         language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
     calls[:] = [1] * 9
     again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
-    num_passes = 2 * 3 + 4 * (2 + 2)
+    num_passes = 2 * 4 + 4 * (2 + 2)
     assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()

@@ -5,10 +5,13 @@ import ast
 ORDER = [
     "files", "recipe", "sources", "encoding", "corpus", "decoder", "random_moves", "neurons", "deactivation", "inference", "processes",
     "impact", "self_check", "lape", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
-    "trained", "frozen_weights", "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "settings", "pipeline", "cli", "__main__",
+    "trained", "frozen_weights", "export", "comparison", "tuning", "evaluation", "tables", "figures", "report", "model_card",
+    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "trainer"]
+ORDER_OF_STAGES = ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"]
 ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
+WITHIN = {"training": ORDER_OF_TRAINING, "stages": ORDER_OF_STAGES}
 
 
 def imported(file):
@@ -30,8 +33,9 @@ def test_imports_run_one_way(pytestconfig):
         for other in imported(file):
             if other[0] != parts[0]:
                 assert ORDER.index(other[0]) < ORDER.index(parts[0]), f"{file} imports {other[0]}"
-            elif parts[0] == "training" and other[1] != parts[1]:
-                assert ORDER_OF_TRAINING.index(other[1]) < ORDER_OF_TRAINING.index(parts[1]), f"{file} imports {other}"
+            elif parts[0] in WITHIN and other[1] != parts[1]:
+                order = WITHIN[parts[0]]
+                assert order.index(other[1]) < order.index(parts[1]), f"{file} imports {other}"
             elif "compact" in parts and parts[-1] != "__init__":
                 assert ORDER_OF_COMPACT.index(other[2]) < ORDER_OF_COMPACT.index(parts[2]), f"{file} imports {other}"
     assert seen == set(ORDER)

@@ -168,9 +168,9 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
 
 def test_training_text_runs_out(folder, tokenizer):
     encoder = Encoder.of(tokenizer, section(), config())
-    assert len(training_examples(encoder, load_corpus(section(), folder), ["en"])) == 20
+    assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training})) == 20
     with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
-        training_examples(encoder, load_corpus(section(detection_sentences=30), folder), ["en"])
+        training_examples(encoder, {"en": load_corpus(section(detection_sentences=30), folder).texts["en"].training})
 
 
 def table(folder, name, rows):

@@ -1,0 +1,120 @@
+"""`compare`: every strategy and baseline on the same data and budget, each at its own best learning rate."""
+
+from collections.abc import Mapping
+
+from tqdm.auto import tqdm
+
+from agnostic_train.comparison import compare_strategies, relative_change
+from agnostic_train.files import whole_directory, write_json
+from agnostic_train.report import comparison_text, draw_comparison
+from agnostic_train.settings import make_strategy
+from agnostic_train.stages.context import Context
+from agnostic_train.tables import comparison_table, write_csv
+from agnostic_train.tracking import tracked
+from agnostic_train.trials import BASE, Trial, TrialResult, Trials
+from agnostic_train.tuning import Tuning, default_rates, tune
+
+COMPARISON = "comparison"
+
+
+def compare(context: Context) -> dict:
+    recipe, section = context.recipe, context.recipe.comparison
+    found, enhanced = context.found, recipe.training.languages
+    group = recipe.tracking.run_name or context.directory.resolve().name
+    trials = Trials(
+        context.materials,
+        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
+        {language: context.materials.corpus.texts[language].training for language in enhanced},
+        {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
+        context.directory / ".trials",
+        [context.inputs["trials"], context.neuron_hashes],
+        group=group,
+    )
+    base = trials.run(Trial(BASE))
+    rates = section.learning_rates or default_rates(context.arguments.learning_rate)
+    results: dict[str, dict[int, TrialResult]] = {}
+    tunings: dict[str, Tuning] = {}
+    total = len(section.strategies) * (len(rates) + len(section.seeds) - 1)
+    hidden = not context.processes.is_local_main_process
+    with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
+
+        def run(trial: Trial) -> TrialResult:
+            bar.set_postfix_str(str(trial))
+            result = trials.run(trial)
+            bar.update()
+            changes = _changes(base, result)
+            bar.clear()
+            context.say(f"compare: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
+            return result
+
+        for name in section.strategies:
+            tunings[name] = tune(
+                lambda rate, name=name: _changes(base, run(Trial(name, section.seeds[0], rate))),
+                rates,
+                enhanced if section.select_by == "target" else recipe.corpus.languages,
+            )
+            best = tunings[name].learning_rate
+            results[name] = {section.seeds[0]: trials.run(Trial(name, section.seeds[0], best))}
+            results[name] |= {seed: run(Trial(name, seed, best)) for seed in section.seeds[1:]}
+    diverged = [name for name, its in results.items() if any(it.measured is None for it in its.values())]
+    compared = {name: its for name, its in results.items() if name not in diverged}
+    comparison = {
+        "enhanced": enhanced,
+        "seeds": section.seeds,
+        "select_by": section.select_by,
+        "diverged": diverged,
+        "tuning": {name: _tuning_json(tunings[name], results[name]) for name in results},
+        "texts": {
+            kind: compare_strategies(
+                base.measured[kind],
+                {name: {seed: it.measured[kind] for seed, it in its.items()} for name, its in compared.items()},
+                enhanced,
+            )
+            for kind in base.measured
+            if kind != "validation"
+        },
+        "before": {
+            kind: {language: {"perplexity": it.value, "bits_per_byte": it.bits_per_byte, "num_sentences": len(it.sentence_nats)} for language, it in its.items()}
+            for kind, its in base.measured.items()
+        },
+    }  # fmt: skip
+    text = comparison_text(comparison)
+    if context.processes.is_main_process:
+        write_json(context.directory / "comparison.json", comparison)
+        with whole_directory(context.directory / COMPARISON) as folder:
+            draw_comparison(comparison, folder)
+            (folder / "comparison.md").write_text(text, encoding="utf-8")
+            write_csv(comparison_table(comparison), folder / "comparison.csv")
+        files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
+        files |= {"comparison.json": context.directory / "comparison.json"}
+        with tracked(recipe, context.processes, "comparison", group) as context.tracker:
+            context.tracker.log_figures(context.directory / COMPARISON)
+            context.publish({"comparison": comparison_table(comparison)}, files)
+    context.say(text)
+    return {"outputs": ["comparison.json", COMPARISON]}
+
+
+def _changes(base: TrialResult, result: TrialResult) -> dict[str, float] | None:
+    """Per language, on validation text: what may select; None where training diverged."""
+    if result.measured is None:
+        return None
+    before = base.measured["validation"]
+    return {language: relative_change(before[language], it) for language, it in result.measured["validation"].items()}
+
+
+def _in_words(changes: Mapping[str, float]) -> str:
+    return "  ".join(f"{language} {change:+.1%}" for language, change in changes.items()) + "  (validation)"
+
+
+def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:
+    record = next(iter(results.values())).record
+    return {
+        "learning_rate": tuning.learning_rate,
+        "at_end": tuning.at_end,
+        "tried": [{"learning_rate": rate, "validation": changes} for rate, changes in tuning.tried.items()],
+        "trainable": record["trainable"],
+        "neurons": record["neurons"],
+        "what": record["reason"],
+        "steps": record["steps"],
+        "tokens": record["tokens"],
+    }

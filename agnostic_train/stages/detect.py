@@ -1,0 +1,66 @@
+"""`detect`: each language's related, shared and exclusive neurons."""
+
+import shutil
+
+from transformers import PreTrainedModel
+
+from agnostic_train.detection import detect_neurons
+from agnostic_train.files import fingerprint
+from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.stability import detection_stability
+from agnostic_train.stages.context import Context
+from agnostic_train.tables import neuron_table
+
+
+def detect(context: Context) -> dict:
+    section = context.recipe.detection
+    checkpoints = context.directory / f".detection-{fingerprint(context.inputs['detect'])[:16]}"
+    texts, model = context.materials.corpus.texts, context.materials.model
+    sample = {language: text.detection for language, text in texts.items()}
+    found = detect_in(context, model, sample, verify=section.verify, checkpoints=checkpoints)
+    if section.stability:
+        others = {language: text.training for language, text in texts.items()}
+        found.stability = detection_stability(
+            lambda part: detect_in(context, model, part, verify=False), found, sample, others
+        )
+        for name, overlaps in found.stability.items():
+            values = "  ".join(
+                f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
+                for language, it in overlaps.items()
+            )
+            context.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
+    if context.processes.is_main_process:
+        found.save(context.directory / "neurons")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    for language in found.languages:
+        context.say(
+            f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
+            f"exclusive ({section.exclusive})"
+        )
+    context.say(f"detect: {len(found.shared)} shared by all")
+    context.tracker.log_summary(
+        {"neurons/shared": len(found.shared)}
+        | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
+        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in found.exclusive.items()}
+    )
+    context.publish({"neurons": neuron_table(found)})
+    return {"outputs": ["neurons"], "shared": len(found.shared)}
+
+
+def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
+    """Detects by the recipe's settings on some sentences per language; `settings` go to `detect_neurons`."""
+    section = context.recipe.detection
+    return detect_neurons(
+        model,
+        context.materials.batches("detection", sentences),
+        method=section.method,
+        lape_ratio=section.lape_ratio,
+        top_ratio=section.top_ratio,
+        consistency=section.consistency,
+        attention=section.attention,
+        exclusive=section.exclusive,
+        min_languages=section.min_languages,
+        memory_gb=section.memory_gb,
+        progress=context.processes.is_local_main_process,
+        **settings,
+    )

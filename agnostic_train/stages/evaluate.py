@@ -1,0 +1,62 @@
+"""`evaluate`: every language before and after, on text that selected nothing."""
+
+from agnostic_train.evaluation import compare_languages, describe, evaluate_languages
+from agnostic_train.files import whole_file, write_json
+from agnostic_train.loading import load_checkpoint, load_model
+from agnostic_train.model_card import model_card
+from agnostic_train.stages.context import Context
+from agnostic_train.stages.export import EXPORTS
+from agnostic_train.tables import evaluation_table
+
+
+def evaluate(context: Context) -> dict:
+    recipe, progress = context.recipe, context.processes.is_local_main_process
+    batches = context.materials.judging_batches()
+    enhanced = context.directory / EXPORTS["merged"]
+    before = {
+        kind: evaluate_languages(context.materials.model, its, "before", progress) for kind, its in batches.items()
+    }
+    model = load_model(recipe.model, enhanced)
+    after = {kind: evaluate_languages(model, its, "after", progress) for kind, its in batches.items()}
+    compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
+    evaluation = {"languages": compared["test"], "parallel": compared.get("parallel"), "checkpoints": {}}
+    for source in recipe.evaluation.checkpoints:
+        model = load_checkpoint(recipe.model, source, key="evaluation.checkpoints")
+        evaluation["checkpoints"][source] = {
+            kind: {language: describe(it) for language, it in evaluate_languages(model, its, source, progress).items()}
+            for kind, its in batches.items()
+        }
+    cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
+    if context.processes.is_main_process:
+        write_json(context.directory / "evaluation.json", evaluation)
+        for to, name in cards.items():
+            card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
+            with whole_file(context.directory / name) as temporary:
+                temporary.write_text(card, encoding="utf-8")
+    context.tracker.log_summary(objectives(evaluation, recipe.training.languages))
+    context.publish({"evaluation": evaluation_table(evaluation)})
+    return {"outputs": ["evaluation.json", *cards.values()]}
+
+
+def objectives(evaluation: dict, enhanced: list[str]) -> dict[str, float]:
+    """The numbers that sweeps and dashboards rely on, by fixed names.
+
+    `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: of it, relative.
+    `largest_forgetting`: the largest relative rise among the other languages, 0 where none rose.
+    """
+    languages = evaluation["languages"]
+    values = {
+        f"test/bits_per_byte/{moment}/{language}": row[moment]["bits_per_byte"]
+        for language, row in languages.items()
+        for moment in ("before", "after")
+    }
+    after = [languages[it]["after"]["bits_per_byte"] for it in enhanced]
+    changes = {language: row["bits_per_byte_change"] for language, row in languages.items()}
+    forgetting = [change for language, change in changes.items() if language not in enhanced]
+    return {
+        **values,
+        **{f"test/change/{language}": change for language, change in changes.items()},
+        "target_bits_per_byte": sum(after) / len(after),
+        "target_change": sum(changes[it] for it in enhanced) / len(enhanced),
+        "largest_forgetting": max([0.0, *forgetting]),
+    }

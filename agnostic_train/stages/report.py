@@ -1,0 +1,14 @@
+"""`report`: what the other stages found, for people."""
+
+from agnostic_train.report import write_report
+from agnostic_train.stages.context import Context
+
+
+def report(context: Context) -> dict:
+    if context.processes.is_main_process:
+        write_report(context.directory, context.recipe.to_dict(), context.manifest.read())
+        context.tracker.log_figures(context.directory / "figures")
+        figures = sorted((context.directory / "figures").iterdir())
+        context.publish({}, {file.name: file for file in figures})
+    context.say(f"report: {context.directory / 'report.html'}")
+    return {"outputs": ["report.html", "figures"]}

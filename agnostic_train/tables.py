@@ -1,0 +1,137 @@
+"""What was measured as flat tables: one row a measurement, the same for CSV, Markdown and experiment tracking."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from agnostic_train.files import whole_file
+from agnostic_train.neurons import LanguageNeurons
+
+Table = list[dict[str, object]]
+"""Rows with the same keys, in the order of the columns."""
+
+
+def neuron_table(found: LanguageNeurons) -> Table:
+    """Number of neurons per set, layer and projection."""
+    sets = {"shared": found.shared}
+    sets |= {f"related {language}": neurons for language, neurons in found.related.items()}
+    sets |= {f"exclusive {language}": neurons for language, neurons in found.exclusive.items()}
+    sites = dict.fromkeys(site for neurons in sets.values() for site, _ in neurons.items())
+    return [
+        {"set": name, "layer": layer, "projection": projection, "neurons": len(neurons[(layer, projection)])}
+        for name, neurons in sets.items()
+        for layer, projection in sorted(sites)
+    ]
+
+
+def score_table(score: dict) -> Table:
+    """The score, its variants and its controls, total and by language. Takes what `score.json` holds."""
+
+    def row(kind: str, seed: str | None, language: str, value: float | None, interval, clipped: bool) -> dict:
+        low, high = interval or (None, None)
+        return {"sets": kind, "seed": seed, "language": language, "score": value, "low": low, "high": high, "clipped": clipped}  # fmt: skip
+
+    rows = [row("detected", None, "all", score["value"], score["interval"], bool(score["clipped"]))]
+    rows += [
+        row("detected", None, it["language"], it["importance"], it["interval"], bool(it["clipped"]))
+        for it in score["table"]
+    ]
+    rows += [row(f"detected, {name}", None, "all", value, None, False) for name, value in score["variants"].items()]
+    for kind, key in (("random", "controls"), ("random, matched activation", "matched_controls")):
+        controls = score.get(key) or {"values": {}}
+        for seed, value in controls["values"].items():
+            clipped = controls["clipped"][seed]
+            rows.append(row(kind, seed, "all", value, controls["intervals"][seed], bool(clipped)))
+            rows += [
+                row(kind, seed, language, importance, None, language in clipped)
+                for language, importance in controls["importance"][seed].items()
+            ]
+            rows += [
+                row(f"{kind}, {name}", seed, "all", it, None, False) for name, it in controls["variants"][seed].items()
+            ]
+    return rows
+
+
+def ablation_table(ablation: dict) -> Table:
+    """Every language with every set off, as in `score.json`'s `ablation`."""
+    before = ablation["none"]["languages"]
+    return [
+        {
+            "off": off, "neurons": row["neurons"], "language": language, "perplexity": it["perplexity"],
+            "bits_per_byte": it["bits_per_byte"], "times": it["perplexity"] / before[language]["perplexity"],
+        }
+        for off, row in ablation.items()
+        for language, it in row["languages"].items()
+    ]  # fmt: skip
+
+
+def evaluation_table(evaluation: dict) -> Table:
+    """Before and after, by kind of text and language. Takes what `evaluation.json` holds."""
+    rows = []
+    for text, key in (("test", "languages"), ("parallel", "parallel")):
+        for language, it in (evaluation.get(key) or {}).items():
+            low, high = it["interval"]
+            rows.append(
+                {
+                    "text": text, "language": language, "perplexity_before": it["before"]["perplexity"],
+                    "perplexity_after": it["after"]["perplexity"], "bits_per_byte_before": it["before"]["bits_per_byte"],
+                    "bits_per_byte_after": it["after"]["bits_per_byte"], "change": it["bits_per_byte_change"],
+                    "low": low, "high": high, "sentences": it["num_sentences"],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def task_table(tasks: dict) -> Table:
+    """Each checkpoint's metric on each task, as in `evaluation.json`'s `tasks`."""
+    return [
+        {"checkpoint": name, "task": task, "metric": metric, "value": it["value"], "stderr": it["stderr"], "items": result["num_items"]}
+        for name, results in tasks["checkpoints"].items()
+        for task, result in results.items()
+        for metric, it in result["metrics"].items()
+    ]  # fmt: skip
+
+
+def emergence_table(rows: list[dict]) -> Table:
+    """A row a checkpoint, from what `emergence.json` holds."""
+    table = []
+    for row in rows:
+        low, high = row["interval"] or (None, None)
+        flat = {"step": row["step"], "checkpoint": row["checkpoint"], "shared": row["shared"], "score": row["score"], "low": low, "high": high}  # fmt: skip
+        for kind in ("controls", "matched_controls"):
+            flat |= {f"{kind}_{index}": value for index, value in enumerate(row[kind], 1)}
+        for name in ("exclusive", "related", "shared_ratio", "perplexity"):
+            flat |= {f"{name}_{language}": value for language, value in row[name].items()}
+        table.append(flat)
+    return table
+
+
+def comparison_table(comparison: dict) -> Table:
+    """A row a strategy, seed, text and language, from what `comparison.json` holds; the seed is `all` for the mean."""
+    rows = []
+    for text, compared in comparison["texts"].items():
+        for name, strategy in compared["strategies"].items():
+            tuning = comparison["tuning"][name]
+            for language, it in strategy["languages"].items():
+                common = {
+                    "strategy": name,
+                    "learning_rate": tuning["learning_rate"],
+                    "text": text,
+                    "language": language,
+                }
+                low, high = it["interval"]
+                rows.append({**common, "seed": "all", "change": it["mean"], "low": low, "high": high})
+                rows += [
+                    {**common, "seed": seed, "change": change, "low": None, "high": None}
+                    for seed, change in it["by_seed"].items()
+                ]
+    return rows
+
+
+def write_csv(table: Table, file: Path) -> None:
+    """Writes a table with a header, UTF-8, whole or not at all; None is an empty cell."""
+    columns: Sequence[str] = list(dict.fromkeys(key for row in table for key in row))
+    with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(table)

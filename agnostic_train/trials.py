@@ -1,0 +1,154 @@
+"""Trainings that leave nothing but what they measured: what `pilot` and `compare` are made of."""
+
+import gc
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.fitting import make_trainer
+from agnostic_train.inference import Batch
+from agnostic_train.materials import Materials
+from agnostic_train.perplexity import NonFiniteLoss, Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.settings import training_arguments
+from agnostic_train.strategy import Choice
+from agnostic_train.tracking import Tracker, tracked
+
+Measured = dict[str, dict[str, Perplexity]]
+"""Per kind of text (validation, test, parallel) and language."""
+
+_UNSAVED = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "disable_tqdm": True,
+    "include_num_input_tokens_seen": "non_padding",
+}
+BASE = "base"
+"""Stands for the model before any training, where a strategy is asked for."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: what learns, with which seed and peak learning rate."""
+
+    strategy: str
+    seed: int = 0
+    learning_rate: float | None = None
+
+    def __str__(self) -> str:
+        return (
+            self.strategy
+            if self.strategy == BASE
+            else f"{self.strategy}, rate {self.learning_rate:.3g}, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """measured: None where the training diverged, to a loss that isn't finite. record: of the training, plain JSON."""
+
+    trial: Trial
+    record: dict
+    measured: Measured | None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trains and measures on demand, and keeps each result: an interrupted series goes on with the next trial.
+
+    Args:
+        materials: model and text.
+        choose: what learns in a trial.
+        training: per language, the sentences to train on.
+        texts: per kind of text and language, the batches to measure on.
+        directory: keeps the results, two files a trial, and the Trainer's own files while it runs.
+        key: all that a result depends on beside its trial and `changes`, plain JSON values.
+        changes: to the recipe's training arguments.
+        group: joins the trials' runs where they are tracked; without it they aren't.
+    """
+
+    materials: Materials
+    choose: Callable[[Trial], Choice]
+    training: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Mapping[str, Sequence[Batch]]]
+    directory: Path
+    key: object
+    changes: Mapping[str, object] = field(default_factory=dict)
+    group: str | None = None
+
+    def run(self, trial: Trial) -> TrialResult:
+        """The trial's result, from its files or by training."""
+        name = fingerprint([self.key, self.changes, asdict(trial)])[:16]
+        record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
+        if not record_file.exists():
+            record, measured = self._measure(trial, self.directory / f".{name}")
+            if self.materials.processes.is_main_process:
+                if measured is not None:
+                    flat = {f"{kind}.{language}": it for kind, its in measured.items() for language, it in its.items()}
+                    save_measured(flat, file)
+                # Written last: with it the result is whole.
+                write_json(record_file, {**asdict(trial), **record})
+            self.materials.processes.wait_for_everyone()
+            return TrialResult(trial, record, measured)
+        record = read_json(record_file)
+        if record["diverged"]:
+            return TrialResult(trial, record, None)
+        measured = {kind: {} for kind in self.texts}
+        for key, result in load_measured(file).items():
+            kind, _, language = key.partition(".")
+            measured[kind][language] = result
+        return TrialResult(trial, record, measured)
+
+    def _measure(self, trial: Trial, work: Path) -> tuple[dict, Measured | None]:
+        if trial.strategy == BASE:
+            return {"diverged": False}, self._perplexities(self.materials.model)
+        arguments = training_arguments(
+            self.materials.recipe,
+            **_UNSAVED, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
+        )  # fmt: skip
+        if self.group is None:
+            arguments.report_to = []
+        choice = self.choose(trial)
+        tracking = tracked(self.materials.recipe, self.materials.processes, str(trial), self.group)
+        with tracking if self.group else nullcontext(Tracker(None)) as tracker:
+            set_seed(arguments.seed)
+            trainer = make_trainer(self.materials, arguments, choice, self.training)
+            num_trainable = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            try:
+                trainer.train()
+                measured = self._perplexities(trainer.model)
+            except NonFiniteLoss:
+                measured = None
+            finally:
+                self.materials.forget_model()
+                shutil.rmtree(work, ignore_errors=True)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            record = {
+                "diverged": measured is None,
+                "trainable": num_trainable,
+                "neurons": None if choice.neurons is None else len(choice.neurons),
+                "reason": choice.reason,
+                "steps": trainer.state.global_step,
+                "tokens": trainer.state.num_input_tokens_seen,
+                "loss": losses[-1] if losses and measured is not None else None,
+            }
+            tracker.log_perplexities(measured or {})
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return record, measured
+
+    def _perplexities(self, model: nn.Module) -> Measured:
+        return {
+            kind: {language: perplexity(model, batches) for language, batches in of_kind.items()}
+            for kind, of_kind in self.texts.items()
+        }

@@ -1,0 +1,67 @@
+"""A learning rate for every strategy, so that none of them is a straw man."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from agnostic_train.files import UserError
+
+FACTOR = 3.0
+"""Between neighbouring rates."""
+NUM_EXTENSIONS = 2
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The best rate and what was tried.
+
+    tried: per rate, each language's change on validation text; None where the training diverged.
+    at_end: whether the best rate is still the lowest or highest of several, so that a better one may lie beyond.
+    """
+
+    learning_rate: float
+    tried: dict[float, dict[str, float] | None]
+    at_end: bool
+
+
+def default_rates(learning_rate: float) -> list[float]:
+    """A rate, and a third and three times of it."""
+    return [learning_rate / FACTOR, learning_rate, learning_rate * FACTOR]
+
+
+def tune(
+    measure: Callable[[float], Mapping[str, float] | None], rates: Sequence[float], languages: Sequence[str]
+) -> Tuning:
+    """Picks the rate with the lowest mean change of some languages' bits per byte.
+
+    While the best is the lowest or highest, one more is tried beyond it, `NUM_EXTENSIONS` times at most. A single rate
+    is taken as it is.
+
+    Args:
+        measure: trains at a rate, and gives each language's change; None if it diverged.
+        rates: to begin with.
+        languages: that count.
+
+    Raises:
+        UserError: every rate diverges.
+    """
+    tried = {rate: measure(rate) for rate in sorted(rates)}
+
+    def loss(rate: float) -> float:
+        changes = tried[rate]
+        return math.inf if changes is None else sum(changes[it] for it in languages) / len(languages)
+
+    for extension in range(NUM_EXTENSIONS + 1):
+        best = min(tried, key=loss)
+        beyond = {min(tried): best / FACTOR, max(tried): best * FACTOR}
+        # Where even the lowest diverges, only lower ones can do better.
+        beyond = {min(tried): min(tried) / FACTOR} if loss(best) == math.inf else beyond
+        at_end = len(tried) > 1 and best in beyond
+        if not at_end or extension == NUM_EXTENSIONS:
+            break
+        tried[beyond[best]] = measure(beyond[best])
+    if loss(best) == math.inf:
+        raise UserError(
+            f"comparison.learning_rates: training diverges at each of {', '.join(f'{it:.3g}' for it in tried)}"
+        )
+    return Tuning(best, dict(sorted(tried.items())), at_end)
