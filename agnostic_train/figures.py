@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from agnostic_train.decoder import PROJECTIONS
 from agnostic_train.neurons import LanguageNeurons
@@ -217,8 +218,8 @@ def draw_forgetting(compared: dict) -> Figure:
     changes = np.array([[100 * row["languages"][it]["mean"] for it in languages] for row in strategies.values()])
     figure, (axis,) = _grid(height=1.2 + 0.45 * len(strategies))
     # One training of all weights may cost a hundred times what the others do: the scale is logarithmic beyond 1%.
-    shades = np.sign(changes) * np.log1p(np.abs(changes))
-    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+.1f}%")(changes), vmin=shades.min())
+    shades = np.log1p(changes.clip(min=0))
+    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+.1f}%")(changes))
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(strategies)), list(strategies))
     return figure
@@ -240,6 +241,7 @@ def draw_trade(compared: dict) -> Figure:
             color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7, label=name,
         )  # fmt: skip
     axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
     axis.set_ylabel("cost for the others: more bits per byte, %")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

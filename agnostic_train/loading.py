@@ -41,11 +41,16 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
     Raises:
         UserError: it is neither.
     """
+    check_checkpoint(section, source, key)
     if Path(source).is_dir():
         return load_model(section, source)
-    if Path(section.name).exists():
-        raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
     return load_model(replace(section, revision=source), section.name)
+
+
+def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
+    """Raises `UserError`, which names `key`, if a checkpoint can't be a folder nor a revision."""
+    if not Path(source).is_dir() and Path(section.name).exists():
+        raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
 def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from agnostic_train.files import UserError
+from agnostic_train.loading import check_checkpoint
 from agnostic_train.recipe import Recipe
 from agnostic_train.strategy import BASELINES, Strategy
 from agnostic_train.training.mask import OPTIMIZERS
@@ -65,6 +66,8 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
         make_strategy(recipe, name, arguments.seed)  # says what it lacks
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+    for source in recipe.evaluation.checkpoints:
+        check_checkpoint(recipe.model, source, "evaluation.checkpoints")
     measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
     if measured:
         raise UserError(f"evaluation.languages: {sorted(measured)[0]!r} is in corpus.languages, and measured as it is")

@@ -1,0 +1,53 @@
+"""A small corpus, model and recipe, and the command line on them in this process: fixtures of the integration tests."""
+
+import shutil
+
+import pytest
+from conftest import tiny_llama
+
+from agnostic_train.cli import main
+from agnostic_train.quickstart.phrasebook import phrasebook
+from agnostic_train.quickstart.tiny_model import build_tokenizer
+
+RECIPE = """
+model: {{name: {root}/model}}
+corpus: {{path: {root}/text, languages: [en, sw], detection_sentences: 20, validation_sentences: 10}}
+detection: {{top_ratio: 0.2, consistency: 0.5}}
+score: {{controls: 1}}
+training:
+  languages: [sw]
+  max_steps: 6
+  per_device_train_batch_size: 4
+  learning_rate: 1e-2
+  logging_steps: 2
+  save_steps: 3
+  disable_tqdm: true
+output_dir: {root}/out
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with text and a model, which the tests copy."""
+    root = tmp_path_factory.mktemp("template")
+    (root / "text").mkdir()
+    texts = phrasebook(num_train=200, num_valid=30, num_test=30)
+    for language in ("en", "sw"):
+        for split in ("train", "valid"):
+            (root / f"text/{language}.{split}.txt").write_text("\n".join(texts[split][language]), encoding="utf-8")
+    tokenizer = build_tokenizer(texts["train"]["en"] + texts["train"]["sw"], vocab_size=400)
+    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def root(template, tmp_path):
+    shutil.copytree(template, tmp_path / "it")
+    (tmp_path / "it/recipe.yaml").write_text(RECIPE.format(root=tmp_path / "it"))
+    return tmp_path / "it"
+
+
+def run(root, stage, *flags):
+    return main([stage, str(root / "recipe.yaml"), *flags])

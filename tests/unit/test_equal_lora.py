@@ -1,0 +1,53 @@
+"""The LoRA baseline is as large as the neurons that it stands beside, and not larger."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from small_training import CHOSEN, may_learn, plain_weights
+from test_families import family_model
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.equal_lora import SCALING, equal_lora, num_weights
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.strategy import Strategy
+
+
+def test_weights_are_counted(llama):
+    masks = may_learn(plain_weights(llama), CHOSEN)
+    assert num_weights(CHOSEN, llama) == sum(int(mask.sum()) for mask in masks.values())
+
+
+@pytest.mark.parametrize("per_site", [1, 7, 20])
+@pytest.mark.parametrize("family", ["Llama with biases", "Phi-3", "GPT-NeoX"])
+def test_as_many_parameters_as_the_neurons_have_weights(per_site, family):
+    model = family_model(family)
+    neurons = NeuronSet({site: range(min(per_site, size)) for site, size in find_decoder(model).sizes.items()})
+    config, num_parameters = equal_lora(neurons, model)
+    wrapped = get_peft_model(model, config)
+    trainable = {name: it for name, it in wrapped.named_parameters() if it.requires_grad}
+    assert num_parameters == sum(it.numel() for it in trainable.values())
+    budget = num_weights(neurons, model)
+    # One more rank of the cheapest projection would be too much.
+    linears = {layer.projections[name].linear for layer in find_decoder(model).layers for name in layer.projections}
+    cheapest = min(linear.in_features + linear.out_features for linear in linears)
+    assert budget - cheapest < num_parameters <= budget
+    scalings = {value for it in wrapped.modules() if isinstance(it, LoraLayer) for value in it.scaling.values()}
+    assert scalings == {SCALING}
+    ranks = {it.shape[0] for name, it in trainable.items() if "lora_A" in name}
+    assert max(ranks) - min(ranks) <= 1
+
+
+def test_a_budget_below_one_rank_gets_one(llama):
+    config, num_parameters = equal_lora(NeuronSet({(0, "q"): [1]}), llama)
+    assert config.r == 1 and len(config.target_modules) == 1 and num_parameters > num_weights(NeuronSet(), llama)
+
+
+def test_the_strategies_of_the_baselines(llama):
+    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): range(9)}), "b": NeuronSet({(0, "up"): range(5)})})
+    full = Strategy("full").choose(None, None, llama)
+    assert full.neurons is None and full.lora is None
+    lora = Strategy("lora", ["a"], random_like="related").choose(found, None, llama)
+    assert lora.neurons is None and lora.lora.peft_type == "LORA" and "378 of related of a" in lora.reason
+    torch.manual_seed(0)
+    assert get_peft_model(llama, lora.lora).get_nb_trainable_parameters()[0] <= 378

@@ -1,0 +1,69 @@
+"""Text that only judges: languages that are only measured, and aligned lines."""
+
+import pytest
+
+from agnostic_train.corpus import held_out_text, load_corpus, parallel_text
+from agnostic_train.files import UserError
+from agnostic_train.recipe import CorpusSection
+
+
+def section(**changes):
+    return CorpusSection(**{"path": "text", "languages": ["en", "sw"], "detection_sentences": 2, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for language in ("en", "sw"):
+        for split, count in (("train", 6), ("valid", 4)):
+            lines = [f"{language} {split} {index}" for index in range(count)]
+            (tmp_path / f"{language}.{split}.txt").write_text("\n".join(lines))
+    (tmp_path / "th.valid.txt").write_text("ก\nข\nค\nง\n", encoding="utf-8")
+    (tmp_path / "parallel").mkdir()
+    for language in ("en", "sw", "th"):
+        (tmp_path / f"parallel/{language}.txt").write_text("\n".join(f"{language} line {it}" for it in range(5)) + "\n")
+    return tmp_path
+
+
+def test_a_language_that_is_only_measured_needs_no_train_text(folder):
+    sentences, hashes = held_out_text(section(), "th", folder)
+    assert sentences == ["ข", "ง"] and list(hashes) == ["th.valid.txt"]
+    (folder / "th.test.txt").write_text("one\ntwo\nthree")
+    assert held_out_text(section(test_sentences=2), "th", folder)[0] == ["one", "two"]
+    with pytest.raises(UserError, match=r"corpus.test_sentences: 4 asked for, .*th.test.txt has 3"):
+        held_out_text(section(test_sentences=4), "th", folder)
+    with pytest.raises(UserError, match=r"evaluation.languages: 'xx' has no file .*xx.test.txt"):
+        held_out_text(section(), "xx", folder)
+
+
+def test_aligned_lines_stay_aligned(folder):
+    corpus = load_corpus(section(), folder)
+    everything = parallel_text(folder / "parallel", corpus, ["en", "sw", "th", "de"], None, 0)
+    assert everything.keys() == {"en", "sw", "th"} and everything["sw"][4] == "sw line 4"
+    drawn = parallel_text(folder / "parallel", corpus, ["en", "th"], 3, 7)
+    numbers = [[line.split()[-1] for line in lines] for lines in drawn.values()]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 3
+    assert drawn == parallel_text(folder / "parallel", corpus, ["en", "th"], 3, 7)
+    # A line that one language lacks is left out of all.
+    (folder / "parallel/sw.txt").write_text("a\n\nc\nd\ne")
+    assert [len(it) for it in parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0).values()] == [4, 4]
+
+
+def test_mistakes_in_parallel_text(folder):
+    corpus = load_corpus(section(), folder)
+
+    def read(name="parallel", count=None):
+        return parallel_text(folder / name, corpus, ["en", "sw"], count, 0)
+
+    with pytest.raises(UserError, match=r"evaluation.parallel: .*none isn't a folder"):
+        read("none")
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=r"evaluation.parallel: .*empty has no file for any of en, sw"):
+        read("empty")
+    with pytest.raises(UserError, match=r"evaluation.parallel_sentences: 6 asked for, .* has 5"):
+        read(count=6)
+    (folder / "parallel/sw.txt").write_text("\n".join(["sw train 3", "b", "c", "d", "e"]))
+    with pytest.raises(UserError, match=r"1 lines of .*sw.txt stand in the train or valid text, such as 'sw train 3'"):
+        read()
+    (folder / "parallel/sw.txt").write_text("a\nb")
+    with pytest.raises(UserError, match=r"sw.txt has 2 lines, en.txt 5"):
+        read()

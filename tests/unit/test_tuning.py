@@ -1,0 +1,57 @@
+"""The search for a learning rate."""
+
+import math
+
+import pytest
+
+from agnostic_train.files import UserError
+from agnostic_train.tuning import default_rates, tune
+
+
+def around(best, diverges_above=math.inf):
+    """Trains best at a rate: the change is the distance to it, in powers of three."""
+    tried = []
+
+    def measure(rate):
+        tried.append(rate)
+        if rate > diverges_above:
+            return None
+        distance = abs(math.log(rate / best, 3))
+        return {"sw": -0.1 + 0.01 * distance, "en": rate}
+
+    return measure, tried
+
+
+def test_the_best_of_the_grid_when_it_lies_within():
+    measure, tried = around(1e-3)
+    tuning = tune(measure, default_rates(1e-3), ["sw"])
+    assert tuning.learning_rate == pytest.approx(1e-3) and not tuning.at_end and len(tried) == 3
+    assert list(tuning.tried) == sorted(tuning.tried)
+
+
+@pytest.mark.parametrize("best, num_tried, at_end", [(3e-3, 4, False), (9e-3, 5, False), (1, 5, True), (1e-6, 5, True)])
+def test_the_grid_is_extended_while_the_best_is_at_its_end(best, num_tried, at_end):
+    measure, tried = around(best)
+    tuning = tune(measure, default_rates(1e-3), ["sw"])
+    assert len(tried) == num_tried and tuning.at_end is at_end
+    nearest = min(tried, key=lambda rate: abs(math.log(rate / best)))
+    assert tuning.learning_rate == nearest
+
+
+def test_the_languages_that_count():
+    measure, _ = around(3e-3)
+    assert tune(measure, [1e-3, 3e-3], ["sw", "en"]).learning_rate != tune(measure, [1e-3, 3e-3], ["en"]).learning_rate
+
+
+def test_a_single_rate_is_taken():
+    measure, tried = around(1.0)
+    tuning = tune(measure, [1e-3], ["sw"])
+    assert tuning.learning_rate == 1e-3 and tried == [1e-3] and not tuning.at_end
+
+
+def test_divergence():
+    measure, tried = around(1e-3, diverges_above=5e-4)
+    tuning = tune(measure, [1e-3, 3e-3], ["sw"])
+    assert tuning.learning_rate == pytest.approx(1e-3 / 3) and tuning.tried[1e-3] is None and min(tried) < 2e-4
+    with pytest.raises(UserError, match=r"comparison.learning_rates: training diverges at each of 0.0"):
+        tune(lambda rate: None, [1e-3, 3e-3], ["sw"])
