@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 
@@ -54,6 +55,21 @@ def own_tasks(monkeypatch):
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
 
 
+@pytest.fixture(scope="module")
+def manager():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture
+def harness_tasks(manager, monkeypatch):
+    """Reads the harness's task files once for all tests."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: deepcopy(manager))
+
+
 def log_likelihood(model, tokenizer, context, continuation):
     whole = tokenizer(context + continuation, return_tensors="pt")["input_ids"]
     start = len(tokenizer(context)["input_ids"])
@@ -100,7 +116,7 @@ def writes(tokenizer, character):
 
 
 @needs_harness
-def test_multiple_choice_is_brute_force(own_tasks, model, tokenizer, tmp_path, capsys):
+def test_multiple_choice_is_brute_force(own_tasks, model, tokenizer, tmp_path, capsys, caplog):
     best, best_normalized = best_choices(model, tokenizer), best_choices(model, tokenizer, per_character=True)
     # The first three are answered as the model would, the others not.
     answers = [choice if index < 3 else (choice + 1) % 4 for index, choice in enumerate(best)]
@@ -117,10 +133,13 @@ def test_multiple_choice_is_brute_force(own_tasks, model, tokenizer, tmp_path, c
     assert (result.num_items, result.num_fewshot, result.version, result.num_truncated) == (5, 0, 1.5, 0)
     assert len(set(result.items)) == 5
     assert capsys.readouterr() == ("", "")
+    assert suite.run("choose", model, tokenizer, progress=True)["choose"] == result
+    assert "loglikelihood requests" in capsys.readouterr().err
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
 
 
 @needs_harness
-def test_mgsm_from_a_folder_and_each_two_compared(tokenizer, tmp_path):
+def test_mgsm_from_a_folder_and_each_two_compared(harness_tasks, tokenizer, tmp_path):
     (tmp_path / "sw.tsv").write_text("Ngapi?\t777\nMbwa wangapi?\t-555\nPaka\u2028wangapi?\t7,77\nNani?\t777\n")
     task = "mgsm_native_cot_sw"
     suite = TaskSuite([task], mgsm=tmp_path, max_new_tokens=3, batch_size=2)
@@ -281,6 +300,37 @@ def test_what_is_done_is_kept(own_tasks, model, tokenizer, tmp_path):
 
 
 @needs_harness
+def test_identity_is_what_a_result_depends_on(own_tasks, tmp_path):
+    def identity(extra="", **settings):
+        folder = write_choices(tmp_path / "tasks", [0] * 5, extra="training_split: train\n" + extra)
+        return TaskSuite(["choose"], task_paths=[folder], **settings).identity("choose")
+
+    others = [
+        identity(limit=3),
+        identity(batch_size=2),
+        identity(num_fewshot=1),
+        identity("target_delimiter: ': '\n"),
+    ]
+    assert len({identity(), *others}) == 5 and identity() == identity()
+
+
+@needs_harness
+def test_a_task_that_wants_no_exemplars_gets_none(own_tasks, model, tokenizer, tmp_path):
+    folder = write_choices(tmp_path / "tasks", [0] * 5, extra="num_fewshot: 0\n")
+    suite = TaskSuite(["choose"], task_paths=[folder], num_fewshot=2)
+    assert suite.run("choose", model, tokenizer)["choose"].num_fewshot == 0
+
+
+@needs_harness
+def test_a_metric_that_is_no_mean_has_no_scores(own_tasks, model, tokenizer, tmp_path):
+    metrics = "metric_list: [{metric: acc, aggregation: median, higher_is_better: true}]\n"
+    folder = write_choices(tmp_path / "tasks", best_choices(model, tokenizer), extra=metrics)
+    result = TaskSuite(["choose"], task_paths=[folder]).run("choose", model, tokenizer)["choose"]
+    assert result.scores == {}
+    assert result.metrics == {"acc,none": {"value": 1.0, "standard_error": 0.0, "higher_is_better": True}}
+
+
+@needs_harness
 def test_results_of_other_items_are_not_compared(own_tasks, model, tokenizer, tmp_path):
     results = [
         TaskSuite(["choose"], task_paths=[write_choices(tmp_path / "tasks", [answer] * 5)]).run(
@@ -302,7 +352,7 @@ def test_without_the_harness(monkeypatch):
 
 
 @needs_harness
-def test_mistakes_with_the_harness_own_tasks(tmp_path):
+def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
     (tmp_path / "sw.tsv").write_text("Ngapi?\t777\nNgapi?\tsaba\n")
     for name, message in {
         "mgsm_direct_swa": r"lm-eval knows no task 'mgsm_direct_swa'; did you mean mgsm_direct_sw\b",
