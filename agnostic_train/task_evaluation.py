@@ -97,7 +97,6 @@ class TaskSuite:
             raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
         self.names = list(dict.fromkeys(names))
         self.limit = limit
-        self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.harness_version = version("lm_eval")
         task_paths = [Path(it) for it in task_paths]
@@ -134,7 +133,7 @@ class TaskSuite:
         }
         # The fields of a result count, because a kept one must have them.
         shape = [it.name for it in fields(TaskResult)]
-        content = [self.harness_version, self.limit, self.batch_size, shape, tasks]
+        content = [self.harness_version, self.batch_size, shape, tasks]
         return fingerprint(json.dumps(content, sort_keys=True, default=_named))
 
     def run(
@@ -176,7 +175,7 @@ class TaskSuite:
             for task in tasks.values():
                 # Every checkpoint gets the same exemplars, also a second one.
                 task.set_fewshot_seed(_SEED)
-            # Outlives this call only until `left_as_found` puts the state back.
+            # For tasks that sample what the model writes; `left_as_found` puts the state back.
             torch.manual_seed(_SEED)
             found = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
             num_truncated = {it: _num_truncated(harness_model, task, rooms[it]) for it, task in tasks.items()}
@@ -415,8 +414,8 @@ def _result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int)
     for metric in metrics:
         measure, _, filter_name = metric.partition(",")
         values = [sample.get(measure) for sample in by_filter[filter_name]]
-        if task.aggregation().get(measure) is mean and all(map(_is_number, values)):
-            scores[metric] = [float(value) for value in values]
+        if task.aggregation().get(measure) is mean and None not in (numbers := [_finite(value) for value in values]):
+            scores[metric] = numbers
     data = task.get_config("dataset_path")
     local = task.get_config("custom_dataset")
     if isinstance(local, partial):
