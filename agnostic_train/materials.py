@@ -13,6 +13,7 @@ from agnostic_train.files import UserError, hash_file
 from agnostic_train.loading import load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
+from agnostic_train.task_evaluation import TaskSuite
 
 
 class Materials:
@@ -73,6 +74,22 @@ class Materials:
         """The batches of the text that only judges, per kind and language."""
         size = self.recipe.evaluation.batch_size
         return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged[0].items()}
+
+    @cached_property
+    def task_suite(self) -> TaskSuite | None:
+        """The tasks to evaluate on, with their data; None without any."""
+        section = self.recipe.evaluation
+        if not section.tasks:
+            return None
+        return TaskSuite(
+            section.tasks,
+            task_paths=section.task_paths,
+            mgsm=section.mgsm,
+            num_fewshot=section.num_fewshot,
+            limit=section.limit,
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size or self.recipe.corpus.batch_size,
+        )
 
     @cached_property
     def model(self) -> PreTrainedModel:

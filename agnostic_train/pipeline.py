@@ -158,7 +158,10 @@ class Pipeline:
             "identity": model_identity(self.recipe.model, self.materials.model_path),
             "version": version("agnostic_train"),
         }
-        judged = {"evaluation": recipe["evaluation"], "files": self.materials.judged[1]}
+        suite = self.materials.task_suite
+        text = {key: recipe["evaluation"][key] for key in ("languages", "parallel_sentences", "batch_size")}
+        judged = {"text": text, "files": self.materials.judged[1]}
+        compared = self.manifest.record("compare")
         training = {
             key: value for key, value in recipe["training"].items() if key in ("languages", "update", "random_like")
         }
@@ -176,12 +179,13 @@ class Pipeline:
             "export": recipe["export"],
             "evaluate": {
                 **judged,
+                "tasks": suite and {name: suite.identity(name) for name in suite.names},
                 "checkpoints": [
                     checkpoint_identity(self.recipe.model, Checkpoint(it, None))
                     for it in self.recipe.evaluation.checkpoints
                 ],
             },
-            "report": {"comparison": self.manifest.record("compare").get("run")},
+            "report": {"comparison": compared.get("run") if compared.get("finished") else None},
             "trials": {"training": training, "arguments": arguments, **judged},
             "compare": {"training": recipe["training"], "comparison": recipe["comparison"], **judged},
         }

@@ -202,6 +202,9 @@ class EvaluationSection:
         default=None, ge=0, description="Examples before each item; a task's own by default."
     )
     limit: int | None = Field(default=None, ge=1, description="At most so many items of each task.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="How much the model may write in a task; without it, as each task says, or 256."
+    )
 
 
 @_section

@@ -83,12 +83,21 @@ def evaluation_table(evaluation: dict) -> Table:
 
 
 def task_table(tasks: dict) -> Table:
-    """Each checkpoint's metric on each task, as in `evaluation.json`'s `tasks`."""
+    """Each checkpoint's metrics on each task, as in `evaluation.json`'s `tasks`."""
     return [
-        {"checkpoint": name, "task": task, "metric": metric, "value": it["value"], "stderr": it["stderr"], "items": result["num_items"]}
-        for name, results in tasks["checkpoints"].items()
-        for task, result in results.items()
-        for metric, it in result["metrics"].items()
+        {"task": name, "checkpoint": checkpoint, "metric": metric, "value": it["value"], "standard_error": it["standard_error"], "items": task["num_items"]}
+        for name, task in tasks["tasks"].items()
+        for checkpoint, row in task["checkpoints"].items()
+        for metric, it in row["metrics"].items()
+    ]  # fmt: skip
+
+
+def task_comparison_table(tasks: dict) -> Table:
+    """Each two checkpoints on each task, on the same items, as in `evaluation.json`'s `tasks`."""
+    return [
+        {"task": name, **{key: value for key, value in it.items() if key != "interval"}, "low": it["interval"][0], "high": it["interval"][1]}
+        for name, task in tasks["tasks"].items()
+        for it in task["comparisons"]
     ]  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """`evaluate`: every language before and after, on text that selected nothing."""
 
+from functools import partial
+
+from agnostic_train.emergence import Checkpoint
 from agnostic_train.evaluation import compare_languages, describe, evaluate_languages
 from agnostic_train.files import whole_file, write_json
-from agnostic_train.loading import load_checkpoint, load_model
+from agnostic_train.loading import load_checkpoint, load_model, model_identity
 from agnostic_train.model_card import model_card
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.export import EXPORTS
-from agnostic_train.tables import evaluation_table
+from agnostic_train.stages.score import checkpoint_identity
+from agnostic_train.tables import evaluation_table, task_comparison_table, task_table
+from agnostic_train.task_evaluation import evaluate_tasks
 
 
 def evaluate(context: Context) -> dict:
@@ -26,6 +31,7 @@ def evaluate(context: Context) -> dict:
             kind: {language: describe(it) for language, it in evaluate_languages(model, its, source, progress).items()}
             for kind, its in batches.items()
         }
+    evaluation["tasks"] = _evaluate_tasks(context)
     cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
         write_json(context.directory / "evaluation.json", evaluation)
@@ -34,8 +40,52 @@ def evaluate(context: Context) -> dict:
             with whole_file(context.directory / name) as temporary:
                 temporary.write_text(card, encoding="utf-8")
     context.tracker.log_summary(objectives(evaluation, recipe.training.languages))
-    context.publish({"evaluation": evaluation_table(evaluation)})
+    tables = {"evaluation": evaluation_table(evaluation)}
+    if evaluation["tasks"] is not None:
+        tables["tasks"], tables["task_comparisons"] = (
+            it(evaluation["tasks"]) for it in (task_table, task_comparison_table)
+        )
+    context.publish(tables)
     return {"outputs": ["evaluation.json", *cards.values()]}
+
+
+def _evaluate_tasks(context: Context) -> dict | None:
+    """The harness's tasks on the base, the enhanced and the named checkpoints; None without tasks."""
+    suite, section = context.materials.task_suite, context.recipe.model
+    if suite is None:
+        return None
+    enhanced, named = context.directory / EXPORTS["merged"], context.recipe.evaluation.checkpoints
+    models = {
+        "before": context.materials.model,
+        "after": lambda: load_model(section, enhanced),
+        **{it: partial(load_checkpoint, section, it) for it in named},
+    }
+    identities = {
+        "before": context.inputs["evaluate"]["identity"],
+        "after": model_identity(section, enhanced),
+        **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in named},
+    }
+    result = evaluate_tasks(
+        models,
+        context.materials.tokenizer,
+        suite,
+        directory=context.directory / ".tasks",
+        identity=lambda name: [identities[name], section.dtype],
+        write=context.processes.is_main_process,
+        progress=context.processes.is_local_main_process,
+    )
+    for name, task in result["tasks"].items():
+        for metric in next(iter(task["checkpoints"].values()))["metrics"]:
+            values = "  ".join(
+                f"{checkpoint} {_in_words(row['metrics'][metric])}" for checkpoint, row in task["checkpoints"].items()
+            )
+            context.say(f"evaluate: {name} ({task['num_items']} items), {metric}: {values}")
+    return result
+
+
+def _in_words(metric: dict) -> str:
+    value, error = metric["value"], metric["standard_error"]
+    return "none" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def objectives(evaluation: dict, enhanced: list[str]) -> dict[str, float]:
