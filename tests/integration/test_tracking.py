@@ -1,0 +1,79 @@
+"""Weights & Biases: one run a command, a run for each training of a comparison, all offline."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import wandb
+from small_run import root, run, template  # noqa: F401 (fixtures)
+
+from agnostic_train.files import read_json
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Every run that is finished, offline: its name, group, id, summary, and what was logged over time."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rows, finished = {}, []
+    log, finish = wandb.Run.log, wandb.Run.finish
+
+    def spy_log(self, data, *args, **kwargs):
+        rows.setdefault(id(self), []).append(dict(data))
+        return log(self, data, *args, **kwargs)
+
+    def spy_finish(self, *args, **kwargs):
+        logged = rows.pop(id(self), [])
+        keys = {key for row in logged for key in row}
+        steps = [row["train/global_step"] for row in logged if "train/loss" in row]
+        summary = {key: self.summary[key] for key in self.summary.keys()}  # noqa: SIM118 (a summary isn't iterable)
+        finished.append(dict(name=self.name, group=self.group, id=self.id, summary=summary, history=keys, steps=steps))
+        return finish(self, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "log", spy_log)
+    monkeypatch.setattr(wandb.Run, "finish", spy_finish)
+    return finished
+
+
+def test_a_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
+    assert run(root, "run", "--tracking.wandb=true", "--tracking.run_name=mine", "--tracking.project=p") == 0
+    (only,) = runs
+    assert only["name"] == "mine" and wandb.run is None
+    evaluation, score = read_json(root / "out/evaluation.json")["languages"], read_json(root / "out/score.json")
+    summary = only["summary"]
+    assert summary["target_bits_per_byte"] == pytest.approx(evaluation["sw"]["after"]["bits_per_byte"])
+    assert summary["target_change"] == pytest.approx(evaluation["sw"]["bits_per_byte_change"])
+    assert summary["largest_forgetting"] == pytest.approx(max(0, evaluation["en"]["bits_per_byte_change"]))
+    assert summary["agnostic_score"] == pytest.approx(score["value"])
+    assert summary["test/change/en"] == pytest.approx(evaluation["en"]["bits_per_byte_change"])
+    assert {f"tables/{name}" for name in ("neurons", "score", "ablation", "evaluation")} <= only["history"]
+    assert {"figures/score", "figures/neurons", "train/loss"} <= only["history"] and only["steps"] == [2, 4, 6]
+    # The same command goes on in the same run.
+    assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
+    assert {it["id"] for it in runs} == {only["id"]}
+
+
+def test_a_comparison_is_a_group_of_runs(root, runs):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=0", "--comparison.learning_rates=[1e-2]"]
+    assert run(root, "compare", *flags, "--tracking.wandb=true", "--tracking.run_name=mine") == 0
+    found = {it["name"]: it for it in runs}
+    trials = {f"{name}, rate 0.01, seed 0" for name in ("shared", "full")}
+    assert found.keys() >= trials | {"comparison"}
+    assert {found[name]["group"] for name in trials | {"comparison"}} == {"mine"}
+    assert all(
+        "train/loss" in found[name]["history"] and "test/bits_per_byte/sw" in found[name]["summary"] for name in trials
+    )
+    assert {"tables/comparison", "figures/trade"} <= found["comparison"]["history"]
+
+
+def test_without_an_account_the_way_out_is_named(root):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-m", "agnostic_train", "detect", str(root / "recipe.yaml"), "--tracking.wandb=true"]
+    done = subprocess.run(
+        command, env=environment | {"HOME": str(root)}, capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("agnostic-train: error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and "tracking.wandb" in errors[0] and "WANDB_MODE=offline" in errors[0]
