@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -11,29 +11,57 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
+from transformers.utils import logging
 
 from agnostic_train.decoder import PROJECTIONS
 from agnostic_train.neurons import LanguageNeurons
 from agnostic_train.stability import jaccard
 
-# Language names may be written in their own script: what of these is installed draws what the first lacks.
-_FAMILIES = (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC",
-    "Microsoft YaHei", "Noto Sans Thai", "Noto Looped Thai", "Loma", "Garuda", "Thonburi", "Leelawadee UI", "Noto Sans",
-)  # fmt: skip
+logger = logging.get_logger(__name__)
+
+_FIRST_FONT = "DejaVu Sans"  # comes with matplotlib
 _MARKERS = "osv^DxP*hX"
 _LINES = ("-", "--", ":", "-.")
 
 
-def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> None:
-    """Draws each figure into `folder`, as NAME.png and NAME.svg."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    style = {"svg.fonttype": "none", "font.family": [name for name in _FAMILIES if name in installed]}
-    with matplotlib.rc_context(style):
+def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], labels: Iterable[str] = ()) -> None:
+    """Draws each figure into `folder`, as NAME.png and NAME.svg.
+
+    Args:
+        labels: what they write that may be in any script, such as languages' own names.
+    """
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": _families("".join(labels))}):
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def _families(text: str) -> list[str]:
+    """The fonts that draw a text: matplotlib's own, and of the installed ones those that have what it lacks."""
+    families = [_FIRST_FONT]
+    missing = {ord(character) for character in text if not character.isspace()}
+    missing -= font_manager.get_font(font_manager.findfont(_FIRST_FONT)).get_charmap().keys()
+    if not missing:
+        return families
+    # Asked of the system, since matplotlib's own list may be older than a font. Upright faces come first.
+    paths = font_manager.findSystemFonts()
+    for path in sorted(
+        paths, key=lambda path: (not re.search("sans.*regular", path.lower()), "regular" not in path.lower(), path)
+    ):
+        try:
+            font = font_manager.get_font(path)
+        except RuntimeError:  # a kind of font that FreeType can't read
+            continue
+        if found := missing & font.get_charmap().keys():
+            font_manager.fontManager.addfont(path)
+            families.append(font.family_name)
+            missing -= found
+        if not missing:
+            return families
+    characters = "".join(map(chr, sorted(missing)))
+    logger.warning(f"no installed font has {characters}: PNG figures show boxes, report.html uses the browser's fonts")
+    return families
 
 
 def _grid(rows: int = 1, width: float = 8, height: float = 4, **settings) -> tuple[Figure, np.ndarray]:
@@ -205,7 +233,7 @@ def draw_relative_change(evaluation: dict, enhanced: list[str]) -> Figure:
         if rows:
             _intervals(axis, places, rows, label, "o" if offset == 0 else "s", filled=offset == 0)
     axis.set_yticks(range(len(languages)), [name + (" (enhanced)" if name in enhanced else "") for name in languages])
-    axis.invert_yaxis()
+    axis.set_ylim(len(languages) - 0.5, -0.5)
     axis.set_xlabel("change of bits per byte, %, and its 95% interval (left is better)")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -29,6 +29,7 @@ class Materials:
         self.recipe = recipe
         self.processes = processes
         self.say = say
+        self._told_model = False
 
     @cached_property
     def model_path(self) -> str:
@@ -94,8 +95,10 @@ class Materials:
     @cached_property
     def model(self) -> PreTrainedModel:
         model = load_model(self.recipe.model, self.model_path)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
+        if not self._told_model:
+            millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+            self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
+            self._told_model = True  # a comparison loads it again for each of its trainings
         return model
 
     @cached_property

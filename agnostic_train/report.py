@@ -43,7 +43,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
     if any("loss" in entry for entry in history):
         titles["training"] = ("Training loss", partial(draw.draw_training, history))
     with whole_directory(directory / "figures") as temporary:
-        draw.write_figures(temporary, {name: figure for name, (_, figure) in titles.items()})
+        draw.write_figures(temporary, {name: figure for name, (_, figure) in titles.items()}, evaluation["languages"])
     page = (
         _environment()
         .get_template("report.html")
@@ -70,12 +70,13 @@ def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
 
 def draw_comparison(comparison: dict, folder: Path) -> None:
     """Draws the comparison's figures into `folder`."""
-    draw.write_figures(folder, {name: figure for name, (_, figure) in _comparison_figures(comparison).items()})
+    figures = {name: figure for name, (_, figure) in _comparison_figures(comparison).items()}
+    draw.write_figures(folder, figures, comparison["before"]["test"])
 
 
 def draw_emergence(rows: list[dict], folder: Path) -> None:
     """Draws the figure of a model's checkpoints into `folder`."""
-    draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)})
+    draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)}, rows[0]["related"])
 
 
 def comparison_text(comparison: dict) -> str:

@@ -1,0 +1,59 @@
+"""Figures in any script: which fonts draw a text, and what the files hold."""
+
+import logging
+
+import pytest
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+from agnostic_train import figures
+from agnostic_train.figures import write_figures
+
+
+class Font:
+    """What FreeType says of a file whose name lists the characters that it has."""
+
+    def __init__(self, path):
+        if "broken" in path:
+            raise RuntimeError("FT2Font: cannot open resource")
+        self.family_name = path
+        self.characters = path.partition(":")[2]
+
+    def get_charmap(self):
+        return {ord(character): 1 for character in self.characters}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    paths = ["/broken", "/Bold:中文", "/NotoSerif-Regular:中文", "/NotoSans-Regular:中文", "/NotoSansThai-Regular:ไทย"]
+    added, original = [], font_manager.get_font
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
+    monkeypatch.setattr(font_manager, "get_font", lambda path: Font(path) if path in paths else original(path))
+    monkeypatch.setattr(font_manager.fontManager, "addfont", added.append)
+    return added
+
+
+def test_only_what_the_first_font_lacks_is_looked_for(installed):
+    assert figures._families("sw Kiswahili ř") == ["DejaVu Sans"] and not installed
+    assert figures._families("中 文") == ["DejaVu Sans", "/NotoSans-Regular:中文"]
+    assert set(figures._families("中文ไทย")[1:]) == {"/NotoSans-Regular:中文", "/NotoSansThai-Regular:ไทย"}
+
+
+def test_characters_without_a_font_are_named(installed, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert figures._families("中አ")[1:] == ["/NotoSans-Regular:中文"]
+    assert "no installed font has አ" in caplog.text
+
+
+def test_both_files_are_written_and_text_stays_text(tmp_path):
+    def draw():
+        figure = Figure()
+        figure.subplots().set_title("Kiswahili <&>")
+        return figure
+
+    write_figures(tmp_path, {"one": draw}, ["Kiswahili"])
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    assert "Kiswahili &lt;&amp;&gt;" in (tmp_path / "one.svg").read_text()
+    first = (tmp_path / "one.svg").read_text()
+    write_figures(tmp_path, {"one": draw})
+    assert len(first) == len((tmp_path / "one.svg").read_text())  # no date in it
