@@ -1,6 +1,7 @@
 """A recipe: what to run on what, as dataclasses. Defaults < YAML file < flags; every unknown key is an error."""
 
 import math
+import os
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +30,13 @@ def _distinct(value: list[str]) -> list[str]:
     if len(set(value)) < len(value):
         raise ValueError("names a language twice")
     return value
+
+
+def _filled_in(value: str) -> str:
+    filled = os.path.expandvars(value)
+    if "$" in filled:
+        raise ValueError(f"{filled[filled.index('$') :].split('/')[0]} isn't set in the environment")
+    return filled
 
 
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
@@ -266,7 +274,9 @@ class Recipe:
     comparison: ComparisonSection = Field(default_factory=ComparisonSection)
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
-    output_dir: str = Field(description="Where every file of the run goes.")
+    output_dir: Annotated[str, AfterValidator(_filled_in)] = Field(
+        description="Where every file of the run goes; $NAME is filled in from the environment."
+    )
 
     def to_dict(self) -> dict:
         """Plain values, JSON-serialisable."""

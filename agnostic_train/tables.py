@@ -68,7 +68,7 @@ def ablation_table(ablation: dict) -> Table:
 def evaluation_table(evaluation: dict) -> Table:
     """Before and after, by kind of text and language. Takes what `evaluation.json` holds."""
     rows = []
-    for text, key in (("test", "languages"), ("parallel", "parallel")):
+    for text, key in (("test", "languages"), ("parallel", "parallel"), ("validation", "validation")):
         for language, it in (evaluation.get(key) or {}).items():
             low, high = it["interval"]
             rows.append(

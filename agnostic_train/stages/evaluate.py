@@ -16,7 +16,8 @@ from agnostic_train.task_evaluation import evaluate_tasks
 
 def evaluate(context: Context) -> dict:
     recipe, progress = context.recipe, context.processes.is_local_main_process
-    batches = context.materials.judging_batches()
+    # Validation text is measured too, for what selects: sweeps.
+    batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
     enhanced = context.directory / EXPORTS["merged"]
     before = {
         kind: evaluate_languages(context.materials.model, its, "before", progress) for kind, its in batches.items()
@@ -24,7 +25,12 @@ def evaluate(context: Context) -> dict:
     model = load_model(recipe.model, enhanced)
     after = {kind: evaluate_languages(model, its, "after", progress) for kind, its in batches.items()}
     compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
-    evaluation = {"languages": compared["test"], "parallel": compared.get("parallel"), "checkpoints": {}}
+    evaluation = {
+        "languages": compared["test"],
+        "parallel": compared.get("parallel"),
+        "validation": compared["validation"],
+        "checkpoints": {},
+    }
     for source in recipe.evaluation.checkpoints:
         model = load_checkpoint(recipe.model, source, key="evaluation.checkpoints")
         evaluation["checkpoints"][source] = {
@@ -39,7 +45,7 @@ def evaluate(context: Context) -> dict:
             card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
             with whole_file(context.directory / name) as temporary:
                 temporary.write_text(card, encoding="utf-8")
-    context.tracker.log_summary(objectives(evaluation, recipe.training.languages))
+    context.tracker.log_summary(objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting))
     tables = {"evaluation": evaluation_table(evaluation)}
     if evaluation["tasks"] is not None:
         tables["tasks"], tables["task_comparisons"] = (
@@ -88,25 +94,30 @@ def _in_words(metric: dict) -> str:
     return "none" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def objectives(evaluation: dict, enhanced: list[str]) -> dict[str, float]:
-    """The numbers that sweeps and dashboards rely on, by fixed names.
+def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> dict[str, float]:
+    """The numbers that sweeps and dashboards rely on, by fixed names, from `evaluation.json`.
 
+    On test text, which selects nothing: `test/bits_per_byte/{before,after}/LANGUAGE` and `test/change/LANGUAGE`,
+    relative. On validation text, for what selects:
     `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: of it, relative.
     `largest_forgetting`: the largest relative rise among the other languages, 0 where none rose.
+    `objective`, to be minimised: `target_bits_per_byte`, times 1 + 10 times what `largest_forgetting` exceeds
+    `max_forgetting` by: one point more forgotten has to gain ten points in the target.
     """
-    languages = evaluation["languages"]
-    values = {
-        f"test/bits_per_byte/{moment}/{language}": row[moment]["bits_per_byte"]
-        for language, row in languages.items()
-        for moment in ("before", "after")
-    }
-    after = [languages[it]["after"]["bits_per_byte"] for it in enhanced]
-    changes = {language: row["bits_per_byte_change"] for language, row in languages.items()}
-    forgetting = [change for language, change in changes.items() if language not in enhanced]
+    values = {}
+    for language, row in evaluation["languages"].items():
+        values[f"test/change/{language}"] = row["bits_per_byte_change"]
+        for moment in ("before", "after"):
+            values[f"test/bits_per_byte/{moment}/{language}"] = row[moment]["bits_per_byte"]
+    validation = evaluation["validation"]
+    after = [validation[it]["after"]["bits_per_byte"] for it in enhanced]
+    changes = {language: row["bits_per_byte_change"] for language, row in validation.items()}
+    largest = max([0.0, *(change for language, change in changes.items() if language not in enhanced)])
+    target = sum(after) / len(after)
     return {
         **values,
-        **{f"test/change/{language}": change for language, change in changes.items()},
-        "target_bits_per_byte": sum(after) / len(after),
+        "target_bits_per_byte": target,
         "target_change": sum(changes[it] for it in enhanced) / len(enhanced),
-        "largest_forgetting": max([0.0, *forgetting]),
+        "largest_forgetting": largest,
+        "objective": target * (1 + 10 * max(0.0, largest - max_forgetting)),
     }

@@ -9,6 +9,7 @@ import wandb
 from small_run import root, run, template  # noqa: F401 (fixtures)
 
 from agnostic_train.files import read_json
+from agnostic_train.stages.evaluate import objectives
 
 
 @pytest.fixture
@@ -40,18 +41,36 @@ def test_a_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     assert run(root, "run", "--tracking.wandb=true", "--tracking.run_name=mine", "--tracking.project=p") == 0
     (only,) = runs
     assert only["name"] == "mine" and wandb.run is None
-    evaluation, score = read_json(root / "out/evaluation.json")["languages"], read_json(root / "out/score.json")
-    summary = only["summary"]
-    assert summary["target_bits_per_byte"] == pytest.approx(evaluation["sw"]["after"]["bits_per_byte"])
-    assert summary["target_change"] == pytest.approx(evaluation["sw"]["bits_per_byte_change"])
-    assert summary["largest_forgetting"] == pytest.approx(max(0, evaluation["en"]["bits_per_byte_change"]))
+    evaluation, score = read_json(root / "out/evaluation.json"), read_json(root / "out/score.json")
+    summary, validation = only["summary"], evaluation["validation"]
+    assert summary["target_bits_per_byte"] == pytest.approx(validation["sw"]["after"]["bits_per_byte"])
+    assert summary["target_change"] == pytest.approx(validation["sw"]["bits_per_byte_change"])
+    assert summary["largest_forgetting"] == pytest.approx(max(0, validation["en"]["bits_per_byte_change"]))
+    assert summary["objective"] == pytest.approx(summary["target_bits_per_byte"])
     assert summary["agnostic_score"] == pytest.approx(score["value"])
-    assert summary["test/change/en"] == pytest.approx(evaluation["en"]["bits_per_byte_change"])
+    assert summary["test/change/en"] == pytest.approx(evaluation["languages"]["en"]["bits_per_byte_change"])
     assert {f"tables/{name}" for name in ("neurons", "score", "ablation", "evaluation")} <= only["history"]
     assert {"figures/score", "figures/neurons", "train/loss"} <= only["history"] and only["steps"] == [2, 4, 6]
     # The same command goes on in the same run.
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
     assert {it["id"] for it in runs} == {only["id"]}
+
+
+def test_the_objective_of_a_sweep():
+    def row(before, after):
+        values = {"before": {"bits_per_byte": before}, "after": {"bits_per_byte": after}}
+        return {**values, "bits_per_byte_change": after / before - 1}
+
+    evaluation = {
+        "languages": {"sw": row(9, 9)},
+        "validation": {"sw": row(2.0, 1.8), "en": row(1.0, 1.05), "de": row(1, 0.9)},
+    }
+    values = objectives(evaluation, ["sw"], max_forgetting=0.03)
+    assert values["target_bits_per_byte"] == 1.8 and values["target_change"] == pytest.approx(-0.1)
+    assert values["largest_forgetting"] == pytest.approx(0.05) and values["objective"] == pytest.approx(1.8 * 1.2)
+    assert objectives(evaluation, ["sw"], max_forgetting=0.06)["objective"] == 1.8
+    evaluation["validation"]["en"] = row(1.0, 0.9)
+    assert objectives(evaluation, ["sw"], max_forgetting=0.0)["largest_forgetting"] == 0
 
 
 def test_a_comparison_is_a_group_of_runs(root, runs):

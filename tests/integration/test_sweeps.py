@@ -1,0 +1,70 @@
+"""The shipped sweeps: what wandb's agent would run, and two points of one really run, offline."""
+
+import itertools
+import subprocess
+
+import pytest
+from ruamel.yaml import YAML
+from small_run import root, run, template  # noqa: F401 (fixtures)
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from agnostic_train.files import read_json
+from agnostic_train.recipe import load_recipe
+
+SWEEPS = ("strategy", "learning_rate", "top_ratio")
+
+
+def sweep(pytestconfig, name):
+    return YAML(typ="safe").load((pytestconfig.rootpath / f"recipes/sweeps/{name}.yaml").read_text())
+
+
+def commands(config):
+    """What an agent runs for each point of the grid, as wandb's own functions make it."""
+    names = list(config["parameters"])
+    for values in itertools.product(*(config["parameters"][name]["values"] for name in names)):
+        chosen = {name: {"value": value} for name, value in zip(names, values, strict=True)}
+        variables = {**create_sweep_command_args({"args": chosen}), "env": ["/usr/bin/env"]}
+        command = []
+        for part in create_sweep_command(list(config["command"])):
+            command += variables[part[2:-1]] if part.startswith("${") and part.endswith("}") else [part]
+        yield command
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_a_sweep_is_a_recipe(pytestconfig, name, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    config = sweep(pytestconfig, name)
+    assert config["metric"] == {"name": "objective", "goal": "minimize"} and config["method"] == "grid"
+    recipes = []
+    for command in commands(config):
+        assert command[:4] == ["/usr/bin/env", "accelerate", "launch", "--config_file=recipes/accelerate/cpu.yaml"]
+        assert command[4:7] == ["-m", "agnostic_train", "run"]
+        flags = dict(flag.removeprefix("--").split("=", 1) for flag in command[8:])
+        recipes.append(load_recipe(pytestconfig.rootpath / command[7], flags))
+    assert len(recipes) > 5 and len({str(recipe) for recipe in recipes}) == len(recipes)
+    assert all(recipe.tracking.wandb and recipe.output_dir == f"runs/sweeps/{name}/abc" for recipe in recipes)
+
+
+def test_two_points_of_a_sweep_really_run(pytestconfig, root, monkeypatch):
+    every = list(commands(sweep(pytestconfig, "strategy")))
+    changes = []
+    for index in (0, -1):
+        monkeypatch.setenv("WANDB_RUN_ID", f"run{index}")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        # The sweep's own command, on the small recipe.
+        command = [
+            part.replace("recipes/real_text.yaml", str(root / "recipe.yaml")).replace("runs/", f"{root}/runs/")
+            for part in every[index]
+        ]
+        done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = root / f"runs/sweeps/strategy/run{index}"
+        assert next((folder / "wandb").glob(f"offline-run-*run{index}"))
+        changes.append(read_json(folder / "evaluation.json")["languages"]["sw"]["bits_per_byte_change"])
+    assert changes[0] != changes[1]
+
+
+def test_an_output_folder_needs_its_variables(root, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    assert run(root, "detect", f"--output_dir={root}/runs/$WANDB_RUN_ID") == 2
+    assert "output_dir: $WANDB_RUN_ID isn't set in the environment" in capsys.readouterr().err
