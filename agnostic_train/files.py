@@ -16,6 +16,10 @@ from filelock import FileLock, Timeout
 class UserError(ValueError):
     """A mistake that the user can mend: the message is one line that names the key or file and the fix."""
 
+    def __init__(self, message: str):
+        # It quotes libraries, and keys as the user wrote them, which may have lines of their own.
+        super().__init__(" ".join(message.split()))
+
 
 @contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
@@ -81,7 +85,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of 5000 digits, nested too deeply
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
 
 

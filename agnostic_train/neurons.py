@@ -44,7 +44,10 @@ class NeuronSet:
         for (layer, projection), indices in sorted((sites or {}).items(), key=lambda item: _order(item[0])):
             if projection not in PROJECTIONS:
                 raise ValueError(f"unknown projection {projection!r}; it is one of {', '.join(PROJECTIONS)}")
-            indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+            try:
+                indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+            except (TypeError, RuntimeError, OverflowError) as error:  # text, and numbers beyond 64 bits
+                raise ValueError(f"layer {layer} {projection}: expected a list of indices ({error})") from None
             if not indices.numel():
                 continue
             if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
@@ -216,7 +219,7 @@ class NeuronSet:
                     raise UserError(f"{file}: unknown key {name!r}; expected {', '.join(names)}")
                 projection = names[name]
                 for key, values in by_layer.items():
-                    indices = torch.tensor(values, dtype=torch.int64)
+                    indices = torch.tensor(values)
                     layer = int(key)
                     if published and projection in ("k", "v") and layer < len(decoder.layers):
                         indices = _kv_rows(indices, decoder.layers[layer], file)
@@ -309,10 +312,11 @@ class LanguageNeurons:
         """Reads what `save` wrote; raises `UserError` that names the file that is missing or broken."""
         directory = Path(directory)
         summary = read_json(directory / "summary.json")
-        try:
-            languages, settings = summary["languages"], summary["settings"]
-        except (KeyError, TypeError):
-            raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again") from None
+        summary = summary if isinstance(summary, dict) else {}
+        languages, settings = summary.get("languages"), summary.get("settings")
+        whole = isinstance(settings, dict) and isinstance(languages, list)
+        if not whole or not all(isinstance(language, str) for language in languages):
+            raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
         return cls(
             {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},
             NeuronSet.load(directory / "shared.safetensors"),
