@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+"""What `whole_file` and `whole_directory` call their files until they are whole."""
 
 
 class UserError(ValueError):
@@ -23,7 +27,11 @@ class UserError(ValueError):
 
 @contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process; raises `UserError` if another one does. A killed process holds nothing."""
+    """Holds a folder for this process, and clears it of what a killed one left half-written.
+
+    Raises:
+        UserError: another process holds it. A killed process holds nothing.
+    """
     lock = FileLock(directory / ".lock", blocking=False)
     try:
         lock.acquire()
@@ -32,9 +40,18 @@ def sole_user(directory: Path) -> Iterator[None]:
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
         ) from None
     try:
+        for leftover in [path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 @contextmanager
@@ -42,7 +59,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -57,7 +74,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file, where a folder belongs; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary

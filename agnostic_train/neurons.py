@@ -15,6 +15,7 @@ from agnostic_train.decoder import PROJECTIONS, Layer, Site, find_decoder
 from agnostic_train.files import UserError, read_json, whole_directory, whole_file, write_json
 
 FORMAT = "agnostic_train.neurons"
+_METADATA = "neurons"
 EXCLUSIVE_MODES = ("complement", "unique")
 
 _PUBLISHED_KEYS = {
@@ -148,9 +149,9 @@ class NeuronSet:
 
     def save(self, file: str | Path) -> None:
         """Writes safetensors: an int64 tensor `layers.<layer>.<projection>` per site, the sizes as metadata."""
-        metadata = {"format": FORMAT, "version": "1"}
-        if self.sizes is not None:
-            metadata["sizes"] = json.dumps({_key(site): size for site, size in self.sizes.items()})
+        sizes = None if self.sizes is None else {_key(site): size for site, size in self.sizes.items()}
+        # One key: safetensors writes several in random order, and equal sets should be equal files.
+        metadata = {_METADATA: json.dumps({"format": FORMAT, "version": 2, "sizes": sizes})}
         with whole_file(file) as temporary:
             save_file({_key(site): indices for site, indices in self.items()}, temporary, metadata)
 
@@ -162,10 +163,14 @@ class NeuronSet:
         try:
             with safe_open(file, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
+                if _METADATA in metadata:
+                    metadata = json.loads(metadata[_METADATA])
+                elif "sizes" in metadata:  # version 1
+                    metadata = metadata | {"sizes": json.loads(metadata["sizes"])}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
                 sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
-            sizes = {_site(key): size for key, size in json.loads(metadata.get("sizes", "{}")).items()}
+            sizes = {_site(key): size for key, size in (metadata.get("sizes") or {}).items()}
             return cls(sites, sizes or None)
         except UserError:
             raise
@@ -227,7 +232,7 @@ class NeuronSet:
             neurons = cls(sites)
         except UserError:
             raise
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{file}: not a set of neurons per projection and layer ({error})") from None
         neurons.check(model, source=str(file))
         return cls(sites, decoder.sizes)

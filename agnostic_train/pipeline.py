@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
@@ -32,6 +32,7 @@ from agnostic_train.report import model_card, write_report
 from agnostic_train.settings import check_inputs, choose_strategy, training_arguments
 from agnostic_train.stability import detection_stability
 from agnostic_train.strategy import Choice
+from agnostic_train.training.guarded import GuardedTrainer, is_complete
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, saved_checkpoints
 
 STAGES = {
@@ -249,7 +250,7 @@ class Pipeline:
         }
         settings = dict(args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=encoder.collate)
         if choice is None:
-            trainer = Trainer(self.materials.model, **settings)
+            trainer = GuardedTrainer(self.materials.model, **settings)
         else:
             trainer = NeuronTrainer(
                 self.materials.model, **settings, neurons=choice.neurons, update=recipe.training.update
@@ -395,8 +396,7 @@ class Pipeline:
         if found and not self.manifest.record("train"):
             raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
         for path in found:
-            # The Trainer writes its state last: without it, saving was interrupted.
-            if not resume or not (path / TRAINER_STATE_NAME).exists():
+            if not resume or not is_complete(path):
                 shutil.rmtree(path)
 
     @cached_property

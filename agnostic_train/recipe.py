@@ -333,9 +333,12 @@ def _check_plain(value: Any, where: str) -> None:
         elif isinstance(it, str):
             if "\0" in it or any("\ud800" <= character <= "\udfff" for character in it):
                 raise UserError(f"{where}: {_short(it)} holds characters that no text or file name can hold")
-        elif isinstance(it, (int, float)):
+        elif isinstance(it, int):
             if not abs(it) < 2**63:
-                raise UserError(f"{where}: must be a finite number below 2^63")
+                raise UserError(f"{where}: a whole number must be below 2^63")
+        elif isinstance(it, float):
+            if not math.isfinite(it):
+                raise UserError(f"{where}: must be a finite number, not {it}")
         elif it is not None:
             raise UserError(f"{where}: {_short(it)} is a {type(it).__name__}; write it as text, in quotes")
 

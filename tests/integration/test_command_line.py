@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_llama
+from conftest import padded_batch
 from peft import PeftModel
+from small_run import RECIPE, run, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.cli import STAGE_HELP, main
@@ -17,40 +18,14 @@ from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.pipeline import STAGES
-from agnostic_train.quickstart.phrasebook import phrasebook
-from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.trained import Trained
-
-RECIPE = """
-model: {{name: {root}/model}}
-corpus: {{path: {root}/text, languages: [en, sw], detection_sentences: 20, validation_sentences: 10}}
-detection: {{top_ratio: 0.2, consistency: 0.5}}
-score: {{controls: 1}}
-training:
-  languages: [sw]
-  max_steps: 6
-  per_device_train_batch_size: 4
-  learning_rate: 1e-2
-  logging_steps: 2
-  save_steps: 3
-  disable_tqdm: true
-output_dir: {root}/out
-"""
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A folder with text and a model, which the tests copy."""
     root = tmp_path_factory.mktemp("template")
-    (root / "text").mkdir()
-    texts = phrasebook(num_train=200, num_valid=30, num_test=30)
-    for language in ("en", "sw"):
-        for split in ("train", "valid"):
-            (root / f"text/{language}.{split}.txt").write_text("\n".join(texts[split][language]), encoding="utf-8")
-    tokenizer = build_tokenizer(texts["train"]["en"] + texts["train"]["sw"], vocab_size=400)
-    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1)
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    write_inputs(root)
     return root
 
 
@@ -78,10 +53,6 @@ def finished(finished_template):
     yield finished_template
     shutil.rmtree(finished_template)
     backup.rename(finished_template)
-
-
-def run(root, stage, *flags):
-    return main([stage, str(root / "recipe.yaml"), *flags])
 
 
 def test_the_whole_chain(root, capsys):

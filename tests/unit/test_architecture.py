@@ -7,7 +7,7 @@ ORDER = [
     "impact", "self_check", "lape", "detection", "stability", "perplexity", "ablation", "agnostic_score", "emergence", "strategy", "training",
     "trained", "frozen_weights", "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "settings", "pipeline", "cli", "__main__",
 ]  # fmt: skip
-ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "trainer"]
+ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
 ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_llama
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from agnostic_train.decoder import PROJECTIONS, find_decoder
 from agnostic_train.detection import TopCounts
@@ -222,3 +223,18 @@ def test_a_damaged_summary_is_one_line(tmp_path_factory, data):
         assert str(folder) in str(error)
     else:
         assert set(found.related) <= {"en", "sw"}
+
+
+def test_equal_sets_are_equal_files_and_files_of_version_1_are_read(tmp_path):
+    neurons = NeuronSet({(0, "q"): [1, 5]}, SIZES)
+    contents = set()
+    for _ in range(8):
+        neurons.save(tmp_path / "it.safetensors")
+        contents.add((tmp_path / "it.safetensors").read_bytes())
+    assert len(contents) == 1
+    metadata = {"format": "agnostic_train.neurons", "version": "1"}
+    sizes = json.dumps({f"layers.{layer}.{name}": size for (layer, name), size in SIZES.items()})
+    for old, expected in ((metadata, None), (metadata | {"sizes": sizes}, SIZES)):
+        save_file({"layers.0.q": torch.tensor([1, 5])}, tmp_path / "old.safetensors", old)
+        read = NeuronSet.load(tmp_path / "old.safetensors")
+        assert read == neurons and read.sizes == expected

@@ -1,0 +1,41 @@
+"""A recipe, a text and a model that make a whole run take seconds: shared by the tests of the command line."""
+
+from conftest import tiny_llama
+
+from agnostic_train.cli import main
+from agnostic_train.quickstart.phrasebook import phrasebook
+from agnostic_train.quickstart.tiny_model import build_tokenizer
+
+RECIPE = """
+model: {{name: {root}/model}}
+corpus: {{path: {root}/text, languages: [en, sw], detection_sentences: 20, validation_sentences: 10}}
+detection: {{top_ratio: 0.2, consistency: 0.5}}
+score: {{controls: 1}}
+training:
+  languages: [sw]
+  max_steps: 6
+  per_device_train_batch_size: 4
+  learning_rate: 1e-2
+  logging_steps: 2
+  save_steps: 3
+  disable_tqdm: true
+output_dir: {root}/out
+"""
+
+
+def write_inputs(root):
+    """`root/text` and `root/model`."""
+    (root / "text").mkdir()
+    texts = phrasebook(num_train=200, num_valid=30, num_test=30)
+    for language in ("en", "sw"):
+        for split in ("train", "valid"):
+            (root / f"text/{language}.{split}.txt").write_text("\n".join(texts[split][language]), encoding="utf-8")
+    tokenizer = build_tokenizer(texts["train"]["en"] + texts["train"]["sw"], vocab_size=400)
+    model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+
+
+def run(root, stage, *flags):
+    """The command line on `root/recipe.yaml`, in this process."""
+    return main([stage, str(root / "recipe.yaml"), *flags])
