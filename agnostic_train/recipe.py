@@ -1,6 +1,7 @@
 """A recipe: what to run on what, as dataclasses. Defaults < YAML file < flags; every unknown key is an error."""
 
 import math
+import os
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +31,8 @@ def _distinct(value: list[str]) -> list[str]:
     return value
 
 
+# A shell leaves the ~ of --output_dir=~/runs as it is.
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
@@ -41,7 +44,7 @@ EMBEDDED = "embedded:quickstart"
 class ModelSection:
     """The model to enhance."""
 
-    name: str = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
+    name: LocalPath = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
     revision: str | None = Field(default=None, description="A hub revision.")
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list,
@@ -57,7 +60,7 @@ class ModelSection:
 class CorpusSection:
     """The text."""
 
-    path: str | None = Field(
+    path: LocalPath | None = Field(
         default=None,
         description="A folder of {lang}.train, {lang}.valid and, if there, {lang}.test as .txt, .jsonl or .parquet; "
         f"or {EMBEDDED}.",
@@ -151,7 +154,9 @@ class TrainingSection:
     random_like: Literal["shared", "exclusive", "related", "shared+exclusive"] = Field(
         default="shared+exclusive", description="'random': the strategy whose numbers it matches."
     )
-    neurons: str | None = Field(default=None, description="Train the neurons of this file instead of a strategy's.")
+    neurons: LocalPath | None = Field(
+        default=None, description="Train the neurons of this file instead of a strategy's."
+    )
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -198,7 +203,7 @@ class Recipe:
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
-    output_dir: str = Field(description="Where every file of the run goes.")
+    output_dir: LocalPath = Field(description="Where every file of the run goes.")
 
     def to_dict(self) -> dict:
         """Plain values, JSON-serialisable."""

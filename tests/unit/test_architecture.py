@@ -3,9 +3,9 @@
 import ast
 
 ORDER = [
-    "files", "recipe", "sources", "encoding", "corpus", "decoder", "neurons", "deactivation", "inference", "processes",
+    "files", "recipe", "sources", "encoding", "corpus", "decoder", "memory", "neurons", "deactivation", "inference", "processes",
     "impact", "self_check", "lape", "detection", "stability", "perplexity", "ablation", "agnostic_score", "emergence", "strategy", "training",
-    "trained", "frozen_weights", "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "settings", "pipeline", "cli", "__main__",
+    "trained", "frozen_weights", "export", "evaluation", "report", "loading", "quickstart", "materials", "manifest", "settings", "pipeline", "dry_run", "cli", "__main__",
 ]  # fmt: skip
 ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
 ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
