@@ -1,7 +1,7 @@
 """How much GPU memory a model takes, by arithmetic over its sizes. The formulas stand in recipes/README.md too.
 
 In bytes, for one process that holds a whole model. b: bytes of a weight; T: tokens of a batch; L: its padded length; h,
-q, k, f, V: widths of the hidden state, queries, keys, feed-forward and vocabulary; n: the widths of a layer's norms.
+q, f, V: widths of the hidden state, queries, feed-forward and vocabulary; n: the widths of a layer's norms.
 
     weights      b * parameters
     learnt       (16 + b) * chosen entries: value, gradient and AdamW's two moments in float32, and a copy in the

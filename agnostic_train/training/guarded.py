@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError, read_json
+from agnostic_train.processes import sum_over_processes
 
 _NUM_TOKENS_NAMED = 12
 
@@ -67,12 +69,22 @@ class GuardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise UserError(
-                    f"training.learning_rate: {name} isn't finite after step {self.state.global_step}, and isn't saved; "
-                    "earlier checkpoints are kept; try a lower rate or a wider model.dtype"
-                )
+        bad = [
+            name
+            for name, it in self.model.named_parameters()
+            # Of weights that are split over processes, each looks at its own part.
+            if it.requires_grad and not (it.to_local() if isinstance(it, DTensor) else it).isfinite().all()
+        ]
+        num_bad = torch.tensor(len(bad), device=self.args.device)
+        # At a checkpoint all processes are here, and must agree; elsewhere one may save alone.
+        if _internal_call:
+            num_bad = sum_over_processes(num_bad)
+        if num_bad:
+            raise UserError(
+                f"training.learning_rate: {bad[0] if bad else 'a weight'} isn't finite after step "
+                f"{self.state.global_step}, and isn't saved; earlier checkpoints are kept; try a lower rate or a wider "
+                "model.dtype"
+            )
         super().save_model(output_dir, _internal_call)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import zipfile
 
 import pytest
@@ -144,6 +145,35 @@ def test_a_full_disk(root, stage, limit):
     assert any(message in errors[0] for message in ("File too large", "can't be read or written", "is the disk full?"))
     assert not (root / "out/enhanced").exists() and not list((root / "out").glob(".*.tmp"))
     assert run(root, stage) == 0
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small disk of its own, and what changes its options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
+
+    if shutil.which("mount") is None or mount("size=100k").returncode:
+        pytest.skip("mounting a disk isn't allowed here")
+    yield folder, lambda *options: mount("remount", *options)
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(root, mounted, capsys):
+    folder, remount = mounted
+    flag = f"--output_dir={folder / 'out'}"
+    assert_one_line(capsys, run(root, "train", flag))
+    assert not (folder / "out/adapter").exists()
+    assert remount("size=10m").returncode == 0
+    assert run(root, "export", flag) == 0
+    assert remount("ro").returncode == 0
+    capsys.readouterr()
+    assert_one_line(capsys, run(root, "run", flag), "output_dir: can't write to", "Read-only")
+    assert remount("rw").returncode == 0 and run(root, "run", flag) == 0
+    assert "train: unchanged" in capsys.readouterr().out
 
 
 class Poisoned(torch.nn.Module):

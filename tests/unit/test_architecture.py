@@ -35,3 +35,24 @@ def test_imports_run_one_way(pytestconfig):
             elif "compact" in parts and parts[-1] != "__init__":
                 assert ORDER_OF_COMPACT.index(other[2]) < ORDER_OF_COMPACT.index(parts[2]), f"{file} imports {other}"
     assert seen == set(ORDER)
+
+
+def test_nothing_is_read_or_written_that_could_run_code(pytestconfig):
+    """Our own files are safetensors, JSON and YAML of the safe kind; of a Trainer's pickles, plain values alone."""
+    loads = 0
+    for file in (pytestconfig.rootpath / "agnostic_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}, file
+            elif isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in ("eval", "exec", "torch.save", "np.save", "yaml.load"), file
+                keywords = {it.arg: ast.unparse(it.value) for it in node.keywords}
+                if call == "torch.load":
+                    loads += 1
+                    assert keywords["weights_only"] == "True", file
+                elif call == "YAML":
+                    loads += 1
+                    assert keywords["typ"] == "'safe'", file
+    assert loads == 2
