@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     }
     length = encoder.max_length or tokenizer.model_max_length
     num_entries = _most_entries(recipe, model, decoder, layout)
-    num_processes = PartialState().num_processes
+    num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
     num_examples = sum(num_sentences[language]["training"] for language in recipe.training.languages)
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)

@@ -163,12 +163,22 @@ def test_accelerate_reads_its_configs(file):
 
 
 def test_accelerate_launches_a_run_on_the_cpu(stand_ins, tmp_path):
+    """And it takes as many steps as the dry run said."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins).replace(f"{stand_ins}/out", f"{tmp_path}/out"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml"]
-    command += ["-m", "agnostic_train", "run", tmp_path / "recipe.yaml"]
+    flags = {"training.max_steps": "-1", "training.num_train_epochs": "1", "training.gradient_accumulation_steps": "3"}
+    command += [
+        "-m",
+        "agnostic_train",
+        "run",
+        tmp_path / "recipe.yaml",
+        *(f"--{key}={it}" for key, it in flags.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out/report.html").exists()
+    plan = make_plan(load_recipe(tmp_path / "recipe.yaml", flags), "run")
+    assert plan.num_steps == 4 and "train: 4 steps" in done.stdout
 
 
 SLURM = RECIPES / "slurm/launch.sh"
