@@ -47,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
         command.add_argument("--force", action="store_true", help="run again even if nothing has changed")
+        command.add_argument(
+            "--dry-run", action="store_true", help="only say what it would take: loads no weights, writes nothing"
+        )
         groups: dict[str, argparse._ArgumentGroup] = {}
         for key, help_text in recipe_keys().items():
             section = key.partition(".")[0]
@@ -66,10 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(_explain_unknown(unknown[0]))
-    flags = {key: value for key, value in vars(known).items() if key not in ("stage", "recipe", "force")}
+    flags = {key: value for key, value in vars(known).items() if key not in ("stage", "recipe", "force", "dry_run")}
     try:
         recipe = load_recipe(known.recipe, flags)
         # Imported late: it brings the libraries that take seconds, and a mistake in a recipe shouldn't.
+        if known.dry_run:
+            from agnostic_train.dry_run import print_plan
+
+            print_plan(recipe, known.stage)
+            return 0
         from agnostic_train.pipeline import Pipeline
 
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
@@ -98,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _explain_unknown(argument: str) -> str:
     name = argument.partition("=")[0]
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
-    nearest = get_close_matches(name, [*keys, "--force"], n=1, cutoff=0.5)
+    nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.5)
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 

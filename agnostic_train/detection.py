@@ -8,7 +8,7 @@ from math import floor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -232,18 +232,23 @@ class TopCounts:
 
     @classmethod
     def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
-        """Counts to go on from; fresh ones where there is no file."""
+        """Counts to go on from; fresh ones where there is no file. Raises `UserError` if it is damaged."""
         counts = cls(top_ratio)
         if not file.exists():
             return counts
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            progress = tensors.metadata()
-            for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
-                *kind, layer, projection = key.split(".")
-                target = {"finite": counts._finite, "active": counts._activations}.get("".join(kind), counts._counts)
-                target[(int(layer), projection)] = tensors.get_tensor(key)
-        for name in _PROGRESS:
-            setattr(counts, name, int(progress[name]))
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                progress = tensors.metadata()
+                for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
+                    *kind, layer, projection = key.split(".")
+                    target = {"finite": counts._finite, "active": counts._activations}.get(
+                        "".join(kind), counts._counts
+                    )
+                    target[(int(layer), projection)] = tensors.get_tensor(key)
+            for name in _PROGRESS:
+                setattr(counts, name, int(progress[name]))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: counts that can't be read ({error}); delete it and detect again") from None
         return counts
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,14 +13,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+"""What `whole_file` and `whole_directory` call their files until they are whole."""
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message is one line that names the key or file and the fix."""
 
+    def __init__(self, message: str):
+        # It quotes libraries, and keys as the user wrote them, which may have lines of their own.
+        super().__init__(" ".join(message.split()))
+
 
 @contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process; raises `UserError` if another one does. A killed process holds nothing."""
+    """Holds a folder for this process, and clears it of what a killed one left half-written.
+
+    Raises:
+        UserError: another process holds it. A killed process holds nothing.
+    """
     lock = FileLock(directory / ".lock", blocking=False)
     try:
         lock.acquire()
@@ -28,9 +40,18 @@ def sole_user(directory: Path) -> Iterator[None]:
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
         ) from None
     try:
+        for leftover in [path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 @contextmanager
@@ -38,7 +59,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -53,7 +74,7 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file, where a folder belongs; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -81,7 +102,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of 5000 digits, nested too deeply
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from peft import get_peft_model
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
 from agnostic_train.corpus import training_examples
 from agnostic_train.materials import Materials
 from agnostic_train.strategy import Choice
+from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
 
@@ -17,7 +18,7 @@ def make_trainer(
     choice: Choice,
     training: Mapping[str, Sequence[str]],
     held_out: Mapping[str, Sequence[str]] | None = None,
-) -> Trainer:
+) -> GuardedTrainer:
     """A trainer of the recipe's model, in which what was chosen learns.
 
     Args:
@@ -45,6 +46,6 @@ def make_trainer(
     if choice.neurons is not None:
         trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
     else:
-        trainer = Trainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
+        trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
     trainer.remove_callback(PrinterCallback)
     return trainer

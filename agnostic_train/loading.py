@@ -32,6 +32,26 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
+    """Builds the model from its config alone, on the meta device: its modules and shapes without a weight.
+
+    Raises:
+        UserError: no such config, or one that no causal language model is made of.
+    """
+    config = _load(AutoConfig, section, name)
+    dtype = (config.get_text_config().dtype or torch.float32) if section.dtype == "auto" else section.dtype
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, str(dtype).removeprefix("torch.")),
+                trust_remote_code=section.trust_remote_code,
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:400]
+        raise UserError(f"model.name: no model can be made of the config of {name}: {problem}") from None
+
+
 def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkpoints") -> PreTrainedModel:
     """Loads an earlier state of the model: a folder, or a revision of its hub repository.
 

@@ -16,6 +16,7 @@ from agnostic_train.files import UserError, read_json, whole_directory, whole_fi
 from agnostic_train.random_moves import matched_moves, random_moves
 
 FORMAT = "agnostic_train.neurons"
+_METADATA = "neurons"
 EXCLUSIVE_MODES = ("complement", "unique")
 ACTIVATIONS_FILE = "activations.safetensors"
 
@@ -46,7 +47,10 @@ class NeuronSet:
         for (layer, projection), indices in sorted((sites or {}).items(), key=lambda item: _order(item[0])):
             if projection not in PROJECTIONS:
                 raise ValueError(f"unknown projection {projection!r}; it is one of {', '.join(PROJECTIONS)}")
-            indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+            try:
+                indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+            except (TypeError, RuntimeError, OverflowError) as error:  # text, and numbers beyond 64 bits
+                raise ValueError(f"layer {layer} {projection}: expected a list of indices ({error})") from None
             if not indices.numel():
                 continue
             if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
@@ -152,9 +156,9 @@ class NeuronSet:
 
     def save(self, file: str | Path) -> None:
         """Writes safetensors: an int64 tensor `layers.<layer>.<projection>` per site, the sizes as metadata."""
-        metadata = {"format": FORMAT, "version": "1"}
-        if self.sizes is not None:
-            metadata["sizes"] = json.dumps({_key(site): size for site, size in self.sizes.items()})
+        sizes = None if self.sizes is None else {_key(site): size for site, size in self.sizes.items()}
+        # One key: safetensors writes several in random order, and equal sets should be equal files.
+        metadata = {_METADATA: json.dumps({"format": FORMAT, "version": 2, "sizes": sizes})}
         with whole_file(file) as temporary:
             save_file({_key(site): indices for site, indices in self.items()}, temporary, metadata)
 
@@ -166,10 +170,14 @@ class NeuronSet:
         try:
             with safe_open(file, framework="pt") as tensors:
                 metadata = tensors.metadata() or {}
+                if _METADATA in metadata:
+                    metadata = json.loads(metadata[_METADATA])
+                elif "sizes" in metadata:  # version 1
+                    metadata = metadata | {"sizes": json.loads(metadata["sizes"])}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
                 sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
-            sizes = {_site(key): size for key, size in json.loads(metadata.get("sizes", "{}")).items()}
+            sizes = {_site(key): size for key, size in (metadata.get("sizes") or {}).items()}
             return cls(sites, sizes or None)
         except UserError:
             raise
@@ -223,7 +231,7 @@ class NeuronSet:
                     raise UserError(f"{file}: unknown key {name!r}; expected {', '.join(names)}")
                 projection = names[name]
                 for key, values in by_layer.items():
-                    indices = torch.tensor(values, dtype=torch.int64)
+                    indices = torch.tensor(values)
                     layer = int(key)
                     if published and projection in ("k", "v") and layer < len(decoder.layers):
                         indices = _kv_rows(indices, decoder.layers[layer], file)
@@ -231,7 +239,7 @@ class NeuronSet:
             neurons = cls(sites)
         except UserError:
             raise
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{file}: not a set of neurons per projection and layer ({error})") from None
         neurons.check(model, source=str(file))
         return cls(sites, decoder.sizes)
@@ -321,10 +329,11 @@ class LanguageNeurons:
         """Reads what `save` wrote; raises `UserError` that names the file that is missing or broken."""
         directory = Path(directory)
         summary = read_json(directory / "summary.json")
-        try:
-            languages, settings = summary["languages"], summary["settings"]
-        except (KeyError, TypeError):
-            raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again") from None
+        summary = summary if isinstance(summary, dict) else {}
+        languages, settings = summary.get("languages"), summary.get("settings")
+        whole = isinstance(settings, dict) and isinstance(languages, list)
+        if not whole or not all(isinstance(language, str) for language in languages):
+            raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
         return cls(
             {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},
             NeuronSet.load(directory / "shared.safetensors"),

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -39,6 +40,8 @@ def _filled_in(value: str) -> str:
     return filled
 
 
+# A shell leaves the ~ of --output_dir=~/runs as it is.
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
@@ -54,7 +57,7 @@ Trained = Literal["shared", "exclusive", "related", "shared+exclusive", "random"
 class ModelSection:
     """The model to enhance."""
 
-    name: str = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
+    name: LocalPath = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
     revision: str | None = Field(default=None, description="A hub revision.")
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list,
@@ -70,7 +73,7 @@ class ModelSection:
 class CorpusSection:
     """The text."""
 
-    path: str | None = Field(
+    path: LocalPath | None = Field(
         default=None,
         description="A folder of {lang}.train, {lang}.valid and, if there, {lang}.test as .txt, .jsonl or .parquet; "
         f"or {EMBEDDED}.",
@@ -172,7 +175,9 @@ class TrainingSection:
     random_like: SetStrategy = Field(
         default="shared+exclusive", description="'random', 'lora': the strategy whose numbers they match."
     )
-    neurons: str | None = Field(default=None, description="Train the neurons of this file instead of a strategy's.")
+    neurons: LocalPath | None = Field(
+        default=None, description="Train the neurons of this file instead of a strategy's."
+    )
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -274,7 +279,7 @@ class Recipe:
     comparison: ComparisonSection = Field(default_factory=ComparisonSection)
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
-    output_dir: Annotated[str, AfterValidator(_filled_in)] = Field(
+    output_dir: Annotated[LocalPath, AfterValidator(_filled_in)] = Field(
         description="Where every file of the run goes; $NAME is filled in from the environment."
     )
 
@@ -285,6 +290,8 @@ class Recipe:
 
 SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+_MOST_VALUES = 10_000
+_FINITE = ConfigDict(allow_inf_nan=False)
 _OWN_KEYS = {"output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name"}
 
 
@@ -359,6 +366,11 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
     """Builds a recipe from nested plain values; see `load_recipe`."""
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for name, section in values.items():
+        for key, value in section.items() if isinstance(section, dict) else [("", section)]:
+            if not isinstance(name, str) or not isinstance(key, str):
+                raise UserError(f"{source}: unknown key {_short(key or name)}; a key is a word")
+            _check_plain([name, key, value], f"{source}: {name}.{key}".rstrip("."))
     training = values.get("training")
     if isinstance(training, dict):
         values["training"] = _split_training(training, source)
@@ -384,10 +396,42 @@ def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
         try:
-            arguments[key] = TypeAdapter(known[key]).validate_python(value)
+            arguments[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
         except ValidationError as error:
-            raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {value!r}") from None
+            raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {_short(value)}") from None
     return {**split, "arguments": arguments}
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuses what a manifest (strict JSON) or a file name can't hold, such as YAML's dates and what contains itself."""
+    left, num_values = [value], 0
+    while left:
+        it = left.pop()
+        num_values += 1
+        if num_values > _MOST_VALUES:
+            # Aliases of aliases: a few lines of YAML can stand for billions of values, or for endless ones.
+            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, or it contains itself; write it out shorter")
+        if isinstance(it, dict):
+            left += [*it.keys(), *it.values()]
+        elif isinstance(it, (list, tuple)):
+            left += it
+        elif isinstance(it, str):
+            if "\0" in it or any("\ud800" <= character <= "\udfff" for character in it):
+                raise UserError(f"{where}: {_short(it)} holds characters that no text or file name can hold")
+        elif isinstance(it, int):
+            if not abs(it) < 2**63:
+                raise UserError(f"{where}: a whole number must be below 2^63")
+        elif isinstance(it, float):
+            if not math.isfinite(it):
+                raise UserError(f"{where}: must be a finite number, not {it}")
+        elif it is not None:
+            raise UserError(f"{where}: {_short(it)} is a {type(it).__name__}; write it as text, in quotes")
+
+
+def _short(value: Any) -> str:
+    shortened = Repr()
+    shortened.maxlevel, shortened.maxstring, shortened.maxother = 2, 100, 100
+    return shortened.repr(value)
 
 
 def _explain(error: dict) -> str:
@@ -398,9 +442,9 @@ def _explain(error: dict) -> str:
     if error["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{key} must be a section of keys, not {error['input']!r}"
+        return f"{key} must be a section of keys, not {_short(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], (dict, ArgsKwargs)) else f", not {error['input']!r}"
+    given = "" if isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 
@@ -412,7 +456,9 @@ def _unknown(key: str, candidates: list[str]) -> str:
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
+    except (YAMLError, ValueError, LookupError) as error:  # `!!int x` and a 99th of May are Python's own errors
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())

@@ -41,6 +41,12 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         # -1 is how transformers spells 'not by steps'.
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
             raise UserError(f"training.{key}: must be above 0, not {value}")
+    for key in ("seed", "data_seed"):
+        value = recipe.training.arguments.get(key)
+        if value is not None and not 0 <= value < 2**32:
+            raise UserError(
+                f"training.{key}: must be from 0 to 2^32 - 1, not {value}"
+            )  # numpy's generators take no other
     try:
         return NeuronTrainingArguments(
             **{**defaults, **recipe.training.arguments, **changes},
@@ -48,7 +54,7 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
             run_name=recipe.tracking.run_name,
             update=recipe.training.update,
         )
-    except (ValueError, TypeError, ImportError, KeyError) as error:
+    except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
 
 

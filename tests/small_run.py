@@ -26,10 +26,8 @@ output_dir: {root}/out
 """
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A folder with text and a model, which the tests copy."""
-    root = tmp_path_factory.mktemp("template")
+def write_inputs(root):
+    """`root/text` and `root/model`."""
     (root / "text").mkdir()
     texts = phrasebook(num_train=200, num_valid=30, num_test=30)
     for language in ("en", "sw"):
@@ -39,6 +37,13 @@ def template(tmp_path_factory):
     model = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1)
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with text and a model, which the tests copy."""
+    root = tmp_path_factory.mktemp("template")
+    write_inputs(root)
     return root
 
 
@@ -50,4 +55,5 @@ def root(template, tmp_path):
 
 
 def run(root, stage, *flags):
+    """The command line on `root/recipe.yaml`, in this process."""
     return main([stage, str(root / "recipe.yaml"), *flags])

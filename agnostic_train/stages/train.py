@@ -16,6 +16,7 @@ from agnostic_train.settings import make_strategy
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.pilot import run_pilot
 from agnostic_train.strategy import Choice
+from agnostic_train.training.guarded import is_complete
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
 
 ADAPTER = "adapter"
@@ -72,8 +73,7 @@ def clear_checkpoints(context: Context, resume: bool) -> None:
     if found and not context.manifest.record("train"):
         raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
     for path in found:
-        # The Trainer writes its state last: without it, saving was interrupted.
-        if not resume or not (path / TRAINER_STATE_NAME).exists():
+        if not resume or not is_complete(path):
             shutil.rmtree(path)
 
 

@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
+from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
 
 UPDATES = ("compact", "mask")
@@ -35,7 +36,7 @@ class NeuronTrainingArguments(TrainingArguments):
     )
 
 
-class NeuronTrainer(Trainer):
+class NeuronTrainer(GuardedTrainer):
     """A `Trainer` in which only the chosen neurons' rows and columns learn.
 
     Biases, norms, embeddings and every unchosen row and column keep the very bits that they had, whatever the
@@ -60,7 +61,8 @@ class NeuronTrainer(Trainer):
 
     Raises:
         UserError: neither neurons nor a `DetectionCallback`, neurons of another model, other adapters in the model,
-            an engine or optimizer with which nothing else can be kept from moving.
+            an engine or optimizer with which nothing else can be kept from moving; in `train`, a loss that isn't
+            finite and a damaged checkpoint.
     """
 
     def __init__(

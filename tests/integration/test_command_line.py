@@ -342,7 +342,7 @@ MISTAKES = [
     (["--model.checkpoints=nowhere"], "model.checkpoints: no such folder nowhere"),
     (["--model.checkpoints=7=a,7=a"], "model.checkpoints: a is there twice"),
     (["--training.strategy=full", "--export.to=lora"], "export.to"),
-    (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "aren't finite"),
+    (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "training.learning_rate: "),
     (["--training.metric_for_best_model=eval_loss"], "training.metric_for_best_model"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),

@@ -3,12 +3,12 @@
 import ast
 
 ORDER = [
-    "files", "recipe", "sources", "encoding", "corpus", "decoder", "random_moves", "neurons", "deactivation", "inference", "processes",
+    "files", "recipe", "sources", "encoding", "corpus", "decoder", "memory", "random_moves", "neurons", "deactivation", "inference", "processes",
     "impact", "self_check", "lape", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
     "trained", "frozen_weights", "export", "comparison", "tuning", "evaluation", "paired_comparison", "task_evaluation", "tables", "figures", "report", "model_card",
-    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "pipeline", "cli", "__main__",
+    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "pipeline", "dry_run", "cli", "__main__",
 ]  # fmt: skip
-ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "trainer"]
+ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
 ORDER_OF_STAGES = ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"]
 ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
 WITHIN = {"training": ORDER_OF_TRAINING, "stages": ORDER_OF_STAGES}
@@ -39,3 +39,24 @@ def test_imports_run_one_way(pytestconfig):
             elif "compact" in parts and parts[-1] != "__init__":
                 assert ORDER_OF_COMPACT.index(other[2]) < ORDER_OF_COMPACT.index(parts[2]), f"{file} imports {other}"
     assert seen == set(ORDER)
+
+
+def test_nothing_is_read_or_written_that_could_run_code(pytestconfig):
+    """Our own files are safetensors, JSON and YAML of the safe kind; of a Trainer's pickles, plain values alone."""
+    loads = 0
+    for file in (pytestconfig.rootpath / "agnostic_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}, file
+            elif isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in ("eval", "exec", "torch.save", "np.save", "yaml.load"), file
+                keywords = {it.arg: ast.unparse(it.value) for it in node.keywords}
+                if call == "torch.load":
+                    loads += 1
+                    assert keywords["weights_only"] == "True", file
+                elif call == "YAML":
+                    loads += 1
+                    assert keywords["typ"] == "'safe'", file
+    assert loads == 2

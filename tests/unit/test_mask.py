@@ -86,16 +86,18 @@ def test_nan_gradients_do_not_reach_frozen_entries():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_nan_loss_does_not_reach_frozen_entries_through_clipping(tmp_path):
+def test_nan_gradients_do_not_reach_frozen_entries_through_clipping(tmp_path):
     """Clipping multiplies every gradient by a norm that is NaN, after the mask: zero times NaN is NaN."""
 
     class NanTrainer(NeuronTrainer):
         def compute_loss(self, *args, **kwargs):
-            return super().compute_loss(*args, **kwargs) * torch.nan
+            loss = super().compute_loss(*args, **kwargs) * 1
+            loss.register_hook(lambda gradient: gradient * torch.nan)
+            return loss
 
     model = tiny_llama()
     before = copy.deepcopy(dict(model.named_parameters()))
-    NanTrainer(model, mask_arguments(tmp_path, max_steps=2), train_dataset=sentences(), neurons=CHOSEN).train()
+    NanTrainer(model, mask_arguments(tmp_path, max_steps=1), train_dataset=sentences(), neurons=CHOSEN).train()
     for name, mask in may_learn(plain_weights(model), CHOSEN).items():
         value = dict(model.named_parameters())[name]
         assert torch.equal(value[~mask], before[name][~mask]), name

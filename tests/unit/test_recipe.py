@@ -31,6 +31,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert recipe.training.arguments == {"learning_rate": 1e-3, "max_steps": 7}
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = load(tmp_path, model__name="~/m", corpus__path="~/t", output_dir="~/runs", training__neurons="~/n.json")
+    paths = (recipe.model.name, recipe.corpus.path, recipe.output_dir, recipe.training.neurons)
+    assert paths == tuple(f"/home/someone/{name}" for name in ("m", "t", "runs", "n.json"))
+
+
 def test_norwegian_is_a_language(tmp_path):
     assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
 

@@ -1,0 +1,123 @@
+"""A Trainer that stops where training has failed and says where, and refuses to go on from a damaged checkpoint."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import get_last_checkpoint
+
+from agnostic_train.files import UserError, read_json
+from agnostic_train.perplexity import NonFiniteLoss
+from agnostic_train.processes import sum_over_processes
+
+_NUM_TOKENS_NAMED = 12
+
+
+class GuardedTrainer(Trainer):
+    """A `Trainer` that stops at the first loss that isn't finite, and never saves weights that aren't.
+
+    Raises (from `train`):
+        NonFiniteLoss: naming the step and the batch, with the last good checkpoint left as it is.
+        UserError: naming the file of a checkpoint that can't be resumed from.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint:
+            check_resumable(Path(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Resumed from the checkpoint of its last step, in the middle of an epoch, a Trainer would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+        """As `Trainer.training_step`, for a batch whose loss is finite."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite().all():
+            ids = inputs.get("input_ids")
+            batch = "" if ids is None else (
+                f", on the batch of {len(ids)} sequences whose first begins with the tokens "
+                f"{ids[0, :_NUM_TOKENS_NAMED].tolist()}"
+            )  # fmt: skip
+            raise NonFiniteLoss(
+                f"training.learning_rate: the loss is {loss.mean().item()} at step {self.state.global_step + 1}{batch}; "
+                "earlier checkpoints are kept; try a lower rate or a wider model.dtype, or look at that text"
+            )
+        return loss
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # torch's word for a file that it couldn't write
+                raise
+            raise UserError(
+                f"output_dir: {self.args.output_dir} takes no checkpoint ({error}); is the disk full?"
+            ) from None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one."""
+        bad = [
+            name
+            for name, it in self.model.named_parameters()
+            # Of weights that are split over processes, each looks at its own part.
+            if it.requires_grad and not (it.to_local() if isinstance(it, DTensor) else it).isfinite().all()
+        ]
+        num_bad = torch.tensor(len(bad), device=self.args.device)
+        # At a checkpoint all processes are here, and must agree; elsewhere one may save alone.
+        if _internal_call:
+            num_bad = sum_over_processes(num_bad)
+        if num_bad:
+            raise NonFiniteLoss(
+                f"training.learning_rate: {bad[0] if bad else 'a weight'} isn't finite after step "
+                f"{self.state.global_step}, and isn't saved; earlier checkpoints are kept; try a lower rate or a wider "
+                "model.dtype"
+            )
+        super().save_model(output_dir, _internal_call)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a Trainer finished saving a checkpoint: it writes its state last, and not in one step."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Opens every file that resuming reads, without reading the tensors in it.
+
+    Raises:
+        UserError: naming the file that is cut short or isn't what it should be; pickles may hold tensors and plain
+            values alone.
+    """
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".json":
+                read_json(file)
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            elif file.suffix in (".pt", ".pth"):
+                with safe_globals():
+                    torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"{file}: can't be resumed from ({problem}); delete {checkpoint}, and training goes on from the one "
+                "before it"
+            ) from None

@@ -1,0 +1,237 @@
+"""Damaged files, a full disk, and a training that fails: one line that names what is wrong, exit 2, the rest unharmed."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from conftest import tiny_llama
+from killing import run_with_full_disk
+from small_run import RECIPE, run, write_inputs
+from small_training import CHOSEN, arguments, sentences
+
+from agnostic_train import NeuronTrainer
+from agnostic_train.files import UserError
+from agnostic_train.training.trainer import UPDATES
+
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder whose training was killed after step 3, and had to save at 3."""
+    root = tmp_path_factory.mktemp("damage") / "it"
+    root.mkdir()
+    write_inputs(root)
+    (root / "recipe.yaml").write_text(RECIPE.format(root=root))
+    assert run(root, "train") == 0
+    shutil.rmtree(root / "out/checkpoint-6")
+    shutil.rmtree(root / "out/adapter")
+    manifest = json.loads((root / "out/manifest.json").read_text())
+    manifest["stages"]["train"] |= {"finished": False}
+    (root / "out/manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(root, root.with_name("backup"))
+    return root
+
+
+@pytest.fixture
+def root(trained):
+    yield trained
+    shutil.rmtree(trained)
+    shutil.copytree(trained.with_name("backup"), trained)
+
+
+def assert_one_line(capsys, status, *messages):
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("agnostic-train: error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in error
+    assert all(message in lines[0] for message in messages), lines[0]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[20:40] = bytes(255 - byte for byte in content[20:40])
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda file: file.write_bytes(b"")], ids=["cut", "flip", "empty"])
+@pytest.mark.parametrize("name", [*STATE, "adapter_model.safetensors", "adapter_config.json", "neurons.safetensors"])
+def test_a_damaged_checkpoint_is_named_before_anything_of_it_is_loaded(root, capsys, name, damage):
+    damage(root / "out/checkpoint-3" / name)
+    assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
+
+
+def test_without_the_damaged_checkpoint_training_goes_on(root, capsys):
+    cut(root / "out/checkpoint-3/optimizer.pt")
+    assert_one_line(capsys, run(root, "train"), "delete", "checkpoint-3, and training goes on")
+    shutil.rmtree(root / "out/checkpoint-3")
+    assert run(root, "train") == 0
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_checkpoint_runs_no_code(root, capsys, name):
+    """A pickle that would call something is refused, whichever file of the state it comes in."""
+
+    class Intruder:
+        def __reduce__(self):
+            return os.mkdir, (str(root / "intruded"),)
+
+    file = root / "out/checkpoint-3" / name
+    torch.save({"state": Intruder(), "param_groups": []}, file)
+    assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
+    file.write_bytes(pickle.dumps(Intruder()))
+    assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
+    assert not (root / "intruded").exists()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("it/data.pkl", pickle.dumps(Intruder()))
+        archive.writestr("it/version", "3")
+    assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
+    assert not (root / "intruded").exists()
+
+
+@pytest.mark.parametrize(
+    "name, stage, message",
+    [
+        ("model/model.safetensors", "detect", "model.name: can't load"),
+        ("model/config.json", "detect", "model.name: can't load"),
+        ("model/tokenizer.json", "detect", "model.name: can't load"),
+        ("out/manifest.json", "detect", "manifest.json: not valid JSON"),
+        ("out/neurons/summary.json", "train", None),
+        ("out/neurons/shared.safetensors", "train", None),
+    ],
+)
+def test_other_files_cut_short(root, capsys, name, stage, message):
+    """Inputs are named; results of earlier stages are made again."""
+    cut(root / name)
+    status = run(root, stage)
+    if message:
+        assert_one_line(capsys, status, message)
+    else:
+        assert status == 0 and "detect: unchanged" not in capsys.readouterr().out
+
+
+def test_results_of_the_right_size_that_cannot_be_read(root, capsys):
+    flip(root / "out/neurons/shared.safetensors")
+    assert_one_line(capsys, run(root, "score"), "neurons/shared.safetensors: not a readable neuron set")
+    shutil.copy(root.with_name("backup") / "out/neurons/shared.safetensors", root / "out/neurons/shared.safetensors")
+    flip(root / "out/neurons/summary.json")
+    assert_one_line(capsys, run(root, "score"), "neurons/summary.json: not valid JSON")
+
+
+def test_a_tokenizer_of_another_model(root, capsys):
+    config = json.loads((root / "model/config.json").read_text())
+    tiny_llama(vocab_size=50).save_pretrained(root / "model")
+    assert config["vocab_size"] > 50
+    assert_one_line(capsys, run(root, "detect"), "model.name: its tokenizer gives token", "don't belong together")
+
+
+@pytest.mark.parametrize("stage, limit", [("detect", 1_500), ("train", 12_000), ("train", 5_000), ("export", 60_000)])
+def test_a_full_disk(root, stage, limit):
+    """No file may grow beyond a limit: one line, nothing half-written at a final name, and afterwards it goes on."""
+    if stage == "detect":
+        shutil.rmtree(root / "out")
+    status = run_with_full_disk([stage, str(root / "recipe.yaml")], limit, root / "errors")
+    printed = (root / "errors").read_text()
+    errors = [line for line in printed.splitlines() if line.startswith("agnostic-train: error: ")]
+    assert status == 2 and len(errors) == 1 and "Traceback" not in printed, printed[-2000:]
+    assert any(message in errors[0] for message in ("File too large", "can't be read or written", "is the disk full?"))
+    assert not (root / "out/enhanced").exists() and not list((root / "out").glob(".*.tmp"))
+    assert run(root, stage) == 0
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small disk of its own, and what changes its options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
+
+    if shutil.which("mount") is None or mount("size=100k").returncode:
+        pytest.skip("mounting a disk isn't allowed here")
+    yield folder, lambda *options: mount("remount", *options)
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(root, mounted, capsys):
+    folder, remount = mounted
+    flag = f"--output_dir={folder / 'out'}"
+    assert_one_line(capsys, run(root, "train", flag))
+    assert not (folder / "out/adapter").exists()
+    assert remount("size=10m").returncode == 0
+    assert run(root, "export", flag) == 0
+    assert remount("ro").returncode == 0
+    capsys.readouterr()
+    assert_one_line(capsys, run(root, "run", flag), "output_dir: can't write to", "Read-only")
+    assert remount("rw").returncode == 0 and run(root, "run", flag) == 0
+    assert "train: unchanged" in capsys.readouterr().out
+
+
+class Poisoned(torch.nn.Module):
+    """A part of a model whose output is NaN from a call on."""
+
+    def __init__(self, module, call):
+        super().__init__()
+        self.module, self.call, self.num_calls = module, call, 0
+
+    def forward(self, *args, **kwargs):
+        self.num_calls += 1
+        output = self.module(*args, **kwargs)
+        return output * float("nan") if self.num_calls >= self.call else output
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
+    model = tiny_llama()
+    model.lm_head = Poisoned(model.lm_head, call=6)
+    settings = arguments(tmp_path, save_strategy="steps", save_steps=2, update=update, save_total_limit=1)
+    rows = sentences()
+    trainer = NeuronTrainer(model, settings, train_dataset=rows, neurons=CHOSEN)
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step 6, on the batch of 4 sequences whose first .*"
+    ) as caught:
+        trainer.train()
+    first_tokens = json.loads(str(caught.value).partition("tokens ")[2].partition(";")[0])
+    assert first_tokens in [row["input_ids"].tolist() for row in rows]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, update):
+    """The loss is still fine when the step's gradients aren't: saving at that very step would save NaN."""
+    settings = arguments(
+        tmp_path, save_strategy="steps", save_steps=2, update=update, save_total_limit=1, max_grad_norm=0
+    )
+    trainer = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), neurons=CHOSEN)
+    original = trainer.training_step
+
+    def with_bad_gradients(model, *args, **kwargs):
+        loss = original(model, *args, **kwargs)
+        if trainer.state.global_step == 3:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+        return loss
+
+    trainer.training_step = with_bad_gradients
+    with pytest.raises(UserError, match="isn't finite after step 4, and isn't saved"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--training.update=mask"], ["--training.strategy=full"]])
+def test_training_that_diverges_on_the_command_line(root, capsys, flags):
+    flags = [*flags, "--training.learning_rate=1e36", "--training.max_grad_norm=0", "--training.max_steps=20"]
+    flags += ["--training.save_steps=1", f"--output_dir={root / 'diverged'}"]
+    assert_one_line(capsys, run(root, "train", *flags), "training.learning_rate: ", "earlier checkpoints are kept")
+    for checkpoint in (root / "diverged").glob("checkpoint-*/trainer_state.json"):
+        assert "NaN" not in checkpoint.read_text()

@@ -1,0 +1,91 @@
+"""kill -9 anywhere, then the same command: no half-written file is taken for a whole one, and the results are the same."""
+
+import json
+import random
+import re
+import shutil
+
+import pytest
+from killing import RENAMES, run_and_kill
+from small_run import RECIPE, write_inputs
+
+from agnostic_train.files import read_json
+from agnostic_train.pipeline import STAGES
+
+TIMES = re.compile(rb'"(eval_)?\w*(runtime|per_second|seconds|total_flos)": [-\d.e+]+|\d{4}-\d\d-\d\d \d\d:\d\d UTC')
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Inputs, and in `whole` the files of a run that nobody interrupted."""
+    root = tmp_path_factory.mktemp("killed")
+    write_inputs(root)
+    # Logged every step: a resumed Trainer's first mean over several steps has lost those before the checkpoint.
+    recipe = RECIPE.format(root=root).replace("logging_steps: 2", "logging_steps: 1")
+    (root / "recipe.yaml").write_text(recipe)
+    assert run_and_kill(["run", str(root / "recipe.yaml")]) == 0
+    (root / "out").rename(root / "whole")
+    return root
+
+
+def contents(folder):
+    """Each file's bytes without the times in them; of the manifest, what doesn't name a run."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found.pop(".lock")
+    manifest = json.loads(found.pop("manifest.json"))
+    for record in manifest["stages"].values():
+        assert record.pop("finished") and record.pop("run") and record.pop("key") and record.pop("seconds") >= 0
+    found["manifest.json"] = json.dumps(manifest, sort_keys=True).encode()
+    return {name: TIMES.sub(b"", content) for name, content in found.items()}
+
+
+def assert_as_if_never_killed(root):
+    assert run_and_kill(["run", str(root / "recipe.yaml")]) == 0
+    out, whole = contents(root / "out"), contents(root / "whole")
+    assert sorted(out) == sorted(whole)
+    assert [name for name in whole if out[name] != whole[name]] == []
+
+
+@pytest.fixture
+def command(root):
+    yield lambda stage: [stage, str(root / "recipe.yaml")]
+    shutil.rmtree(root / "out")
+
+
+def test_before_every_file_of_every_stage(root, command):
+    num_kills = dict.fromkeys(STAGES, 0)
+    for stage in STAGES:
+        while (status := run_and_kill(command(stage), RENAMES, call=num_kills[stage] + 1)) != 0:
+            assert status == -9
+            num_kills[stage] += 1
+            if (root / "out/manifest.json").exists():
+                assert not read_json(root / "out/manifest.json")["stages"].get(stage, {}).get("finished")
+    # Its start in the manifest, its files, its end in the manifest; a folder that is there steps aside for the new one.
+    assert num_kills == {"detect": 12, "score": 3, "train": 4, "export": 5, "evaluate": 4, "report": 5}
+    assert_as_if_never_killed(root)
+
+
+TRAINING = [
+    ("agnostic_train.training.trainer.NeuronTrainer.training_step", 2),
+    ("agnostic_train.training.trainer.NeuronTrainer.training_step", 5),
+    # From here on training resumes from step 3, and dies while it saves step 6.
+    ("transformers.trainer.Trainer._save_optimizer_and_scheduler", 1),
+    ("transformers.trainer.Trainer._save_rng_state", 1),
+    ("transformers.trainer_callback.TrainerState.save_to_json", 1),
+]
+
+
+def test_in_the_middle_of_training_and_of_saving(root, command):
+    for function, call in TRAINING:
+        assert run_and_kill(command("train"), [function], call) == -9
+        assert not (root / "out/adapter").exists()
+    # A Trainer's state is written in place: here is half of it.
+    (root / "out/checkpoint-6/trainer_state.json").write_text('{"best_global_step": null, "log_his')
+    assert_as_if_never_killed(root)
+
+
+def test_at_random_moments(root, command):
+    moments = random.Random(0)
+    killed = [run_and_kill(command("run"), seconds=moments.uniform(0.2, 2.5)) for _ in range(6)]
+    assert set(killed) <= {0, -9}
+    assert_as_if_never_killed(root)
