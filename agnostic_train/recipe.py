@@ -192,7 +192,12 @@ class EvaluationSection:
         default_factory=list,
         description="Further languages to measure, which are neither detected nor trained: what is forgotten there?",
     )
-    parallel: str | None = Field(
+    max_forgetting: float = Field(
+        default=0.03,
+        ge=0,
+        description="The sweeps' objective is worse where another language's bits per byte rise by more.",
+    )
+    parallel: LocalPath | None = Field(
         default=None,
         description="A folder of {lang}.txt, aligned line by line: measured too, as text of equal content.",
     )
@@ -208,7 +213,7 @@ class EvaluationSection:
     task_paths: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Folders of further task files of the harness."
     )
-    mgsm: str | None = Field(
+    mgsm: LocalPath | None = Field(
         default=None, description="A folder of {lang}.tsv (question, tab, answer): what the mgsm tasks read, offline."
     )
     num_fewshot: int | None = Field(
@@ -261,7 +266,7 @@ class TrackingSection:
     wandb: bool = Field(default=False, description="Log to Weights & Biases.")
     project: str = Field(default="agnostic_train", description="The wandb project.")
     run_name: str | None = Field(default=None, description="The wandb run's name.")
-    results_dir: str | None = Field(
+    results_dir: LocalPath | None = Field(
         default=None, description="A folder that gets the tables and figures too, to be kept beside the recipe."
     )
 
