@@ -138,20 +138,21 @@ def paper_change(inputs: AttentionInputs) -> RankTwo:
 class OutputChange:
     """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
 
-    Neurons are taken so many at a time that the (neuron, length, length) tensor stays within `chunk_bytes`.
+    logits, attention: (batch * heads, length, length); value, output: (batch * heads, length, head_dim); weight:
+    (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length, length) tensor stays within `chunk_bytes`.
     """
 
     def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int):
         self.inputs = inputs
         self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
-        self._value = inputs.value.flatten(0, 1)
-        self._logits = inputs.logits().flatten(0, 1)
-        self._output = self._logits.softmax(-1) @ self._value
-        self._visible = inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
-        self._weight = counted.to(self._value.dtype).repeat_interleave(self.num_heads, 0)
+        self.value = inputs.value.flatten(0, 1)
+        self.logits = inputs.logits().flatten(0, 1)
+        self.attention = self.logits.softmax(-1)
+        self.output = self.attention @ self.value
+        self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         # At the peak a neuron has its change, its logits and its attention, and two outputs.
         entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)
-        bytes_per_neuron = entries_per_neuron * self._value.element_size()
+        bytes_per_neuron = entries_per_neuron * self.value.element_size()
         self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
 
     def of_rank_two(self, change: RankTwo, before_cap: bool = True) -> Tensor:
@@ -160,15 +161,16 @@ class OutputChange:
         Returns: (batch, query heads, head_dim).
         """
         capped = self.inputs.softcap is not None and before_cap
-        start = self.inputs.products().flatten(0, 1) if capped else self._logits
+        start = self.inputs.products().flatten(0, 1) if capped else self.logits
         # (batch * heads, head_dim, length, 2) and (.., 2, length): their product is x.
         left = torch.stack([change.a, change.c], -1).flatten(0, 1).transpose(1, 2)
         right = torch.stack([change.b, change.d], -1).flatten(0, 1).permute(0, 2, 3, 1)
+        visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
             changed = start[heads, None] - left[heads, neurons] @ right[heads, neurons]
             if capped:
-                changed = self.inputs.finish(changed, self._visible[heads, None])
+                changed = self.inputs.finish(changed, visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
@@ -181,6 +183,7 @@ class OutputChange:
         """
         heads_of = self.inputs.project(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
+        visible = self._visible_by_head()
         result = query.new_empty(len(query), self.head_dim)
         for heads, neurons in self._chunks():
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
@@ -191,7 +194,7 @@ class OutputChange:
                 products = states @ key[heads, None].transpose(-1, -2)
             else:
                 products = query[heads, None] @ states.transpose(-1, -2)
-            changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+            changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
@@ -205,6 +208,7 @@ class OutputChange:
         projected = projected.to(self.inputs.query.dtype).masked_fill(~self.inputs.real.unsqueeze(-1), 0)
         num_neurons = projected.shape[-1]
         at_once = max(1, self._num_at_once // self.num_heads)
+        visible = self._visible_by_head()
         result = projected.new_empty(self.batch, num_neurons)
         for sentence in range(self.batch):
             heads = slice(sentence * self.num_heads, (sentence + 1) * self.num_heads)
@@ -217,9 +221,12 @@ class OutputChange:
                 states = rotation.apply(states, cos[sentence, None], sin[sentence, None]).transpose(0, 1)
                 states = states.repeat_interleave(self.num_heads // len(states), 0)
                 products = states @ key.transpose(-1, -2) if name == "q" else query @ states.transpose(-1, -2)
-                changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+                changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
                 result[sentence, neurons] = self._squares(heads, changed).sum(0)
         return result
+
+    def _visible_by_head(self) -> Tensor:
+        return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
         """Slices over (batch * heads) and head_dim."""
@@ -231,9 +238,9 @@ class OutputChange:
 
     def _squares(self, heads: slice, logits: Tensor) -> Tensor:
         """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
-        change = logits.softmax(-1) @ self._value[heads, None]
-        change -= self._output[heads, None]
-        return (change.square_().sum(-1) * self._weight[heads, None]).sum(-1)
+        change = logits.softmax(-1) @ self.value[heads, None]
+        change -= self.output[heads, None]
+        return (change.square_().sum(-1) * self.weight[heads, None]).sum(-1)
 
 
 def query_impacts(squares: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from agnostic_train.decoder import (
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
 from agnostic_train.impact.feed_forward import hidden_unit_impacts, weight_norms
+from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 Sink = Callable[[Site, Tensor], None]
@@ -70,6 +71,8 @@ class ImpactMeter:
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+        top_ratio: the q and k impacts are exact for every neuron that can be among the `num_top` largest of its
+            sentence, and 0 for the others (certified pruning); None: exact for every neuron.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 
@@ -79,6 +82,7 @@ class ImpactMeter:
         projections: Sequence[str] | None = None,
         attention: str = "exact",
         memory_gb: float = DEFAULT_MEMORY_GB,
+        top_ratio: float | None = None,
     ):
         projections = tuple(PROJECTIONS if projections is None else projections)
         for name in projections:
@@ -94,7 +98,9 @@ class ImpactMeter:
             )
         self.projections = projections
         self._stack = ExitStack()
-        self._observers = [LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers]
+        self._observers = [
+            LayerObserver(layer, projections, attention, memory_gb, top_ratio) for layer in self.decoder.layers
+        ]
 
     def __enter__(self) -> "ImpactMeter":
         with ExitStack() as stack:
@@ -119,8 +125,17 @@ class ImpactMeter:
 class LayerObserver:
     """What one layer shows during a pass: its hooks, and the arithmetic on what they see."""
 
-    def __init__(self, layer: Layer, projections: Sequence[str], attention: str, memory_gb: float):
+    def __init__(
+        self,
+        layer: Layer,
+        projections: Sequence[str],
+        attention: str,
+        memory_gb: float,
+        top_ratio: float | None = None,
+    ):
         self.layer = layer
+        self.top_ratio = top_ratio
+        self.work = {"q": Work(), "k": Work()}
         self.projections = set(projections) & set(layer.projections)
         self.attention = attention
         self.memory_gb = memory_gb
@@ -201,24 +216,47 @@ class LayerObserver:
         if query.device.type == "cpu":
             chunk_bytes = min(chunk_bytes, _CPU_CHUNK_BYTES)
         change = attention_impacts.OutputChange(inputs, self.counted, chunk_bytes)
-        for name in sorted(self.projections & {"q", "k"}):
-            self._report(name, self._query_or_key_impacts(name, inputs, change))
-        self._projected.clear()
-        output = inputs.logits().softmax(-1) @ inputs.value
-        return output.transpose(1, 2).to(query.dtype).contiguous()
-
-    def _query_or_key_impacts(
-        self, name: str, inputs: attention_impacts.AttentionInputs, change: attention_impacts.OutputChange
-    ) -> Tensor:
+        names = sorted(self.projections & {"q", "k"})
         cos, sin = (angle.to(inputs.query.dtype) for angle in self._cos_sin)
         if self._rotation is None:
             self._rotation = self.layer.rotation(cos, sin)
-        projected, norm = self._projected[name], self.layer.norms.get(name)
+        if self._can_prune(names, inputs):
+            changes = {name: self._rank_two(name, inputs, cos, sin) for name in names}
+            sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, int(self.memory_gb * 2**30))
+            impacts = sieve.impacts(self.top_ratio, self.work)
+        else:
+            impacts = {name: self._query_or_key_impacts(name, inputs, change, cos, sin) for name in names}
+        for name in names:
+            self._report(name, impacts[name])
+        self._projected.clear()
+        output = change.output.view_as(inputs.query)
+        return output.transpose(1, 2).to(query.dtype).contiguous()
+
+    def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
+        """Whether the bounds hold: they need changes of rank two, so neither a norm nor a soft cap."""
+        plain = inputs.softcap is None and not any(name in self.layer.norms for name in names)
+        return self.top_ratio is not None and (plain or self.attention == "paper")
+
+    def _rank_two(
+        self, name: str, inputs: attention_impacts.AttentionInputs, cos: Tensor, sin: Tensor
+    ) -> attention_impacts.RankTwo:
         if self.attention == "paper":
-            squares = change.of_rank_two(attention_impacts.paper_change(inputs), before_cap=False)
-        elif norm is None:
-            rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-            squares = change.of_rank_two(rank_two(inputs, projected, self._rotation, cos, sin))
+            return attention_impacts.paper_change(inputs)
+        rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
+        return rank_two(inputs, self._projected[name], self._rotation, cos, sin)
+
+    def _query_or_key_impacts(
+        self,
+        name: str,
+        inputs: attention_impacts.AttentionInputs,
+        change: attention_impacts.OutputChange,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """Of every neuron, (batch, neurons), float32."""
+        projected, norm = self._projected[name], self.layer.norms.get(name)
+        if self.attention == "paper" or norm is None:
+            squares = change.of_rank_two(self._rank_two(name, inputs, cos, sin), self.attention == "exact")
         elif self.layer.norm_spans_heads(name):
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
         else:
