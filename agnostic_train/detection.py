@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
-from math import floor
 from pathlib import Path
 
 import torch
@@ -11,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError, whole_file
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
+from agnostic_train.impact.sieve import Work, num_top
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
@@ -23,6 +24,8 @@ from agnostic_train.self_check import verify_impacts
 
 METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+logger = logging.get_logger(__name__)
 
 
 def detect_neurons(
@@ -38,6 +41,7 @@ def detect_neurons(
     lape_ratio: float = 0.01,
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
+    pruning: bool = True,
     verify: bool = True,
     progress: bool = True,
     checkpoints: str | Path | None = None,
@@ -60,6 +64,8 @@ def detect_neurons(
         lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
         projections: the projections that `impact` looks at.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+        pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
+            fraction of the work. Layers that it doesn't cover (normalised queries, capped logits) are done in full.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
@@ -86,6 +92,7 @@ def detect_neurons(
         return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
     related: dict[str, NeuronSet] = {}
     num_sentences: dict[str, int] = {}
+    work = {"q": Work(), "k": Work()}
     with left_as_found(model):
         for language, batches in corpora.items():
             batches = iter(batches)
@@ -93,12 +100,13 @@ def detect_neurons(
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             if verify and not related:
-                verify_impacts(model, first)
+                verify_impacts(model, first, pruning=pruning)
             file = None
             if checkpoints is not None:
                 file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
-            with ImpactMeter(model, projections, attention, memory_gb) as meter:
+            with ImpactMeter(model, projections, attention, memory_gb, top_ratio if pruning else None) as meter:
                 counts = _count_top(meter, own_share(chain([first], batches)), top_ratio, language, progress, file)
+            work = {name: work[name] + done for name, done in meter.work.items()}
             counts.sum_over_processes(sizes, find_device(model))
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
@@ -111,7 +119,24 @@ def detect_neurons(
         "num_sentences": num_sentences,
         "verified": verify,
     }
-    return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    found = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    if pruning:
+        if meter.unpruned:
+            logger.warning(
+                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers normalise their queries "
+                "or keys or cap their logits; pruning doesn't cover that, all their neurons were computed"
+            )
+        found.exact_share = _exact_share(work, find_device(model))
+    return found
+
+
+def _exact_share(work: Mapping[str, Work], device: torch.device) -> dict[str, float]:
+    shares = {}
+    for name, it in work.items():
+        computed, available = sum_over_processes(torch.tensor([it.neurons, it.all_neurons], device=device)).tolist()
+        if available:
+            shares[name] = computed / available
+    return shares
 
 
 def _detect_by_lape(
@@ -150,8 +175,7 @@ class TopCounts:
     def add(self, site: Site, impacts: Tensor) -> None:
         """impacts: (sentences, neurons), float."""
         finite = impacts.isfinite().all()
-        # The slack keeps 0.29 of 100 neurons at 29, whatever 0.29 * 100 is in binary.
-        top = in_top(impacts, max(1, floor(self.top_ratio * impacts.shape[1] * (1 + 1e-9)))).sum(0, dtype=torch.int32)
+        top = in_top(impacts, num_top(self.top_ratio, impacts.shape[1])).sum(0, dtype=torch.int32)
         if site in self._counts:
             # Counts that were loaded lie on one device, a large model's layers on several.
             self._counts[site] = self._counts[site].to(top.device) + top

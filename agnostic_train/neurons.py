@@ -240,6 +240,8 @@ class LanguageNeurons:
         exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
         settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
         stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
+        exact_share: the part of the q and of the k neurons, over all sentences, whose exact impact was computed before
+            pruning could leave the others out; it is no property of the sets, so comparing two ignores it.
     """
 
     related: dict[str, NeuronSet]
@@ -247,6 +249,7 @@ class LanguageNeurons:
     exclusive: dict[str, NeuronSet]
     settings: dict = field(default_factory=dict)
     stability: dict | None = None
+    exact_share: dict[str, float] | None = field(default=None, compare=False)
 
     @classmethod
     def from_related(
@@ -296,6 +299,7 @@ class LanguageNeurons:
             },
             "shared_ratio": self.shared_ratio,
             "stability": self.stability,
+            "exact_share": self.exact_share,
         }
         with whole_directory(directory) as temporary:
             self.shared.save(temporary / "shared.safetensors")
@@ -319,6 +323,7 @@ class LanguageNeurons:
             {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
             settings,
             summary.get("stability"),
+            summary.get("exact_share"),
         )
 
 

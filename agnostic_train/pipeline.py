@@ -152,6 +152,8 @@ class Pipeline:
                 f"exclusive ({section.exclusive})"
             )
         self.say(f"detect: {len(found.shared)} shared by all")
+        for name, share in (found.exact_share or {}).items():
+            self.say(f"detect: {share:.0%} of {name}'s impacts needed the exact form")
         return {"outputs": ["neurons"], "shared": len(found.shared)}
 
     def _detect_in(self, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
@@ -167,6 +169,7 @@ class Pipeline:
             exclusive=section.exclusive,
             min_languages=section.min_languages,
             memory_gb=section.memory_gb,
+            pruning=section.pruning,
             progress=self.processes.is_local_main_process,
             **settings,
         )

@@ -6,7 +6,7 @@ the Q/K form without rotation.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,17 @@ class AttentionInputs:
         value = value.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
+
+    def sentences(self, part: slice) -> "AttentionInputs":
+        """The same for some sentences of the batch."""
+        return replace(
+            self,
+            query=self.query[part],
+            key=self.key[part],
+            value=self.value[part],
+            visible=self.visible[part],
+            real=self.real[part],
+        )
 
     def products(self) -> Tensor:
         """`s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""

@@ -7,7 +7,8 @@ the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps
   Frobenius norm and the trace are upper bounds.
 - With `t_j = E[x] - x_ij <= delta = E[x] - min x`, `|exp(t) - 1| <= |t| (exp(delta) - 1) / delta`, because
   `(exp(t) - 1) / t` increases in t. The standard deviation is at most the root mean square distance from 1, and
-  `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`.
+  `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of that factor is
+  at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
 - The output stays a convex combination of the values: it moves at most to the farthest of them.
 
 `x` is rank two, so sd(x) of all neurons comes from five products with A. A column of `x` or of v may lose a constant
@@ -23,8 +24,10 @@ from torch import Tensor
 from agnostic_train.impact.attention import OutputChange, RankTwo
 
 # Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
-_BLOCK_ENDS = (2, 4, 8, 12, 16)
+_BLOCK_ENDS = (4, 6, 8, 12, 16)
 _LEAST_ROWS = 8
+# Torch's softmax is slow over fewer keys than a vector register holds.
+_LEAST_KEYS = 16
 
 
 @dataclass(frozen=True)
@@ -68,37 +71,65 @@ def row_blocks(visible: Tensor) -> list[Block]:
     seen = visible.flatten(0, 1).any(0)
     seen = torch.stack([seen[block].any(0) for block in rows]).int()
     first, last = seen.argmax(1).tolist(), seen.flip(1).argmax(1).tolist()
-    return [Block(block, slice(f, length - t)) for block, f, t in zip(rows, first, last, strict=True)]
+    return [
+        Block(block, slice(f, min(length, max(length - t, f + _LEAST_KEYS))))
+        for block, f, t in zip(rows, first, last, strict=True)
+    ]
 
 
-def value_spread(change: OutputChange, heads: slice) -> ValueSpread:
+def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> ValueSpread:
     """The spread of the values of some heads of the batch."""
     logits, attention, value = change.logits[heads], change.attention[heads], change.value[heads]
     length, head_dim = value.shape[-2:]
-    rounding = _rounding(value.dtype, length + head_dim)
-    longest = value.norm(dim=-1).amax(-1, keepdim=True)
+    rounding = _rounding(value.dtype, length + 3 * head_dim)
+    longest = torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True)
     value = value - change.output[heads].mean(-2, keepdim=True)
     output = attention @ value
-    visible = logits != -torch.inf
+    hidden = logits == -torch.inf
     square, own = value.square().sum(-1), output.square().sum(-1)
     second = (attention @ square.unsqueeze(-1)).squeeze(-1)
     trace = (second - own).clamp_(min=0) + rounding * second
     cross = output @ value.transpose(-1, -2)
-    farthest = (square.unsqueeze(-2) - 2 * cross).masked_fill_(~visible, -torch.inf).amax(-1) + own
+    farthest = torch.sub(square.unsqueeze(-2), cross, alpha=2).masked_fill_(hidden, -torch.inf).amax(-1) + own
     farthest = farthest.clamp_(min=0) + 4 * rounding * square.amax(-1, keepdim=True)
     # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
     gram = (value @ value.transpose(-1, -2)).square_()
     squares = (attention @ gram).sub_(cross.square_(), alpha=2).mul_(attention).sum(-1) + own.square()
     squares = squares.clamp_(min=0) + 8 * rounding * second.square()
+    largest = torch.minimum(squares.sqrt(), trace)
+    for block in blocks[1:]:
+        common = _largest_in_block(attention[:, block.rows, block.keys], value[:, block.keys], rounding)
+        largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
     # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
-    roundings = logits.masked_fill(~visible, 0).abs_().amax(-1) + (2 * length**0.5 + 16)
+    roundings = logits.masked_fill(hidden, 0).abs_().amax(-1) + (2 * length**0.5 + 16)
     return ValueSpread(
-        largest=torch.minimum(squares.sqrt(), trace),
+        largest=largest,
         typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
         farthest=farthest,
-        unit=(longest * torch.finfo(value.dtype).eps / 2).expand_as(roundings),
+        unit=longest * torch.finfo(value.dtype).eps / 2,
         roundings=roundings,
     )
+
+
+def _largest_in_block(attention: Tensor, value: Tensor, rounding: float) -> Tensor:
+    """At least the largest eigenvalue of the values' covariance under any row's attention: (heads, 1).
+
+    With p_j the largest weight of key j in any of the rows, and any centre c, each row's covariance is at most the
+    matrix M of `p_j (v_j - c) (v_j - c)^T` (as quadratic forms), and `||M^4||^(1/4)` is only slightly more than M's
+    largest eigenvalue. The matrix of the inner products of the `sqrt(p_j) (v_j - c)` has the same one.
+    """
+    weight = attention.amax(-2).unsqueeze(-1)
+    value = value - (weight * value).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
+    value = value.mul_(weight.sqrt_())
+    trace = value.square().sum((-2, -1), keepdim=True)
+    value = value.mul_(trace.rsqrt().clamp_(max=torch.finfo(trace.dtype).max))
+    fewest = min(value.shape[1:])
+    matrix = value @ value.mT if fewest == value.shape[1] else value.mT @ value
+    matrix = matrix @ matrix
+    matrix = matrix @ matrix
+    largest = torch.linalg.vector_norm(matrix.flatten(1), dim=-1).sqrt_().sqrt_()[:, None]
+    # M's trace is 1 here, so the norm of M^4 is at least fewest^-3.5: a relative error of M^2 grows by less than that.
+    return trace.squeeze(-1) * (largest * (1 + rounding * fewest) + 4 * rounding)
 
 
 def square_bounds(
@@ -112,34 +143,35 @@ def square_bounds(
     Returns: (heads, blocks, head_dim) and (heads, head_dim). The bounds may be infinite or NaN.
     """
     a, b, c, d = (part.flatten(0, 1)[heads] for part in (x.a, x.b, x.c, x.d))
-    length, head_dim = a.shape[-2:]
-    rounding = _rounding(a.dtype, length)
+    rounding = _rounding(a.dtype, a.shape[1])
     b_common, d_common = b.mean(-2, keepdim=True), d.mean(-2, keepdim=True)
     b, d = b - b_common, d - d_common
-    moments = change.attention[heads] @ torch.cat([b, d, b.square(), d.square(), b * d], -1)
-    bounds = a.new_empty(len(a), len(blocks), head_dim)
-    estimate = a.new_zeros(len(a), head_dim)
-    for index, block in enumerate(blocks):
+    attention = change.attention[heads]
+    moments = [attention @ product for product in (b, d, b.square(), d.square(), b * d)]
+    bounds, estimates = [], []
+    for block in blocks:
         left, right = a[:, block.rows], c[:, block.rows]
-        mean_b, mean_d, square_b, square_d, product = moments[:, block.rows].split(head_dim, -1)
-        mean = torch.addcmul(left * mean_b, right, mean_d)
-        size = torch.addcmul(left.square().mul_(square_b), right.square(), square_d)
-        variance = torch.addcmul((left * right).mul_(product).mul_(2).add_(size), mean, mean, value=-1)
+        mean_b, mean_d, square_b, square_d, product = (moment[:, block.rows] for moment in moments)
+        size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
+        mean = (left * mean_b).addcmul_(right, mean_d)
+        variance = torch.add(size, (left * right).mul_(product), alpha=2).addcmul_(mean, mean, value=-1)
         variance = variance.clamp_(min=0).add_(size, alpha=8 * rounding)
-        least, reach = mean.new_zeros(()), mean.new_zeros(())
+        delta, reach = mean, 0
         for factor, values, common in ((left, b, b_common), (right, d, d_common)):
-            seen = values[:, block.keys]
-            low, high = seen.amin(-2, keepdim=True), seen.amax(-2, keepdim=True)
-            least = torch.minimum(factor * low, factor * high).add_(least)
-            reach = torch.addcmul(reach, factor.abs(), torch.maximum(high, -low).add_(common.abs()))
-        delta = mean.sub_(least).clamp_(min=1e-6).add_(reach, alpha=4 * rounding)
-        bound = delta.expm1().div_(delta).square_().mul_(variance).mul_(spread.largest[:, block.rows, None])
-        bound = torch.minimum(bound, spread.farthest[:, block.rows, None]).sqrt_()
-        noise = reach.mul_(2).add_(spread.roundings[:, block.rows, None]).mul_(spread.unit[:, block.rows, None])
+            low, high = values[:, block.keys].amin(-2, keepdim=True), values[:, block.keys].amax(-2, keepdim=True)
+            delta.sub_(torch.minimum(factor * low, factor * high))
+            largest = torch.maximum(factor.amax(-2, keepdim=True), -factor.amin(-2, keepdim=True))
+            reach = reach + largest * (torch.maximum(high, -low) + common.abs())
+        delta = delta.add_(4 * rounding * reach).clamp_(min=0)
+        growth = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
+        bound = growth.mul_(variance).mul_(spread.largest[:, block.rows, None])
+        bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound).sqrt_()
+        bound += (spread.unit * spread.roundings[:, block.rows]).unsqueeze(-1)
+        bound += 2 * spread.unit.unsqueeze(-1) * reach
         weight = change.weight[heads, None, block.rows]
-        bounds[:, index] = (weight @ bound.add_(noise).square_()).squeeze(1)
-        estimate += ((weight * spread.typical[:, None, block.rows]) @ variance).squeeze(1)
-    return bounds, estimate
+        bounds.append(weight @ bound.square_())
+        estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
+    return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
 
 
 def _rounding(dtype: torch.dtype, terms: float) -> float:

@@ -114,6 +114,16 @@ class ImpactMeter:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
+    @property
+    def work(self) -> dict[str, Work]:
+        """By `q` and `k`, what was computed so far of all that there was; see `top_ratio`."""
+        return {name: sum((it.work[name] for it in self._observers), Work()) for name in ("q", "k")}
+
+    @property
+    def unpruned(self) -> list[Layer]:
+        """Layers whose changes of the logits aren't of rank two: all their neurons are computed."""
+        return [it.layer for it in self._observers if not it.prunes]
+
     def measure(self, batch: Batch, sink: Sink) -> None:
         """Runs the decoder on the batch and hands `sink` each site's impacts, float32 (sentences, neurons)."""
         real, counted = real_and_counted(self.model, batch)
@@ -135,6 +145,7 @@ class LayerObserver:
     ):
         self.layer = layer
         self.top_ratio = top_ratio
+        self.prunes = False
         self.work = {"q": Work(), "k": Work()}
         self.projections = set(projections) & set(layer.projections)
         self.attention = attention
@@ -212,25 +223,46 @@ class LayerObserver:
     ) -> Tensor:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
         inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
-        chunk_bytes = int(self.memory_gb * 2**30)
-        if query.device.type == "cpu":
-            chunk_bytes = min(chunk_bytes, _CPU_CHUNK_BYTES)
-        change = attention_impacts.OutputChange(inputs, self.counted, chunk_bytes)
-        names = sorted(self.projections & {"q", "k"})
-        cos, sin = (angle.to(inputs.query.dtype) for angle in self._cos_sin)
+        cos, sin = (angle.to(inputs.query.dtype).expand(len(query), -1, -1) for angle in self._cos_sin)
         if self._rotation is None:
             self._rotation = self.layer.rotation(cos, sin)
-        if self._can_prune(names, inputs):
-            changes = {name: self._rank_two(name, inputs, cos, sin) for name in names}
-            sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, int(self.memory_gb * 2**30))
+        parts, outputs = [], []
+        at_once = self._sentences_at_once(inputs)
+        for start in range(0, len(query), at_once):
+            part = slice(start, start + at_once)
+            impacts, output = self._measure(inputs.sentences(part), part, cos[part], sin[part])
+            parts.append(impacts)
+            outputs.append(output)
+        for name in sorted(self.projections & {"q", "k"}):
+            self._report(name, torch.cat([impacts[name] for impacts in parts]))
+        self._projected.clear()
+        return torch.cat(outputs).transpose(1, 2).to(query.dtype).contiguous()
+
+    def _sentences_at_once(self, inputs: attention_impacts.AttentionInputs) -> int:
+        """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
+        _, num_heads, length, head_dim = inputs.query.shape
+        entries = num_heads * length * (14 * head_dim + 3 * length)
+        return max(1, int(self.memory_gb * 2**29) // (entries * inputs.query.element_size()))
+
+    def _measure(
+        self, inputs: attention_impacts.AttentionInputs, part: slice, cos: Tensor, sin: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The q and k impacts and attention's output (sentences, heads, length, head_dim) of some sentences."""
+        names = sorted(self.projections & {"q", "k"})
+        half = int(self.memory_gb * 2**29)
+        chunk_bytes = min(half, _CPU_CHUNK_BYTES) if inputs.query.device.type == "cpu" else half
+        change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
+        projected = {name: self._projected[name][part] for name in names}
+        self.prunes = self._can_prune(names, inputs)
+        if self.prunes:
+            changes = {name: self._rank_two(inputs, name, projected[name], cos, sin) for name in names}
+            sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
         else:
-            impacts = {name: self._query_or_key_impacts(name, inputs, change, cos, sin) for name in names}
-        for name in names:
-            self._report(name, impacts[name])
-        self._projected.clear()
-        output = change.output.view_as(inputs.query)
-        return output.transpose(1, 2).to(query.dtype).contiguous()
+            impacts = {name: self._all_impacts(change, name, projected[name], cos, sin) for name in names}
+            for name, values in impacts.items():
+                self.work[name].add_all(values.numel(), change.length)
+        return impacts, change.output.view_as(inputs.query)
 
     def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
         """Whether the bounds hold: they need changes of rank two, so neither a norm nor a soft cap."""
@@ -238,25 +270,22 @@ class LayerObserver:
         return self.top_ratio is not None and (plain or self.attention == "paper")
 
     def _rank_two(
-        self, name: str, inputs: attention_impacts.AttentionInputs, cos: Tensor, sin: Tensor
+        self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, cos: Tensor, sin: Tensor
     ) -> attention_impacts.RankTwo:
         if self.attention == "paper":
             return attention_impacts.paper_change(inputs)
         rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-        return rank_two(inputs, self._projected[name], self._rotation, cos, sin)
+        return rank_two(inputs, projected, self._rotation, cos, sin)
 
-    def _query_or_key_impacts(
-        self,
-        name: str,
-        inputs: attention_impacts.AttentionInputs,
-        change: attention_impacts.OutputChange,
-        cos: Tensor,
-        sin: Tensor,
+    def _all_impacts(
+        self, change: attention_impacts.OutputChange, name: str, projected: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """Of every neuron, (batch, neurons), float32."""
-        projected, norm = self._projected[name], self.layer.norms.get(name)
+        """The impacts of every neuron of q or k, (sentences, neurons), float32."""
+        norm = self.layer.norms.get(name)
         if self.attention == "paper" or norm is None:
-            squares = change.of_rank_two(self._rank_two(name, inputs, cos, sin), self.attention == "exact")
+            squares = change.of_rank_two(
+                self._rank_two(change.inputs, name, projected, cos, sin), before_cap=self.attention == "exact"
+            )
         elif self.layer.norm_spans_heads(name):
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
         else:

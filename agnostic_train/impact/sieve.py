@@ -7,7 +7,7 @@ below the threshold. Whatever is left at the end has its exact impact.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import ceil, floor
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from agnostic_train.impact.attention import OutputChange, RankTwo
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
 
-# Neurons of a head that are computed side by side on one copy of its logits and values.
-_TILE = 4
+# Neurons of a head that are computed side by side on one copy of its logits and values: few where few are left.
+_TILE_SIZES = (4, 16)
 # How many neurons make the first threshold, as a multiple of those that are looked for.
 _FIRST = 1.5
 # The exact form rounds differently in other company.
@@ -38,6 +38,16 @@ class Work:
     all_neurons: int = 0
     logits: int = 0
     all_logits: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def add_all(self, num_neurons: int, length: int) -> None:
+        """Adds neurons of sentences of one length that were all computed."""
+        self.neurons += num_neurons
+        self.all_neurons += num_neurons
+        self.logits += num_neurons * length**2
+        self.all_logits += num_neurons * length**2
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,10 @@ class TopSieve:
         self._bound_bytes = bound_bytes
         rows = {"q": change.num_heads * change.head_dim, "k": num_kv_heads * change.head_dim}
         self._sizes = [rows[name] for name in changes]
-        # A head's neurons are those of q, then those of k: (batch * heads, neurons, length).
+        # a, b, c and d of all neurons; a head's are those of q, then those of k: (batch * heads * neurons, length).
         self._x = [
-            torch.cat([getattr(x, part).flatten(0, 1) for x in changes.values()], -1).transpose(1, 2) for part in "abcd"
+            torch.cat([getattr(x, part).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1).flatten(0, 1)
+            for part in "abcd"
         ]
 
     def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
@@ -138,7 +149,7 @@ class TopSieve:
         parts = []
         for start in range(0, len(change.value), at_once):
             heads = slice(start, start + at_once)
-            spread = value_spread(change, heads)
+            spread = value_spread(change, heads, self.blocks)
             both = [square_bounds(change, heads, spread, x, self.blocks) for x in self.changes.values()]
             parts.append([torch.cat(it, -1) for it in zip(*both, strict=True)])
         bounds, estimates = (torch.cat(it) for it in zip(*parts, strict=True))
@@ -168,39 +179,39 @@ class TopSieve:
         marked = torch.cat(by_head, 1)
         num_heads, num_neurons = marked.shape
         counts = marked.sum(1)
-        num_tiles = (counts + _TILE - 1) // _TILE
         neurons = marked.flatten().nonzero().squeeze(1)
+        size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
+        num_tiles = (counts + size - 1) // size
         heads = neurons // num_neurons
         place = torch.arange(len(neurons), device=neurons.device) - (counts.cumsum(0) - counts)[heads]
-        place += ((num_tiles.cumsum(0) - num_tiles) * _TILE)[heads]
+        place += ((num_tiles.cumsum(0) - num_tiles) * size)[heads]
         head = torch.arange(num_heads, device=neurons.device).repeat_interleave(num_tiles)
-        neuron = (head * num_neurons).repeat_interleave(_TILE)
+        neuron = (head * num_neurons).repeat_interleave(size)
         target = torch.full_like(neuron, marked.numel())
         neuron[place] = target[place] = neurons
-        return _Tiles(head, neuron.view(-1, _TILE), target.view(-1, _TILE))
+        return _Tiles(head, neuron.view(-1, size), target.view(-1, size))
 
     def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
-        change = self.change
-        logits, value = change.logits[:, block.rows, block.keys], change.value[:, block.keys]
-        output, weight = change.output[:, block.rows], change.weight[:, block.rows]
-        a, b, c, d = (
-            part[..., seen] for part, seen in zip(self._x, (block.rows, block.keys) * 2, strict=True)
-        )
-        num_rows, num_keys, head_dim = *logits.shape[1:], change.head_dim
-        # A tile has its logits and their change at once, later attention and output; each with a copy of the head's.
-        entries = (2 * _TILE + 1) * num_rows * (num_keys + head_dim) + num_keys * head_dim
+        change, rows, keys = self.change, block.rows, block.keys
+        logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
+        value, weight = change.value[:, keys], change.weight[:, rows]
+        a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))
+        num_rows, num_keys = logits.shape[1:]
+        size = tiles.neuron.shape[1]
+        # A tile has its logits, their attention and its output; beside them copies of the head's.
+        entries = size * num_rows * (2 * num_keys + change.head_dim) + (2 * num_rows + change.head_dim) * num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))
-        squares = value.new_zeros(a.shape[0] * a.shape[1] + 1)
+        squares = value.new_zeros(len(self._x[0]) + 1)
         for part in tiles.chunks(at_once):
-            shape = (len(part.head), _TILE, num_rows)
-            places = part.neuron.flatten().div(a.shape[1], rounding_mode="floor"), part.neuron.flatten() % a.shape[1]
-            left, right = torch.stack([a[places], c[places]], -1), torch.stack([b[places], d[places]], 1)
-            changed = (left @ right).view(*shape, num_keys)
-            torch.sub(logits.index_select(0, part.head).unsqueeze(1), changed, out=changed)
-            attention = changed.softmax(-1).flatten(1, 2)
-            moved = (attention @ value.index_select(0, part.head)).view(*shape, head_dim)
-            moved -= output.index_select(0, part.head).unsqueeze(1)
-            weights = weight.index_select(0, part.head).unsqueeze(-1)
-            squares[part.target] = (moved.square_().sum(-1) @ weights).squeeze(-1)
+            shape = (len(part.head), size, num_rows, num_keys)
+            neurons = part.neuron.flatten()
+            left_a, left_c = (it.index_select(0, neurons).view(*shape[:3], 1) for it in (a, c))
+            right_b, right_d = (it.index_select(0, neurons).view(*shape[:2], 1, num_keys) for it in (b, d))
+            changed = torch.addcmul(logits.index_select(0, part.head).unsqueeze(1), left_a, right_b, value=-1)
+            changed = changed.addcmul_(left_c, right_d, value=-1).softmax(-1)
+            changed -= attention.index_select(0, part.head).unsqueeze(1)
+            moved = changed.flatten(1, 2) @ value.index_select(0, part.head)
+            moved = torch.linalg.vector_norm(moved, dim=-1).square_().view(shape[:3])
+            squares[part.target] = moved.mul_(weight.index_select(0, part.head).unsqueeze(1)).sum(-1)
         return squares[:-1].view(len(value), -1)
