@@ -120,22 +120,24 @@ def output_impacts(heads: Tensor, weight_norms: Tensor, counted: Tensor) -> Tens
     return column_norms(heads, counted) * weight_norms
 
 
-def query_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, cos: Tensor, sin: Tensor) -> RankTwo:
+def query_change(
+    inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]
+) -> RankTwo:
     """The logits' change for each q row: `s q_i[n] (R_i e_n) . k~_j`.
 
-    projected: `q_proj`'s output, (batch, length, query heads * head_dim); cos, sin: (batch, length, rotary_dim).
+    projected: `q_proj`'s output, (batch, length, query heads * head_dim); unit: the rotation's coefficients.
     """
-    own, other = _coefficients(inputs, rotation, cos, sin)
+    own, other = (part.unsqueeze(1) for part in unit)
     projected = inputs.project(projected) * inputs.scaling
     return RankTwo(projected * own, inputs.key, projected * other, inputs.key[..., rotation.partner])
 
 
-def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, cos: Tensor, sin: Tensor) -> RankTwo:
+def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]) -> RankTwo:
     """The logits' change for each k row, per query head that reads it: `s k_j[n] (R_j e_n) . q~_i`.
 
-    projected: `k_proj`'s output, (batch, length, KV heads * head_dim); cos, sin: (batch, length, rotary_dim).
+    projected: `k_proj`'s output, (batch, length, KV heads * head_dim); unit: the rotation's coefficients.
     """
-    own, other = _coefficients(inputs, rotation, cos, sin)
+    own, other = (part.unsqueeze(1) for part in unit)
     projected = inputs.project(projected) * inputs.scaling
     return RankTwo(inputs.query, projected * own, inputs.query[..., rotation.partner], projected * other)
 
@@ -263,9 +265,3 @@ def key_impacts(squares: Tensor, num_kv_heads: int) -> Tensor:
     """A k row acts through every query head of its group: (batch, query heads, head_dim) to (batch, k rows)."""
     batch, _, head_dim = squares.shape
     return squares.view(batch, num_kv_heads, -1, head_dim).sum(2).sqrt().flatten(1).float()
-
-
-def _coefficients(inputs: AttentionInputs, rotation: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = inputs.query.dtype
-    own, other = rotation.coefficients(cos.to(dtype), sin.to(dtype))
-    return own.unsqueeze(1), other.unsqueeze(1)

@@ -146,6 +146,11 @@ def square_bounds(
     rounding = _rounding(a.dtype, a.shape[1])
     b_common, d_common = b.mean(-2, keepdim=True), d.mean(-2, keepdim=True)
     b, d = b - b_common, d - d_common
+    # How large a change of the logits can be, which is what rounding is a part of: (heads, 1, head_dim).
+    reach = sum(
+        _largest(factor) * (_largest(values) + common.abs())
+        for factor, values, common in ((a, b, b_common), (c, d, d_common))
+    )
     attention = change.attention[heads]
     moments = [attention @ product for product in (b, d, b.square(), d.square(), b * d)]
     bounds, estimates = [], []
@@ -156,12 +161,10 @@ def square_bounds(
         mean = (left * mean_b).addcmul_(right, mean_d)
         variance = torch.add(size, (left * right).mul_(product), alpha=2).addcmul_(mean, mean, value=-1)
         variance = variance.clamp_(min=0).add_(size, alpha=8 * rounding)
-        delta, reach = mean, 0
-        for factor, values, common in ((left, b, b_common), (right, d, d_common)):
-            low, high = values[:, block.keys].amin(-2, keepdim=True), values[:, block.keys].amax(-2, keepdim=True)
+        delta = mean
+        for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
+            low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
             delta.sub_(torch.minimum(factor * low, factor * high))
-            largest = torch.maximum(factor.amax(-2, keepdim=True), -factor.amin(-2, keepdim=True))
-            reach = reach + largest * (torch.maximum(high, -low) + common.abs())
         delta = delta.add_(4 * rounding * reach).clamp_(min=0)
         growth = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
         bound = growth.mul_(variance).mul_(spread.largest[:, block.rows, None])
@@ -172,6 +175,11 @@ def square_bounds(
         bounds.append(weight @ bound.square_())
         estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
     return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest absolute value over the rows."""
+    return torch.maximum(values.amax(-2, keepdim=True), -values.amin(-2, keepdim=True))
 
 
 def _rounding(dtype: torch.dtype, terms: float) -> float:

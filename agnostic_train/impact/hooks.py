@@ -253,13 +253,15 @@ class LayerObserver:
         chunk_bytes = min(half, _CPU_CHUNK_BYTES) if inputs.query.device.type == "cpu" else half
         change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
         projected = {name: self._projected[name][part] for name in names}
+        # Both q and k need what rotation makes of the unit vectors.
+        unit = self._rotation.coefficients(cos, sin)
         self.prunes = self._can_prune(names, inputs)
         if self.prunes:
-            changes = {name: self._rank_two(inputs, name, projected[name], cos, sin) for name in names}
+            changes = {name: self._rank_two(inputs, name, projected[name], unit) for name in names}
             sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
         else:
-            impacts = {name: self._all_impacts(change, name, projected[name], cos, sin) for name in names}
+            impacts = {name: self._all_impacts(change, name, projected[name], cos, sin, unit) for name in names}
             for name, values in impacts.items():
                 self.work[name].add_all(values.numel(), change.length)
         return impacts, change.output.view_as(inputs.query)
@@ -270,21 +272,27 @@ class LayerObserver:
         return self.top_ratio is not None and (plain or self.attention == "paper")
 
     def _rank_two(
-        self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, cos: Tensor, sin: Tensor
+        self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, unit: tuple[Tensor, Tensor]
     ) -> attention_impacts.RankTwo:
         if self.attention == "paper":
             return attention_impacts.paper_change(inputs)
         rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-        return rank_two(inputs, projected, self._rotation, cos, sin)
+        return rank_two(inputs, projected, self._rotation, unit)
 
     def _all_impacts(
-        self, change: attention_impacts.OutputChange, name: str, projected: Tensor, cos: Tensor, sin: Tensor
+        self,
+        change: attention_impacts.OutputChange,
+        name: str,
+        projected: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unit: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The impacts of every neuron of q or k, (sentences, neurons), float32."""
         norm = self.layer.norms.get(name)
         if self.attention == "paper" or norm is None:
             squares = change.of_rank_two(
-                self._rank_two(change.inputs, name, projected, cos, sin), before_cap=self.attention == "exact"
+                self._rank_two(change.inputs, name, projected, unit), before_cap=self.attention == "exact"
             )
         elif self.layer.norm_spans_heads(name):
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
