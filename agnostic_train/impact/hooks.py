@@ -122,7 +122,7 @@ class ImpactMeter:
     @property
     def unpruned(self) -> list[Layer]:
         """Layers whose changes of the logits aren't of rank two: all their neurons are computed."""
-        return [it.layer for it in self._observers if not it.prunes]
+        return [it.layer for it in self._observers if it.unprunable]
 
     def measure(self, batch: Batch, sink: Sink) -> None:
         """Runs the decoder on the batch and hands `sink` each site's impacts, float32 (sentences, neurons)."""
@@ -145,7 +145,7 @@ class LayerObserver:
     ):
         self.layer = layer
         self.top_ratio = top_ratio
-        self.prunes = False
+        self.unprunable = False
         self.work = {"q": Work(), "k": Work()}
         self.projections = set(projections) & set(layer.projections)
         self.attention = attention
@@ -255,13 +255,13 @@ class LayerObserver:
         projected = {name: self._projected[name][part] for name in names}
         # Both q and k need what rotation makes of the unit vectors.
         unit = self._rotation.coefficients(cos, sin)
-        self.prunes = self._can_prune(names, inputs)
-        if self.prunes:
+        if self._can_prune(names, inputs):
             changes = {name: self._rank_two(inputs, name, projected[name], unit) for name in names}
             sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
         else:
             impacts = {name: self._all_impacts(change, name, projected[name], cos, sin, unit) for name in names}
+            self.unprunable = self.top_ratio is not None
             for name, values in impacts.items():
                 self.work[name].add_all(values.numel(), change.length)
         return impacts, change.output.view_as(inputs.query)

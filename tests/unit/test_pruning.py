@@ -12,6 +12,7 @@ from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons, in_top
 from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, bounds, neuron_impacts, sieve
+from agnostic_train.impact.attention import RankTwo
 from agnostic_train.impact.sieve import num_top
 from agnostic_train.inference import left_as_found
 
@@ -113,6 +114,25 @@ def test_bounds_hold_with_a_large_common_part(name, monkeypatch):
         for layer in find_decoder(model).layers:
             layer.projections[name].linear.bias.normal_(std=30)
     assert all_bounds_hold(model, padded_batch([1, 37, 20]), monkeypatch) > 1_000
+
+
+def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
+    """The softmax doesn't see what all keys share, so neither may the bounds, beyond a little rounding."""
+    ratios = []
+    original = sieve.TopSieve._bounds
+
+    def spied(self):
+        found = original(self)
+        self.changes = {
+            name: RankTwo(x.a, x.b + 100 * x.b.abs().mean(), x.c, x.d + 100 * x.d.abs().mean())
+            for name, x in self.changes.items()
+        }
+        ratios.append((original(self)[0] / found[0]).quantile(0.9))
+        return found
+
+    monkeypatch.setattr(sieve.TopSieve, "_bounds", spied)
+    pruned_impacts(llama, padded_batch([40, 37]), 0.05)
+    assert len(ratios) == 2 and max(ratios) < 1.05
 
 
 def test_bounds_hold_where_few_keys_are_far_apart(llama, monkeypatch):
