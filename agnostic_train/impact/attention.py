@@ -151,8 +151,9 @@ def paper_change(inputs: AttentionInputs) -> RankTwo:
 class OutputChange:
     """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
 
-    logits, attention: (batch * heads, length, length); value, output: (batch * heads, length, head_dim); weight:
-    (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length, length) tensor stays within `chunk_bytes`.
+    logits, attention: (batch * heads, length, length); value, centred_value, output: (batch * heads, length, head_dim);
+    weight: (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length,
+    length) tensor stays within `chunk_bytes`.
     """
 
     def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int):
@@ -162,6 +163,8 @@ class OutputChange:
         self.logits = inputs.logits().flatten(0, 1)
         self.attention = self.logits.softmax(-1)
         self.output = self.attention @ self.value
+        # Changed attention less attention sums to zero: what all values share has no part in it but its rounding.
+        self.centred_value = self.value - self.value.mean(-2, keepdim=True)
         self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         # At the peak a neuron has its change, its logits and its attention, and two outputs.
         entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)
@@ -175,13 +178,14 @@ class OutputChange:
         """
         capped = self.inputs.softcap is not None and before_cap
         start = self.inputs.products().flatten(0, 1) if capped else self.logits
-        # (batch * heads, head_dim, length, 2) and (.., 2, length): their product is x.
-        left = torch.stack([change.a, change.c], -1).flatten(0, 1).transpose(1, 2)
-        right = torch.stack([change.b, change.d], -1).flatten(0, 1).permute(0, 2, 3, 1)
+        a, b, c, d = (part.flatten(0, 1).mT.contiguous() for part in (change.a, change.b, change.c, change.d))
         visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
-            changed = start[heads, None] - left[heads, neurons] @ right[heads, neurons]
+            left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
+            right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
+            changed = torch.addcmul(start[heads, None], left_a, right_b, value=-1)
+            changed.addcmul_(left_c, right_d, value=-1)
             if capped:
                 changed = self.inputs.finish(changed, visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
@@ -251,8 +255,7 @@ class OutputChange:
 
     def _squares(self, heads: slice, logits: Tensor) -> Tensor:
         """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
-        change = logits.softmax(-1) @ self.value[heads, None]
-        change -= self.output[heads, None]
+        change = logits.softmax(-1).sub_(self.attention[heads, None]) @ self.centred_value[heads, None]
         return (change.square_().sum(-1) * self.weight[heads, None]).sum(-1)
 
 

@@ -100,13 +100,16 @@ def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> Val
     for block in blocks[1:]:
         common = _largest_in_block(attention[:, block.rows, block.keys], value[:, block.keys], rounding)
         largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
+    # Rounding moves each value by a part of its length.
+    unit = longest * torch.finfo(value.dtype).eps / 2
+    largest += (4 * unit).square()
     # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
     roundings = logits.masked_fill(hidden, 0).abs_().amax(-1) + (2 * length**0.5 + 16)
     return ValueSpread(
         largest=largest,
         typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
         farthest=farthest,
-        unit=longest * torch.finfo(value.dtype).eps / 2,
+        unit=unit,
         roundings=roundings,
     )
 

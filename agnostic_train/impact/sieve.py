@@ -195,7 +195,7 @@ class TopSieve:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
         change, rows, keys = self.change, block.rows, block.keys
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
-        value, weight = change.value[:, keys], change.weight[:, rows]
+        value, weight = change.centred_value[:, keys], change.weight[:, rows]
         a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))
         num_rows, num_keys = logits.shape[1:]
         size = tiles.neuron.shape[1]
