@@ -196,7 +196,7 @@ def draw(report: dict, file: Path) -> None:
             points = [(float(x), it[quantity][name]) for x, it in found[part].items() if name in it[quantity]]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=name, markerfacecolor="white")
-        axis.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+        axis.set(xlabel=label, ylabel=unit, xscale="log", ylim=(0, None))
         ticks = [float(x) for x in found[part]]
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
@@ -205,7 +205,8 @@ def draw(report: dict, file: Path) -> None:
     axes[1, 1].plot(
         sentences, [it["peak_gib"] for it in found["by_sentences"].values()], "k-o", markerfacecolor="white"
     )
-    axes[1, 1].set(xlabel="sentences", ylabel="peak memory, GiB", ylim=(0, None))
+    highest = max(it["peak_gib"] for it in found["by_sentences"].values())
+    axes[1, 1].set(xlabel="sentences", ylabel="peak memory, GiB", ylim=(0, 1.2 * highest))
     figure.suptitle(f"Detection on {report['machine']}, {report['date']}")
     figure.savefig(file)
 
@@ -224,8 +225,10 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
         inputs = {"real sentences": real_batches(model, options)}
     report = {
-        "what": "cost of detection as a multiple of the forward pass with logits, by sentence length in tokens",
-        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "what": "cost of detection as a multiple of the forward pass with logits, and growth",
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, threads: {torch.get_num_threads()}",
         "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "model": options.model or SHAPES[options.device],
