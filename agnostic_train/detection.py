@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice
-from math import floor
 from pathlib import Path
 
 import torch
@@ -12,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError, whole_file
 from agnostic_train.impact.activations import MEASURED, ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
+from agnostic_train.impact.sieve import Work, num_top
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
@@ -26,6 +27,8 @@ from agnostic_train.self_check import verify_impacts
 METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
+
+logger = logging.get_logger(__name__)
 
 
 def detect_neurons(
@@ -42,6 +45,7 @@ def detect_neurons(
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
     activations: bool = True,
+    pruning: bool = True,
     verify: bool = True,
     progress: bool = True,
     checkpoints: str | Path | None = None,
@@ -65,6 +69,8 @@ def detect_neurons(
         projections: the projections that `impact` looks at.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
         activations: also measure each neuron's mean absolute activation, which `random_like` can match; `impact` alone.
+        pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
+            fraction of the work. Layers that it doesn't cover (normalised queries, capped logits) are done in full.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
@@ -92,6 +98,7 @@ def detect_neurons(
     related: dict[str, NeuronSet] = {}
     num_sentences: dict[str, int] = {}
     mean_activations: list[dict[Site, Tensor]] = []
+    work = {"q": Work(), "k": Work()}
     with left_as_found(model):
         for language, batches in corpora.items():
             batches = iter(batches)
@@ -99,15 +106,18 @@ def detect_neurons(
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             if verify and not related:
-                verify_impacts(model, first)
+                verify_impacts(model, first, pruning=pruning)
             file = None
             if checkpoints is not None:
                 file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ExitStack() as stack:
-                meter = stack.enter_context(ImpactMeter(model, projections, attention, memory_gb))
+                meter = stack.enter_context(
+                    ImpactMeter(model, projections, attention, memory_gb, top_ratio if pruning else None)
+                )
                 active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
                 share = own_share(chain([first], batches))
                 counts = _count_top(meter, active, share, top_ratio, language, progress, file)
+            work = {name: work[name] + done for name, done in meter.work.items()}
             counts.sum_over_processes(sizes, find_device(model))
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
@@ -129,7 +139,23 @@ def detect_neurons(
             site: torch.stack([of_language[site] for of_language in mean_activations]).mean(0).float()
             for site in mean_activations[0]
         }
+    if pruning:
+        if meter.unpruned:
+            logger.warning(
+                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers normalise their queries "
+                "or keys or cap their logits; pruning doesn't cover that, all their neurons were computed"
+            )
+        found.exact_share = _exact_share(work, find_device(model))
     return found
+
+
+def _exact_share(work: Mapping[str, Work], device: torch.device) -> dict[str, float]:
+    shares = {}
+    for name, it in work.items():
+        computed, available = sum_over_processes(torch.tensor([it.neurons, it.all_neurons], device=device)).tolist()
+        if available:
+            shares[name] = computed / available
+    return shares
 
 
 def _detect_by_lape(
@@ -170,8 +196,7 @@ class TopCounts:
     def add(self, site: Site, impacts: Tensor) -> None:
         """impacts: (sentences, neurons), float."""
         finite = impacts.isfinite().all()
-        # The slack keeps 0.29 of 100 neurons at 29, whatever 0.29 * 100 is in binary.
-        top = in_top(impacts, max(1, floor(self.top_ratio * impacts.shape[1] * (1 + 1e-9)))).sum(0, dtype=torch.int32)
+        top = in_top(impacts, num_top(self.top_ratio, impacts.shape[1])).sum(0, dtype=torch.int32)
         if site in self._counts:
             # Counts that were loaded lie on one device, a large model's layers on several.
             self._counts[site] = self._counts[site].to(top.device) + top

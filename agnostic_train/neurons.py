@@ -257,6 +257,8 @@ class LanguageNeurons:
         stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
         activations: mean absolute activations over the sentences, averaged over languages, by (layer, `q`, `k`, `v` or
             `down`), (neurons,) float32 on the CPU; a hidden unit's stand under `down`. None if they weren't measured.
+        exact_share: the part of the q and of the k neurons, over all sentences, whose exact impact was computed before
+            pruning could leave the others out; it is no property of the sets, so comparing two ignores it.
     """
 
     related: dict[str, NeuronSet]
@@ -265,6 +267,7 @@ class LanguageNeurons:
     settings: dict = field(default_factory=dict)
     stability: dict | None = None
     activations: dict[Site, Tensor] | None = field(default=None, compare=False, repr=False)
+    exact_share: dict[str, float] | None = field(default=None, compare=False)
 
     @classmethod
     def from_related(
@@ -314,6 +317,7 @@ class LanguageNeurons:
             },
             "shared_ratio": self.shared_ratio,
             "stability": self.stability,
+            "exact_share": self.exact_share,
         }
         with whole_directory(directory) as temporary:
             self.shared.save(temporary / "shared.safetensors")
@@ -341,6 +345,7 @@ class LanguageNeurons:
             settings,
             summary.get("stability"),
             _load_activations(directory / ACTIVATIONS_FILE),
+            summary.get("exact_share"),
         )
 
 

@@ -137,6 +137,9 @@ class DetectionSection:
     )
     skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
     memory_gb: float = Field(default=2.0, gt=0, description="Bound on the temporaries of the q and k impacts, in GiB.")
+    pruning: bool = Field(
+        default=True, description="Leave out q and k neurons that certainly aren't top: the same sets in less time."
+    )
     stability: bool = Field(
         default=False, description="Also detect on other samples, and say how far the sets agree; 2.4 times the work."
     )

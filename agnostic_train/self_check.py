@@ -48,7 +48,12 @@ class Comparison:
 
 
 def verify_impacts(
-    model: nn.Module, batch: Batch, neurons_per_site: int = 2, num_sentences: int = 2, seed: int = 0
+    model: nn.Module,
+    batch: Batch,
+    neurons_per_site: int = 2,
+    num_sentences: int = 2,
+    seed: int = 0,
+    pruning: bool = True,
 ) -> list[Comparison]:
     """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
 
@@ -59,6 +64,7 @@ def verify_impacts(
         model: left as found.
         batch: real sentences, as for `neuron_impacts`; the `num_sentences` longest are used.
         neurons_per_site: random neurons per projection; the one of largest score is added.
+        pruning: check the scores that certified pruning computes, of all neurons here, or those of the plain form.
 
     Returns: all comparisons.
 
@@ -71,7 +77,7 @@ def verify_impacts(
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
     try:
         with left_as_found(model):
-            comparisons = _compare(model, batch, neurons_per_site, torch.Generator().manual_seed(seed))
+            comparisons = _compare(model, batch, neurons_per_site, torch.Generator().manual_seed(seed), pruning)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
@@ -90,10 +96,12 @@ def verify_impacts(
     return comparisons
 
 
-def _compare(model: nn.Module, batch: Batch, neurons_per_site: int, generator: torch.Generator) -> list[Comparison]:
+def _compare(
+    model: nn.Module, batch: Batch, neurons_per_site: int, generator: torch.Generator, pruning: bool
+) -> list[Comparison]:
     comparisons = []
     for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers)):
-        layer, scores = excerpt.layer, excerpt.scores()
+        layer, scores = excerpt.layer, excerpt.scores(pruning)
         for name in layer.projections:
             neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
             neurons.append(int(scores[name][0].argmax()))
@@ -146,10 +154,10 @@ class _Excerpt:
     real: Tensor
     counted: Tensor
 
-    def scores(self) -> dict[str, Tensor]:
+    def scores(self, pruning: bool) -> dict[str, Tensor]:
         """The impacts of the layer by projection, each (batch, neurons)."""
         scores: dict[str, Tensor] = {}
-        observer = LayerObserver(self.layer, PROJECTIONS, "exact", memory_gb=1.0)
+        observer = LayerObserver(self.layer, PROJECTIONS, "exact", memory_gb=1.0, top_ratio=1.0 if pruning else None)
         observer.begin(self.real, self.counted, lambda site, impacts: scores.__setitem__(site[1], impacts))
         with observer.installed(), observed_attention([observer]):
             for module, (args, kwargs) in self._calls():

@@ -6,7 +6,7 @@ the Q/K form without rotation.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,17 @@ class AttentionInputs:
         value = value.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
+
+    def sentences(self, part: slice) -> "AttentionInputs":
+        """The same for some sentences of the batch."""
+        return replace(
+            self,
+            query=self.query[part],
+            key=self.key[part],
+            value=self.value[part],
+            visible=self.visible[part],
+            real=self.real[part],
+        )
 
     def products(self) -> Tensor:
         """`s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""
@@ -109,22 +120,24 @@ def output_impacts(heads: Tensor, weight_norms: Tensor, counted: Tensor) -> Tens
     return column_norms(heads, counted) * weight_norms
 
 
-def query_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, cos: Tensor, sin: Tensor) -> RankTwo:
+def query_change(
+    inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]
+) -> RankTwo:
     """The logits' change for each q row: `s q_i[n] (R_i e_n) . k~_j`.
 
-    projected: `q_proj`'s output, (batch, length, query heads * head_dim); cos, sin: (batch, length, rotary_dim).
+    projected: `q_proj`'s output, (batch, length, query heads * head_dim); unit: the rotation's coefficients.
     """
-    own, other = _coefficients(inputs, rotation, cos, sin)
+    own, other = (part.unsqueeze(1) for part in unit)
     projected = inputs.project(projected) * inputs.scaling
     return RankTwo(projected * own, inputs.key, projected * other, inputs.key[..., rotation.partner])
 
 
-def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, cos: Tensor, sin: Tensor) -> RankTwo:
+def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]) -> RankTwo:
     """The logits' change for each k row, per query head that reads it: `s k_j[n] (R_j e_n) . q~_i`.
 
-    projected: `k_proj`'s output, (batch, length, KV heads * head_dim); cos, sin: (batch, length, rotary_dim).
+    projected: `k_proj`'s output, (batch, length, KV heads * head_dim); unit: the rotation's coefficients.
     """
-    own, other = _coefficients(inputs, rotation, cos, sin)
+    own, other = (part.unsqueeze(1) for part in unit)
     projected = inputs.project(projected) * inputs.scaling
     return RankTwo(inputs.query, projected * own, inputs.query[..., rotation.partner], projected * other)
 
@@ -138,20 +151,24 @@ def paper_change(inputs: AttentionInputs) -> RankTwo:
 class OutputChange:
     """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
 
-    Neurons are taken so many at a time that the (neuron, length, length) tensor stays within `chunk_bytes`.
+    logits, attention: (batch * heads, length, length); value, centred_value, output: (batch * heads, length, head_dim);
+    weight: (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length,
+    length) tensor stays within `chunk_bytes`.
     """
 
     def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int):
         self.inputs = inputs
         self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
-        self._value = inputs.value.flatten(0, 1)
-        self._logits = inputs.logits().flatten(0, 1)
-        self._output = self._logits.softmax(-1) @ self._value
-        self._visible = inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
-        self._weight = counted.to(self._value.dtype).repeat_interleave(self.num_heads, 0)
+        self.value = inputs.value.flatten(0, 1)
+        self.logits = inputs.logits().flatten(0, 1)
+        self.attention = self.logits.softmax(-1)
+        self.output = self.attention @ self.value
+        # Changed attention less attention sums to zero: what all values share has no part in it but its rounding.
+        self.centred_value = self.value - self.value.mean(-2, keepdim=True)
+        self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         # At the peak a neuron has its change, its logits and its attention, and two outputs.
         entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)
-        bytes_per_neuron = entries_per_neuron * self._value.element_size()
+        bytes_per_neuron = entries_per_neuron * self.value.element_size()
         self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
 
     def of_rank_two(self, change: RankTwo, before_cap: bool = True) -> Tensor:
@@ -160,15 +177,17 @@ class OutputChange:
         Returns: (batch, query heads, head_dim).
         """
         capped = self.inputs.softcap is not None and before_cap
-        start = self.inputs.products().flatten(0, 1) if capped else self._logits
-        # (batch * heads, head_dim, length, 2) and (.., 2, length): their product is x.
-        left = torch.stack([change.a, change.c], -1).flatten(0, 1).transpose(1, 2)
-        right = torch.stack([change.b, change.d], -1).flatten(0, 1).permute(0, 2, 3, 1)
+        start = self.inputs.products().flatten(0, 1) if capped else self.logits
+        a, b, c, d = (part.flatten(0, 1).mT.contiguous() for part in (change.a, change.b, change.c, change.d))
+        visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
-            changed = start[heads, None] - left[heads, neurons] @ right[heads, neurons]
+            left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
+            right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
+            changed = torch.addcmul(start[heads, None], left_a, right_b, value=-1)
+            changed.addcmul_(left_c, right_d, value=-1)
             if capped:
-                changed = self.inputs.finish(changed, self._visible[heads, None])
+                changed = self.inputs.finish(changed, visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
@@ -181,6 +200,7 @@ class OutputChange:
         """
         heads_of = self.inputs.project(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
+        visible = self._visible_by_head()
         result = query.new_empty(len(query), self.head_dim)
         for heads, neurons in self._chunks():
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
@@ -191,7 +211,7 @@ class OutputChange:
                 products = states @ key[heads, None].transpose(-1, -2)
             else:
                 products = query[heads, None] @ states.transpose(-1, -2)
-            changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+            changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
@@ -205,6 +225,7 @@ class OutputChange:
         projected = projected.to(self.inputs.query.dtype).masked_fill(~self.inputs.real.unsqueeze(-1), 0)
         num_neurons = projected.shape[-1]
         at_once = max(1, self._num_at_once // self.num_heads)
+        visible = self._visible_by_head()
         result = projected.new_empty(self.batch, num_neurons)
         for sentence in range(self.batch):
             heads = slice(sentence * self.num_heads, (sentence + 1) * self.num_heads)
@@ -217,9 +238,12 @@ class OutputChange:
                 states = rotation.apply(states, cos[sentence, None], sin[sentence, None]).transpose(0, 1)
                 states = states.repeat_interleave(self.num_heads // len(states), 0)
                 products = states @ key.transpose(-1, -2) if name == "q" else query @ states.transpose(-1, -2)
-                changed = self.inputs.finish(products.mul_(self.inputs.scaling), self._visible[heads, None])
+                changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
                 result[sentence, neurons] = self._squares(heads, changed).sum(0)
         return result
+
+    def _visible_by_head(self) -> Tensor:
+        return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
         """Slices over (batch * heads) and head_dim."""
@@ -231,9 +255,8 @@ class OutputChange:
 
     def _squares(self, heads: slice, logits: Tensor) -> Tensor:
         """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
-        change = logits.softmax(-1) @ self._value[heads, None]
-        change -= self._output[heads, None]
-        return (change.square_().sum(-1) * self._weight[heads, None]).sum(-1)
+        change = logits.softmax(-1).sub_(self.attention[heads, None]) @ self.centred_value[heads, None]
+        return (change.square_().sum(-1) * self.weight[heads, None]).sum(-1)
 
 
 def query_impacts(squares: Tensor) -> Tensor:
@@ -245,9 +268,3 @@ def key_impacts(squares: Tensor, num_kv_heads: int) -> Tensor:
     """A k row acts through every query head of its group: (batch, query heads, head_dim) to (batch, k rows)."""
     batch, _, head_dim = squares.shape
     return squares.view(batch, num_kv_heads, -1, head_dim).sum(2).sqrt().flatten(1).float()
-
-
-def _coefficients(inputs: AttentionInputs, rotation: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = inputs.query.dtype
-    own, other = rotation.coefficients(cos.to(dtype), sin.to(dtype))
-    return own.unsqueeze(1), other.unsqueeze(1)

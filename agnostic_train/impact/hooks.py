@@ -27,6 +27,7 @@ from agnostic_train.decoder import (
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
 from agnostic_train.impact.feed_forward import hidden_unit_impacts, weight_norms
+from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 Sink = Callable[[Site, Tensor], None]
@@ -70,6 +71,8 @@ class ImpactMeter:
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+        top_ratio: the q and k impacts are exact for every neuron that can be among the `num_top` largest of its
+            sentence, and 0 for the others (certified pruning); None: exact for every neuron.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 
@@ -79,6 +82,7 @@ class ImpactMeter:
         projections: Sequence[str] | None = None,
         attention: str = "exact",
         memory_gb: float = DEFAULT_MEMORY_GB,
+        top_ratio: float | None = None,
     ):
         projections = tuple(PROJECTIONS if projections is None else projections)
         for name in projections:
@@ -94,7 +98,9 @@ class ImpactMeter:
             )
         self.projections = projections
         self._stack = ExitStack()
-        self._observers = [LayerObserver(layer, projections, attention, memory_gb) for layer in self.decoder.layers]
+        self._observers = [
+            LayerObserver(layer, projections, attention, memory_gb, top_ratio) for layer in self.decoder.layers
+        ]
 
     def __enter__(self) -> "ImpactMeter":
         with ExitStack() as stack:
@@ -108,6 +114,16 @@ class ImpactMeter:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
+    @property
+    def work(self) -> dict[str, Work]:
+        """By `q` and `k`, what was computed so far of all that there was; see `top_ratio`."""
+        return {name: sum((it.work[name] for it in self._observers), Work()) for name in ("q", "k")}
+
+    @property
+    def unpruned(self) -> list[Layer]:
+        """Layers whose changes of the logits aren't of rank two: all their neurons are computed."""
+        return [it.layer for it in self._observers if it.unprunable]
+
     def measure(self, batch: Batch, sink: Sink) -> None:
         """Runs the decoder on the batch and hands `sink` each site's impacts, float32 (sentences, neurons)."""
         real, counted = real_and_counted(self.model, batch)
@@ -119,8 +135,18 @@ class ImpactMeter:
 class LayerObserver:
     """What one layer shows during a pass: its hooks, and the arithmetic on what they see."""
 
-    def __init__(self, layer: Layer, projections: Sequence[str], attention: str, memory_gb: float):
+    def __init__(
+        self,
+        layer: Layer,
+        projections: Sequence[str],
+        attention: str,
+        memory_gb: float,
+        top_ratio: float | None = None,
+    ):
         self.layer = layer
+        self.top_ratio = top_ratio
+        self.unprunable = False
+        self.work = {"q": Work(), "k": Work()}
         self.projections = set(projections) & set(layer.projections)
         self.attention = attention
         self.memory_gb = memory_gb
@@ -197,28 +223,77 @@ class LayerObserver:
     ) -> Tensor:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
         inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
-        chunk_bytes = int(self.memory_gb * 2**30)
-        if query.device.type == "cpu":
-            chunk_bytes = min(chunk_bytes, _CPU_CHUNK_BYTES)
-        change = attention_impacts.OutputChange(inputs, self.counted, chunk_bytes)
-        for name in sorted(self.projections & {"q", "k"}):
-            self._report(name, self._query_or_key_impacts(name, inputs, change))
-        self._projected.clear()
-        output = inputs.logits().softmax(-1) @ inputs.value
-        return output.transpose(1, 2).to(query.dtype).contiguous()
-
-    def _query_or_key_impacts(
-        self, name: str, inputs: attention_impacts.AttentionInputs, change: attention_impacts.OutputChange
-    ) -> Tensor:
-        cos, sin = (angle.to(inputs.query.dtype) for angle in self._cos_sin)
+        cos, sin = (angle.to(inputs.query.dtype).expand(len(query), -1, -1) for angle in self._cos_sin)
         if self._rotation is None:
             self._rotation = self.layer.rotation(cos, sin)
-        projected, norm = self._projected[name], self.layer.norms.get(name)
+        parts, outputs = [], []
+        at_once = self._sentences_at_once(inputs)
+        for start in range(0, len(query), at_once):
+            part = slice(start, start + at_once)
+            impacts, output = self._measure(inputs.sentences(part), part, cos[part], sin[part])
+            parts.append(impacts)
+            outputs.append(output)
+        for name in sorted(self.projections & {"q", "k"}):
+            self._report(name, torch.cat([impacts[name] for impacts in parts]))
+        self._projected.clear()
+        return torch.cat(outputs).transpose(1, 2).to(query.dtype).contiguous()
+
+    def _sentences_at_once(self, inputs: attention_impacts.AttentionInputs) -> int:
+        """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
+        _, num_heads, length, head_dim = inputs.query.shape
+        entries = num_heads * length * (14 * head_dim + 3 * length)
+        return max(1, int(self.memory_gb * 2**29) // (entries * inputs.query.element_size()))
+
+    def _measure(
+        self, inputs: attention_impacts.AttentionInputs, part: slice, cos: Tensor, sin: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The q and k impacts and attention's output (sentences, heads, length, head_dim) of some sentences."""
+        names = sorted(self.projections & {"q", "k"})
+        half = int(self.memory_gb * 2**29)
+        chunk_bytes = min(half, _CPU_CHUNK_BYTES) if inputs.query.device.type == "cpu" else half
+        change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
+        projected = {name: self._projected[name][part] for name in names}
+        # Both q and k need what rotation makes of the unit vectors.
+        unit = self._rotation.coefficients(cos, sin)
+        if self._can_prune(names, inputs):
+            changes = {name: self._rank_two(inputs, name, projected[name], unit) for name in names}
+            sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
+            impacts = sieve.impacts(self.top_ratio, self.work)
+        else:
+            impacts = {name: self._all_impacts(change, name, projected[name], cos, sin, unit) for name in names}
+            self.unprunable = self.top_ratio is not None
+            for name, values in impacts.items():
+                self.work[name].add_all(values.numel(), change.length)
+        return impacts, change.output.view_as(inputs.query)
+
+    def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
+        """Whether the bounds hold: they need changes of rank two, so neither a norm nor a soft cap."""
+        plain = inputs.softcap is None and not any(name in self.layer.norms for name in names)
+        return self.top_ratio is not None and (plain or self.attention == "paper")
+
+    def _rank_two(
+        self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, unit: tuple[Tensor, Tensor]
+    ) -> attention_impacts.RankTwo:
         if self.attention == "paper":
-            squares = change.of_rank_two(attention_impacts.paper_change(inputs), before_cap=False)
-        elif norm is None:
-            rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-            squares = change.of_rank_two(rank_two(inputs, projected, self._rotation, cos, sin))
+            return attention_impacts.paper_change(inputs)
+        rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
+        return rank_two(inputs, projected, self._rotation, unit)
+
+    def _all_impacts(
+        self,
+        change: attention_impacts.OutputChange,
+        name: str,
+        projected: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unit: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The impacts of every neuron of q or k, (sentences, neurons), float32."""
+        norm = self.layer.norms.get(name)
+        if self.attention == "paper" or norm is None:
+            squares = change.of_rank_two(
+                self._rank_two(change.inputs, name, projected, unit), before_cap=self.attention == "exact"
+            )
         elif self.layer.norm_spans_heads(name):
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
         else:

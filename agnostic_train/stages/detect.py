@@ -38,6 +38,8 @@ def detect(context: Context) -> dict:
             f"exclusive ({section.exclusive})"
         )
     context.say(f"detect: {len(found.shared)} shared by all")
+    for name, share in (found.exact_share or {}).items():
+        context.say(f"detect: {share:.0%} of {name}'s impacts needed the exact form")
     context.tracker.log_summary(
         {"neurons/shared": len(found.shared)}
         | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
@@ -61,6 +63,7 @@ def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, lis
         exclusive=section.exclusive,
         min_languages=section.min_languages,
         memory_gb=section.memory_gb,
+        pruning=section.pruning,
         progress=context.processes.is_local_main_process,
         **settings,
     )

@@ -1,12 +1,14 @@
-"""What detection costs, as a multiple of the model's own forward pass with logits.
+"""What detection costs, as a multiple of the model's own forward pass with logits, and how it grows.
 
 Everything is measured in one process, in turns, and reported as ratios of medians: absolute times say little on shared
-machines. Writes a JSON file with the machine, the versions and the date.
+machines. Without `--model` the weights are random, in the shapes of `SHAPES`; with it, real sentences of `--corpus` go
+through a trained model. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
 """
 
 import argparse
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -15,11 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from matplotlib import pyplot as plt
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from agnostic_train.corpus import load_corpus
 from agnostic_train.detection import TopCounts
+from agnostic_train.encoding import Encoder
 from agnostic_train.impact import ImpactMeter
 from agnostic_train.inference import left_as_found
+from agnostic_train.recipe import CorpusSection
 
 WITHOUT_SOFTMAX = ("gate", "up", "down", "v", "o")
 SHAPES = {
@@ -32,16 +38,28 @@ SHAPES = {
         num_key_value_heads=8, head_dim=64,
     ),
 }  # fmt: skip
+GROWTH_RATIOS = (0.01, 0.02, 0.05, 0.1)
+GROWTH_LENGTHS = (32, 64, 128, 256, 512)
+GROWTH_SENTENCES = (16, 64, 256)
+TOKENS_PER_GROWTH_BATCH = 1024
+
+Batch = dict[str, torch.Tensor]
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(SHAPES))
+    parser.add_argument("--model", help="a trained model's folder; random weights without it")
+    parser.add_argument("--corpus", default="../shared/data/corpus", help="text for --model")
+    parser.add_argument("--languages", nargs="+", default=["en", "zh", "sw", "de", "fr"])
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, nargs="+", default=[64])
+    parser.add_argument("--length", type=int, nargs="+", default=[64], help="tokens, for random weights")
     parser.add_argument("--top-ratio", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-unpruned", action="store_true", help="leave the form without pruning out")
+    parser.add_argument("--growth", action="store_true", help="also measure growth, with random weights")
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
+    parser.add_argument("--figure", type=Path, help="SVG or PNG file of the growth")
     return parser
 
 
@@ -56,58 +74,181 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: LlamaForCausalLM, batch: dict, top_ratio: float, rounds: int, device: str) -> dict:
-    """Median seconds of the forward pass, and what detecting costs as multiples of it."""
-
-    def detect(projections: tuple[str, ...] | None) -> None:
-        with ImpactMeter(model, projections) as meter:
-            meter.measure(batch, TopCounts(top_ratio).add)
-
-    candidates = {
-        "forward": lambda: model(**batch),
-        "feed-forward, v and o": lambda: detect(WITHOUT_SOFTMAX),
-        "everything, exact": lambda: detect(None),
+def detect(
+    model: PreTrainedModel, batches: list[Batch], top_ratio: float, projections=None, pruning: bool = True
+) -> dict[str, dict[str, float]]:
+    """Counts each site's top neurons; returns the shares of q and k neurons and logits that were computed exactly."""
+    counts = TopCounts(top_ratio)
+    with ImpactMeter(model, projections, top_ratio=top_ratio if pruning else None) as meter:
+        for batch in batches:
+            meter.measure(batch, counts.add)
+    return {
+        name: {"neurons": work.neurons / work.all_neurons, "logits": work.logits / work.all_logits}
+        for name, work in meter.work.items()
+        if work.all_neurons
     }
+
+
+def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each candidate, after a turn to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, function in candidates.items():
+            taken = timed(function, device)
+            if turn:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(model: PreTrainedModel, batches: list[Batch], options: argparse.Namespace, top_ratio: float) -> dict:
+    """Median seconds of the forward pass, and what detecting costs as multiples of it."""
+    candidates = {
+        "forward": lambda: [model(**batch) for batch in batches],
+        "feed-forward, v and o": lambda: detect(model, batches, top_ratio, WITHOUT_SOFTMAX),
+        "everything, exact": lambda: detect(model, batches, top_ratio),
+    }
+    if not options.no_unpruned:
+        candidates["everything, exact, without pruning"] = lambda: detect(model, batches, top_ratio, pruning=False)
     with left_as_found(model):
-        for turn in range(rounds + 1):
-            for name, function in candidates.items():
-                taken = timed(function, device)
-                if turn:  # the first turn warms up
-                    seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        medians = in_turns(candidates, options.rounds, options.device)
+        shares = detect(model, batches, top_ratio)
     forward = medians.pop("forward")
-    return {"forward_seconds": forward, "times_forward": {name: value / forward for name, value in medians.items()}}
+    return {
+        "forward_seconds": forward,
+        "microseconds_per_token": {
+            name: seconds * 1e6 / sum(int(batch["attention_mask"].sum()) for batch in batches)
+            for name, seconds in medians.items()
+        },
+        "times_forward": {name: value / forward for name, value in medians.items()},
+        "computed_exactly": shares,
+    }
+
+
+def random_batches(model: PreTrainedModel, num_sentences: int, length: int, batch_size: int) -> list[Batch]:
+    device = model.device
+    batches = []
+    for start in range(0, num_sentences, batch_size):
+        shape = (min(batch_size, num_sentences - start), length)
+        input_ids = torch.randint(0, model.config.vocab_size, shape, device=device)
+        batches.append({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+    return batches
+
+
+def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Batch]:
+    """A batch of each language's train sentences."""
+    section = CorpusSection(
+        path=options.corpus,
+        languages=options.languages,
+        detection_sentences=options.batch_size,
+        max_length=96,
+        add_bos=True,
+    )
+    encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)
+    batches = []
+    for language, text in load_corpus(section, options.corpus).texts.items():
+        for batch in encoder.batches(text.detection, language, batch_size=options.batch_size):
+            batches.append({name: batch[name].to(options.device) for name in ("input_ids", "attention_mask")})
+    return batches
+
+
+def peak_memory(device: str) -> float:
+    """GiB that the process (or the GPU's allocator) has held at most so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
+    """Cost against the number of sentences (with peak memory, so it comes first), the ratio and the length."""
+    length = options.length[0]
+    memory = {}
+    with left_as_found(model):
+        for num_sentences in GROWTH_SENTENCES:
+            batches = random_batches(model, num_sentences, length, options.batch_size)
+            seconds = timed(lambda batches=batches: detect(model, batches, options.top_ratio), options.device)
+            tokens = num_sentences * length
+            memory[num_sentences] = {
+                "microseconds_per_token": seconds * 1e6 / tokens, "peak_gib": peak_memory(options.device)
+            }  # fmt: skip
+    batches = random_batches(model, options.batch_size, length, options.batch_size)
+    by_ratio = {ratio: measure(model, batches, options, ratio) for ratio in GROWTH_RATIOS}
+    by_length = {}
+    for length in GROWTH_LENGTHS:
+        size = max(1, TOKENS_PER_GROWTH_BATCH // length)
+        by_length[length] = measure(model, random_batches(model, size, length, size), options, options.top_ratio)
+    return {"by_sentences": memory, "by_ratio": by_ratio, "by_length": by_length}
+
+
+def draw(report: dict, file: Path) -> None:
+    """Growth in four panels, told apart by markers and line styles."""
+    found = report["growth"]
+    styles = {
+        "feed-forward, v and o": "k:s", "everything, exact": "k-o", "everything, exact, without pruning": "k--^"
+    }  # fmt: skip
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    panels = (
+        (axes[0, 0], "by_length", "times_forward", "tokens per sentence", "multiple of a forward pass"),
+        (axes[0, 1], "by_length", "microseconds_per_token", "tokens per sentence", "microseconds per token"),
+        (axes[1, 0], "by_ratio", "times_forward", "top ratio", "multiple of a forward pass"),
+    )
+    for axis, part, quantity, label, unit in panels:
+        for name, style in styles.items():
+            points = [(float(x), it[quantity][name]) for x, it in found[part].items() if name in it[quantity]]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=name, markerfacecolor="white")
+        axis.set(xlabel=label, ylabel=unit, xscale="log", ylim=(0, None))
+        ticks = [float(x) for x in found[part]]
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+    axes[0, 0].legend(fontsize="small")
+    sentences = [float(x) for x in found["by_sentences"]]
+    axes[1, 1].plot(
+        sentences, [it["peak_gib"] for it in found["by_sentences"].values()], "k-o", markerfacecolor="white"
+    )
+    highest = max(it["peak_gib"] for it in found["by_sentences"].values())
+    axes[1, 1].set(xlabel="sentences", ylabel="peak memory, GiB", ylim=(0, 1.2 * highest))
+    figure.suptitle(f"Detection on {report['machine']}, {report['date']}")
+    figure.savefig(file)
 
 
 def main() -> None:
     options = make_parser().parse_args()
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.device])).to(options.device, dtype).eval()
-    results = {}
-    for length in options.length:
-        input_ids = torch.randint(0, model.config.vocab_size, (options.batch_size, length), device=options.device)
-        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        results[str(length)] = measure(model, batch, options.top_ratio, options.rounds, options.device)
     cuda = options.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if options.model is None:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.device])).to(options.device, dtype).eval()
+        inputs = {
+            length: random_batches(model, options.batch_size, length, options.batch_size) for length in options.length
+        }
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+        inputs = {"real sentences": real_batches(model, options)}
     report = {
-        "what": "cost of detection as a multiple of the forward pass with logits, by sentence length in tokens",
-        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "what": "cost of detection as a multiple of the forward pass with logits, and growth",
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, threads: {torch.get_num_threads()}",
         "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "shapes": SHAPES[options.device],
+        "model": options.model or SHAPES[options.device],
         "batch_size": options.batch_size,
         "dtype": str(dtype).removeprefix("torch."),
         "top_ratio": options.top_ratio,
         "rounds": options.rounds,
-        "by_length": results,
+    }
+    if options.growth:
+        report["growth"] = growth(model, options)
+    report["by_length"] = {
+        str(length): measure(model, batches, options, options.top_ratio) for length, batches in inputs.items()
     }
     text = json.dumps(report, indent=1) + "\n"
     if options.output is None:
         print(text, end="")
     else:
         options.output.write_text(text, encoding="utf-8")
+    if options.figure is not None:
+        draw(report, options.figure)
 
 
 if __name__ == "__main__":

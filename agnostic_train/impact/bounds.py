@@ -1,0 +1,190 @@
+"""Upper bounds on the q and k impacts of all neurons, at the price of a few attention passes.
+
+Deactivating a neuron takes `x_ij` from query i's logits. With `w_j = exp(-x_ij)` and expectations over the keys under
+the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps bound its norm:
+
+- Cauchy-Schwarz: at most `sd(w) / E[w]` times the square root of the largest eigenvalue of Cov(v), of which the
+  Frobenius norm and the trace are upper bounds.
+- With `t_j = E[x] - x_ij <= delta = E[x] - min x`, `|exp(t) - 1| <= |t| (exp(delta) - 1) / delta`, because
+  `(exp(t) - 1) / t` increases in t. The standard deviation is at most the root mean square distance from 1, and
+  `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of that factor is
+  at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
+- The output stays a convex combination of the values: it moves at most to the farthest of them.
+
+`x` is rank two, so sd(x) of all neurons comes from five products with A. A column of `x` or of v may lose a constant
+without changing anything: both are centred first, or float32 would lose their variance in a large common part.
+What rounding can add, here and in the exact form that the bounds are compared with, is added to the bounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agnostic_train.impact.attention import OutputChange, RankTwo
+
+# Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
+_BLOCK_ENDS = (4, 6, 8, 12, 16)
+_LEAST_ROWS = 8
+# Torch's softmax is slow over fewer keys than a vector register holds.
+_LEAST_KEYS = 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive query rows, and the keys that some sentence of the batch sees from them."""
+
+    rows: slice
+    keys: slice
+
+    @property
+    def num_logits(self) -> int:
+        return (self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start)
+
+
+@dataclass(frozen=True)
+class ValueSpread:
+    """How far the values lie from each query's output, by head and row: all (heads, length).
+
+    largest: at least the largest eigenvalue of the values' covariance under the attention. typical: the mean of its
+    eigenvalues, weighted by themselves. farthest: at least the squared distance of the farthest visible value.
+    unit: what one rounding of an attention weight can move the output by. roundings: how many the exact form makes
+    before it subtracts any change of the logits.
+    """
+
+    largest: Tensor
+    typical: Tensor
+    farthest: Tensor
+    unit: Tensor
+    roundings: Tensor
+
+
+def row_blocks(visible: Tensor) -> list[Block]:
+    """Cuts a batch's rows into blocks. visible: (batch, 1, length, length) bool; every row sees a key."""
+    length = visible.shape[-1]
+    ends = [0]
+    for sixteenths in _BLOCK_ENDS:
+        end = -(-length * sixteenths // 16)
+        if end - ends[-1] >= _LEAST_ROWS and length - end >= _LEAST_ROWS:
+            ends.append(end)
+    rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
+    seen = visible.flatten(0, 1).any(0)
+    seen = torch.stack([seen[block].any(0) for block in rows]).int()
+    first, last = seen.argmax(1).tolist(), seen.flip(1).argmax(1).tolist()
+    return [
+        Block(block, slice(f, min(length, max(length - t, f + _LEAST_KEYS))))
+        for block, f, t in zip(rows, first, last, strict=True)
+    ]
+
+
+def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> ValueSpread:
+    """The spread of the values of some heads of the batch."""
+    logits, attention, value = change.logits[heads], change.attention[heads], change.value[heads]
+    length, head_dim = value.shape[-2:]
+    rounding = _rounding(value.dtype, length + 3 * head_dim)
+    longest = torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True)
+    value = value - change.output[heads].mean(-2, keepdim=True)
+    output = attention @ value
+    hidden = logits == -torch.inf
+    square, own = value.square().sum(-1), output.square().sum(-1)
+    second = (attention @ square.unsqueeze(-1)).squeeze(-1)
+    trace = (second - own).clamp_(min=0) + rounding * second
+    cross = output @ value.transpose(-1, -2)
+    farthest = torch.sub(square.unsqueeze(-2), cross, alpha=2).masked_fill_(hidden, -torch.inf).amax(-1) + own
+    farthest = farthest.clamp_(min=0) + 4 * rounding * square.amax(-1, keepdim=True)
+    # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
+    gram = (value @ value.transpose(-1, -2)).square_()
+    squares = (attention @ gram).sub_(cross.square_(), alpha=2).mul_(attention).sum(-1) + own.square()
+    squares = squares.clamp_(min=0) + 8 * rounding * second.square()
+    largest = torch.minimum(squares.sqrt(), trace)
+    for block in blocks[1:]:
+        common = _largest_in_block(attention[:, block.rows, block.keys], value[:, block.keys], rounding)
+        largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
+    # Rounding moves each value by a part of its length.
+    unit = longest * torch.finfo(value.dtype).eps / 2
+    largest += (4 * unit).square()
+    # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
+    roundings = logits.masked_fill(hidden, 0).abs_().amax(-1) + (2 * length**0.5 + 16)
+    return ValueSpread(
+        largest=largest,
+        typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
+        farthest=farthest,
+        unit=unit,
+        roundings=roundings,
+    )
+
+
+def _largest_in_block(attention: Tensor, value: Tensor, rounding: float) -> Tensor:
+    """At least the largest eigenvalue of the values' covariance under any row's attention: (heads, 1).
+
+    With p_j the largest weight of key j in any of the rows, and any centre c, each row's covariance is at most the
+    matrix M of `p_j (v_j - c) (v_j - c)^T` (as quadratic forms), and `||M^4||^(1/4)` is only slightly more than M's
+    largest eigenvalue. The matrix of the inner products of the `sqrt(p_j) (v_j - c)` has the same one.
+    """
+    weight = attention.amax(-2).unsqueeze(-1)
+    value = value - (weight * value).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
+    value = value.mul_(weight.sqrt_())
+    trace = value.square().sum((-2, -1), keepdim=True)
+    value = value.mul_(trace.rsqrt().clamp_(max=torch.finfo(trace.dtype).max))
+    fewest = min(value.shape[1:])
+    matrix = value @ value.mT if fewest == value.shape[1] else value.mT @ value
+    matrix = matrix @ matrix
+    matrix = matrix @ matrix
+    largest = torch.linalg.vector_norm(matrix.flatten(1), dim=-1).sqrt_().sqrt_()[:, None]
+    # M's trace is 1 here, so the norm of M^4 is at least fewest^-3.5: a relative error of M^2 grows by less than that.
+    return trace.squeeze(-1) * (largest * (1 + rounding * fewest) + 4 * rounding)
+
+
+def square_bounds(
+    change: OutputChange, heads: slice, spread: ValueSpread, x: RankTwo, blocks: list[Block]
+) -> tuple[Tensor, Tensor]:
+    """Bounds on each neuron's squared change, summed over a block's counted rows, and an estimate over all rows.
+
+    Args:
+        x: what each neuron takes from the logits, as for `OutputChange.of_rank_two`.
+
+    Returns: (heads, blocks, head_dim) and (heads, head_dim). The bounds may be infinite or NaN.
+    """
+    a, b, c, d = (part.flatten(0, 1)[heads] for part in (x.a, x.b, x.c, x.d))
+    rounding = _rounding(a.dtype, a.shape[1])
+    b_common, d_common = b.mean(-2, keepdim=True), d.mean(-2, keepdim=True)
+    b, d = b - b_common, d - d_common
+    # How large a change of the logits can be, which is what rounding is a part of: (heads, 1, head_dim).
+    reach = sum(
+        _largest(factor) * (_largest(values) + common.abs())
+        for factor, values, common in ((a, b, b_common), (c, d, d_common))
+    )
+    attention = change.attention[heads]
+    moments = [attention @ product for product in (b, d, b.square(), d.square(), b * d)]
+    bounds, estimates = [], []
+    for block in blocks:
+        left, right = a[:, block.rows], c[:, block.rows]
+        mean_b, mean_d, square_b, square_d, product = (moment[:, block.rows] for moment in moments)
+        size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
+        mean = (left * mean_b).addcmul_(right, mean_d)
+        variance = torch.add(size, (left * right).mul_(product), alpha=2).addcmul_(mean, mean, value=-1)
+        variance = variance.clamp_(min=0).add_(size, alpha=8 * rounding)
+        delta = mean
+        for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
+            low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
+            delta.sub_(torch.minimum(factor * low, factor * high))
+        delta = delta.add_(4 * rounding * reach).clamp_(min=0)
+        growth = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
+        bound = growth.mul_(variance).mul_(spread.largest[:, block.rows, None])
+        bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound).sqrt_()
+        bound += (spread.unit * spread.roundings[:, block.rows]).unsqueeze(-1)
+        bound += 2 * spread.unit.unsqueeze(-1) * reach
+        weight = change.weight[heads, None, block.rows]
+        bounds.append(weight @ bound.square_())
+        estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
+    return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest absolute value over the rows."""
+    return torch.maximum(values.amax(-2, keepdim=True), -values.amin(-2, keepdim=True))
+
+
+def _rounding(dtype: torch.dtype, terms: float) -> float:
+    """Relative error of a sum of so many terms."""
+    return (terms + 16) * torch.finfo(dtype).eps / 2

@@ -1,0 +1,227 @@
+"""Certified pruning: the bounds hold, and each sentence's top is the one that all exact impacts give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from test_families import FAMILIES, family_model
+from transformers import AutoModelForCausalLM
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.detection import detect_neurons, in_top
+from agnostic_train.files import UserError
+from agnostic_train.impact import ImpactMeter, bounds, neuron_impacts, sieve
+from agnostic_train.impact.attention import RankTwo
+from agnostic_train.impact.sieve import num_top
+from agnostic_train.inference import left_as_found
+
+TRAINED = Path(__file__).parents[3] / "shared/models/small-multilingual"
+LENGTHS = [1, 42, 23, 6]
+UNPRUNED = {"Qwen3", "Gemma 2", "Gemma 3 text", "OLMo 2"}
+
+
+def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
+    """The impacts with pruning, and the meter with what was computed."""
+    impacts = {}
+    with left_as_found(model), ImpactMeter(model, ["q", "k"], attention, memory_gb, top_ratio) as meter:
+        meter.measure(batch, impacts.__setitem__)
+    return impacts, meter
+
+
+def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0):
+    """Returns the meter. Neurons that pruning left in have their exact impact, the others none."""
+    everything = neuron_impacts(model, batch, ["q", "k"], attention)
+    impacts, meter = pruned_impacts(model, batch, top_ratio, attention, memory_gb)
+    assert impacts.keys() == everything.keys()
+    for site, expected in everything.items():
+        count = num_top(top_ratio, expected.shape[1])
+        values = impacts[site]
+        assert values.dtype == torch.float32 and values.shape == expected.shape
+        assert torch.equal(in_top(values, count), in_top(expected, count)), site
+        exact = torch.where(values > 0, expected, 0)
+        torch.testing.assert_close(values, exact, rtol=1e-3, atol=1e-5 * expected.max().item())
+    return meter
+
+
+def all_bounds_hold(model, batch, monkeypatch):
+    """Every block's bound of every neuron against the exact change in that block; returns how many were compared."""
+    compared = []
+    original = sieve.TopSieve.impacts
+
+    def spied(self, top_ratio, work):
+        every = self._tiles(torch.ones(self.change.batch, sum(self._sizes), dtype=torch.bool))
+        limits, _ = self._bounds()
+        for number, block in enumerate(self.blocks):
+            squares = self._squares(every, block)
+            assert not (squares > limits[..., number]).any(), f"block {block}"
+            compared.append(squares.numel())
+        return original(self, top_ratio, work)
+
+    monkeypatch.setattr(sieve.TopSieve, "impacts", spied)
+    pruned_impacts(model, batch, 0.05)
+    return sum(compared)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_family_has_the_same_top(name, side):
+    model = family_model(name)
+    meter = assert_same_top(model, padded_batch(LENGTHS, side), 0.1)
+    assert bool(meter.unpruned) == (name in UNPRUNED)
+    for work in meter.work.values():
+        assert (work.neurons == work.all_neurons) == (name in UNPRUNED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_types_and_ratios(dtype):
+    model = tiny_llama(attention_bias=True).to(dtype)
+    for top_ratio in (0.001, 0.05, 0.3, 1.0):
+        assert_same_top(model, padded_batch(LENGTHS), top_ratio)
+
+
+def test_the_paper_form_is_pruned_too(llama):
+    assert not assert_same_top(llama, padded_batch(LENGTHS), 0.1, attention="paper").unpruned
+
+
+@pytest.mark.parametrize("checkpoint", ["step-00080", "final"])
+def test_trained_weights(checkpoint):
+    if not TRAINED.exists():
+        pytest.skip("the small trained model isn't here")
+    model = AutoModelForCausalLM.from_pretrained(TRAINED / checkpoint, dtype=torch.float32)
+    meter = assert_same_top(model, padded_batch([48, 31, 17], vocab_size=8192), 0.05)
+    assert all(work.logits < 0.3 * work.all_logits for work in meter.work.values())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 4.0, 30.0])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bounds_hold_at_any_scale(scale, side, monkeypatch):
+    """From logits in the noise to logits of thousands, where attention sees one key."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= scale
+    assert all_bounds_hold(model, padded_batch([1, 37, 20], side), monkeypatch) > 1_000
+    monkeypatch.undo()
+    assert_same_top(model, padded_batch([1, 37, 20], side), 0.05)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_bounds_hold_with_a_large_common_part(name, monkeypatch):
+    """A bias that all tokens share: squares less squared means would lose everything else to rounding."""
+    model = tiny_llama(attention_bias=True)
+    with torch.no_grad():
+        for layer in find_decoder(model).layers:
+            layer.projections[name].linear.bias.normal_(std=30)
+    assert all_bounds_hold(model, padded_batch([1, 37, 20]), monkeypatch) > 1_000
+
+
+def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
+    """The softmax doesn't see what all keys share, so neither may the bounds, beyond a little rounding."""
+    ratios = []
+    original = sieve.TopSieve._bounds
+
+    def spied(self):
+        found = original(self)
+        self.changes = {
+            name: RankTwo(x.a, x.b + 100 * x.b.abs().mean(), x.c, x.d + 100 * x.d.abs().mean())
+            for name, x in self.changes.items()
+        }
+        ratios.append((original(self)[0] / found[0]).quantile(0.9))
+        return found
+
+    monkeypatch.setattr(sieve.TopSieve, "_bounds", spied)
+    pruned_impacts(llama, padded_batch([40, 37]), 0.05)
+    assert len(ratios) == 2 and max(ratios) < 1.05
+
+
+def test_bounds_hold_where_few_keys_are_far_apart(llama, monkeypatch):
+    """Sentences of two tokens that alternate: many keys and values are equal."""
+    batch = padded_batch([40, 40])
+    batch["input_ids"][0] = torch.tensor([3, 5]).repeat(20)
+    batch["input_ids"][1] = 7
+    assert all_bounds_hold(llama, batch, monkeypatch) > 1_000
+    monkeypatch.undo()
+    impacts, _ = pruned_impacts(llama, batch, 0.1)
+    assert all(values.isfinite().all() for values in impacts.values())
+
+
+def test_ties_go_to_the_lower_index():
+    """Two equal KV heads with equal query heads: every impact is there twice."""
+    model = tiny_llama(num_attention_heads=2, num_key_value_heads=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weight = getattr(layer.self_attn, name).weight
+                weight[10:] = weight[:10]
+    for top_ratio in (0.05, 0.15, 0.25):
+        assert_same_top(model, padded_batch(LENGTHS), top_ratio)
+
+
+def test_special_tokens_and_padding_that_is_not_a_number(llama):
+    batch = padded_batch(LENGTHS, "left")
+    batch["special_tokens_mask"] = torch.zeros_like(batch["input_ids"])
+    batch["special_tokens_mask"][:, -3:] = 1
+    padding = ~batch["attention_mask"].bool()
+    handle = llama.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.masked_fill(padding.unsqueeze(-1), torch.nan)
+    )
+    assert_same_top(llama, batch, 0.1)
+    handle.remove()
+
+
+def test_little_memory_gives_the_same(llama):
+    batch = padded_batch(LENGTHS)
+    expected, _ = pruned_impacts(llama, batch, 0.1)
+    for memory_gb in (1e-6, 3e-4):
+        found, _ = pruned_impacts(llama, batch, 0.1, memory_gb=memory_gb)
+        for site, values in expected.items():
+            count = num_top(0.1, values.shape[1])
+            assert torch.equal(in_top(found[site], count), in_top(values, count))
+
+
+def test_the_exact_form_stays_within_the_budget(llama, monkeypatch):
+    sizes = []
+    original = torch.Tensor.softmax
+
+    def spied(self, dim):
+        if self.dim() == 4 and self.shape[1] in sieve._TILE_SIZES:
+            sizes.append((2 * self.numel() + self[..., 0].numel() * llama.config.head_dim) * self.element_size())
+        return original(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", spied)
+    for budget in (1 << 17, 1 << 19):
+        sizes.clear()
+        pruned_impacts(llama, padded_batch([42, 40]), 0.1, memory_gb=2 * budget / 2**30)
+        assert len(sizes) > 10 and max(sizes) <= budget
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj"])
+def test_impacts_that_are_not_finite_are_refused(projection):
+    model = tiny_llama()
+    with torch.no_grad():
+        getattr(model.model.layers[1].self_attn, projection).weight[3] = torch.nan
+    with pytest.raises(UserError, match="layer 1 .* aren't finite"):
+        detect_neurons(model, {"a": [padded_batch(LENGTHS)]}, verify=False, progress=False)
+
+
+def test_detection_says_how_much_was_computed(llama, tmp_path):
+    corpora = {"a": [padded_batch(LENGTHS)], "b": [padded_batch([30, 12], seed=5)]}
+    found = detect_neurons(llama, corpora, 0.05, 0.5, progress=False)
+    plain = detect_neurons(llama, corpora, 0.05, 0.5, pruning=False, progress=False)
+    assert found == plain and plain.exact_share is None
+    assert found.exact_share.keys() == {"q", "k"} and all(0 < share < 1 for share in found.exact_share.values())
+    found.save(tmp_path / "neurons")
+    assert type(found).load(tmp_path / "neurons").exact_share == found.exact_share
+
+
+def test_blocks_cover_every_row_and_every_visible_key():
+    for length in (1, 7, 16, 42, 123):
+        positions = torch.arange(length)
+        visible = (positions[:, None] >= positions) & (positions[:, None] - positions < 30)
+        blocks = bounds.row_blocks(visible[None, None])
+        assert [row for block in blocks for row in range(length)[block.rows]] == list(range(length))
+        for block in blocks:
+            outside = visible[block.rows].clone()
+            outside[:, block.keys] = False
+            assert not outside.any()
