@@ -1,6 +1,7 @@
 """`agnostic-train STAGE RECIPE [--section.key=value ...]`."""
 
 import argparse
+import errno
 import sys
 from difflib import get_close_matches
 from typing import NoReturn
@@ -20,6 +21,8 @@ STAGE_HELP = {
     "report": "write report.html and the figures",
     "compare": "train every strategy and baseline on the same data and budget, and say what differs beyond noise",
 }
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # found while writing, these name no file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except SafetensorError as error:  # what writing to a full disk raises, too
-        return _fail(f"a weight file can't be read or written ({error})")
+        return _fail(f"a weight file can't be read or written ({error}); is the disk of output_dir full?")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else "output_dir: " if error.errno in _FULL_DISK else ""
         return _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         print("agnostic-train: interrupted; the same command resumes", file=sys.stderr)

@@ -30,7 +30,12 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
     Args:
         labels: what they write that may be in any script, such as languages' own names.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": _families("".join(labels))}):
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "agnostic_train",  # without it the names in a file are random, and equal figures unequal files
+        "font.family": _families("".join(labels)),
+    }
+    with matplotlib.rc_context(settings):
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)

@@ -17,6 +17,8 @@ from agnostic_train.perplexity import NonFiniteLoss
 from agnostic_train.processes import sum_over_processes
 
 _NUM_TOKENS_NAMED = 12
+_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")
+"""What `torch.save` says where a disk is full, by how far it came."""
 
 
 class GuardedTrainer(Trainer):
@@ -62,7 +64,7 @@ class GuardedTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            if "inline_container" not in str(error):  # torch's word for a file that it couldn't write
+            if not any(word in str(error) for word in _TORCH_COULD_NOT_WRITE):
                 raise
             raise UserError(
                 f"output_dir: {self.args.output_dir} takes no checkpoint ({error}); is the disk full?"

@@ -142,7 +142,7 @@ def test_a_full_disk(root, stage, limit):
     printed = (root / "errors").read_text()
     errors = [line for line in printed.splitlines() if line.startswith("agnostic-train: error: ")]
     assert status == 2 and len(errors) == 1 and "Traceback" not in printed, printed[-2000:]
-    assert any(message in errors[0] for message in ("File too large", "can't be read or written", "is the disk full?"))
+    assert "output_dir" in errors[0] and any(it in errors[0] for it in ("File too large", "full?"))
     assert not (root / "out/enhanced").exists() and not list((root / "out").glob(".*.tmp"))
     assert run(root, stage) == 0
 
@@ -165,7 +165,7 @@ def mounted(tmp_path):
 def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(root, mounted, capsys):
     folder, remount = mounted
     flag = f"--output_dir={folder / 'out'}"
-    assert_one_line(capsys, run(root, "train", flag))
+    assert_one_line(capsys, run(root, "train", flag), "output_dir")
     assert not (folder / "out/adapter").exists()
     assert remount("size=10m").returncode == 0
     assert run(root, "export", flag) == 0
