@@ -62,7 +62,8 @@ class GuardedTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            if "inline_container" not in str(error):  # torch's word for a file that it couldn't write
+            # Torch's words for a file that it couldn't write.
+            if not any(it in str(error) for it in ("inline_container", "iostream")):
                 raise
             raise UserError(
                 f"output_dir: {self.args.output_dir} takes no checkpoint ({error}); is the disk full?"
