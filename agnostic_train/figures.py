@@ -30,7 +30,9 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
     Args:
         labels: what they write that may be in any script, such as languages' own names.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": _families("".join(labels))}):
+    # A fixed salt: the same figure is the same file.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": _families("".join(labels))}
+    with matplotlib.rc_context(style):
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)
