@@ -24,6 +24,7 @@ from agnostic_train.recipe import EMBEDDED, CorpusSection, Recipe
 from agnostic_train.settings import check_inputs, training_arguments
 from agnostic_train.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
+from agnostic_train.tuning import NUM_EXTENSIONS, default_rates
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAMPLE = 200
@@ -121,7 +122,7 @@ def print_plan(recipe: Recipe, stage: str) -> None:
     if not PartialState().is_main_process:
         return
     console = Console(width=None if sys.stdout.isatty() else 110)
-    for table in (_model_table(recipe, plan), _text_table(recipe, plan), _memory_table(plan)):
+    for table in (_model_table(recipe, plan, stage), _text_table(recipe, plan), _memory_table(plan)):
         if table.row_count:
             console.print(table)
 
@@ -229,7 +230,7 @@ def _up_to(stage: str, phases: list[Phase]) -> list[Phase]:
     return phases[: last[-1] + 1] if last else phases
 
 
-def _model_table(recipe: Recipe, plan: Plan) -> Table:
+def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     table = Table(title=recipe.model.name, show_header=False)
     sizes = plan.decoder.sizes
     rows = {
@@ -243,6 +244,12 @@ def _model_table(recipe: Recipe, plan: Plan) -> Table:
         "optimizer steps": f"{plan.num_steps:,}",
         "output": recipe.output_dir,
     }
+    if stage == "compare":
+        section = recipe.comparison
+        rates = len(section.learning_rates or default_rates(1.0))
+        most = len(section.strategies) * (rates + (rates > 1) * NUM_EXTENSIONS + len(section.seeds) - 1)
+        least = len(section.strategies) * (rates + len(section.seeds) - 1)
+        rows["trainings"] = f"{least} to {most}, each of so many steps"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

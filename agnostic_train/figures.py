@@ -30,12 +30,9 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
     Args:
         labels: what they write that may be in any script, such as languages' own names.
     """
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "agnostic_train",  # without it the names in a file are random, and equal figures unequal files
-        "font.family": _families("".join(labels)),
-    }
-    with matplotlib.rc_context(settings):
+    # A fixed salt: the same figure is the same file.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": _families("".join(labels))}
+    with matplotlib.rc_context(style):
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)

@@ -311,29 +311,50 @@ def training_argument_types() -> dict[str, Any]:
     return {it.name: hints[it.name] for it in fields(TrainingArguments) if it.init and it.name not in _OWN_KEYS}
 
 
+@dataclass(frozen=True)
+class KeyRow:
+    """What a recipe's key says, which values it has to choose from, and its default or `required`; empty for none."""
+
+    key: str
+    description: str
+    choices: str
+    default: str
+
+
+def key_table() -> list[KeyRow]:
+    """Every key of the recipe's own, as `section.key` or `output_dir`, in the order of the recipe."""
+    keys = {"output_dir": Recipe.__pydantic_fields__["output_dir"]}
+    for name, section in SECTIONS.items():
+        keys |= {f"{name}.{key}": info for key, info in section.__pydantic_fields__.items() if info.description}
+    return [KeyRow(key, info.description, _choices(info), _default(info)) for key, info in keys.items()]
+
+
 def recipe_keys() -> dict[str, str]:
-    """Every key of the recipe's own, as `section.key` or `output_dir`, with its help text."""
-    keys = {
-        f"{name}.{key}": info.description + _choices_and_default(info)
-        for name, section in SECTIONS.items()
-        for key, info in section.__pydantic_fields__.items()
-        if info.description is not None
-    }
-    return {"output_dir": Recipe.__pydantic_fields__["output_dir"].description, **keys}
+    """Every key of the recipe's own with its help text."""
+    texts = {}
+    for row in key_table():
+        parts = [f"one of {row.choices}"] if row.choices else []
+        if row.default:
+            parts.append(row.default if row.default == "required" else f"default {row.default}")
+        texts[row.key] = row.description + (f" ({'; '.join(parts)})" if parts else "")
+    return texts
 
 
-def _choices_and_default(info: FieldInfo) -> str:
-    kinds = (info.annotation, *get_args(info.annotation))
+def _choices(info: FieldInfo) -> str:
+    kinds = [info.annotation, *get_args(info.annotation)]
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    parts = [f"one of {', '.join(choices)}"] if choices else []
-    default = info.get_default(call_default_factory=True)
+    return ", ".join(choices)
+
+
+def _default(info: FieldInfo) -> str:
     if info.is_required():
-        parts.append("required")
-    elif isinstance(default, list):
-        parts += [f"default {', '.join(map(str, default))}"] if default else []
-    elif default is not None:
-        parts.append(f"default {default:.4g}" if isinstance(default, float) else f"default {default}")
-    return f" ({'; '.join(parts)})" if parts else ""
+        return "required"
+    default = info.get_default(call_default_factory=True)
+    if default is None:
+        return ""
+    if isinstance(default, list):
+        return ", ".join(map(str, default))
+    return f"{default:.4g}" if isinstance(default, float) else str(default)
 
 
 def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:

@@ -17,8 +17,6 @@ from agnostic_train.perplexity import NonFiniteLoss
 from agnostic_train.processes import sum_over_processes
 
 _NUM_TOKENS_NAMED = 12
-_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")
-"""What `torch.save` says where a disk is full, by how far it came."""
 
 
 class GuardedTrainer(Trainer):
@@ -64,7 +62,8 @@ class GuardedTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            if not any(word in str(error) for word in _TORCH_COULD_NOT_WRITE):
+            # Torch's words for a file that it couldn't write.
+            if not any(it in str(error) for it in ("inline_container", "iostream")):
                 raise
             raise UserError(
                 f"output_dir: {self.args.output_dir} takes no checkpoint ({error}); is the disk full?"

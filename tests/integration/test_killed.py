@@ -61,6 +61,7 @@ def test_before_every_file_of_every_stage(root, command):
             if (root / "out/manifest.json").exists():
                 assert not read_json(root / "out/manifest.json")["stages"].get(stage, {}).get("finished")
     # Its start in the manifest, its files, its end in the manifest; a folder that is there steps aside for the new one.
+    # What the score has measured is kept from one kill to the next, two sets more each time.
     assert num_kills == {"detect": 12, "score": 6, "train": 4, "export": 5, "evaluate": 4, "report": 5}
     assert_as_if_never_killed(root)
 

@@ -1,7 +1,10 @@
 """The shipped sweeps: what wandb's agent would run, and two points of one really run, offline."""
 
 import itertools
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
@@ -51,6 +54,7 @@ def test_two_points_of_a_sweep_really_run(pytestconfig, root, monkeypatch):
     for index in (0, -1):
         monkeypatch.setenv("WANDB_RUN_ID", f"run{index}")
         monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         # The sweep's own command, on the small recipe.
         command = [
             part.replace("recipes/real_text.yaml", str(root / "recipe.yaml")).replace("runs/", f"{root}/runs/")

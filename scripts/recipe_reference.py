@@ -1,0 +1,48 @@
+"""Writes recipes/REFERENCE.md, every key of a recipe, from the dataclasses that define them. A test keeps it current."""
+
+import argparse
+from pathlib import Path
+
+from agnostic_train.recipe import SECTIONS, key_table
+
+HEAD = """# Every key of a recipe
+
+Written by `python scripts/recipe_reference.py` from `agnostic_train/recipe.py`: don't edit it here. In a YAML file a key
+stands in its section; as a flag it is `--section.key=value`, and a flag wins over the file. `training` takes every key of
+transformers' `TrainingArguments` too, but for `output_dir`, `report_to` and `run_name`, which have their own.
+"""
+FILE = Path(__file__).resolve().parent.parent / "recipes/REFERENCE.md"
+
+
+def reference() -> str:
+    """The page's text."""
+    parts = [HEAD]
+    for section in ["", *SECTIONS]:
+        rows = [row for row in key_table() if row.key.rpartition(".")[0] == section]
+        heading = f"## {section}" if section else "## At the top"
+        lines = [
+            f"| `{row.key}` | {_cell(row.description)} | {_cell(row.choices)} | {_cell(row.default)} |" for row in rows
+        ]
+        parts.append(
+            "\n".join(
+                [heading, "", "| key | what it says | choices | default |", "| --- | --- | --- | --- |", *lines, ""]
+            )
+        )
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=__doc__)
+
+
+def main() -> None:
+    make_parser().parse_args()
+    FILE.write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
