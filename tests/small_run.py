@@ -57,3 +57,14 @@ def root(template, tmp_path):
 def run(root, stage, *flags):
     """The command line on `root/recipe.yaml`, in this process."""
     return main([stage, str(root / "recipe.yaml"), *flags])
+
+
+def assert_mistake(root, stage, flags, message, capsys):
+    """The command line ends with status 2, and with one line that says what is wrong."""
+    try:
+        status = run(root, stage, *flags)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("agnostic-train: error: ")]
+    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in error

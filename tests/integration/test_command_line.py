@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import padded_batch
 from peft import PeftModel
-from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
+from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.cli import STAGE_HELP, main
@@ -356,13 +356,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags[0] for flags, _ in MISTAKES])
 def test_mistakes_are_one_line_and_exit_2(root, capsys, flags, message):
-    try:
-        status = run(root, "run", *flags)
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("agnostic-train: error: ")]
-    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in error
+    assert_mistake(root, "run", flags, message, capsys)
 
 
 def test_a_model_of_another_kind_is_refused(root, capsys):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from small_run import root, run, template  # noqa: F401 (fixtures)
+from small_run import assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.files import read_json
@@ -188,10 +188,4 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
     ],
 )
 def test_mistakes(root, capsys, flags, message):
-    try:
-        status = run(root, "compare", *flags)
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("agnostic-train: error: ")]
-    assert status == 2 and len(lines) == 1 and message in lines[0]
+    assert_mistake(root, "compare", flags, message, capsys)
