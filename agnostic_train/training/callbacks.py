@@ -72,23 +72,23 @@ class DetectionCallback(TrainerCallback):
 
     def choose(self, model: nn.Module) -> Choice:
         """The strategy's neurons, from what `run` found."""
-        self.choice = self.strategy.choose(self.neurons, self.score, model)
-        logger.info(f"training {len(self.choice.neurons)} neurons: {self.choice.reason}")
-        return self.choice
+        self.choice = choice = self.strategy.choose(self.neurons, self.score, model)
+        if choice.neurons is not None:
+            logger.info(f"training {len(choice.neurons)} neurons: {choice.reason}")
+        return choice
 
     def metrics(self) -> dict[str, float]:
         """What is logged: set sizes, shared ratios and the score, by fixed names."""
-        values: dict[str, float] = {"neurons/shared": len(self.neurons.shared)}
-        for language in self.neurons.languages:
-            values[f"neurons/related/{language}"] = len(self.neurons.related[language])
-            values[f"neurons/exclusive/{language}"] = len(self.neurons.exclusive[language])
-            if self.neurons.shared_ratio[language] is not None:
-                values[f"neurons/shared_ratio/{language}"] = self.neurons.shared_ratio[language]
-            if self.score.importance[language] is not None:
-                values[f"agnostic_score/importance/{language}"] = self.score.importance[language]
-        if self.score.value is not None:
-            values["agnostic_score"] = self.score.value
-        return values
+        neurons, score = self.neurons, self.score
+        assert neurons is not None and score is not None
+        values: dict[str, float | None] = {"neurons/shared": len(neurons.shared)}
+        for language in neurons.languages:
+            values[f"neurons/related/{language}"] = len(neurons.related[language])
+            values[f"neurons/exclusive/{language}"] = len(neurons.exclusive[language])
+            values[f"neurons/shared_ratio/{language}"] = neurons.shared_ratio[language]
+            values[f"agnostic_score/importance/{language}"] = score.importance[language]
+        values["agnostic_score"] = score.value
+        return {name: value for name, value in values.items() if value is not None}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._last_step != state.global_step:
