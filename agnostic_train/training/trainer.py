@@ -66,7 +66,7 @@ class NeuronTrainer(GuardedTrainer):
             neurons; in `train`, a loss that isn't finite and a damaged checkpoint.
     """
 
-    model: nn.Module
+    model: nn.Module  # said here because the type checker doesn't read Trainer
 
     def __init__(
         self,
@@ -211,8 +211,9 @@ class NeuronTrainer(GuardedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with the neurons beside the weights."""
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save and isinstance(self.neurons, NeuronSet):
-            self.neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
+        neurons = self._read_neurons(self.model)
+        if self.args.should_save and neurons is not None:
+            neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:
