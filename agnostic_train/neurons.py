@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,13 +72,12 @@ class NeuronSet:
         return sum(len(indices) for indices in self._sites.values())
 
     def __eq__(self, other: object) -> bool:
+        """Whether both have the same neurons, whatever sizes they know of. A class with this alone isn't hashable."""
         if not isinstance(other, NeuronSet):
             return NotImplemented
         return self._sites.keys() == other._sites.keys() and all(
             torch.equal(indices, other[site]) for site, indices in self.items()
         )
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.counts().items() if count)
@@ -221,7 +221,7 @@ class NeuronSet:
         if not isinstance(content, dict):
             raise UserError(f"{file}: expected a JSON object of neurons per projection")
         published = content.get("format") != FORMAT
-        by_name = content if published else content.get("neurons")
+        by_name: Any = content if published else content.get("neurons")
         names = _PUBLISHED_KEYS if published else {name: name for name in PROJECTIONS}
         decoder = find_decoder(model)
         sites: dict[Site, Tensor] = {}
@@ -335,8 +335,11 @@ class LanguageNeurons:
         summary = read_json(directory / "summary.json")
         summary = summary if isinstance(summary, dict) else {}
         languages, settings = summary.get("languages"), summary.get("settings")
-        whole = isinstance(settings, dict) and isinstance(languages, list)
-        if not whole or not all(isinstance(language, str) for language in languages):
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(languages, list)
+            or not all(isinstance(language, str) for language in languages)
+        ):
             raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
         return cls(
             {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},

@@ -76,11 +76,11 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     num_tokens = sum(int(tokens.sum()) for _, tokens, _ in parts)
     if not num_tokens:
         raise UserError("corpus: no token to score; a sentence needs two tokens")
-    counted = [num_bytes for _, _, num_bytes in parts]
+    counted = [num_bytes for _, _, num_bytes in parts if num_bytes is not None]
     result = Perplexity(
         torch.cat([nats for nats, _, _ in parts]),
         torch.cat([tokens for _, tokens, _ in parts]),
-        None if None in counted else sum(counted),
+        sum(counted) if len(counted) == len(parts) else None,
     )
     if not math.isfinite(result.nats):
         raise NonFiniteLoss("model.name: its loss isn't finite; the model computes NaN or Inf")

@@ -6,7 +6,7 @@ from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -17,7 +17,10 @@ from ruamel.yaml.error import YAMLError
 
 from agnostic_train.files import UserError
 
-_section = dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), frozen=True, kw_only=True)
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _section(cls: type) -> type:
+    return dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), frozen=True, kw_only=True)(cls)
 
 
 def _as_list(value: Any) -> Any:
@@ -316,10 +319,15 @@ def recipe_keys() -> dict[str, str]:
     keys = {
         f"{name}.{key}": info.description + _choices_and_default(info)
         for name, section in SECTIONS.items()
-        for key, info in section.__pydantic_fields__.items()
+        for key, info in _infos(section).items()
         if info.description is not None
     }
-    return {"output_dir": Recipe.__pydantic_fields__["output_dir"].description, **keys}
+    return {"output_dir": _infos(Recipe)["output_dir"].description, **keys}
+
+
+def _infos(section: Any) -> dict[str, FieldInfo]:
+    """What pydantic knows of a section's keys; it adds the attribute to the class, where no type checker sees it."""
+    return section.__pydantic_fields__
 
 
 def _choices_and_default(info: FieldInfo) -> str:
