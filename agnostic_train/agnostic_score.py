@@ -46,9 +46,9 @@ class AgnosticScore:
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
     table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
-    like mean absolute activation. interval: of the value, 95%, from
-    resampled sentences (percentile bootstrap, the same draw of sentences for every set). variants: `per_neuron`, each
-    change divided by its set's size; `log_perplexity`, changes of its logarithm. ablation: what was measured.
+    like mean absolute activation. interval: of the value, 95%, from resampled sentences (percentile bootstrap, the same
+    draw of sentences for every set). variants: `per_neuron`, each change divided by its set's size; `log_perplexity`,
+    changes of its logarithm. ablation: what was measured.
     """
 
     value: float | None
@@ -61,7 +61,7 @@ class AgnosticScore:
 
     @property
     def importance(self) -> dict[str, float | None]:
-        """Per language, the change by the shared neurons over the change by its exclusive ones."""
+        """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
         return {row.language: row.importance for row in self.table}
 
     @property

@@ -30,6 +30,9 @@ _EMPTY = torch.empty(0, dtype=torch.int64)
 class NeuronSet:
     """An immutable set of neurons: `{(layer, projection): indices}`.
 
+    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, `==` compares
+    neurons alone, whatever sizes the sets carry. Sets can't be hashed.
+
     Args:
         sites: for each site, the indices of its neurons (any iterable or 1-D integer tensor). They are kept sorted
             and unique, int64, on the CPU.
@@ -37,7 +40,8 @@ class NeuronSet:
             set can't be used on a model of other shapes, nor mixed with a set of one.
 
     Raises:
-        ValueError: an unknown projection, a negative index, or an index beyond its site's size.
+        ValueError: an unknown projection, a negative index, or an index beyond its site's size; in `|`, `&` and `-`,
+            sets of models of different shapes.
     """
 
     def __init__(
@@ -72,7 +76,6 @@ class NeuronSet:
         return sum(len(indices) for indices in self._sites.values())
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same neurons, whatever sizes they know of. A class with this alone isn't hashable."""
         if not isinstance(other, NeuronSet):
             return NotImplemented
         return self._sites.keys() == other._sites.keys() and all(
@@ -110,7 +113,15 @@ class NeuronSet:
         return NeuronSet({site: operation(self[site], other[site]) for site in sites}, self.sizes or other.sizes)
 
     def check(self, model: nn.Module, source: str = "neurons") -> None:
-        """Raises `UserError`, which names `source`, if the set can't belong to `model`."""
+        """Compares the set with a model's shapes.
+
+        Args:
+            model: it may be on the meta device.
+            source: what the error names: a key or a file.
+
+        Raises:
+            UserError: the set can't belong to the model.
+        """
         sizes = find_decoder(model).sizes
         if self.sizes is not None and self.sizes != sizes:
             site = min(
@@ -141,6 +152,9 @@ class NeuronSet:
             activations: mean absolute activations (`LanguageNeurons.activations`). With them each neuron's counterpart
                 is, of those outside the set, one of the nearest in activation, so that the control answers whether a
                 set does more than any neurons that are as active.
+
+        Raises:
+            UserError: the set can't belong to the model.
         """
         self.check(model)
         generator = torch.Generator().manual_seed(seed)
@@ -186,7 +200,7 @@ class NeuronSet:
 
     @classmethod
     def read(cls, file: str | Path, model: nn.Module) -> "NeuronSet":
-        """Reads either format by the file's name: `.json` by `from_json`, anything else by `load`."""
+        """Reads either format by the file's name: `.json` by `from_json`, which needs `model`, any other by `load`."""
         if Path(file).suffix == ".json":
             return cls.from_json(file, model)
         neurons = cls.load(file)
@@ -277,7 +291,18 @@ class LanguageNeurons:
         min_languages: int | None = None,
         settings: dict | None = None,
     ) -> "LanguageNeurons":
-        """Derives the shared and exclusive sets (DESIGN section 2) from each language's related neurons."""
+        """Derives the shared and exclusive sets from each language's related neurons (Chen et al. 2025, section 2).
+
+        Args:
+            related: per language.
+            exclusive: `complement`, related minus shared, as in the paper's published code; or `unique`, related minus
+                the union of the other languages' related.
+            min_languages: shared means related to at least so many languages; all by default.
+            settings: kept beside them, with `exclusive` and `min_languages` added.
+
+        Raises:
+            ValueError: an unknown `exclusive`, or no language.
+        """
         if exclusive not in EXCLUSIVE_MODES:
             raise ValueError(f"exclusive: {exclusive!r} isn't one of {', '.join(EXCLUSIVE_MODES)}")
         if not related:
@@ -295,6 +320,7 @@ class LanguageNeurons:
 
     @property
     def languages(self) -> list[str]:
+        """The languages, in the order of `related`."""
         return list(self.related)
 
     @property
@@ -306,7 +332,10 @@ class LanguageNeurons:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing."""
+        """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
+
+        A directory that is there is replaced.
+        """
         summary = {
             "languages": self.languages,
             "settings": self.settings,

@@ -38,15 +38,19 @@ class Strategy:
     """How to choose the neurons that are trained.
 
     Attributes:
-        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what the target
-            languages use; `random` as many random neurons at every site as `random_like` would choose; `auto` decides
-            by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The baseline `full`
-            trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would choose.
+        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what
+            the target languages use; `random` as many random neurons at every site as `random_like` would choose;
+            `auto` decides by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The
+            baseline `full` trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would
+            choose.
         languages: the languages to enhance; all detected ones by default.
         low, high: thresholds of `auto` on the language-agnostic score. log 2 is where shared neurons matter as much as
             exclusive ones; the paper supports no default for `high`.
         random_like: the strategy whose numbers `random` and `lora` match.
         seed: of `random`.
+
+    Raises:
+        UserError: an unknown name, or thresholds that `auto` can't use.
     """
 
     name: str = "shared+exclusive"
@@ -69,6 +73,7 @@ class Strategy:
 
     @property
     def needs_score(self) -> bool:
+        """Whether `choose` asks for a score."""
         return self.name == "auto"
 
     def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:

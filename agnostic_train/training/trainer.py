@@ -26,7 +26,14 @@ NEURONS_FILE = "neurons.safetensors"
 
 @dataclass
 class NeuronTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and how the chosen neurons are updated."""
+    """`TrainingArguments` and how the chosen neurons are updated.
+
+    Args:
+        update: `compact`, a small adapter of their rows and columns beside frozen weights, or `mask`, the full weights
+            with masked gradients. Without weight decay the optimizers that both take end at the same weights, to
+            rounding.
+        Others as for `TrainingArguments`.
+    """
 
     update: str = field(
         default=UPDATES[0],
@@ -50,9 +57,9 @@ class NeuronTrainer(GuardedTrainer):
 
     Args:
         model: a causal language model, plain or with one neuron adapter to go on training.
-        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's adapter, or else a
-            `DetectionCallback` among `callbacks` finds them inside `train()`, on the training device, before the
-            optimizer exists.
+        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's
+            adapter, or else a `DetectionCallback` among `callbacks` finds them inside `train()`, on the training
+            device, before the optimizer exists.
         update: overrides the arguments' `update`.
         Others as for `Trainer`.
 
@@ -103,7 +110,13 @@ class NeuronTrainer(GuardedTrainer):
         return next((it for it in self.callback_handler.callbacks if isinstance(it, DetectionCallback)), None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a resumed run trains the neurons that its checkpoint names."""
+        """As `Trainer.train`; a resumed run trains the neurons that its checkpoint names.
+
+        Raises:
+            UserError: the checkpoint is damaged or of other neurons, an engine splits the weights that `mask` needs
+                whole, detection found nothing to train, or a disk takes no checkpoint.
+            NonFiniteLoss: a loss that isn't finite.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -193,7 +206,11 @@ class NeuronTrainer(GuardedTrainer):
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else."""
+        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else.
+
+        Raises:
+            UserError: it holds nothing that learns, or mixes a weight's entries, which masks can't undo.
+        """
         optimizer = super().create_optimizer(model)
         # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
         bare = getattr(optimizer, "optimizer", optimizer)
@@ -209,7 +226,11 @@ class NeuronTrainer(GuardedTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with the neurons beside the weights."""
+        """As `Trainer.save_model`, with the neurons beside the weights.
+
+        Raises:
+            NonFiniteLoss: a trained weight isn't finite, and nothing is written.
+        """
         super().save_model(output_dir, _internal_call)
         neurons = self._read_neurons(self.model)
         if self.args.should_save and neurons is not None:
