@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,9 @@ class AgnosticScore:
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
     table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
-    like mean absolute activation. interval: of the value, 95%, from
-    resampled sentences (percentile bootstrap, the same draw of sentences for every set). variants: `per_neuron`, each
-    change divided by its set's size; `log_perplexity`, changes of its logarithm. ablation: what was measured.
+    like mean absolute activation. interval: of the value, 95%, from resampled sentences (percentile bootstrap, the same
+    draw of sentences for every set). variants: `per_neuron`, each change divided by its set's size; `log_perplexity`,
+    changes of its logarithm. ablation: what was measured.
     """
 
     value: float | None
@@ -60,7 +61,7 @@ class AgnosticScore:
 
     @property
     def importance(self) -> dict[str, float | None]:
-        """Per language, the change by the shared neurons over the change by its exclusive ones."""
+        """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
         return {row.language: row.importance for row in self.table}
 
     @property
@@ -79,13 +80,12 @@ class AgnosticScore:
         content = read_json(file)
         names = {it.name for it in fields(LanguageScore)}
         try:
-            rows = [{name: row[name] for name in names} for row in content["table"]]
             # JSON knows no tuples.
-            table = [
-                LanguageScore(**{name: tuple(it) if isinstance(it, list) else it for name, it in row.items()})
-                for row in rows
+            rows: list[dict[str, Any]] = [
+                {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+                for row in content["table"]
             ]
-            return cls(content["value"], table)
+            return cls(content["value"], [LanguageScore(**row) for row in rows])
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
 
@@ -145,7 +145,8 @@ def language_agnostic_score(
     if missing:
         raise ValueError(f"no corpus for {', '.join(missing)}")
     batches = {language: list(corpora[language]) for language in neurons.languages}
-    sets, only = _sets("", neurons), {}
+    sets = _sets("", neurons)
+    only: dict[str, list[str]] = {}
     kinds = {"random": None} | ({} if neurons.activations is None else {"matched": neurons.activations})
     for kind, activations in kinds.items():
         for seed in control_seeds:
@@ -190,26 +191,29 @@ def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
 
 def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> AgnosticScore:
     """The score of the sets whose names begin with `prefix`, from what was measured."""
-    rows, logs, variants = [], [], {"per_neuron": [], "log_perplexity": []}
+    rows, logs = [], []
+    variants: dict[str, list[float]] = {"per_neuron": [], "log_perplexity": []}
     for language in ablation.languages:
         names = f"{prefix}shared", f"{prefix}exclusive {language}"
-        off = [ablation.perplexity(name, language) for name in names]
+        shared, exclusive = (ablation.perplexity(name, language) for name in names)
         numbers = [ablation.num_neurons.get(name, 0) for name in names]
-        before = ablation.perplexity(NOTHING, language)
+        before = _measured(ablation, NOTHING, language)
         row = language_score(
-            language, float(before), *(None if it is None else float(it) for it in off), num_shared=numbers[0],
-            num_exclusive=numbers[1],
+            language, float(before), None if shared is None else float(shared),
+            None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
         )  # fmt: skip
-        if row.importance is not None:
-            changes = [it - before for it in off]
+        if shared is not None and exclusive is not None:
+            changes = [shared - before, exclusive - before]
             # Clipped before it is shared out: the smallest change is one of perplexity.
             per_neuron = [max(float(it), SMALLEST_CHANGE) / n for it, n in zip(changes, numbers, strict=True)]
             variants["per_neuron"].append(per_neuron[0] / per_neuron[1])
-            variants["log_perplexity"].append(float(_importance(*(it.log() - before.log() for it in off))))
+            variants["log_perplexity"].append(
+                float(_importance(shared.log() - before.log(), exclusive.log() - before.log()))
+            )
             drawn = resamples[language]
             if len(drawn):
-                before = ablation.perplexity(NOTHING, language, drawn)
-                importance = _importance(*(ablation.perplexity(name, language, drawn) - before for name in names))
+                before = _measured(ablation, NOTHING, language, drawn)
+                importance = _importance(*(_measured(ablation, name, language, drawn) - before for name in names))
                 logs.append(importance.log1p())
                 row = replace(row, interval=interval(importance))
         rows.append(row)
@@ -219,6 +223,13 @@ def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> 
         interval=interval(torch.stack(logs).nanmean(0)) if logs else None,
         variants={name: _mean(values) for name, values in variants.items()},
     )
+
+
+def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | None = None) -> Tensor:
+    """`Ablation.perplexity`, of a set that was measured."""
+    value = ablation.perplexity(off, language, resamples)
+    assert value is not None
+    return value
 
 
 def _importance(change_shared: Tensor, change_exclusive: Tensor) -> Tensor:
@@ -245,6 +256,6 @@ def language_score(
     )
 
 
-def _mean(importances: list[float | None]) -> float | None:
+def _mean(importances: Sequence[float | None]) -> float | None:
     defined = [math.log1p(it) for it in importances if it is not None]
     return sum(defined) / len(defined) if defined else None

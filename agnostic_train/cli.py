@@ -9,7 +9,8 @@ from typing import NoReturn
 from safetensors import SafetensorError
 
 from agnostic_train.files import UserError
-from agnostic_train.recipe import load_recipe, recipe_keys, training_argument_types
+from agnostic_train.recipe import recipe_keys, training_argument_types
+from agnostic_train.recipe_file import load_recipe
 
 STAGE_HELP = {
     "run": "every stage in order: detect, score, train, export, evaluate, report",

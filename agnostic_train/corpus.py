@@ -183,14 +183,14 @@ def held_out_text(section: CorpusSection, language: str, path: str | Path | None
         count = count or STREAMED_DEFAULT
         documents = split_documents(hub_documents(section, language), section.split_sentences)
         sentences, hashes = list(islice(_unseen(documents, set()), count)), {}
-        source = section.dataset
+        source = str(section.dataset)
     else:
         files = {split: find_file(Path(path), language, split) for split in ("test", "valid")}
         file = files["test"] or files["valid"]
         if file is None:
-            source = Path(path) / f"{language}.test.txt"
-            raise UserError(f"evaluation.languages: {language!r} has no file {source}, nor .valid; add one")
-        sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, file
+            missing = Path(path) / f"{language}.test.txt"
+            raise UserError(f"evaluation.languages: {language!r} has no file {missing}, nor .valid; add one")
+        sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
         # The same half as for a language that is detected: it may become one.
         sentences = sentences if files["test"] else sentences[1::2]
     if count is not None and len(sentences) < count:

@@ -21,7 +21,10 @@ def deactivate(model: nn.Module, neurons: NeuronSet) -> Iterator[nn.Module]:
 
     Args:
         model: a model that `find_decoder` knows, on any device.
-        neurons: which neurons; indices beyond the model's shapes raise `UserError` before anything is changed.
+        neurons: which neurons.
+
+    Raises:
+        UserError: neurons beyond the model's shapes, or a model that isn't supported; nothing was changed.
     """
     neurons.check(model)
     decoder = find_decoder(model)

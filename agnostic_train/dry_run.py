@@ -129,17 +129,20 @@ def print_plan(recipe: Recipe, stage: str) -> None:
 
 def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
     """Where model and text are; the embedded ones are made at first use, which a dry run is not."""
-    found = []
-    for key, name, folder in (
-        ("model.name", recipe.model.name, "model"),
-        ("corpus.path", recipe.corpus.path, "corpus"),
-    ):
-        if name == EMBEDDED:
-            name = str(cache_directory() / folder)
-            if not Path(name).exists():
-                raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
-        found.append(name)
-    return found[0], found[1]
+    corpus = recipe.corpus.path
+    return (
+        _local_path("model.name", recipe.model.name, "model"),
+        None if corpus is None else _local_path("corpus.path", corpus, "corpus"),
+    )
+
+
+def _local_path(key: str, name: str, folder: str) -> str:
+    if name != EMBEDDED:
+        return name
+    made = cache_directory() / folder
+    if not made.exists():
+        raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
+    return str(made)
 
 
 def _count_sentences(section: CorpusSection, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
@@ -196,9 +199,8 @@ def _phases(
     activations = layout.activations(trained, length, arguments.gradient_checkpointing, all_weights)
     logits = layout.trained_logits(trained)
     # The base on one side; on the other the trained model, or the copies that an adapter's sums and another dtype make.
-    exported = (
-        layout.num_parameters * _ITEMSIZES.get(recipe.export.dtype, layout.weight_bytes) + all_weights * layout.weights
-    )
+    itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
+    exported = layout.num_parameters * itemsize + all_weights * layout.weights
     phases = [
         Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB)),
         Phase("score", layout.weights, 0, layer, layout.scored_logits(tokens, length)),

@@ -41,7 +41,7 @@ def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:
         if prices[name] <= left:
             ranks[name] += 1
             left -= prices[name]
-    ranks = {name: its for name, its in ranks.items() if its} or {min(prices, key=prices.get): 1}
+    ranks = {name: its for name, its in ranks.items() if its} or {min(prices, key=prices.__getitem__): 1}
     largest = max(ranks.values())
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=largest, lora_alpha=SCALING * largest, lora_dropout=0.0, rank_pattern=ranks,

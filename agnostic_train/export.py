@@ -54,6 +54,8 @@ def export_checkpoint(
             manifest says `unverified`.
         model_card: the text of `README.md`.
 
+    Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.
+
     Raises:
         UserError: an unknown target or dtype, a base of other shapes, quantised weights to merge into, or trained
             weights that aren't finite in `dtype`.

@@ -15,8 +15,9 @@ class FrozenWeightCheck:
 
     status: `identical`, `changed`, or `unverified` without a base to compare with. against: what was compared with,
     `base`, or `frozen weights` where an adapter's own neighbours stand in for it: then the check says what the export
-    did, not what training did. changed: names of the parameters with an unchosen entry that differs. chosen_moved: the part of the chosen entries that training moved.
-    chosen_surviving: the part of those that still differ from the base after rounding to the checkpoint's dtype.
+    did, not what training did. changed: names of the parameters with an unchosen entry that differs. chosen_moved: the
+    part of the chosen entries that training moved. chosen_surviving: the part of those that still differ from the base
+    after rounding to the checkpoint's dtype.
     """
 
     status: str

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,9 @@ _EMPTY = torch.empty(0, dtype=torch.int64)
 class NeuronSet:
     """An immutable set of neurons: `{(layer, projection): indices}`.
 
+    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, `==` compares
+    neurons alone, whatever sizes the sets carry. Sets can't be hashed.
+
     Args:
         sites: for each site, the indices of its neurons (any iterable or 1-D integer tensor). They are kept sorted
             and unique, int64, on the CPU.
@@ -36,7 +40,8 @@ class NeuronSet:
             set can't be used on a model of other shapes, nor mixed with a set of one.
 
     Raises:
-        ValueError: an unknown projection, a negative index, or an index beyond its site's size.
+        ValueError: an unknown projection, a negative index, or an index beyond its site's size; in `|`, `&` and `-`,
+            sets of models of different shapes.
     """
 
     def __init__(
@@ -77,8 +82,6 @@ class NeuronSet:
             torch.equal(indices, other[site]) for site, indices in self.items()
         )
 
-    __hash__ = None
-
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.counts().items() if count)
         return f"NeuronSet({len(self)} neurons{': ' + counts if counts else ''})"
@@ -110,7 +113,15 @@ class NeuronSet:
         return NeuronSet({site: operation(self[site], other[site]) for site in sites}, self.sizes or other.sizes)
 
     def check(self, model: nn.Module, source: str = "neurons") -> None:
-        """Raises `UserError`, which names `source`, if the set can't belong to `model`."""
+        """Compares the set with a model's shapes.
+
+        Args:
+            model: it may be on the meta device.
+            source: what the error names: a key or a file.
+
+        Raises:
+            UserError: the set can't belong to the model.
+        """
         sizes = find_decoder(model).sizes
         if self.sizes is not None and self.sizes != sizes:
             site = min(
@@ -141,6 +152,9 @@ class NeuronSet:
             activations: mean absolute activations (`LanguageNeurons.activations`). With them each neuron's counterpart
                 is, of those outside the set, one of the nearest in activation, so that the control answers whether a
                 set does more than any neurons that are as active.
+
+        Raises:
+            UserError: the set can't belong to the model.
         """
         self.check(model)
         generator = torch.Generator().manual_seed(seed)
@@ -186,7 +200,7 @@ class NeuronSet:
 
     @classmethod
     def read(cls, file: str | Path, model: nn.Module) -> "NeuronSet":
-        """Reads either format by the file's name: `.json` by `from_json`, anything else by `load`."""
+        """Reads either format by the file's name: `.json` by `from_json`, which needs `model`, any other by `load`."""
         if Path(file).suffix == ".json":
             return cls.from_json(file, model)
         neurons = cls.load(file)
@@ -221,7 +235,7 @@ class NeuronSet:
         if not isinstance(content, dict):
             raise UserError(f"{file}: expected a JSON object of neurons per projection")
         published = content.get("format") != FORMAT
-        by_name = content if published else content.get("neurons")
+        by_name: Any = content if published else content.get("neurons")
         names = _PUBLISHED_KEYS if published else {name: name for name in PROJECTIONS}
         decoder = find_decoder(model)
         sites: dict[Site, Tensor] = {}
@@ -277,7 +291,18 @@ class LanguageNeurons:
         min_languages: int | None = None,
         settings: dict | None = None,
     ) -> "LanguageNeurons":
-        """Derives the shared and exclusive sets (DESIGN section 2) from each language's related neurons."""
+        """Derives the shared and exclusive sets from each language's related neurons (Chen et al. 2025, section 2).
+
+        Args:
+            related: per language.
+            exclusive: `complement`, related minus shared, as in the paper's published code; or `unique`, related minus
+                the union of the other languages' related.
+            min_languages: shared means related to at least so many languages; all by default.
+            settings: kept beside them, with `exclusive` and `min_languages` added.
+
+        Raises:
+            ValueError: an unknown `exclusive`, or no language.
+        """
         if exclusive not in EXCLUSIVE_MODES:
             raise ValueError(f"exclusive: {exclusive!r} isn't one of {', '.join(EXCLUSIVE_MODES)}")
         if not related:
@@ -295,6 +320,7 @@ class LanguageNeurons:
 
     @property
     def languages(self) -> list[str]:
+        """The languages, in the order of `related`."""
         return list(self.related)
 
     @property
@@ -306,7 +332,10 @@ class LanguageNeurons:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing."""
+        """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
+
+        A directory that is there is replaced.
+        """
         summary = {
             "languages": self.languages,
             "settings": self.settings,
@@ -335,8 +364,11 @@ class LanguageNeurons:
         summary = read_json(directory / "summary.json")
         summary = summary if isinstance(summary, dict) else {}
         languages, settings = summary.get("languages"), summary.get("settings")
-        whole = isinstance(settings, dict) and isinstance(languages, list)
-        if not whole or not all(isinstance(language, str) for language in languages):
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(languages, list)
+            or not all(isinstance(language, str) for language in languages)
+        ):
             raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
         return cls(
             {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},

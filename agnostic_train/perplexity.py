@@ -26,7 +26,7 @@ _TOKENS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model makes of a corpus.
+    """What a model makes of a corpus. Logarithms are natural: a nat is 1 / ln 2 bits.
 
     sentence_nats, sentence_tokens: per sentence, float64 and int64, (sentences,). num_bytes: UTF-8 bytes of the
     sentences, None if the batches didn't carry them.
@@ -48,7 +48,7 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp(nats per scored token); infinite where that overflows."""
+        """The perplexity, exp(nats per scored token); infinite where that overflows."""
         nats_per_token = self.nats / self.num_tokens
         return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
@@ -76,11 +76,11 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     num_tokens = sum(int(tokens.sum()) for _, tokens, _ in parts)
     if not num_tokens:
         raise UserError("corpus: no token to score; a sentence needs two tokens")
-    counted = [num_bytes for _, _, num_bytes in parts]
+    counted = [num_bytes for _, _, num_bytes in parts if num_bytes is not None]
     result = Perplexity(
         torch.cat([nats for nats, _, _ in parts]),
         torch.cat([tokens for _, tokens, _ in parts]),
-        None if None in counted else sum(counted),
+        sum(counted) if len(counted) == len(parts) else None,
     )
     if not math.isfinite(result.nats):
         raise NonFiniteLoss("model.name: its loss isn't finite; the model computes NaN or Inf")

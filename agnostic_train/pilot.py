@@ -7,7 +7,7 @@ from agnostic_train.comparison import relative_change
 from agnostic_train.files import UserError
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.trainer import NeuronTrainingArguments
-from agnostic_train.trials import BASE, Trial, Trials
+from agnostic_train.trials import Trial, Trials
 
 Sentences = dict[str, Sequence[str]]
 
@@ -44,7 +44,7 @@ def rank_candidates(
     Raises:
         UserError: every candidate diverged.
     """
-    base = trials.run(Trial(BASE)).measured["validation"]
+    base = trials.base()["validation"]
     rows = []
     for name in candidates:
         result = trials.run(Trial(name, seed, rate))

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,9 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     named = recipe.training.arguments.get("metric_for_best_model")
     if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
         raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
-    defaults = {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
+    defaults: dict[str, Any] = (
+        {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
+    )
     defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
         value = recipe.training.arguments.get(key)

@@ -38,15 +38,19 @@ class Strategy:
     """How to choose the neurons that are trained.
 
     Attributes:
-        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what the target
-            languages use; `random` as many random neurons at every site as `random_like` would choose; `auto` decides
-            by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The baseline `full`
-            trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would choose.
+        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what
+            the target languages use; `random` as many random neurons at every site as `random_like` would choose;
+            `auto` decides by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The
+            baseline `full` trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would
+            choose.
         languages: the languages to enhance; all detected ones by default.
         low, high: thresholds of `auto` on the language-agnostic score. log 2 is where shared neurons matter as much as
             exclusive ones; the paper supports no default for `high`.
         random_like: the strategy whose numbers `random` and `lora` match.
         seed: of `random`.
+
+    Raises:
+        UserError: an unknown name, or thresholds that `auto` can't use.
     """
 
     name: str = "shared+exclusive"
@@ -61,13 +65,15 @@ class Strategy:
             raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join((*STRATEGIES, *BASELINES))}")
         if self.random_like not in SET_STRATEGIES:
             raise UserError(f"training.random_like: {self.random_like!r} isn't one of {', '.join(SET_STRATEGIES)}")
-        if self.name == "auto" and self.high is None:
-            raise UserError("training.high: strategy 'auto' needs it; the paper supports no default")
-        if self.name == "auto" and self.high < self.low:
-            raise UserError(f"training.high: {self.high} is below training.low, {self.low:.4g}")
+        if self.name == "auto":
+            if self.high is None:
+                raise UserError("training.high: strategy 'auto' needs it; the paper supports no default")
+            if self.high < self.low:
+                raise UserError(f"training.high: {self.high} is below training.low, {self.low:.4g}")
 
     @property
     def needs_score(self) -> bool:
+        """Whether `choose` asks for a score."""
         return self.name == "auto"
 
     def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
@@ -83,6 +89,7 @@ class Strategy:
         """
         if self.name == "full":
             return Choice("full", None, "all weights, as asked for")
+        assert found is not None
         languages = list(self.languages or found.languages)
         for language in languages:
             if language not in found.languages:
@@ -92,28 +99,27 @@ class Strategy:
                 )
         names = ", ".join(languages)
         if self.name == "random":
-            neurons = _chosen(self.random_like, found, languages).random_like(self.seed, model)
+            name, neurons = "random", _chosen(self.random_like, found, languages).random_like(self.seed, model)
             reason = f"as many random neurons at every site as {self.random_like} of {names} has (seed {self.seed})"
-            choice = Choice("random", neurons, reason)
         elif self.name == "auto":
             name, reason = self._by_score(score)
-            choice = Choice(name, _chosen(name, found, languages), reason)
+            neurons = _chosen(name, found, languages)
         else:
             name = self.random_like if self.name == "lora" else self.name
-            choice = Choice(name, _chosen(name, found, languages), f"{name} of {names}, as asked for")
-        if not len(choice.neurons):
+            neurons, reason = _chosen(name, found, languages), f"{name} of {names}, as asked for"
+        if not len(neurons):
             raise UserError(
-                f"training.strategy: {choice.strategy!r} of {names} has no neuron to train; lower "
+                f"training.strategy: {name!r} of {names} has no neuron to train; lower "
                 "detection.consistency or raise detection.top_ratio"
             )
         if self.name == "lora":
-            lora, num_parameters = equal_lora(choice.neurons, model)
+            lora, num_parameters = equal_lora(neurons, model)
             reason = (
-                f"a LoRA of {num_parameters:,} parameters, beside {num_weights(choice.neurons, model):,} of "
+                f"a LoRA of {num_parameters:,} parameters, beside {num_weights(neurons, model):,} of "
                 f"{self.random_like} of {names}"
             )
             return Choice("lora", None, reason, lora)
-        return choice
+        return Choice(name, neurons, reason)
 
     def _by_score(self, score: AgnosticScore | None) -> tuple[str, str]:
         if score is None or score.value is None:
@@ -121,6 +127,7 @@ class Strategy:
                 "training.strategy: 'auto' needs a defined language-agnostic score, and every language has an empty "
                 "shared or exclusive set; lower detection.consistency or name a strategy"
             )
+        assert self.high is not None
         value = f"score {score.value:.3f}"
         if score.value < self.low:
             return "shared+exclusive", f"{value} is below low {self.low:.3f}: the language-agnostic core is young"

@@ -99,19 +99,19 @@ class TaskSuite:
         self.limit = limit
         self.batch_size = batch_size
         self.harness_version = version("lm_eval")
-        task_paths = [Path(it) for it in task_paths]
-        for folder in task_paths:
+        folders = [Path(it) for it in task_paths]
+        for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"evaluation.task_paths: no such folder {folder}")
         with _quiet():
             from lm_eval.tasks import TaskManager
 
-            manager = TaskManager(include_path=task_paths)
+            manager = TaskManager(include_path=folders)
             if mgsm is not None:
-                _read_mgsm_from(manager, Path(mgsm), task_paths)
+                _read_mgsm_from(manager, Path(mgsm), folders)
             for name in self.names:
                 if name not in manager.task_index:
-                    raise UserError(_unknown(name, manager, task_paths))
+                    raise UserError(_unknown(name, manager, folders))
             self._loaded = {name: _load(manager, name) for name in self.names}
             for task in self._tasks():
                 _check_task(task, num_fewshot)
@@ -217,7 +217,7 @@ def evaluate_tasks(
     Raises:
         UserError: the model's maximum length leaves no room.
     """
-    results = {}
+    results: dict[str, dict[str, TaskResult]] = {}
     task_identities = {name: suite.identity(name) for name in suite.names} if directory is not None else {}
     with tqdm(total=len(models) * len(suite.names), desc="tasks", disable=not progress, leave=False) as bar:
         for checkpoint, source in models.items():
@@ -226,6 +226,7 @@ def evaluate_tasks(
             for name in suite.names:
                 file = None
                 if directory is not None:
+                    assert identity is not None
                     key = fingerprint([identity(checkpoint), task_identities[name]])
                     file = directory / f"{key[:16]}.json"
                 if file is not None and file.exists():
@@ -342,13 +343,13 @@ def _read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[P
             manager.task_index[name] = replace(entry, yaml_path=None, cfg={**entry.cfg, **local})
 
 
-def _mgsm_questions(file: Path, task: str, **_: Any) -> DatasetDict:
+def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
     """The test questions as the hub's data set has them: with a number, without a worked answer."""
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"evaluation.mgsm: no file {file}, which {task} needs") from None
-    rows = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
+    rows: dict[str, list] = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
     for index, line in enumerate(lines):
         question, _, number = line.partition("\t")
         number = number.replace(",", "")
@@ -414,7 +415,8 @@ def _result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int)
     for metric in metrics:
         measure, _, filter_name = metric.partition(",")
         values = [sample.get(measure) for sample in by_filter[filter_name]]
-        if task.aggregation().get(measure) is mean and None not in (numbers := [_finite(value) for value in values]):
+        numbers = [it for it in map(_finite, values) if it is not None]
+        if task.aggregation().get(measure) is mean and len(numbers) == len(values):
             scores[metric] = numbers
     data = task.get_config("dataset_path")
     local = task.get_config("custom_dataset")

@@ -56,14 +56,14 @@ class Trained:
             adapter, name = read_deltas(model)
             if base is None and not name:
                 raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
-            base = _loaded(name if base is None else base)
-            neurons = _neurons_at(base, adapter) if neurons is None else neurons
-            return cls(base, adapter, base, neurons, base.name_or_path or None)
+            loaded = _loaded(name if base is None else base)
+            neurons = _neurons_at(loaded, adapter) if neurons is None else neurons
+            return cls(loaded, adapter, loaded, neurons, loaded.name_or_path or None)
         adapter, plain = adapter_deltas(model), plain_model(model)
         if neurons is None:
             neurons = adapter_neurons(plain) if adapter else getattr(plain, "trained_neurons", None)
-        base = None if base is None else _loaded(base)
-        return cls(plain, adapter, base, neurons, (plain if base is None else base).name_or_path or None)
+        loaded = None if base is None else _loaded(base)
+        return cls(plain, adapter, loaded, neurons, (plain if loaded is None else loaded).name_or_path or None)
 
     @property
     def is_quantised(self) -> bool:

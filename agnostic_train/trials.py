@@ -84,6 +84,12 @@ class Trials:
     changes: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None
 
+    def base(self) -> Measured:
+        """What the model gives before any training."""
+        measured = self.run(Trial(BASE)).measured
+        assert measured is not None
+        return measured
+
     def run(self, trial: Trial) -> TrialResult:
         """The trial's result, from its files or by training."""
         name = fingerprint([self.key, self.changes, asdict(trial)])[:16]

@@ -20,7 +20,7 @@ class Tuning:
     """
 
     learning_rate: float
-    tried: dict[float, dict[str, float] | None]
+    tried: Mapping[float, Mapping[str, float] | None]
     at_end: bool
 
 

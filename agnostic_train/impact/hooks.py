@@ -150,11 +150,12 @@ class LayerObserver:
         self.projections = set(projections) & set(layer.projections)
         self.attention = attention
         self.memory_gb = memory_gb
-        self.sink: Sink | None = None
+        # What a pass brings: `begin` sets the first two, hooks the others, before anything reads them.
+        self.sink: Sink
         self.real = self.counted = torch.empty(0)
-        self._rotation: Rotation | None = None
+        self._cos_sin: tuple[Tensor, Tensor]
         self._projected: dict[str, Tensor] = {}
-        self._cos_sin: tuple[Tensor, Tensor] | None = None
+        self._found_rotation: Rotation | None = None
         with torch.no_grad():
             self._norms = {
                 name: weight_norms(layer.projections[name].effective_weight())
@@ -224,8 +225,8 @@ class LayerObserver:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
         inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
         cos, sin = (angle.to(inputs.query.dtype).expand(len(query), -1, -1) for angle in self._cos_sin)
-        if self._rotation is None:
-            self._rotation = self.layer.rotation(cos, sin)
+        if self._found_rotation is None:
+            self._found_rotation = self.layer.rotation(cos, sin)
         parts, outputs = [], []
         at_once = self._sentences_at_once(inputs)
         for start in range(0, len(query), at_once):
@@ -237,6 +238,11 @@ class LayerObserver:
             self._report(name, torch.cat([impacts[name] for impacts in parts]))
         self._projected.clear()
         return torch.cat(outputs).transpose(1, 2).to(query.dtype).contiguous()
+
+    @property
+    def _rotation(self) -> Rotation:
+        assert self._found_rotation is not None
+        return self._found_rotation
 
     def _sentences_at_once(self, inputs: attention_impacts.AttentionInputs) -> int:
         """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
@@ -255,7 +261,7 @@ class LayerObserver:
         projected = {name: self._projected[name][part] for name in names}
         # Both q and k need what rotation makes of the unit vectors.
         unit = self._rotation.coefficients(cos, sin)
-        if self._can_prune(names, inputs):
+        if self.top_ratio is not None and self._can_prune(names, inputs):
             changes = {name: self._rank_two(inputs, name, projected[name], unit) for name in names}
             sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
@@ -269,7 +275,7 @@ class LayerObserver:
     def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
         """Whether the bounds hold: they need changes of rank two, so neither a norm nor a soft cap."""
         plain = inputs.softcap is None and not any(name in self.layer.norms for name in names)
-        return self.top_ratio is not None and (plain or self.attention == "paper")
+        return plain or self.attention == "paper"
 
     def _rank_two(
         self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, unit: tuple[Tensor, Tensor]

@@ -72,6 +72,7 @@ LANGUAGES: tuple[str, ...] = tuple(RENDERERS)
 SUBJECTS = PRONOUNS + RELATIVES + PEOPLE
 NOUNS = RELATIVES + PEOPLE + ANIMALS + THINGS + FOODS
 FEW = NUMBERS[1:5]
+FORMS: tuple[Form, ...] = ("statement", "negation", "question")
 
 Filling = tuple[Word, ...]
 
@@ -123,7 +124,7 @@ def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry
     said: dict[str, set[str]] = {language: set() for language in LANGUAGES}
     drawn = {}
     for split, num_wanted in num_entries.items():
-        entries = []
+        entries: list[Entry] = []
         sources = deque(entries_of(pattern, fillings, rng) for pattern, fillings in shares[split])
         while sources and len(entries) < num_wanted:
             entry = next(sources[0], None)
@@ -153,7 +154,8 @@ def divide_fillings(rng: random.Random, num_entries: dict[str, int]) -> dict[str
     for pattern in PATTERNS:
         shuffled = list(pattern.fillings())
         rng.shuffle(shuffled)
-        introducing, others = [], []
+        introducing: list[Filling] = []
+        others: list[Filling] = []
         for filling in shuffled:
             (others if introduced.issuperset(filling) else introducing).append(filling)
             introduced.update(filling)
@@ -170,7 +172,7 @@ def divide_fillings(rng: random.Random, num_entries: dict[str, int]) -> dict[str
 
 def entries_of(pattern: Pattern, fillings: list[Filling], rng: random.Random) -> Iterator[Entry]:
     """One entry of every filling, then a second of each, and so on: many fillings before many variants."""
-    waiting = deque()
+    waiting: deque[tuple[Filling, list[Meaning]]] = deque()
     for filling in fillings:
         variants = list(pattern.variants(*filling))
         rng.shuffle(variants)
@@ -236,7 +238,7 @@ def objects(verb: Word, noun: Word) -> list[Phrase]:
 def forms(subject: Phrase) -> tuple[Form, ...]:
     """Statement, negation and, except about oneself, question."""
     about_oneself = subject.person in ("1sg", "1pl")
-    return ("statement", "negation") if about_oneself else ("statement", "negation", "question")
+    return FORMS[:2] if about_oneself else FORMS
 
 
 # The variants of each pattern: all that can be said with one filling.
@@ -319,7 +321,7 @@ def descriptions(noun: Word, adjective: Word) -> Iterator[Description]:
         things.append(Phrase(noun, "this", plural=True))
     if any(kind in noun.kinds for kind in ("relative", "goods", "tame")):
         things += owned(noun)
-    for thing, form in product(things, ("statement", "negation", "question")):
+    for thing, form in product(things, FORMS):
         yield Description(thing, adjective, form)
 
 
@@ -344,7 +346,7 @@ def wish_fillings() -> Iterator[Filling]:
     """Someone, what they want to do, and the thing, described where a wish may be particular about it."""
     for subject, verb, noun in product(SUBJECTS, of_kind(VERBS, "wish"), ANIMALS + THINGS + FOODS):
         if verb.goes_with(noun):
-            adjectives = [word for word in of_kind(ADJECTIVES, "wish") if word.goes_with(noun)]
+            adjectives: list[Word | None] = [word for word in of_kind(ADJECTIVES, "wish") if word.goes_with(noun)]
             for described in adjectives or [None]:
                 yield (subject, verb, noun, described) if described else (subject, verb, noun)
 
@@ -365,12 +367,13 @@ def requests(verb: Word, noun: Word) -> Iterator[Request]:
 
 
 def opening_hours(place: Word, verb: Word, hour: Word) -> Iterator[OpeningHours]:
-    for weekday, form in product(WEEKDAYS, ("statement", "question")):
+    asked_or_not: tuple[Form, ...] = ("statement", "question")
+    for weekday, form in product(WEEKDAYS, asked_or_not):
         yield OpeningHours(place, verb, hour, weekday, form)
 
 
 def weather_reports(weather: Word, place: Word) -> Iterator[Weather]:
-    for time, form in product(of_kind(TIMES, "day", "near", "far"), ("statement", "negation", "question")):
+    for time, form in product(of_kind(TIMES, "day", "near", "far"), FORMS):
         yield Weather(weather, place, time, form)
 
 

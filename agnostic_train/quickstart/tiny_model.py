@@ -40,7 +40,7 @@ def cache_directory() -> Path:
     """Where the corpus and the model of this version are kept: `$AGNOSTIC_TRAIN_CACHE`, or the user's cache folder."""
     root = os.environ.get("AGNOSTIC_TRAIN_CACHE")
     if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "agnostic_train"
+        root = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "agnostic_train")
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())

@@ -1,6 +1,7 @@
 """`compare`: every strategy and baseline on the same data and budget, each at its own best learning rate."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from tqdm.auto import tqdm
 
@@ -11,7 +12,7 @@ from agnostic_train.settings import make_strategy
 from agnostic_train.stages.context import Context
 from agnostic_train.tables import comparison_table, write_csv
 from agnostic_train.tracking import tracked
-from agnostic_train.trials import BASE, Trial, TrialResult, Trials
+from agnostic_train.trials import Measured, Trial, TrialResult, Trials
 from agnostic_train.tuning import Tuning, default_rates, tune
 
 COMPARISON = "comparison"
@@ -30,7 +31,7 @@ def compare(context: Context) -> dict:
         [context.inputs["trials"], context.neuron_hashes],
         group=group,
     )
-    base = trials.run(Trial(BASE))
+    base = trials.base()
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
     results: dict[str, dict[int, TrialResult]] = {}
     tunings: dict[str, Tuning] = {}
@@ -47,17 +48,24 @@ def compare(context: Context) -> dict:
             context.say(f"compare: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
             return result
 
+        def measure(name: str, rate: float) -> dict[str, float] | None:
+            return _changes(base, run(Trial(name, section.seeds[0], rate)))
+
         for name in section.strategies:
             tunings[name] = tune(
-                lambda rate, name=name: _changes(base, run(Trial(name, section.seeds[0], rate))),
+                partial(measure, name),
                 rates,
                 enhanced if section.select_by == "target" else recipe.corpus.languages,
             )
             best = tunings[name].learning_rate
             results[name] = {section.seeds[0]: trials.run(Trial(name, section.seeds[0], best))}
             results[name] |= {seed: run(Trial(name, seed, best)) for seed in section.seeds[1:]}
-    diverged = [name for name, its in results.items() if any(it.measured is None for it in its.values())]
-    compared = {name: its for name, its in results.items() if name not in diverged}
+    measured = {
+        name: {seed: it.measured for seed, it in its.items() if it.measured is not None}
+        for name, its in results.items()
+    }
+    diverged = [name for name, its in results.items() if len(measured[name]) < len(its)]
+    compared = {name: its for name, its in measured.items() if name not in diverged}
     comparison = {
         "enhanced": enhanced,
         "seeds": section.seeds,
@@ -66,16 +74,16 @@ def compare(context: Context) -> dict:
         "tuning": {name: _tuning_json(tunings[name], results[name]) for name in results},
         "texts": {
             kind: compare_strategies(
-                base.measured[kind],
-                {name: {seed: it.measured[kind] for seed, it in its.items()} for name, its in compared.items()},
+                base[kind],
+                {name: {seed: it[kind] for seed, it in its.items()} for name, its in compared.items()},
                 enhanced,
             )
-            for kind in base.measured
+            for kind in base
             if kind != "validation"
         },
         "before": {
             kind: {language: {"perplexity": it.value, "bits_per_byte": it.bits_per_byte, "num_sentences": len(it.sentence_nats)} for language, it in its.items()}
-            for kind, its in base.measured.items()
+            for kind, its in base.items()
         },
     }  # fmt: skip
     text = comparison_text(comparison)
@@ -94,11 +102,11 @@ def compare(context: Context) -> dict:
     return {"outputs": ["comparison.json", COMPARISON]}
 
 
-def _changes(base: TrialResult, result: TrialResult) -> dict[str, float] | None:
+def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:
     """Per language, on validation text: what may select; None where training diverged."""
     if result.measured is None:
         return None
-    before = base.measured["validation"]
+    before = base["validation"]
     return {language: relative_change(before[language], it) for language, it in result.measured["validation"].items()}
 
 

@@ -1,6 +1,7 @@
 """`evaluate`: every language before and after, on text that selected nothing."""
 
 from functools import partial
+from typing import Any
 
 from agnostic_train.emergence import Checkpoint
 from agnostic_train.evaluation import compare_languages, describe, evaluate_languages
@@ -25,7 +26,7 @@ def evaluate(context: Context) -> dict:
     model = load_model(recipe.model, enhanced)
     after = {kind: evaluate_languages(model, its, "after", progress) for kind, its in batches.items()}
     compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
-    evaluation = {
+    evaluation: dict[str, Any] = {
         "languages": compared["test"],
         "parallel": compared.get("parallel"),
         "validation": compared["validation"],

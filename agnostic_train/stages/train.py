@@ -11,7 +11,7 @@ from agnostic_train.agnostic_score import AgnosticScore
 from agnostic_train.files import UserError, whole_directory
 from agnostic_train.fitting import make_trainer
 from agnostic_train.neurons import NeuronSet
-from agnostic_train.pilot import split_pilot_text
+from agnostic_train.pilot import Sentences, split_pilot_text
 from agnostic_train.settings import make_strategy
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.pilot import run_pilot
@@ -25,7 +25,7 @@ ADAPTER = "adapter"
 def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
     texts = context.materials.corpus.texts
-    training = {language: texts[language].training for language in recipe.training.languages}
+    training: Sentences = {language: texts[language].training for language in recipe.training.languages}
     if recipe.training.strategy == "pilot" and recipe.training.neurons is None:
         training, pilot_text = split_pilot_text(recipe, arguments, training)
         strategy = run_pilot(context, pilot_text)

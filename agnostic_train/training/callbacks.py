@@ -34,6 +34,10 @@ class DetectionCallback(TrainerCallback):
 
     Attributes, afterwards:
         neurons: the last `LanguageNeurons`. score: the last `AgnosticScore`. choice: what a `NeuronTrainer` trains.
+
+    Raises:
+        ValueError: `every_n_steps` below 1. TypeError: a keyword that `detect_neurons` doesn't know.
+        UserError: an unknown strategy.
     """
 
     def __init__(
@@ -65,32 +69,43 @@ class DetectionCallback(TrainerCallback):
         self._last_step: int | None = None
 
     def run(self, model: nn.Module, step: int = 0) -> None:
-        """Detects and scores; the model is left as found."""
+        """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`.
+
+        Args:
+            model: left as found.
+            step: the optimizer step that it stands at; training that begins at this one doesn't detect again.
+        """
         self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
         self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
         self._last_step = step
 
     def choose(self, model: nn.Module) -> Choice:
-        """The strategy's neurons, from what `run` found."""
-        self.choice = self.strategy.choose(self.neurons, self.score, model)
-        logger.info(f"training {len(self.choice.neurons)} neurons: {self.choice.reason}")
-        return self.choice
+        """What trains, as `Strategy.choose` has it, from what `run` found; `model` gives the shapes."""
+        self.choice = choice = self.strategy.choose(self.neurons, self.score, model)
+        if choice.neurons is not None:
+            logger.info(f"training {len(choice.neurons)} neurons: {choice.reason}")
+        return choice
 
     def metrics(self) -> dict[str, float]:
-        """What is logged: set sizes, shared ratios and the score, by fixed names."""
-        values: dict[str, float] = {"neurons/shared": len(self.neurons.shared)}
-        for language in self.neurons.languages:
-            values[f"neurons/related/{language}"] = len(self.neurons.related[language])
-            values[f"neurons/exclusive/{language}"] = len(self.neurons.exclusive[language])
-            if self.neurons.shared_ratio[language] is not None:
-                values[f"neurons/shared_ratio/{language}"] = self.neurons.shared_ratio[language]
-            if self.score.importance[language] is not None:
-                values[f"agnostic_score/importance/{language}"] = self.score.importance[language]
-        if self.score.value is not None:
-            values["agnostic_score"] = self.score.value
-        return values
+        """What is logged, by fixed names; what is undefined is left out.
+
+        `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons,
+        `neurons/shared_ratio/<l>` the part of the related ones that is shared, `agnostic_score/importance/<l>` and
+        `agnostic_score` as `language_agnostic_score` defines them.
+        """
+        neurons, score = self.neurons, self.score
+        assert neurons is not None and score is not None
+        values: dict[str, float | None] = {"neurons/shared": len(neurons.shared)}
+        for language in neurons.languages:
+            values[f"neurons/related/{language}"] = len(neurons.related[language])
+            values[f"neurons/exclusive/{language}"] = len(neurons.exclusive[language])
+            values[f"neurons/shared_ratio/{language}"] = neurons.shared_ratio[language]
+            values[f"agnostic_score/importance/{language}"] = score.importance[language]
+        values["agnostic_score"] = score.value
+        return {name: value for name, value in values.items() if value is not None}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Detects and scores, if a `NeuronTrainer` hasn't done so for this step, and reports."""
         if self._last_step != state.global_step:
             self.run(kwargs["model"], state.global_step)
         # A resumed run brings along what it logged before.
@@ -98,6 +113,7 @@ class DetectionCallback(TrainerCallback):
             self._report(args, state, control, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Detects, scores and reports every `every_n_steps` steps."""
         if self.every_n_steps and state.global_step % self.every_n_steps == 0:
             self.run(kwargs["model"], state.global_step)
             self._report(args, state, control, kwargs)

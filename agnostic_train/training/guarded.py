@@ -28,7 +28,11 @@ class GuardedTrainer(Trainer):
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded."""
+        """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
+
+        Raises:
+            NonFiniteLoss: a loss that isn't finite. UserError: a damaged checkpoint, or a disk that takes none.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -44,7 +48,11 @@ class GuardedTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
-        """As `Trainer.training_step`, for a batch whose loss is finite."""
+        """As `Trainer.training_step`, for a batch whose loss is finite.
+
+        Raises:
+            NonFiniteLoss: it isn't.
+        """
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite().all():
             ids = inputs.get("input_ids")
@@ -70,7 +78,11 @@ class GuardedTrainer(Trainer):
             ) from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one."""
+        """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one.
+
+        Raises:
+            NonFiniteLoss: it isn't, and nothing is written.
+        """
         bad = [
             name
             for name, it in self.model.named_parameters()

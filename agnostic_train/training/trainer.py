@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
+from agnostic_train.strategy import BASELINES, STRATEGIES
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
@@ -25,7 +26,14 @@ NEURONS_FILE = "neurons.safetensors"
 
 @dataclass
 class NeuronTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and how the chosen neurons are updated."""
+    """`TrainingArguments` and how the chosen neurons are updated.
+
+    Args:
+        update: `compact`, a small adapter of their rows and columns beside frozen weights, or `mask`, the full weights
+            with masked gradients. Without weight decay the optimizers that both take end at the same weights, to
+            rounding.
+        Others as for `TrainingArguments`.
+    """
 
     update: str = field(
         default=UPDATES[0],
@@ -49,9 +57,9 @@ class NeuronTrainer(GuardedTrainer):
 
     Args:
         model: a causal language model, plain or with one neuron adapter to go on training.
-        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's adapter, or else a
-            `DetectionCallback` among `callbacks` finds them inside `train()`, on the training device, before the
-            optimizer exists.
+        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's
+            adapter, or else a `DetectionCallback` among `callbacks` finds them inside `train()`, on the training
+            device, before the optimizer exists.
         update: overrides the arguments' `update`.
         Others as for `Trainer`.
 
@@ -61,9 +69,11 @@ class NeuronTrainer(GuardedTrainer):
 
     Raises:
         UserError: neither neurons nor a `DetectionCallback`, neurons of another model, other adapters in the model,
-            an engine or optimizer with which nothing else can be kept from moving; in `train`, a loss that isn't
-            finite and a damaged checkpoint.
+            an engine or optimizer with which nothing else can be kept from moving, a callback whose strategy trains no
+            neurons; in `train`, a loss that isn't finite and a damaged checkpoint.
     """
+
+    model: nn.Module  # said here because the type checker doesn't read Trainer
 
     def __init__(
         self,
@@ -77,7 +87,7 @@ class NeuronTrainer(GuardedTrainer):
         self.update = update or getattr(arguments, "update", UPDATES[0])
         if self.update not in UPDATES:
             raise UserError(f"training.update: {self.update!r} isn't one of {', '.join(UPDATES)}")
-        self.neurons = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
+        self.neurons: NeuronSet | str | Path | None = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
@@ -85,22 +95,35 @@ class NeuronTrainer(GuardedTrainer):
             # As early as this, because a Trainer takes quantised models only with their adapter.
             model = self._with_adapter(model)
         super().__init__(model, *args, **kwargs)
-        if self.neurons is None and self._detection is None:
-            raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
+        if self.neurons is None:
+            detection = self._detection
+            if detection is None:
+                raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
+            if detection.strategy.name in BASELINES:
+                raise UserError(
+                    f"strategy: {detection.strategy.name!r} trains no neurons; a NeuronTrainer follows one of "
+                    f"{', '.join(STRATEGIES)}"
+                )
 
     @property
     def _detection(self) -> DetectionCallback | None:
         return next((it for it in self.callback_handler.callbacks if isinstance(it, DetectionCallback)), None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a resumed run trains the neurons that its checkpoint names."""
+        """As `Trainer.train`; a resumed run trains the neurons that its checkpoint names.
+
+        Raises:
+            UserError: the checkpoint is damaged or of other neurons, an engine splits the weights that `mask` needs
+                whole, detection found nothing to train, or a disk takes no checkpoint.
+            NonFiniteLoss: a loss that isn't finite.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
             self._resumed_neurons = NeuronSet.load(Path(checkpoint) / NEURONS_FILE)
-            self._read_neurons(self.model)
-            if self.neurons is not None and self.neurons != self._resumed_neurons:
+            neurons = self._read_neurons(self.model)
+            if neurons is not None and neurons != self._resumed_neurons:
                 raise UserError(
                     f"{Path(checkpoint) / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
                     "start in another output_dir"
@@ -135,19 +158,24 @@ class NeuronTrainer(GuardedTrainer):
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
         elif self.neurons is None:
+            assert detection is not None
             detection.run(model)
             self.neurons = detection.choose(model).neurons
+            assert self.neurons is not None
         if self.update == "compact":
             return self._with_adapter(model)
-        self._read_neurons(model)
-        self._mask = GradientMask(model, self.neurons)
+        neurons = self._read_neurons(model)
+        assert neurons is not None
+        self._mask = GradientMask(model, neurons)
         earlier = getattr(model, "trained_neurons", None)
-        model.trained_neurons = self.neurons if earlier is None else earlier | self.neurons
+        model.trained_neurons = neurons if earlier is None else earlier | neurons
         return model
 
-    def _read_neurons(self, model: nn.Module) -> None:
+    def _read_neurons(self, model: nn.Module) -> NeuronSet | None:
+        """The neurons, from here on without their file."""
         if isinstance(self.neurons, (str, Path)):
             self.neurons = NeuronSet.read(self.neurons, model)
+        return self.neurons
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
         """The model, in `compact` with an adapter of the chosen neurons, as soon as they are known."""
@@ -157,28 +185,32 @@ class NeuronTrainer(GuardedTrainer):
                 f"training.update: {self.update!r} trains a plain model, and this one has adapters "
                 f"({type(adapters[0]).__name__}); merge them first (merge_and_unload)"
             )
-        self._read_neurons(model)
+        neurons = self._read_neurons(model)
         if adapters:
             if not isinstance(model, PeftModel):
                 raise UserError("model: its adapter isn't in a PeftModel; load it with PeftModel.from_pretrained")
             if len(model.active_adapters) != 1:
                 raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
             found = adapter_neurons(model)
-            if self.neurons is not None and self.neurons != found:
+            if neurons is not None and neurons != found:
                 raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
-            if self.neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
+            if neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
                 raise UserError("model: its adapter is frozen; load it with is_trainable=True")
             model.requires_grad_(False)
             model.set_adapter(model.active_adapters[0])
             self.neurons = found
-        elif self.neurons is not None:
-            self.neurons.check(model)
+        elif neurons is not None:
+            neurons.check(model)
             if self.update == "compact":
-                model = get_peft_model(model, NeuronConfig(task_type=TaskType.CAUSAL_LM, neurons=self.neurons))
+                model = get_peft_model(model, NeuronConfig(task_type=TaskType.CAUSAL_LM, neurons=neurons))
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else."""
+        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else.
+
+        Raises:
+            UserError: it holds nothing that learns, or mixes a weight's entries, which masks can't undo.
+        """
         optimizer = super().create_optimizer(model)
         # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
         bare = getattr(optimizer, "optimizer", optimizer)
@@ -194,10 +226,15 @@ class NeuronTrainer(GuardedTrainer):
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with the neurons beside the weights."""
+        """As `Trainer.save_model`, with the neurons beside the weights.
+
+        Raises:
+            NonFiniteLoss: a trained weight isn't finite, and nothing is written.
+        """
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save and self.neurons is not None:
-            self.neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
+        neurons = self._read_neurons(self.model)
+        if self.args.should_save and neurons is not None:
+            neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.quickstart import tiny_model
-from agnostic_train.recipe import load_recipe
+from agnostic_train.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from agnostic_train.cli import main
 from agnostic_train.dry_run import make_plan
 from agnostic_train.memory import GIB
-from agnostic_train.recipe import load_recipe
+from agnostic_train.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = sorted(path.name for path in RECIPES.iterdir() if path.name in CONFIGS)

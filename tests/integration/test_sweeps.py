@@ -12,7 +12,7 @@ from small_run import root, run, template  # noqa: F401 (fixtures)
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from agnostic_train.files import read_json
-from agnostic_train.recipe import load_recipe
+from agnostic_train.recipe_file import load_recipe
 
 SWEEPS = ("strategy", "learning_rate", "top_ratio")
 

@@ -7,6 +7,8 @@ from small_training import arguments, assert_only_chosen_moved, plain_weights, s
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from agnostic_train.decoder import find_decoder
+from agnostic_train.files import UserError
+from agnostic_train.strategy import BASELINES
 from agnostic_train.training import callbacks
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.trainer import NeuronTrainer
@@ -96,3 +98,9 @@ def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
 def test_a_misspelt_option_is_refused_at_once():
     with pytest.raises(TypeError, match="no option 'top_ration'"):
         DetectionCallback(corpora(), top_ration=0.1)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_path, name):
+    with pytest.raises(UserError, match=f"strategy: '{name}' trains no neurons; .* shared, exclusive"):
+        NeuronTrainer(tiny_llama(), arguments(tmp_path), callbacks=[DetectionCallback(corpora(), name)])

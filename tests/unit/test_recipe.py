@@ -3,7 +3,8 @@
 import pytest
 
 from agnostic_train.files import UserError
-from agnostic_train.recipe import load_recipe, make_recipe, recipe_keys, training_argument_types
+from agnostic_train.recipe import recipe_keys, training_argument_types
+from agnostic_train.recipe_file import load_recipe, make_recipe
 
 BASE = """
 model: {name: some/model}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from agnostic_train.cli import main
 from agnostic_train.files import UserError
-from agnostic_train.recipe import load_recipe, recipe_keys, training_argument_types
+from agnostic_train.recipe import recipe_keys, training_argument_types
+from agnostic_train.recipe_file import load_recipe
 from agnostic_train.settings import check_inputs, training_arguments
 
 BASE = "model: {name: m}\ncorpus: {path: text, languages: [en, sw]}\ntraining: {languages: [sw]}\noutput_dir: out\n"

@@ -14,7 +14,7 @@ from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
-from agnostic_train.training.trainer import UPDATES, NeuronTrainer
+from agnostic_train.training.trainer import NEURONS_FILE, UPDATES, NeuronTrainer
 
 both_updates = pytest.mark.parametrize("update", UPDATES)
 
@@ -339,3 +339,12 @@ def test_neurons_may_be_a_file_or_a_dict_and_the_model_come_later(tmp_path, upda
         trainer.train(resume)
         assert trainer.neurons == CHOSEN
     assert trainer_of(tiny_llama(), tmp_path, update, neurons={(0, "q"): [1]}).neurons == NeuronSet({(0, "q"): [1]})
+
+
+def test_before_training_too_a_trainer_saves_its_neurons(tmp_path):
+    CHOSEN.save(tmp_path / "n.safetensors")
+    trainer = NeuronTrainer(
+        args=arguments(tmp_path), neurons=tmp_path / "n.safetensors", model_init=lambda: tiny_llama()
+    )
+    trainer.save_model(str(tmp_path / "untrained"))
+    assert NeuronSet.load(tmp_path / "untrained" / NEURONS_FILE) == CHOSEN

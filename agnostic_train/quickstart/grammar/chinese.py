@@ -169,6 +169,7 @@ def noun_phrase(phrase: Phrase, is_negated: bool = False) -> str:
 def possessive(phrase: Phrase) -> str:
     """The owner with "的", left out between relatives: for my own, and where another "的" follows."""
     owner = phrase.owner
+    assert owner is not None
     if owner.owner:
         return f"{noun_phrase(owner.owner)}{owner.noun.zh[0]}的"
     is_close = "relative" in phrase.noun.kinds and owner.person in ("1sg", "2sg")

@@ -85,9 +85,9 @@ def render(meaning: Meaning) -> str:
             described = agreeing(adjective.fr[1:3], gender(thing) == "f", thing.plural)
             return sentence(noun_phrase(thing), is_so, described, form=form)
         case Occupation(subject, occupation, is_wish, form):
-            finite, rest = (WANT, "devenir") if is_wish else (BE, "")
+            verb_forms, rest = (WANT, "devenir") if is_wish else (BE, "")
             what = occupation_of(subject, occupation)
-            return sentence(noun_phrase(subject), negate(finite[subject.person], form), rest, what, form=form)
+            return sentence(noun_phrase(subject), negate(verb_forms[subject.person], form), rest, what, form=form)
         case Wish(subject, verb, object, form):
             wants = negate(WANT[subject.person], form)
             what = noun_phrase(object, is_negated=form == "negation")

@@ -62,8 +62,8 @@ def render(meaning: Meaning) -> str:
             return sentence(noun_phrase(subject), finite, middle_field(verb, object, form, when), final)
         case Scene(subject, action, place, time, form):
             finite, final = predicate(action.de, tense_of(time), subject.person, auxiliary=action.de[3])
-            what = (time.de[0], negation(form), at(place), final)
-            return sentence(opening(noun_phrase(subject), finite, form), *what, form=form)
+            does = opening(noun_phrase(subject), finite, form)
+            return sentence(does, time.de[0], negation(form), at(place), final, form=form)
         case Journey(subject, place, time, form):
             finite, final = predicate(GO, tense_of(time), subject.person, auxiliary="sein")
             if form == "question":
@@ -90,9 +90,9 @@ def render(meaning: Meaning) -> str:
             is_so = opening(noun_phrase(thing), BE[thing.person], form)
             return sentence(is_so, negation(form), adjective.de[0], form=form)
         case Occupation(subject, occupation, is_wish, form):
-            finite, final = (WANT, "werden") if is_wish else (BE, "")
+            verb_forms, final = (WANT, "werden") if is_wish else (BE, "")
             what = occupation_of(subject, occupation, is_negated=form == "negation")
-            is_or_wants = opening(noun_phrase(subject), finite[subject.person], form)
+            is_or_wants = opening(noun_phrase(subject), verb_forms[subject.person], form)
             return sentence(is_or_wants, what, final, form=form)
         case Wish(subject, verb, object, form):
             what = noun_phrase(object, "accusative", is_negated=form == "negation")
@@ -174,7 +174,7 @@ def middle_field(verb: Word, object: Phrase, form: Form, when: str = "") -> str:
     """Object, time, "nicht": a known object precedes the time; a new one follows it, negated by "kein"."""
     government = verb.de[4] if len(verb.de) > 4 else "accusative"
     if government == "auf":
-        parts = (when, negation(form), f"auf {noun_phrase(object, 'accusative')}")
+        parts: tuple[str, ...] = (when, negation(form), f"auf {noun_phrase(object, 'accusative')}")
     elif object.is_definite:
         parts = (noun_phrase(object, government), when, negation(form))
     else:

@@ -11,6 +11,7 @@ from agnostic_train.quickstart.lexicon import Word
 
 Form = Literal["statement", "negation", "question"]
 Person = Literal["1sg", "2sg", "3sg", "1pl", "3pl"]
+PERSONS: dict[str, Person] = {"I": "1sg", "you": "2sg", "it": "3sg", "we": "1pl", "they": "3pl"}
 
 
 class Phrase(NamedTuple):
@@ -40,7 +41,7 @@ class Phrase(NamedTuple):
     def person(self) -> Person:
         """The person and number a verb agrees with."""
         if self.is_pronoun:
-            return {"I": "1sg", "you": "2sg", "it": "3sg", "we": "1pl", "they": "3pl"}[self.noun.name]
+            return PERSONS[self.noun.name]
         return "3pl" if self.plural else "3sg"
 
 

@@ -267,6 +267,7 @@ def emphatic(phrase: Phrase) -> str:
 
 def possessive(phrase: Phrase) -> str:
     """Whose it is: "changu", or "cha mwalimu"."""
+    assert phrase.owner is not None
     link = LINK[noun_class(phrase, kin="9/10")]
     if phrase.owner.is_pronoun:
         return link + phrase.owner.noun.sw[1]

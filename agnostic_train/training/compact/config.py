@@ -20,6 +20,8 @@ class NeuronConfig(PeftConfig):
 
     Args:
         neurons: a `NeuronSet`, or a file of one, as `NeuronSet.read` takes it. Not needed to load a saved adapter.
+        rows, columns: number of chosen rows and columns of each module's weight, by its name; filled from `neurons`.
+        Others as for `PeftConfig`.
     """
 
     neurons: NeuronSet | str | Path | None = field(

@@ -1,0 +1,157 @@
+"""A recipe from a YAML file and flags, with one line for every mistake. Defaults < file < flags."""
+
+import math
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import OWN_KEYS, SECTIONS, Recipe, TrainingSection, recipe_keys, training_argument_types
+
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+_MOST_VALUES = 10_000
+_FINITE = ConfigDict(allow_inf_nan=False)
+
+
+def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:
+    """Reads a YAML recipe; flags win over it, it wins over defaults.
+
+    Args:
+        file: YAML 1.2, so that `no` is Norwegian and 1e-4 a number.
+        flags: `section.key` or `output_dir` to a value, parsed as YAML.
+
+    Raises:
+        UserError: one line that names the file and the key, and says what would be right.
+    """
+    source = str(file)
+    try:
+        values = _parse_yaml(Path(file).read_text(encoding="utf-8"), source)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such recipe") from None
+    except IsADirectoryError:
+        raise UserError(f"{source}: a folder, where a recipe (YAML) was expected") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not UTF-8 text") from None
+    if values is None:
+        raise UserError(f"{source}: the recipe is empty")
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
+    for key, value in (flags or {}).items():
+        section, _, name = key.partition(".")
+        parsed = _parse_yaml(value, f"--{key}")
+        if not name:
+            values[section] = parsed
+            continue
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise UserError(f"{source}: {section} must be a section of keys")
+        values[section][name] = parsed
+    return make_recipe(values, source)
+
+
+def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Builds a recipe from nested plain values; see `load_recipe`."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    for name, section in values.items():
+        for key, value in section.items() if isinstance(section, dict) else [("", section)]:
+            if not isinstance(name, str) or not isinstance(key, str):
+                raise UserError(f"{source}: unknown key {_short(key or name)}; a key is a word")
+            _check_plain([name, key, value], f"{source}: {name}.{key}".rstrip("."))
+    training = values.get("training")
+    if isinstance(training, dict):
+        values["training"] = _split_training(training, source)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        # A misspelt key is missing under its right name too: the misspelling is the better message.
+        errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
+        raise UserError(f"{source}: {_explain(errors[0])}") from None
+
+
+def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:
+    """Moves the TrainingArguments among the keys into `arguments`, each checked against its type."""
+    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+    known = training_argument_types()
+    split: dict[str, Any] = {key: value for key, value in training.items() if key in own}
+    arguments = {}
+    for key, value in training.items():
+        if key in own:
+            continue
+        if key in OWN_KEYS:
+            raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
+        if key not in known:
+            raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
+        try:
+            arguments[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {_short(value)}") from None
+    return {**split, "arguments": arguments}
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuses what a manifest (strict JSON) or a file name can't hold, such as YAML's dates and what contains itself."""
+    left, num_values = [value], 0
+    while left:
+        it = left.pop()
+        num_values += 1
+        if num_values > _MOST_VALUES:
+            # Aliases of aliases: a few lines of YAML can stand for billions of values, or for endless ones.
+            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, or it contains itself; write it out shorter")
+        if isinstance(it, dict):
+            left += [*it.keys(), *it.values()]
+        elif isinstance(it, (list, tuple)):
+            left += it
+        elif isinstance(it, str):
+            if "\0" in it or any("\ud800" <= character <= "\udfff" for character in it):
+                raise UserError(f"{where}: {_short(it)} holds characters that no text or file name can hold")
+        elif isinstance(it, int):
+            if not abs(it) < 2**63:
+                raise UserError(f"{where}: a whole number must be below 2^63")
+        elif isinstance(it, float):
+            if not math.isfinite(it):
+                raise UserError(f"{where}: must be a finite number, not {it}")
+        elif it is not None:
+            raise UserError(f"{where}: {_short(it)} is a {type(it).__name__}; write it as text, in quotes")
+
+
+def _short(value: Any) -> str:
+    shortened = Repr()
+    shortened.maxlevel, shortened.maxstring, shortened.maxother = 2, 100, 100
+    return shortened.repr(value)
+
+
+def _explain(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] in _UNKNOWN_KEY:
+        candidates = [*SECTIONS, *recipe_keys()] if "." not in key else list(recipe_keys())
+        return _unknown(key, candidates)
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key} must be a section of keys, not {_short(error['input'])}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
+    return f"{key}: {message[0].lower() + message[1:]}{given}"
+
+
+def _unknown(key: str, candidates: list[str]) -> str:
+    nearest = get_close_matches(key, candidates, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
+    except (YAMLError, ValueError, LookupError) as error:  # `!!int x` and a 99th of May are Python's own errors
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{source}: not valid YAML{where} ({problem})") from None
