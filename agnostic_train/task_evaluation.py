@@ -6,13 +6,11 @@ The harness is an optional dependency and slow to import: functions import it wh
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -30,13 +27,19 @@ from transformers import PreTrainedTokenizerBase
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
 from agnostic_train.inference import left_as_found
 from agnostic_train.paired_comparison import compare_scores
+from agnostic_train.task_loading import (
+    check_task,
+    explain_unknown,
+    load_task,
+    no_remote_metrics,
+    read_mgsm_from,
+    set_up,
+)
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-_MGSM_TASK = re.compile(r"mgsm_(?:direct|native_cot|en_cot)_([a-z]+)")
 _SEED = 1234
 _NUM_RESAMPLES = 1000
 
@@ -108,14 +111,14 @@ class TaskSuite:
 
             manager = TaskManager(include_path=folders)
             if mgsm is not None:
-                _read_mgsm_from(manager, Path(mgsm), folders)
+                read_mgsm_from(manager, Path(mgsm), folders)
             for name in self.names:
                 if name not in manager.task_index:
-                    raise UserError(_unknown(name, manager, folders))
-            self._loaded = {name: _load(manager, name) for name in self.names}
+                    raise UserError(explain_unknown(name, manager, folders))
+            self._loaded = {name: load_task(manager, name) for name in self.names}
             for task in self._tasks():
-                _check_task(task, num_fewshot)
-                _set_up(task, num_fewshot, max_new_tokens)
+                check_task(task, num_fewshot)
+                set_up(task, num_fewshot, max_new_tokens)
 
     def _tasks(self) -> "Iterator[Task]":
         for loaded in self._loaded.values():
@@ -168,7 +171,7 @@ class TaskSuite:
                 # The harness offers no other way to be without its progress bars.
                 stack.enter_context(redirect_stderr(StringIO()))
                 stack.enter_context(redirect_stdout(StringIO()))
-            stack.enter_context(_no_remote_metrics())
+            stack.enter_context(no_remote_metrics())
             # The harness gives a tokenizer without a padding token one.
             harness_model = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=self.batch_size)
             rooms = {task_name: _room(harness_model, task) for task_name, task in tasks.items()}
@@ -285,123 +288,6 @@ def _is_better_higher(result: TaskResult, metric: str) -> bool:
     return result.metrics[metric]["higher_is_better"] is not False
 
 
-# Loading.
-
-
-def _load(manager: "TaskManager", name: str) -> dict:
-    """The harness's tasks and groups of a name, with their data.
-
-    A task is made by others: its templates, its functions and its data can fail in any way.
-    """
-    try:
-        with _no_remote_metrics() as refused:
-            loaded = manager.load([name])
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"evaluation.tasks: the data of {name} isn't to be had: {_one_line(error)}; fetch it once with a network, "
-            f"or leave the task out"
-        ) from None
-    except Exception as error:
-        raise UserError(f"evaluation.tasks: can't load {name}: {type(error).__name__}: {_one_line(error)}") from None
-    if refused:
-        # The harness swallows the refusal, and would fail when it has run the model.
-        raise UserError(_remote_metric(refused[0]))
-    return loaded
-
-
-@contextmanager
-def _no_remote_metrics() -> Iterator[list[str]]:
-    """Refuses metrics of the `evaluate` library, which fetches their code from the hub and runs it."""
-    import evaluate
-
-    load, refused = evaluate.load, []
-
-    def refuse(path: str, *_: Any, **__: Any) -> None:
-        refused.append(path)
-        raise UserError(_remote_metric(path))
-
-    evaluate.load = refuse
-    try:
-        yield refused
-    finally:
-        evaluate.load = load
-
-
-def _remote_metric(name: str) -> str:
-    return f"evaluation.tasks: the code of the metric {name!r} would come from the hub; leave out the task that uses it"
-
-
-def _read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[Path]) -> None:
-    """Swaps the data of the harness's own MGSM tasks, wherever a task, tag or group uses them."""
-    for name, entry in manager.task_index.items():
-        match = _MGSM_TASK.fullmatch(name)
-        if match and not any(path.resolve() in entry.yaml_path.resolve().parents for path in task_paths):
-            file = folder / f"{match[1]}.tsv"
-            local = {"custom_dataset": partial(_mgsm_questions, file, name), "training_split": None}
-            manager.task_index[name] = replace(entry, yaml_path=None, cfg={**entry.cfg, **local})
-
-
-def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
-    """The test questions as the hub's data set has them: with a number, without a worked answer."""
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"evaluation.mgsm: no file {file}, which {task} needs") from None
-    rows: dict[str, list] = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
-    for index, line in enumerate(lines):
-        question, _, number = line.partition("\t")
-        number = number.replace(",", "")
-        if not re.fullmatch(r"-?\d+", number):
-            raise UserError(f"{file}, line {index + 1}: expected a question, a tab and a whole number")
-        for key, value in zip(rows, (question, None, int(number), None), strict=True):
-            rows[key].append(value)
-    return DatasetDict(test=Dataset.from_dict(rows))
-
-
-def _unknown(name: str, manager: "TaskManager", task_paths: Sequence[Path]) -> str:
-    message = f"evaluation.tasks: lm-eval knows no task {name!r}"
-    nearest = get_close_matches(name, manager.all_tasks)
-    if nearest:
-        message += f"; did you mean {' or '.join(nearest)}?"
-    # The harness passes over files that it can't read without a word.
-    known = {entry.yaml_path.resolve() for entry in manager.task_index.values() if entry.yaml_path is not None}
-    files = [file for folder in task_paths for file in sorted(folder.rglob("*.yaml")) if file.resolve() not in known]
-    return message + (f" ({files[0]} defines no task that it can read)" if files else "")
-
-
-def _check_task(task: "Task", num_fewshot: int | None) -> None:
-    """Refuses what would run code, needs more than text, or shows a model the answers."""
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"evaluation.tasks: {task.task_name} runs code that the model writes; leave it out")
-    if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"evaluation.tasks: {task.task_name} needs more than text; leave it out")
-    sampling = getattr(task, "fewshot_cfg", None)
-    has_exemplars = (
-        task.has_training_docs()
-        or task.has_validation_docs()
-        or (sampling is not None and (sampling.split is not None or sampling.samples is not None))
-    )
-    if _num_fewshot(task, num_fewshot) and not has_exemplars:
-        # The harness would take the test items, an item itself among its exemplars.
-        raise UserError(f"evaluation.num_fewshot: {task.task_name} has no exemplars beside its test items; use 0")
-
-
-def _num_fewshot(task: "Task", asked: int | None) -> int:
-    own = task.get_config("num_fewshot")
-    return own or 0 if asked is None or own == 0 else asked
-
-
-def _set_up(task: "Task", num_fewshot: int | None, max_new_tokens: int | None) -> None:
-    task.set_config("num_fewshot", _num_fewshot(task, num_fewshot))
-    if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
-        task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-
-
-# Results.
-
-
 def _result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int) -> TaskResult:
     from lm_eval.api.metrics import mean
 
@@ -509,10 +395,6 @@ def _num_truncated(harness_model: "HFLM", task: "Task", room: int) -> int:
     texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
     lengths = map(len, harness_model.tokenizer(texts)["input_ids"])
     return len({instance.doc_id for instance, length in zip(task.instances, lengths, strict=True) if length > room})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _named(value: Any) -> str:

@@ -1,0 +1,138 @@
+"""Tasks of the lm-evaluation-harness with their data: found, swapped for local files, and refused where they can't run.
+
+The harness is an optional dependency and slow to import: functions import it when they need it.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, DatasetDict
+
+from agnostic_train.files import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+_MGSM_TASK = re.compile(r"mgsm_(?:direct|native_cot|en_cot)_([a-z]+)")
+
+
+def load_task(manager: "TaskManager", name: str) -> dict:
+    """The harness's tasks and groups of a name, with their data.
+
+    A task is made by others: its templates, its functions and its data can fail in any way.
+    """
+    try:
+        with no_remote_metrics() as refused:
+            loaded = manager.load([name])
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"evaluation.tasks: the data of {name} isn't to be had: {_one_line(error)}; fetch it once with a network, "
+            f"or leave the task out"
+        ) from None
+    except Exception as error:
+        raise UserError(f"evaluation.tasks: can't load {name}: {type(error).__name__}: {_one_line(error)}") from None
+    if refused:
+        # The harness swallows the refusal, and would fail when it has run the model.
+        raise UserError(_remote_metric(refused[0]))
+    return loaded
+
+
+@contextmanager
+def no_remote_metrics() -> Iterator[list[str]]:
+    """Refuses metrics of the `evaluate` library, which fetches their code from the hub and runs it."""
+    import evaluate
+
+    load, refused = evaluate.load, []
+
+    def refuse(path: str, *_: Any, **__: Any) -> None:
+        refused.append(path)
+        raise UserError(_remote_metric(path))
+
+    evaluate.load = refuse
+    try:
+        yield refused
+    finally:
+        evaluate.load = load
+
+
+def _remote_metric(name: str) -> str:
+    return f"evaluation.tasks: the code of the metric {name!r} would come from the hub; leave out the task that uses it"
+
+
+def read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[Path]) -> None:
+    """Swaps the data of the harness's own MGSM tasks, wherever a task, tag or group uses them."""
+    for name, entry in manager.task_index.items():
+        match = _MGSM_TASK.fullmatch(name)
+        if match and not any(path.resolve() in entry.yaml_path.resolve().parents for path in task_paths):
+            file = folder / f"{match[1]}.tsv"
+            local = {"custom_dataset": partial(_mgsm_questions, file, name), "training_split": None}
+            manager.task_index[name] = replace(entry, yaml_path=None, cfg={**entry.cfg, **local})
+
+
+def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
+    """The test questions as the hub's data set has them: with a number, without a worked answer."""
+    try:
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"evaluation.mgsm: no file {file}, which {task} needs") from None
+    rows: dict[str, list] = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
+    for index, line in enumerate(lines):
+        question, _, number = line.partition("\t")
+        number = number.replace(",", "")
+        if not re.fullmatch(r"-?\d+", number):
+            raise UserError(f"{file}, line {index + 1}: expected a question, a tab and a whole number")
+        for key, value in zip(rows, (question, None, int(number), None), strict=True):
+            rows[key].append(value)
+    return DatasetDict(test=Dataset.from_dict(rows))
+
+
+def explain_unknown(name: str, manager: "TaskManager", task_paths: Sequence[Path]) -> str:
+    message = f"evaluation.tasks: lm-eval knows no task {name!r}"
+    nearest = get_close_matches(name, manager.all_tasks)
+    if nearest:
+        message += f"; did you mean {' or '.join(nearest)}?"
+    # The harness passes over files that it can't read without a word.
+    known = {entry.yaml_path.resolve() for entry in manager.task_index.values() if entry.yaml_path is not None}
+    files = [file for folder in task_paths for file in sorted(folder.rglob("*.yaml")) if file.resolve() not in known]
+    return message + (f" ({files[0]} defines no task that it can read)" if files else "")
+
+
+def check_task(task: "Task", num_fewshot: int | None) -> None:
+    """Refuses what would run code, needs more than text, or shows a model the answers."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"evaluation.tasks: {task.task_name} runs code that the model writes; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"evaluation.tasks: {task.task_name} needs more than text; leave it out")
+    sampling = getattr(task, "fewshot_cfg", None)
+    has_exemplars = (
+        task.has_training_docs()
+        or task.has_validation_docs()
+        or (sampling is not None and (sampling.split is not None or sampling.samples is not None))
+    )
+    if _num_fewshot(task, num_fewshot) and not has_exemplars:
+        # The harness would take the test items, an item itself among its exemplars.
+        raise UserError(f"evaluation.num_fewshot: {task.task_name} has no exemplars beside its test items; use 0")
+
+
+def _num_fewshot(task: "Task", asked: int | None) -> int:
+    own = task.get_config("num_fewshot")
+    return own or 0 if asked is None or own == 0 else asked
+
+
+def set_up(task: "Task", num_fewshot: int | None, max_new_tokens: int | None) -> None:
+    task.set_config("num_fewshot", _num_fewshot(task, num_fewshot))
+    if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
+        task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
