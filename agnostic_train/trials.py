@@ -91,11 +91,12 @@ class Trials:
         return measured
 
     def run(self, trial: Trial) -> TrialResult:
-        """The trial's result, from its files or by training."""
-        name = fingerprint([self.key, self.changes, asdict(trial)])[:16]
+        """The trial's result, from its files or by training: strategies that choose the same train once."""
+        choice = None if trial.strategy == BASE else self.choose(trial)
+        name = fingerprint([self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice)])[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
         if not record_file.exists():
-            record, measured = self._measure(trial, self.directory / f".{name}")
+            record, measured = self._measure(trial, choice, self.directory / f".{name}")
             if self.materials.processes.is_main_process:
                 if measured is not None:
                     flat = {f"{kind}.{language}": it for kind, its in measured.items() for language, it in its.items()}
@@ -113,8 +114,8 @@ class Trials:
             measured[kind][language] = result
         return TrialResult(trial, record, measured)
 
-    def _measure(self, trial: Trial, work: Path) -> tuple[dict, Measured | None]:
-        if trial.strategy == BASE:
+    def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
+        if choice is None:
             return {"diverged": False}, self._perplexities(self.materials.model)
         arguments = training_arguments(
             self.materials.recipe,
@@ -122,7 +123,6 @@ class Trials:
         )  # fmt: skip
         if self.group is None:
             arguments.report_to = []
-        choice = self.choose(trial)
         tracking = tracked(self.materials.recipe, self.materials.processes, str(trial), self.group)
         with tracking if self.group else nullcontext(Tracker(None)) as tracker:
             set_seed(arguments.seed)
@@ -158,3 +158,12 @@ class Trials:
             kind: {language: perplexity(model, batches) for language, batches in of_kind.items()}
             for kind, of_kind in self.texts.items()
         }
+
+
+def _what_learns(choice: Choice | None) -> object:
+    """Tells what one choice trains from what another does, as plain JSON values."""
+    if choice is None:
+        return BASE
+    if choice.neurons is not None:
+        return {f"{layer}.{projection}": indices.tolist() for (layer, projection), indices in choice.neurons.items()}
+    return choice.strategy if choice.lora is None else [choice.lora.rank_pattern, choice.lora.alpha_pattern]

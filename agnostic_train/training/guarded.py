@@ -54,7 +54,8 @@ class GuardedTrainer(Trainer):
             NonFiniteLoss: it isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite().all():
+        # The processes must agree: one that goes on alone waits for the others for ever.
+        if sum_over_processes((~loss.isfinite()).any().int()):
             ids = inputs.get("input_ids")
             batch = "" if ids is None else (
                 f", on the batch of {len(ids)} sequences whose first begins with the tokens "

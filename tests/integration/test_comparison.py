@@ -70,17 +70,17 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert run(root, "compare", *SMALL, f"--output_dir={root / 'whole'}") == 0
     original, trained = Trials._measure, []
 
-    def interrupted(self, trial, work):
+    def interrupted(self, trial, *rest):
         if len(trained) == 5:
             raise KeyboardInterrupt
         trained.append(str(trial))
-        return original(self, trial, work)
+        return original(self, trial, *rest)
 
     monkeypatch.setattr(Trials, "_measure", interrupted)
     assert run(root, "compare", *SMALL) == 130
     before, trained[:] = set(trained), []
     monkeypatch.setattr(
-        Trials, "_measure", lambda self, trial, work: trained.append(str(trial)) or original(self, trial, work)
+        Trials, "_measure", lambda self, trial, *rest: trained.append(str(trial)) or original(self, trial, *rest)
     )
     assert run(root, "compare", *SMALL) == 0
     assert trained and not before & set(trained)
@@ -90,6 +90,11 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     more = SMALL[0].replace("=", "=shared,", 1)
     assert run(root, "compare", more, *SMALL[1:]) == 0
     assert trained and all(name.startswith("shared,") for name in trained)
+    # What one strategy's neurons have learnt needn't be learnt again for another that chooses the same.
+    trained.clear()
+    assert run(root, "compare", more.replace("=", "=related,", 1), *SMALL[1:]) == 0
+    compared = read_json(root / "out/comparison.json")["texts"]["test"]["strategies"]
+    assert not trained and compared["related"] == compared["shared+exclusive"]
 
 
 def test_a_diverging_rate_is_passed_over(root, capsys):
