@@ -98,16 +98,19 @@ class Encoder:
     def batches(
         self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`.
+        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`, `sentence_index`.
 
         What the longest need in memory shows at once, and the self-check sees them. Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
         `special_tokens_mask` that leaves such tokens out of impacts.
         """
-        rows = sorted(self.encode(sentences, purpose), key=lambda row: -len(row["input_ids"]))
+        rows = sorted(enumerate(self.encode(sentences, purpose)), key=lambda row: -len(row[1]["input_ids"]))
         batches = []
         for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            batch = self._padded(part) | {"num_bytes": torch.tensor([row["num_bytes"] for row in part])}
+            indices, part = zip(*rows[start : start + batch_size], strict=True)
+            batch = self._padded(part) | {
+                "num_bytes": torch.tensor([row["num_bytes"] for row in part]),
+                "sentence_index": torch.tensor(indices),
+            }
             if skip_special_tokens:
                 special = [torch.tensor(row["special_tokens_mask"]) for row in part]
                 batch["special_tokens_mask"] = pad_sequence(special, batch_first=True)
@@ -119,7 +122,7 @@ class Encoder:
         batch = self._padded(rows)
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
-    def _padded(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def _padded(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),

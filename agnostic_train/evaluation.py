@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,14 +29,12 @@ def evaluate_languages(
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:
     """Per language perplexity and bits per byte before and after, and the relative change with its 95% interval.
 
-    The interval is of the change on resampled sentences, the same ones before and after.
+    Any two models on the same sentences will do. The interval is of the change on resampled sentences, the same ones before and after.
     """
     languages = {}
     for seed, language in enumerate(before):
         old, new = before[language], after[language]
-        drawn = resampled_changes(old, [new], torch.ones(NUM_RESAMPLES, 1, dtype=torch.float64), seed * NUM_RESAMPLES)[
-            1
-        ]
+        drawn = resampled_changes(old, [new], NUM_RESAMPLES, seed * NUM_RESAMPLES)[1][:, 0]
         languages[language] = {
             "before": describe(old),
             "after": describe(new),

@@ -259,8 +259,9 @@ def draw_trade(compared: dict) -> Figure:
     """What each strategy gains in the enhanced languages against what it costs the others, with 95% intervals."""
     figure, (axis,) = _grid(height=5)
     axis.axhline(0, color="0.6", linewidth=0.8)
+    costly = "others" if "others" in compared["best"] else "all"
     for index, (name, row) in enumerate(compared["strategies"].items()):
-        gain, cost = row["groups"]["enhanced"], row["groups"].get("others", row["groups"]["all"])
+        gain, cost = row["groups"]["enhanced"], row["groups"][costly]
         x, y = -100 * gain["mean"], 100 * cost["mean"]
         errors = [
             [[x + 100 * gain["interval"][1]], [-100 * gain["interval"][0] - x]],
@@ -273,7 +274,7 @@ def draw_trade(compared: dict) -> Figure:
     axis.set_yscale("symlog", linthresh=1)
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    axis.set_ylabel("cost for the others: more bits per byte, %")
+    axis.set_ylabel(f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

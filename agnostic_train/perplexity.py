@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ class NonFiniteLoss(UserError):
     """The model computes NaN or Inf: it was broken, or a training diverged."""
 
 
+# Beyond it the perplexity is no float64 any more.
+_MOST_NATS = 700.0
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
 _TOKENS_AT_ONCE = 512
 
@@ -66,24 +69,30 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
 
     Args:
         model: left as found.
-        batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,).
+        batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,) and
+            `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is ordered.
 
     Raises:
         UserError: no token to score. NonFiniteLoss: a loss that isn't finite.
     """
     with left_as_found(model):
         parts = in_order([_score_batch(model, batch) for batch in own_share(batches)])
-    num_tokens = sum(int(tokens.sum()) for _, tokens, _ in parts)
-    if not num_tokens:
-        raise UserError("corpus: no token to score; a sentence needs two tokens")
-    counted = [num_bytes for _, _, num_bytes in parts if num_bytes is not None]
-    result = Perplexity(
-        torch.cat([nats for nats, _, _ in parts]),
-        torch.cat([tokens for _, tokens, _ in parts]),
-        sum(counted) if len(counted) == len(parts) else None,
+    nats, tokens = (
+        torch.cat([getattr(it, name) for it in parts]) if parts else torch.zeros(0) for name in ("nats", "tokens")
     )
-    if not math.isfinite(result.nats):
-        raise NonFiniteLoss("model.name: its loss isn't finite; the model computes NaN or Inf")
+    if not tokens.sum():
+        raise UserError("corpus: no token to score; a sentence needs two tokens")
+    places = [it.places for it in parts if it.places is not None]
+    if len(places) == len(parts):
+        order = torch.cat(places).argsort(stable=True)
+        nats, tokens = nats[order], tokens[order]
+    counted = [it.num_bytes for it in parts if it.num_bytes is not None]
+    result = Perplexity(nats, tokens, sum(counted) if len(counted) == len(parts) else None)
+    if not math.isfinite(result.nats) or result.nats / result.num_tokens > _MOST_NATS:
+        raise NonFiniteLoss(
+            "model.name: its loss is NaN, infinite, or hundreds of nats a token; the model is broken, or its training "
+            "diverged (try a lower training.learning_rate)"
+        )
     return result
 
 
@@ -110,18 +119,27 @@ def load_measured(file: str | Path) -> dict[str, Perplexity]:
         raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); delete it, and run again") from None
 
 
-def _score_batch(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, int | None]:
-    """Each sentence's nats (float64) and scored tokens, on the CPU, and the batch's bytes."""
+class _Scored(NamedTuple):
+    """A batch's sentences, on the CPU: nats float64, scored tokens int64, and their places in the corpus, if known."""
+
+    nats: Tensor
+    tokens: Tensor
+    num_bytes: int | None
+    places: Tensor | None
+
+
+def _score_batch(model: nn.Module, batch: Batch) -> _Scored:
     inputs = model_inputs(model, batch)
     logits = model(**inputs).logits
     losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
     scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
     scored = scored.to(losses.device)
-    num_bytes = batch.get("num_bytes")
-    return (
+    num_bytes, index = batch.get("num_bytes"), batch.get("sentence_index")
+    return _Scored(
         losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64).cpu(),
         scored.sum(1).cpu(),
         None if num_bytes is None else int(torch.as_tensor(num_bytes).sum()),
+        None if index is None else torch.as_tensor(index).cpu(),
     )
 
 

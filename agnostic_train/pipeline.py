@@ -17,7 +17,7 @@ from agnostic_train.loading import model_identity
 from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
 from agnostic_train.recipe import Recipe
-from agnostic_train.settings import check_inputs, needs_neurons, training_arguments
+from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
 from agnostic_train.stages.compare import compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
@@ -27,6 +27,7 @@ from agnostic_train.stages.report import report
 from agnostic_train.stages.score import checkpoint_identity, score
 from agnostic_train.stages.train import clear_checkpoints, train
 from agnostic_train.tracking import Tracker, tracked
+from agnostic_train.trials import result_arguments
 
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
@@ -42,6 +43,9 @@ _ALL = {**STAGES, "compare": "train every strategy and baseline on the same data
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
     "compare": compare,
+}  # fmt: skip
+_REMOVED_FIRST = {
+    "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
 }  # fmt: skip
 
 
@@ -74,14 +78,19 @@ class Pipeline:
     def run(self, stage: str) -> None:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
         stages = list(STAGES) if stage == "run" else [*self._needs(stage), stage]
+        if stage == "compare":
+            check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
+        for name in stages:
+            self._inputs(name)  # what is missing shows before anything has run
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
+            if stage == "compare":
+                # Each of its trainings is a tracked run of its own, in one group.
+                for name in stages:
+                    self._run_stage(name, self.force and name == stage, Tracker(None))
+                return
             with tracked(self.recipe, self.processes, run_id=self._tracking_id) as tracker:
                 for name in stages:
-                    if name != "compare":
-                        self._run_stage(name, self.force and stage in ("run", name), tracker)
-            if "compare" in stages:
-                # Each of its trainings is a tracked run of its own.
-                self._run_stage("compare", self.force, Tracker(None))
+                    self._run_stage(name, self.force and stage in ("run", name), tracker)
 
     def _depends(self, stage: str) -> list[str]:
         """The stages whose results a stage reads."""
@@ -110,19 +119,19 @@ class Pipeline:
         return [name for name in STAGES if name in needed]
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> None:
-        key = self.manifest.key(self._inputs[stage], self._depends(stage))
-        state = self.manifest.state(stage, key)
+        key, state = self._key(stage), self._state(stage)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return
         self.processes.wait_for_everyone()
         self.say(f"{stage}: {_ALL[stage]}")
         context = Context(
-            self.recipe, self.training_arguments, self.materials, self.manifest, self._inputs, self.say, tracker
-        )
+            self.recipe, self.training_arguments, self.materials, self.manifest, self._inputs, self._state, self.say,
+            tracker,
+        )  # fmt: skip
         if self.processes.is_main_process:
             # What these write depends on their options: nothing of other ones may stay.
-            for written in {"train": ["train"], "export": ["export", "evaluate"]}.get(stage, []):
+            for written in _REMOVED_FIRST.get(stage, []):
                 self.manifest.remove_outputs(written)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
@@ -146,50 +155,78 @@ class Pipeline:
         except OSError as error:
             raise UserError(f"output_dir: can't write to {self.directory} ({error.strerror})") from None
 
+    def _key(self, stage: str) -> str:
+        return self.manifest.key(self._inputs(stage), self._depends(stage))
+
+    def _state(self, stage: str) -> str:
+        """Of a stage for this very recipe, see `Manifest.state`."""
+        return self.manifest.state(stage, self._key(stage))
+
     @cached_property
-    def _inputs(self) -> dict[str, dict]:
-        """Per stage, what its result depends on, beside the stages before it."""
+    def _common_inputs(self) -> dict:
         recipe = self.recipe.to_dict()
-        neurons = recipe["training"]["neurons"]
-        common = {
+        return {
             "corpus": recipe["corpus"] | {"path": None},
             "files": self.materials.corpus.hashes,
             "model": recipe["model"] | {"checkpoints": []},
             "identity": model_identity(self.recipe.model, self.materials.model_path),
             "version": version("agnostic_train"),
         }
-        suite = self.materials.task_suite
-        text = {key: recipe["evaluation"][key] for key in ("languages", "parallel_sentences", "batch_size")}
-        judged = {"text": text, "files": self.materials.judged[1]}
-        compared = self.manifest.record("compare")
-        training = {
-            key: value for key, value in recipe["training"].items() if key in ("languages", "update", "random_like")
-        }
-        arguments = {**recipe["training"]["arguments"], "learning_rate": None, "seed": None}
+
+    def _inputs(self, stage: str) -> dict:
+        """What a stage's result depends on, beside the stages before it."""
         own = {
-            "detect": recipe["detection"],
-            "score": {
-                **recipe["score"],
-                "checkpoints": [
-                    [it.step, checkpoint_identity(self.recipe.model, it)]
-                    for it in parse_checkpoints(self.recipe.model.checkpoints)
-                ],
-            },
-            "train": {"training": recipe["training"], "neurons": hash_file(neurons) if neurons else None},
-            "export": recipe["export"],
-            "evaluate": {
-                **judged,
-                "tasks": suite and {name: suite.identity(name) for name in suite.names},
-                "checkpoints": [
-                    checkpoint_identity(self.recipe.model, Checkpoint(it, None))
-                    for it in self.recipe.evaluation.checkpoints
-                ],
-            },
-            "report": {"comparison": compared.get("run") if compared.get("finished") else None},
-            "trials": {"training": training, "arguments": arguments, **judged},
-            "compare": {"training": recipe["training"], "comparison": recipe["comparison"], **judged},
+            "detect": self._detection_inputs,
+            "score": self._score_inputs,
+            "train": self._training_inputs,
+            "export": lambda: self.recipe.to_dict()["export"],
+            "evaluate": self._evaluation_inputs,
+            "report": self._report_inputs,
+            "compare": self._comparison_inputs,
         }
-        return {stage: {**common, stage: its} for stage, its in own.items()}
+        return {**self._common_inputs, stage: own[stage]()}
+
+    def _detection_inputs(self) -> dict:
+        return self.recipe.to_dict()["detection"]
+
+    def _score_inputs(self) -> dict:
+        checkpoints = parse_checkpoints(self.recipe.model.checkpoints)
+        identities = [[it.step, checkpoint_identity(self.recipe.model, it)] for it in checkpoints]
+        return {**self.recipe.to_dict()["score"], "checkpoints": identities}
+
+    def _training_inputs(self) -> dict:
+        neurons = self.recipe.training.neurons
+        return {
+            "training": self.recipe.to_dict()["training"],
+            "neurons": hash_file(neurons) if neurons else None,
+            # With the batch per device goes the batch.
+            "processes": self.processes.num_processes,
+        }
+
+    def _evaluation_inputs(self) -> dict:
+        suite, named = self.materials.task_suite, self.recipe.evaluation.checkpoints
+        return {
+            "evaluation": self.recipe.to_dict()["evaluation"],
+            "files": self.materials.judged[1],
+            "tasks": suite and {name: suite.identity(name) for name in suite.names},
+            "checkpoints": [checkpoint_identity(self.recipe.model, Checkpoint(it, None)) for it in named],
+        }
+
+    def _comparison_inputs(self) -> dict:
+        recipe = self.recipe.to_dict()
+        return {
+            "comparison": recipe["comparison"],
+            "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")},
+            "arguments": result_arguments(recipe["training"]["arguments"]),
+            "text": {key: recipe["evaluation"][key] for key in ("languages", "parallel_sentences")},
+            "files": self.materials.judged[1],
+            "processes": self.processes.num_processes,
+        }
+
+    def _report_inputs(self) -> dict:
+        if not self.manifest.record("compare"):
+            return {}
+        return {"comparison": self.manifest.record("compare")["run"] if self._state("compare") == "finished" else None}
 
     @cached_property
     def _tracking_id(self) -> str | None:
@@ -207,8 +244,7 @@ class Pipeline:
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):
             # A proof holds for the weights that it was made of, not for a later training's.
-            key = self.manifest.key(self._inputs["export"], self._depends("export"))
-            frozen_weights = export["frozen_weights"] if export["key"] == key else None
+            frozen_weights = export["frozen_weights"] if export["key"] == self._key("export") else None
         return {
             "model": {
                 **model_identity(self.recipe.model, self.materials.model_path),

@@ -22,9 +22,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else value
 
 
-def _distinct(value: list[str]) -> list[str]:
-    if len(set(value)) < len(value):
-        raise ValueError("names a language twice")
+def _distinct(value: list) -> list:
+    twice = [it for index, it in enumerate(value) if it in value[:index]]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice")
     return value
 
 
@@ -44,6 +45,8 @@ EMBEDDED = "embedded:quickstart"
 """As `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(gt=0)]
 SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
 Trained = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
 
@@ -164,9 +167,9 @@ class TrainingSection:
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive; has no default.")
-    pilot_strategies: Annotated[list[SetStrategy], BeforeValidator(_as_list), Field(min_length=2)] = Field(
-        default_factory=lambda: list(get_args(SetStrategy)), description="'pilot': the strategies to try."
-    )
+    pilot_strategies: Annotated[
+        list[SetStrategy], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
+    ] = Field(default_factory=lambda: list(get_args(SetStrategy)), description="'pilot': the strategies to try.")
     pilot_steps: int = Field(
         default=50, ge=1, description="'pilot': steps of each, on text that the training proper doesn't see."
     )
@@ -227,21 +230,33 @@ class EvaluationSection:
 class ComparisonSection:
     """`compare`: strategies and baselines on the same data and budget."""
 
-    strategies: Annotated[list[Trained], BeforeValidator(_as_list), Field(min_length=2)] = Field(
-        default_factory=lambda: list(get_args(Trained)), description="What to compare."
+    strategies: Annotated[list[Trained], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)] = (
+        Field(default_factory=lambda: list(get_args(Trained)), description="What to compare.")
     )
-    seeds: Annotated[list[int], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        default_factory=lambda: [0, 1, 2], description="Each is one training of every strategy."
+    seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] = Field(
+        default_factory=lambda: [1, 2, 3], description="Each is one training of every strategy."
     )
-    learning_rates: Annotated[list[float], BeforeValidator(_as_list), Field(min_length=1)] | None = Field(
+    tuning_seed: Seed = Field(
+        default=0, description="Of the trainings that choose the learning rates; none of those that are compared."
+    )
+    learning_rates: (
+        Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] | None
+    ) = Field(
         default=None,
-        description="Tried for every strategy with the first seed; without it, training.learning_rate and a third and "
-        "three times of it. While the best is at an end, one more is tried there, twice at most.",
+        description="Tried for every strategy; without it, training.learning_rate and a third and three times of it. "
+        "While the best is at an end, one more is tried there, twice at most.",
     )
     select_by: Literal["target", "all"] = Field(
         default="target",
         description="The best rate has the lowest bits per byte on validation text, of the enhanced languages or of all.",
     )
+
+    @model_validator(mode="after")
+    def _tuned_on_another_seed(self) -> "ComparisonSection":
+        # The best of several trainings looks better than it is: it can't be one of those that are judged.
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is one of seeds; choose another")
+        return self
 
 
 @_section

@@ -16,8 +16,11 @@ from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons import LanguageNeurons
 
 
-def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
-    """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`."""
+def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
+    """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
+
+    has_comparison: whether `comparison.json` there is of this recipe.
+    """
     found = LanguageNeurons.load(directory / "neurons")
     score = read_json(directory / "score.json")
     evaluation = read_json(directory / "evaluation.json")
@@ -37,7 +40,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict) -> None:
     if (directory / "emergence.json").exists():
         rows = read_json(directory / "emergence.json")
         titles["emergence"] = ("Over the model's training", partial(draw.draw_emergence, rows))
-    comparison = read_json(directory / "comparison.json") if (directory / "comparison.json").exists() else None
+    comparison = read_json(directory / "comparison.json") if has_comparison else None
     if comparison is not None:
         titles |= _comparison_figures(comparison)
     if any("loss" in entry for entry in history):

@@ -1,10 +1,12 @@
 """What a recipe asks of a training, made ready and checked before any work begins."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from agnostic_train.files import UserError
 from agnostic_train.loading import check_checkpoint
@@ -76,6 +78,8 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
     for source in recipe.evaluation.checkpoints:
+        if source in ("before", "after"):
+            raise UserError(f"evaluation.checkpoints: {source!r} is what this run's own are called; write ./{source}")
         check_checkpoint(recipe.model, source, "evaluation.checkpoints")
     measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
     if measured:
@@ -92,8 +96,25 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
             f"detection.min_languages: {recipe.detection.min_languages} is more than the "
             f"{len(recipe.corpus.languages)} of corpus.languages"
         )
+    if recipe.training.neurons is None and name == "pilot":
+        check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
+    _check_mask(recipe, arguments, [name])
+
+
+def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str], what: str) -> None:
+    """Refuses what would stop one of several trainings after others have run for hours. `what` names them in errors."""
+    by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    if arguments.fsdp or arguments.deepspeed or by_launcher:
+        raise UserError(
+            f"{what} measures the model between trainings, for which each process needs all of it; run it under DDP, "
+            "without FSDP or DeepSpeed"
+        )
+    _check_mask(recipe, arguments, strategies)
+
+
+def _check_mask(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str]) -> None:
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    masked = recipe.training.update == "mask" and name not in BASELINES
+    masked = recipe.training.update == "mask" and not set(strategies) <= set(BASELINES)
     if masked and optimizer not in OPTIMIZERS:
         raise UserError(
             f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "

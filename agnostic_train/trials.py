@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from agnostic_train.equal_lora import num_weights
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.fitting import make_trainer
 from agnostic_train.inference import Batch
@@ -23,7 +24,10 @@ from agnostic_train.tracking import Tracker, tracked
 Measured = dict[str, dict[str, Perplexity]]
 """Per kind of text (validation, test, parallel) and language."""
 
+# What would save or evaluate on the way, and what would give every seed the same order of the text.
 _UNSAVED = {
+    "data_seed": None,
+    "eval_on_start": False,
     "save_strategy": "no",
     "eval_strategy": "no",
     "load_best_model_at_end": False,
@@ -31,8 +35,15 @@ _UNSAVED = {
     "disable_tqdm": True,
     "include_num_input_tokens_seen": "non_padding",
 }
+_WITHOUT_EFFECT = ("save_", "logging_", "log_", "eval_", "hub_", "push_to_hub")
 BASE = "base"
 """Stands for the model before any training, where a strategy is asked for."""
+
+
+def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Those of a recipe's TrainingArguments that a trial's result depends on, beside its own seed and learning rate."""
+    own = (*_UNSAVED, "seed", "learning_rate")
+    return {key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT)}
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,9 @@ class Trials:
         with tracking if self.group else nullcontext(Tracker(None)) as tracker:
             set_seed(arguments.seed)
             trainer = make_trainer(self.materials, arguments, choice, self.training)
-            num_trainable = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            learning = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            # With masks, all of a matrix requires gradients.
+            num_trainable = learning if choice.neurons is None else num_weights(choice.neurons, trainer.model)
             try:
                 trainer.train()
                 measured = self._perplexities(trainer.model)

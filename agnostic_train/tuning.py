@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agnostic_train.files import UserError
-
 FACTOR = 3.0
 """Between neighbouring rates."""
 NUM_EXTENSIONS = 2
@@ -13,13 +11,13 @@ NUM_EXTENSIONS = 2
 
 @dataclass(frozen=True)
 class Tuning:
-    """The best rate and what was tried.
+    """The best rate, None where every one diverged, and what was tried.
 
     tried: per rate, each language's change on validation text; None where the training diverged.
     at_end: whether the best rate is still the lowest or highest of several, so that a better one may lie beyond.
     """
 
-    learning_rate: float
+    learning_rate: float | None
     tried: Mapping[float, Mapping[str, float] | None]
     at_end: bool
 
@@ -41,9 +39,6 @@ def tune(
         measure: trains at a rate, and gives each language's change; None if it diverged.
         rates: to begin with.
         languages: that count.
-
-    Raises:
-        UserError: every rate diverges.
     """
     tried = {rate: measure(rate) for rate in sorted(rates)}
 
@@ -52,16 +47,11 @@ def tune(
         return math.inf if changes is None else sum(changes[it] for it in languages) / len(languages)
 
     for extension in range(NUM_EXTENSIONS + 1):
-        best = min(tried, key=loss)
-        beyond = {min(tried): best / FACTOR, max(tried): best * FACTOR}
-        # Where even the lowest diverges, only lower ones can do better.
-        beyond = {min(tried): min(tried) / FACTOR} if loss(best) == math.inf else beyond
+        # Of rates that all diverge the lowest comes first: lower ones may do better.
+        best = min(sorted(tried), key=loss)
+        beyond = {max(tried): best * FACTOR, min(tried): best / FACTOR}
         at_end = len(tried) > 1 and best in beyond
         if not at_end or extension == NUM_EXTENSIONS:
             break
         tried[beyond[best]] = measure(beyond[best])
-    if loss(best) == math.inf:
-        raise UserError(
-            f"comparison.learning_rates: training diverges at each of {', '.join(f'{it:.3g}' for it in tried)}"
-        )
-    return Tuning(best, dict(sorted(tried.items())), at_end)
+    return Tuning(None if loss(best) == math.inf else best, dict(sorted(tried.items())), at_end)

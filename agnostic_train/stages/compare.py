@@ -10,6 +10,7 @@ from agnostic_train.files import whole_directory, write_json
 from agnostic_train.report import comparison_text, draw_comparison
 from agnostic_train.settings import make_strategy
 from agnostic_train.stages.context import Context
+from agnostic_train.strategy import Choice
 from agnostic_train.tables import comparison_table, write_csv
 from agnostic_train.tracking import tracked
 from agnostic_train.trials import Measured, Trial, TrialResult, Trials
@@ -22,20 +23,26 @@ def compare(context: Context) -> dict:
     recipe, section = context.recipe, context.recipe.comparison
     found, enhanced = context.found, recipe.training.languages
     group = recipe.tracking.run_name or context.directory.resolve().name
+
+    def choose(trial: Trial) -> Choice:
+        return make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
+
+    for name in section.strategies:
+        choose(Trial(name))  # a set without a neuron is refused before the others have trained for hours
     trials = Trials(
         context.materials,
-        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
+        choose,
         {language: context.materials.corpus.texts[language].training for language in enhanced},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.directory / ".trials",
-        [context.inputs["trials"], context.neuron_hashes],
+        [_key(context), context.set_hashes],
         group=group,
     )
     base = trials.base()
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
     results: dict[str, dict[int, TrialResult]] = {}
     tunings: dict[str, Tuning] = {}
-    total = len(section.strategies) * (len(rates) + len(section.seeds) - 1)
+    total = len(section.strategies) * (len(rates) + len(section.seeds))
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
 
@@ -49,34 +56,32 @@ def compare(context: Context) -> dict:
             return result
 
         def measure(name: str, rate: float) -> dict[str, float] | None:
-            return _changes(base, run(Trial(name, section.seeds[0], rate)))
+            return _changes(base, run(Trial(name, section.tuning_seed, rate)))
 
         for name in section.strategies:
-            tunings[name] = tune(
-                partial(measure, name),
-                rates,
-                enhanced if section.select_by == "target" else recipe.corpus.languages,
-            )
-            best = tunings[name].learning_rate
-            results[name] = {section.seeds[0]: trials.run(Trial(name, section.seeds[0], best))}
-            results[name] |= {seed: run(Trial(name, seed, best)) for seed in section.seeds[1:]}
+            selecting = enhanced if section.select_by == "target" else recipe.corpus.languages
+            tunings[name] = tune(partial(measure, name), rates, selecting)
+            rate = tunings[name].learning_rate
+            results[name] = {} if rate is None else {seed: run(Trial(name, seed, rate)) for seed in section.seeds}
     measured = {
         name: {seed: it.measured for seed, it in its.items() if it.measured is not None}
         for name, its in results.items()
     }
-    diverged = [name for name, its in results.items() if len(measured[name]) < len(its)]
+    diverged = [name for name, its in measured.items() if len(its) < len(section.seeds)]
     compared = {name: its for name, its in measured.items() if name not in diverged}
     comparison = {
         "enhanced": enhanced,
         "seeds": section.seeds,
+        "tuning_seed": section.tuning_seed,
         "select_by": section.select_by,
         "diverged": diverged,
-        "tuning": {name: _tuning_json(tunings[name], results[name]) for name in results},
+        "tuning": {name: _tuning_json(tunings[name], its) for name, its in results.items() if its},
         "texts": {
             kind: compare_strategies(
                 base[kind],
                 {name: {seed: it[kind] for seed, it in its.items()} for name, its in compared.items()},
                 enhanced,
+                aligned=kind == "parallel",
             )
             for kind in base
             if kind != "validation"
@@ -100,6 +105,12 @@ def compare(context: Context) -> dict:
             context.publish({"comparison": comparison_table(comparison)}, files)
     context.say(text)
     return {"outputs": ["comparison.json", COMPARISON]}
+
+
+def _key(context: Context) -> dict:
+    """What a training's result depends on, beside what learns at which rate with which seed: not on the list of them."""
+    inputs = context.inputs("compare")
+    return {**inputs, "compare": {key: value for key, value in inputs["compare"].items() if key != "comparison"}}
 
 
 def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from agnostic_train.files import hash_file, whole_file
 from agnostic_train.manifest import Manifest
 from agnostic_train.materials import Materials
-from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.neurons import ACTIVATIONS_FILE, LanguageNeurons
 from agnostic_train.recipe import Recipe
 from agnostic_train.tables import Table, write_csv
 from agnostic_train.tracking import Tracker
@@ -20,15 +20,16 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 class Context:
     """One recipe's run in its `output_dir`.
 
-    arguments: of the training. inputs: per stage, what its result depends on beside the stages before it, plain JSON
-    values. say: where a stage's result goes, a line at a time.
+    arguments: of the training. inputs: what a stage's result depends on beside the stages before it, plain JSON values.
+    state: of a stage, for this recipe, as by `Manifest.state`. say: where a stage's result goes, a line at a time.
     """
 
     recipe: Recipe
     arguments: NeuronTrainingArguments
     materials: Materials
     manifest: Manifest
-    inputs: Mapping[str, dict]
+    inputs: Callable[[str], dict]
+    state: Callable[[str], str]
     say: Callable[[str], None]
     tracker: Tracker = field(default_factory=lambda: Tracker(None))
 
@@ -49,6 +50,11 @@ class Context:
     def neuron_hashes(self) -> dict[str, str]:
         """SHA-256 of the files of what detection found: the same sets have the same, whenever they were detected."""
         return {file.name: hash_file(file) for file in sorted((self.directory / "neurons").glob("*.safetensors"))}
+
+    @property
+    def set_hashes(self) -> dict[str, str]:
+        """Those of the sets alone, without what only random controls are drawn by."""
+        return {name: value for name, value in self.neuron_hashes.items() if name != ACTIVATIONS_FILE}
 
     def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
         """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`."""

@@ -14,7 +14,7 @@ from agnostic_train.tables import neuron_table
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    checkpoints = context.directory / f".detection-{fingerprint(context.inputs['detect'])[:16]}"
+    checkpoints = context.directory / f".detection-{fingerprint(context.inputs('detect'))[:16]}"
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     found = detect_in(context, model, sample, verify=section.verify, checkpoints=checkpoints)

@@ -1,6 +1,7 @@
 """`evaluate`: every language before and after, on text that selected nothing."""
 
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 from agnostic_train.emergence import Checkpoint
@@ -30,14 +31,24 @@ def evaluate(context: Context) -> dict:
         "languages": compared["test"],
         "parallel": compared.get("parallel"),
         "validation": compared["validation"],
-        "checkpoints": {},
     }
+    named = {}
     for source in recipe.evaluation.checkpoints:
         model = load_checkpoint(recipe.model, source, key="evaluation.checkpoints")
-        evaluation["checkpoints"][source] = {
-            kind: {language: describe(it) for language, it in evaluate_languages(model, its, source, progress).items()}
-            for kind, its in batches.items()
+        named[source] = {kind: evaluate_languages(model, its, source, progress) for kind, its in batches.items()}
+    evaluation["checkpoints"] = {
+        source: {kind: {language: describe(it) for language, it in its.items()} for kind, its in of_source.items()}
+        for source, of_source in named.items()
+    }
+    evaluation["pairs"] = [
+        {
+            "first": first,
+            "second": second,
+            "texts": {kind: compare_languages(one[kind], other[kind]) for kind in batches},
         }
+        for (first, one), (second, other) in combinations({"before": before, "after": after, **named}.items(), 2)
+        if (first, second) != ("before", "after")
+    ]
     evaluation["tasks"] = _evaluate_tasks(context)
     cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
@@ -68,7 +79,7 @@ def _evaluate_tasks(context: Context) -> dict | None:
         **{it: partial(load_checkpoint, section, it) for it in named},
     }
     identities = {
-        "before": context.inputs["evaluate"]["identity"],
+        "before": context.inputs("evaluate")["identity"],
         "after": model_identity(section, enhanced),
         **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in named},
     }

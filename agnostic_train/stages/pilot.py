@@ -19,7 +19,7 @@ def run_pilot(context: Context, text: Sentences) -> str:
         text,
         {"validation": context.materials.batches("validation")},
         context.directory / ".pilot",
-        [context.inputs["train"], context.neuron_hashes],
+        [context.inputs("train"), context.set_hashes],
         # A warm-up as long as the whole pilot would leave nothing to rank.
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )

@@ -6,7 +6,8 @@ from agnostic_train.stages.context import Context
 
 def report(context: Context) -> dict:
     if context.processes.is_main_process:
-        write_report(context.directory, context.recipe.to_dict(), context.manifest.read())
+        has_comparison = bool(context.manifest.record("compare")) and context.state("compare") == "finished"
+        write_report(context.directory, context.recipe.to_dict(), context.manifest.read(), has_comparison)
         context.tracker.log_figures(context.directory / "figures")
         figures = sorted((context.directory / "figures").iterdir())
         context.publish({}, {file.name: file for file in figures})

@@ -18,7 +18,7 @@ from agnostic_train.tables import ablation_table, emergence_table, score_table
 
 
 def score(context: Context) -> dict:
-    checkpoints = context.directory / f".score-{fingerprint([context.inputs['score'], context.neuron_hashes])[:16]}"
+    checkpoints = context.directory / f".score-{fingerprint([context.inputs('score'), context.neuron_hashes])[:16]}"
     found = _score_of(context, context.materials.model, context.found, checkpoints)
     outputs = ["score.json"]
     if context.processes.is_main_process:
@@ -93,7 +93,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         checkpoints,
         measure,
         lambda it: [
-            context.inputs["detect"], context.recipe.score.controls, it.step, checkpoint_identity(section, it)
+            context.inputs("detect"), context.recipe.score.controls, it.step, checkpoint_identity(section, it)
         ],
         context.directory / ".emergence",
         write=context.processes.is_main_process,

@@ -74,12 +74,11 @@ def test_the_objective_of_a_sweep():
 
 
 def test_a_comparison_is_a_group_of_runs(root, runs):
-    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=0", "--comparison.learning_rates=[1e-2]"]
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags, "--tracking.wandb=true", "--tracking.run_name=mine") == 0
     found = {it["name"]: it for it in runs}
-    trials = {f"{name}, rate 0.01, seed 0" for name in ("shared", "full")}
-    assert found.keys() >= trials | {"comparison"}
-    assert {found[name]["group"] for name in trials | {"comparison"}} == {"mine"}
+    trials = {f"{name}, rate 0.01, seed {seed}" for name in ("shared", "full") for seed in (0, 1)}
+    assert found.keys() == trials | {"comparison"} and {it["group"] for it in runs} == {"mine"}
     assert all(
         "train/loss" in found[name]["history"] and "test/bits_per_byte/sw" in found[name]["summary"] for name in trials
     )

@@ -75,10 +75,26 @@ def test_perplexity_without_bytes_or_tokens(llama):
         perplexity(llama, [])
 
 
+def test_sentences_come_back_in_their_own_order(llama):
+    batch = padded_batch([5, 9, 7])
+    places = torch.tensor([2, 0, 1])
+    shuffled = [{name: it[places] for name, it in batch.items()} | {"sentence_index": places}]
+    expected, found = perplexity(llama, [batch]), perplexity(llama, shuffled)
+    torch.testing.assert_close(found.sentence_nats, expected.sentence_nats)
+    assert found.sentence_tokens.tolist() == [4, 8, 6]
+
+
+def test_perplexity_refuses_what_no_float_holds(llama):
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1e4)
+    with pytest.raises(UserError, match="hundreds of nats a token"):
+        perplexity(llama, [padded_batch([4])])
+
+
 def test_perplexity_refuses_nan(llama):
     with torch.no_grad():
         llama.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="isn't finite"):
+    with pytest.raises(UserError, match="its loss is NaN, infinite, or hundreds of nats"):
         perplexity(llama, [padded_batch([4])])
 
 

@@ -62,7 +62,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
 
     assert run(root, "compare", *SMALL) == 0 and "compare: unchanged, kept" in capsys.readouterr().out
     # The report takes up what was compared, whenever that was.
-    assert run(root, "run") == 0 and "Strategies compared" in (out / "report.html").read_text()
+    assert run(root, "run", *SMALL) == 0 and "Strategies compared" in (out / "report.html").read_text()
     assert (out / "figures/trade.png").exists()
 
 
@@ -97,13 +97,89 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert not trained and compared["related"] == compared["shared+exclusive"]
 
 
-def test_a_diverging_rate_is_passed_over(root, capsys):
-    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=0", "--training.max_steps=3"]
+def test_a_diverging_rate_or_strategy_is_passed_over(root, capsys):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--training.max_steps=3"]
     rates = "--comparison.learning_rates=[1e-3, 1e-2, 1e30]"
     assert run(root, "compare", *flags, rates, "--training.max_grad_norm=0") == 0
     tuning = read_json(root / "out/comparison.json")["tuning"]["full"]
     assert tuning["tried"][-1] == {"learning_rate": 1e30, "validation": None} and tuning["learning_rate"] < 1
-    assert "full, rate 1e+30, seed 0: diverged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "full, rate 1e+30, seed 0: diverged" in printed
+    # One seed says nothing of how another training would come out.
+    assert "alone: one\nseed says nothing" in printed and "beyond noise" not in printed
+    original = Trials._measure
+
+    def diverging(self, trial, *rest):
+        record, measured = original(self, trial, *rest)
+        return ({**record, "diverged": True}, None) if trial.strategy == "full" else (record, measured)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trials, "_measure", diverging)
+        assert run(root, "compare", *flags, f"--output_dir={root / 'other'}", "--comparison.learning_rates=[1e-2]") == 0
+    comparison = read_json(root / "other/comparison.json")
+    assert comparison["diverged"] == ["full"] and list(comparison["texts"]["test"]["strategies"]) == ["shared"]
+    assert "full diverged at every rate" in (root / "other/comparison/comparison.md").read_text()
+
+
+def sw_changes(root):
+    comparison = read_json(root / "out/comparison.json")
+    return {name: it["languages"]["sw"]["by_seed"] for name, it in comparison["texts"]["test"]["strategies"].items()}
+
+
+def test_seeds_differ_and_test_text_selects_nothing(root, capsys):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1,2", "--training.max_steps=3"]
+    flags += ["--comparison.learning_rates=[1e-3, 1e-2]", "--training.data_seed=7"]
+    assert run(root, "compare", *flags) == 0
+    tuning, before = read_json(root / "out/comparison.json")["tuning"], sw_changes(root)
+    assert all(changes["1"] != changes["2"] for changes in before.values())
+    # Only the lines of valid that are test text change: the same trainings are judged by other sentences.
+    for language in ("en", "sw"):
+        file = root / f"text/{language}.valid.txt"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        lines[1::2] = [" ".join(reversed(line.split())) + " zz" for line in lines[1::2]]
+        file.write_text("\n".join(lines), encoding="utf-8")
+    assert run(root, "compare", *flags) == 0
+    assert read_json(root / "out/comparison.json")["tuning"] == tuning and sw_changes(root) != before
+
+
+def test_other_text_and_another_model_train_anew_and_how_it_is_logged_does_not(root, monkeypatch):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
+    assert run(root, "compare", *flags) == 0
+    trained, original = [], Trials._measure
+
+    def counted(self, trial, *rest):
+        trained.append(str(trial))
+        return original(self, trial, *rest)
+
+    monkeypatch.setattr(Trials, "_measure", counted)
+    assert run(root, "compare", *flags, "--training.logging_steps=1", "--training.save_steps=2") == 0
+    assert not trained
+    before = sw_changes(root)
+    file = root / "text/sw.train.txt"
+    file.write_text(file.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
+    assert run(root, "compare", *flags) == 0
+    assert len(trained) == 5 and sw_changes(root) != before  # the base, two to tune, two to compare
+
+
+def test_masked_training_is_counted_by_what_may_learn(root):
+    flags = ["--comparison.strategies=shared,exclusive", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
+    trainable = []
+    for update in ("compact", "mask"):
+        assert run(root, "compare", *flags, f"--training.update={update}") == 0
+        trainable.append({it["trainable"] for it in read_json(root / "out/comparison.json")["tuning"].values()})
+    assert trainable[0] == trainable[1]
+
+
+def test_a_report_shows_no_comparison_of_another_recipe(root):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
+    assert run(root, "compare", *flags) == 0 and run(root, "run", *flags) == 0
+    assert "Strategies compared" in (root / "out/report.html").read_text()
+    assert run(root, "run", "--detection.top_ratio=0.3", *flags) == 0
+    assert "Strategies compared" not in (root / "out/report.html").read_text()
+    checkpoints = f"--model.checkpoints=7={root / 'model'}"
+    assert run(root, "run", checkpoints) == 0 and "training step" in (root / "out/figures/emergence.svg").read_text()
+    assert run(root, "run") == 0
+    assert not (root / "out/emergence.json").exists() and not (root / "out/figures/emergence.svg").exists()
 
 
 def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
@@ -117,6 +193,7 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     ranking = read_json(root / "out/pilot.json")["ranking"]
     assert {row["strategy"] for row in ranking} == {"shared", "exclusive", "related"}
     assert [row["change"] for row in ranking] == sorted(row["change"] for row in ranking)
+    assert all(row["change"] == row["languages"]["sw"] for row in ranking) and ranking[0]["change"] < 0
     assert f"pilot 1. {ranking[0]['strategy']}:" in printed
     record = json.loads((root / "out/manifest.json").read_text())["stages"]["train"]
     assert record["strategy"] == ranking[0]["strategy"] and "pilot.json" in record["files"]
@@ -166,6 +243,11 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
     assert evaluation["parallel"]["sw"]["num_sentences"] == 6
     for row in evaluation["languages"].values():
         assert row["interval"][0] <= row["bits_per_byte_change"] <= row["interval"][1]
+    first, second = evaluation["pairs"]
+    assert (first["first"], second["first"]) == ("before", "after") and first["second"] == str(root / "model")
+    assert first["texts"]["test"]["sw"]["bits_per_byte_change"] == 0  # the base itself
+    back = 1 + second["texts"]["test"]["sw"]["bits_per_byte_change"]
+    assert back == pytest.approx(1 / (1 + evaluation["languages"]["sw"]["bits_per_byte_change"]))
     named = evaluation["checkpoints"][str(root / "model")]
     assert named["test"]["sw"] == evaluation["languages"]["sw"]["before"]
     page = (root / "out/report.html").read_text()
@@ -179,6 +261,14 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
     assert "evaluation.languages: 'sw' is in corpus.languages" in capsys.readouterr().err
 
 
+def test_models_split_over_processes_are_refused(root, monkeypatch, capsys):
+    # As accelerate's launcher says it; the state is read when it is first set up, which it was before.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for stage, flags in (("compare", ()), ("run", ("--training.strategy=pilot",))):
+        assert run(root, stage, *flags) == 2
+        assert "measures the model between trainings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -186,6 +276,14 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
         (["--comparison.strategies=shared,auto"], "comparison.strategies"),
         (["--comparison.learning_rates=fast"], "comparison.learning_rates"),
         (["--comparison.seeds=[]"], "comparison.seeds"),
+        (["--comparison.seeds=1,1"], "comparison.seeds: names 1 twice"),
+        (["--comparison.seeds=-1"], "comparison.seeds"),
+        (["--comparison.seeds=0,1"], "tuning_seed 0 is one of seeds"),
+        (["--comparison.strategies=full,full"], "comparison.strategies: names full twice"),
+        (["--comparison.learning_rates=[-1e-2]"], "comparison.learning_rates"),
+        (["--detection.consistency=1", "--detection.top_ratio=0.01"], "has no neuron to train"),
+        (["--training.strategy=full", "--training.update=mask", "--training.optim=adafactor"], "training.optim"),
+        (["--evaluation.checkpoints=before"], "evaluation.checkpoints: 'before' is what"),
         (["--comparison.seds=1"], "did you mean --comparison.seeds?"),
         (["--evaluation.parallel=nowhere"], "evaluation.parallel: nowhere isn't a folder"),
         (["--evaluation.languages=xx"], "evaluation.languages: 'xx' has no file"),
