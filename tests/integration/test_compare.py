@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -292,3 +294,18 @@ def test_models_split_over_processes_are_refused(root, monkeypatch, capsys):
 )
 def test_mistakes(root, capsys, flags, message):
     assert_mistake(root, "compare", flags, message, capsys)
+
+
+def test_two_processes_compare_as_one(root):
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1,2", "--training.max_steps=3"]
+    # The second rate diverges, on which both processes must agree.
+    flags += ["--comparison.learning_rates=[1e-2, 1e30]", "--training.max_grad_norm=0"]
+    assert run(root, "compare", *flags) == 0
+    alone = sw_changes(root)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["agnostic_train", "compare", str(root / "recipe.yaml"), "--training.per_device_train_batch_size=2"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("full, rate 0.01, seed 2") == 1 and "diverged" in done.stdout
+    for name, by_seed in sw_changes(root).items():
+        assert by_seed == pytest.approx(alone[name], abs=1e-4)
