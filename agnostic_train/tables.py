@@ -102,13 +102,16 @@ def task_comparison_table(tasks: dict) -> Table:
 
 
 def emergence_table(rows: list[dict]) -> Table:
-    """A row a checkpoint, from what `emergence.json` holds."""
+    """A row a checkpoint, from what `emergence.json` holds; `clipped` names the languages that were."""
     table = []
     for row in rows:
         low, high = row["interval"] or (None, None)
         flat = {"step": row["step"], "checkpoint": row["checkpoint"], "shared": row["shared"], "score": row["score"], "low": low, "high": high}  # fmt: skip
+        flat |= {f"score_{name}": value for name, value in row["variants"].items()}
+        flat["clipped"] = ", ".join(row["clipped"]["score"])
         for kind in ("controls", "matched_controls"):
-            flat |= {f"{kind}_{index}": value for index, value in enumerate(row[kind], 1)}
+            for index, (value, clipped) in enumerate(zip(row[kind], row["clipped"][kind], strict=True), 1):
+                flat |= {f"{kind}_{index}": value, f"{kind}_{index}_clipped": ", ".join(clipped)}
         for name in ("exclusive", "related", "shared_ratio", "perplexity"):
             flat |= {f"{name}_{language}": value for language, value in row[name].items()}
         table.append(flat)
