@@ -1,7 +1,7 @@
 """The language-agnostic score: how much more the shared neurons carry than each language's own."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from agnostic_train.neurons import LanguageNeurons, NeuronSet
 
 SMALLEST_CHANGE = 1e-6
 """A smaller change of perplexity is set to this and reported as clipped."""
+
+MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "perplexity": lambda change, before, size: change,
+    "per_neuron": lambda change, before, size: change / size,
+    "log_perplexity": lambda change, before, size: (change / before).log1p(),
+}
+"""What switching a set off does, from the change of perplexity (clipped first), the perplexity before and the set's
+size: the score's own measure, the change for each neuron, and the change of the logarithm in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,28 @@ class LanguageScore:
 
 
 @dataclass(frozen=True)
+class ScoreVariant:
+    """The score by another of the `MEASURES`.
+
+    value, interval: as those of `AgnosticScore`. importance, intervals: per language the ratio of what its sets do and
+    the 95% interval of that, None where undefined. Clipped is what is clipped in the score, no more and no less.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+    importance: dict[str, float | None]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
 class AgnosticScore:
     """The score with its table, and the same for random sets of the same sizes.
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
     table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
     like mean absolute activation. interval: of the value, 95%, from resampled sentences (percentile bootstrap, the same
-    draw of sentences for every set). variants: `per_neuron`, each change divided by its set's size; `log_perplexity`,
-    changes of its logarithm. ablation: what was measured.
+    draw of sentences for every set). variant_table: `per_neuron`, each change divided by its set's size;
+    `log_perplexity`, changes of its logarithm. ablation: what was measured.
     """
 
     value: float | None
@@ -56,13 +78,18 @@ class AgnosticScore:
     controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
     matched_controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
-    variants: dict[str, float | None] = field(default_factory=dict)
+    variant_table: dict[str, ScoreVariant] = field(default_factory=dict)
     ablation: Ablation | None = None
 
     @property
     def importance(self) -> dict[str, float | None]:
         """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
         return {row.language: row.importance for row in self.table}
+
+    @property
+    def variants(self) -> dict[str, float | None]:
+        """The value by each variant's measure."""
+        return {name: it.value for name, it in self.variant_table.items()}
 
     @property
     def undefined(self) -> list[str]:
@@ -95,6 +122,7 @@ class AgnosticScore:
             "value": self.value,
             "interval": self.interval,
             "variants": self.variants,
+            "variant_table": _variants_json(self),
             "importance": self.importance,
             "undefined": self.undefined,
             "clipped": self.clipped,
@@ -162,15 +190,23 @@ def language_agnostic_score(
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
         ablation = ablate(model, sets, batches, only, bar.update, checkpoints)
-    resamples = {
-        language: resample_counts(len(result.sentence_nats), num_resamples, seed)
-        for seed, (language, result) in enumerate(ablation.measured[NOTHING].items())
+    scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
+    controls = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
+    return replace(
+        scores[""], controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation
+    )
+
+
+def _variants_json(score: AgnosticScore) -> dict:
+    return {
+        name: {
+            "interval": it.interval,
+            "importance": it.importance,
+            "intervals": it.intervals,
+            "clipped": score.clipped,
+        }
+        for name, it in score.variant_table.items()
     }
-    controls = {
-        kind: {seed: _score(ablation, f"{kind} {seed} ", resamples) for seed in control_seeds} for kind in kinds
-    }
-    score = _score(ablation, "", resamples)
-    return replace(score, controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation)
 
 
 def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> dict:
@@ -179,8 +215,12 @@ def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> d
         "values": {str(seed): control.value for seed, control in controls.items()},
         "intervals": {str(seed): control.interval for seed, control in controls.items()},
         "variants": {str(seed): control.variants for seed, control in controls.items()},
+        "variant_table": {str(seed): _variants_json(control) for seed, control in controls.items()},
         "clipped": {str(seed): control.clipped for seed, control in controls.items()},
         "importance": {str(seed): control.importance for seed, control in controls.items()},
+        "importance_intervals": {
+            str(seed): {row.language: row.interval for row in control.table} for seed, control in controls.items()
+        },
     }
 
 
@@ -189,40 +229,71 @@ def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
     return {f"{prefix}shared": neurons.shared, **own}
 
 
-def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> AgnosticScore:
-    """The score of the sets whose names begin with `prefix`, from what was measured."""
-    rows, logs = [], []
-    variants: dict[str, list[float]] = {"per_neuron": [], "log_perplexity": []}
-    for language in ablation.languages:
-        names = f"{prefix}shared", f"{prefix}exclusive {language}"
-        shared, exclusive = (ablation.perplexity(name, language) for name in names)
-        numbers = [ablation.num_neurons.get(name, 0) for name in names]
-        before = _measured(ablation, NOTHING, language)
-        row = language_score(
-            language, float(before), None if shared is None else float(shared),
-            None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
-        )  # fmt: skip
-        if shared is not None and exclusive is not None:
-            changes = [shared - before, exclusive - before]
-            # Clipped before it is shared out: the smallest change is one of perplexity.
-            per_neuron = [max(float(it), SMALLEST_CHANGE) / n for it, n in zip(changes, numbers, strict=True)]
-            variants["per_neuron"].append(per_neuron[0] / per_neuron[1])
-            variants["log_perplexity"].append(
-                float(_importance(shared.log() - before.log(), exclusive.log() - before.log()))
-            )
-            drawn = resamples[language]
-            if len(drawn):
-                before = _measured(ablation, NOTHING, language, drawn)
-                importance = _importance(*(_measured(ablation, name, language, drawn) - before for name in names))
-                logs.append(importance.log1p())
-                row = replace(row, interval=interval(importance))
-        rows.append(row)
-    return AgnosticScore(
-        _mean([row.importance for row in rows]),
-        rows,
-        interval=interval(torch.stack(logs).nanmean(0)) if logs else None,
-        variants={name: _mean(values) for name, values in variants.items()},
-    )
+def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> dict[str, AgnosticScore]:
+    """The scores of the sets whose names begin with each prefix, from what was measured."""
+    rows = {prefix: [_row(ablation, prefix, language) for language in ablation.languages] for prefix in prefixes}
+    defined = {prefix: [row.language for row in of if row.importance is not None] for prefix, of in rows.items()}
+    resampled: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in prefixes}
+    for seed, language in enumerate(ablation.languages if num_resamples else []):
+        names = [prefix for prefix in prefixes if language in defined[prefix]]
+        for prefix, importances in _resampled(ablation, names, language, num_resamples, seed).items():
+            resampled[prefix][language] = importances
+    return {prefix: _score(ablation, prefix, rows[prefix], resampled[prefix]) for prefix in prefixes}
+
+
+def _resampled(
+    ablation: Ablation, prefixes: Sequence[str], language: str, num_resamples: int, seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """For each prefix, importances by measure, (resamples,); of the same draw of sentences."""
+    # 80 MB for ten thousand sentences, and gone before the next language's are drawn.
+    counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
+    return {prefix: _importances(ablation, prefix, language, counts) for prefix in prefixes}
+
+
+def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    shared, exclusive = (ablation.perplexity(name, language) for name in names)
+    numbers = [ablation.num_neurons.get(name, 0) for name in names]
+    return language_score(
+        language, float(_measured(ablation, NOTHING, language)), None if shared is None else float(shared),
+        None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
+    )  # fmt: skip
+
+
+def _score(
+    ablation: Ablation, prefix: str, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
+) -> AgnosticScore:
+    """resampled: of each defined language, by measure, importances (resamples,); empty without resamples."""
+    values = {row.language: _importances(ablation, prefix, row.language) for row in rows if row.importance is not None}
+    variants = {}
+    for name in MEASURES:
+        logs = [it[name].log1p() for it in resampled.values()]
+        importance = {
+            row.language: float(values[row.language][name]) if row.language in values else None for row in rows
+        }
+        intervals = {
+            row.language: interval(resampled[row.language][name]) if row.language in resampled else None for row in rows
+        }
+        variants[name] = ScoreVariant(
+            _mean(importance.values()), interval(torch.stack(logs).nanmean(0)) if logs else None, importance, intervals
+        )
+    own = variants.pop("perplexity")
+    rows = [replace(row, interval=own.intervals[row.language]) for row in rows]
+    return AgnosticScore(own.value, rows, interval=own.interval, variant_table=variants)
+
+
+def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tensor | None = None) -> dict[str, Tensor]:
+    """By measure, what the shared neurons do over what a language's own do: (resamples,), or a scalar."""
+    before = _measured(ablation, NOTHING, language, resamples)
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    # Clipped once, before it is measured: the smallest change is one of perplexity, whatever the measure.
+    changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
+    sizes = [ablation.num_neurons[it] for it in names]
+    importances = {}
+    for name, measure in MEASURES.items():
+        shared, exclusive = (measure(change, before, size) for change, size in zip(changes, sizes, strict=True))
+        importances[name] = shared / exclusive
+    return importances
 
 
 def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | None = None) -> Tensor:
@@ -230,10 +301,6 @@ def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | N
     value = ablation.perplexity(off, language, resamples)
     assert value is not None
     return value
-
-
-def _importance(change_shared: Tensor, change_exclusive: Tensor) -> Tensor:
-    return change_shared.clamp(min=SMALLEST_CHANGE) / change_exclusive.clamp(min=SMALLEST_CHANGE)
 
 
 def language_score(
@@ -256,6 +323,6 @@ def language_score(
     )
 
 
-def _mean(importances: Sequence[float | None]) -> float | None:
+def _mean(importances: Iterable[float | None]) -> float | None:
     defined = [math.log1p(it) for it in importances if it is not None]
     return sum(defined) / len(defined) if defined else None
