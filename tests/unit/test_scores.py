@@ -16,6 +16,7 @@ from agnostic_train.files import UserError, write_json
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.perplexity import Perplexity, perplexity
 from agnostic_train.strategy import Strategy
+from agnostic_train.tables import score_table
 
 EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})
 
@@ -249,6 +250,32 @@ def test_of_resampled_sentences_one_languages_are_kept_at_a_time(llama, monkeypa
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
     language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1], num_resamples=10)
     assert len(kept) == 3
+
+
+def test_the_table_keeps_importances_and_scores_apart(llama):
+    corpora = {name: [padded_batch([9, 12, 7, 5], seed=seed)] for seed, name in enumerate("abc")}
+    score = language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[5], num_resamples=40).to_json()
+    table = score_table(score)
+    assert {tuple(row) for row in table} == {tuple(table[0])}
+    rows = {(row["sets"], row["seed"], row["language"]): row for row in table}
+    assert len(rows) == len(table) == 2 * 3 * 4
+    for (kind, seed, language), row in rows.items():
+        clipped = score["controls"]["clipped"][seed] if seed else score["clipped"]
+        assert row["clipped"] == (bool(clipped) if language == "all" else language in clipped)
+        if language == "all":
+            others = [rows[kind, seed, it]["score"] for it in "ab"]
+            assert row["importance"] is None and row["score"] == pytest.approx(sum(others) / 2)
+            assert row["score_low"] <= row["score_high"]
+        elif language == "c":
+            assert row["importance"] is row["score"] is row["score_low"] is row["importance_low"] is None
+        else:
+            for ending in ("", "_low", "_high"):
+                assert row[f"score{ending}"] == pytest.approx(math.log1p(row[f"importance{ending}"]))
+    assert rows["detected", None, "a"]["importance"] == score["importance"]["a"]
+    assert rows["detected, per_neuron", None, "all"]["score"] == score["variants"]["per_neuron"]
+    assert [rows["random", "5", "a"][f"importance_{end}"] for end in ("low", "high")] == list(
+        score["controls"]["importance_intervals"]["5"]["a"]
+    )
 
 
 def test_nothing_defined_gives_no_score(llama):
