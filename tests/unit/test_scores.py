@@ -314,3 +314,20 @@ def test_strategies_choose_what_their_names_say(llama):
     ):
         with pytest.raises(UserError, match=message):
             wrong()
+
+
+def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped(llama):
+    found = language_neurons()
+    measured = language_score("a", 10.0, 14.0, 12.0, 3, 4)
+    clipped = language_score("b", 10.0, 10.5, 10.0, 3, 4)
+    undefined = language_score("c", 10.0, 9.0, None, 3, 0)  # clipped too, and no part of the mean
+
+    def choose(value, *rows):
+        return Strategy("auto", languages=["a"], high=2.0).choose(found, AgnosticScore(value, list(rows)), llama)
+
+    assert "(" not in choose(1.0, measured).reason
+    reason = choose(1.0, measured, clipped, undefined).reason
+    assert reason.startswith("score 1.000 (clipped in b; undefined in c) is between")
+    for rows in ([clipped], [clipped, undefined]):
+        with pytest.raises(UserError, match=r"training\.strategy: .* clipped in b: "):
+            choose(13.1, *rows)
