@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.ablation import NOTHING, Ablation, ablate
+from agnostic_train.activity import Activations, activation_ratio
 from agnostic_train.bootstrap import interval, resample_counts
+from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError, read_json
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
@@ -68,9 +70,11 @@ class AgnosticScore:
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
     table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
-    like mean absolute activation. interval: of the value, 95%, from resampled sentences (percentile bootstrap, the same
-    draw of sentences for every set). variant_table: `per_neuron`, each change divided by its set's size;
-    `log_perplexity`, changes of its logarithm. ablation: what was measured.
+    like mean absolute activation, a shared set's over all languages, an exclusive one's in its own. interval: of the
+    value, 95%, from resampled sentences (percentile bootstrap, the same draw of sentences for every set).
+    variant_table: `per_neuron`, each change divided by its set's size; `log_perplexity`, changes of its logarithm.
+    ablation: what was measured. activation_ratios: by kind of control, `random` and `matched`, how active they are
+    beside the `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
     """
 
     value: float | None
@@ -80,6 +84,7 @@ class AgnosticScore:
     interval: tuple[float, float] | None = None
     variant_table: dict[str, ScoreVariant] = field(default_factory=dict)
     ablation: Ablation | None = None
+    activation_ratios: dict[str, dict | None] = field(default_factory=dict)
 
     @property
     def importance(self) -> dict[str, float | None]:
@@ -128,12 +133,15 @@ class AgnosticScore:
             "clipped": self.clipped,
             "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
             "controls": _controls_json(
-                "the score with random sets of the same number of neurons at every site", self.controls
+                "the score with random sets of the same number of neurons at every site",
+                self.controls,
+                self.activation_ratios.get("random"),
             ),
             "matched_controls": _controls_json(
                 "the score with as many random neurons at every site, outside the set and of like mean absolute "
-                "activation",
+                "activation (shared: mean over languages; exclusive: its own language)",
                 self.matched_controls,
+                self.activation_ratios.get("matched"),
             ),
             "ablation": None if self.ablation is None else self.ablation.to_json(),
         }
@@ -175,26 +183,59 @@ def language_agnostic_score(
     batches = {language: list(corpora[language]) for language in neurons.languages}
     sets = _sets("", neurons)
     only: dict[str, list[str]] = {}
-    kinds = {"random": None} | ({} if neurons.activations is None else {"matched": neurons.activations})
-    for kind, activations in kinds.items():
-        for seed in control_seeds:
-            drawn = LanguageNeurons(
-                neurons.related,
-                neurons.shared.random_like(seed, model, activations),
-                {language: own.random_like(seed, model, activations) for language, own in neurons.exclusive.items()},
-            )
+    kinds = ("random",) if neurons.activations is None else ("random", "matched")
+    drawn = {
+        kind: {seed: _control(neurons, seed, model, kind == "matched") for seed in control_seeds} for kind in kinds
+    }
+    for kind, controls in drawn.items():
+        for seed, control in controls.items():
             prefix = f"{kind} {seed} "
-            sets |= _sets(prefix, drawn)
+            sets |= _sets(prefix, control)
             # What a language's random counterpart does to other languages is nobody's question.
             only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
         ablation = ablate(model, sets, batches, only, bar.update, checkpoints)
     scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
-    controls = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
+    scored = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
     return replace(
-        scores[""], controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation
+        scores[""],
+        controls=scored["random"],
+        matched_controls=scored.get("matched", {}),
+        activation_ratios={kind: _activation_ratios(neurons, list(its.values()), model) for kind, its in drawn.items()},
+        ablation=ablation,
     )
+
+
+def _control(neurons: LanguageNeurons, seed: int, model: nn.Module, matched: bool) -> LanguageNeurons:
+    """Random counterparts of the shared set and of each exclusive one."""
+    # The shared set is judged in every language, an exclusive one in its own: they are matched where they are judged.
+    overall = neurons.mean_activations if matched else None
+    own = neurons.activations or {} if matched else {}
+    return LanguageNeurons(
+        neurons.related,
+        neurons.shared.random_like(seed, model, overall),
+        {language: its.random_like(seed, model, own.get(language)) for language, its in neurons.exclusive.items()},
+    )
+
+
+def _activation_ratios(neurons: LanguageNeurons, controls: Sequence[LanguageNeurons], model: nn.Module) -> dict | None:
+    """What `activation_ratio` says of the shared set and of each exclusive one, where they are judged."""
+    overall = neurons.mean_activations
+    if neurons.activations is None or overall is None:
+        return None
+    layers = find_decoder(model).layers
+
+    def ratio(its: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
+        return activation_ratio(dict(its.items()), [dict(it.items()) for it in drawn], layers, activations)
+
+    return {
+        "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
+        "exclusive": {
+            language: ratio(its, [it.exclusive[language] for it in controls], neurons.activations[language])
+            for language, its in neurons.exclusive.items()
+        },
+    }
 
 
 def _variants_json(score: AgnosticScore) -> dict:
@@ -209,9 +250,10 @@ def _variants_json(score: AgnosticScore) -> dict:
     }
 
 
-def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> dict:
+def _controls_json(description: str, controls: Mapping[int, AgnosticScore], activation_ratios: dict | None) -> dict:
     return {
         "description": description,
+        "activation_ratio": activation_ratios,
         "values": {str(seed): control.value for seed, control in controls.items()},
         "intervals": {str(seed): control.interval for seed, control in controls.items()},
         "variants": {str(seed): control.variants for seed, control in controls.items()},
