@@ -1,7 +1,7 @@
 """The language-agnostic score: how much more the shared neurons carry than each language's own."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.ablation import NOTHING, Ablation, ablate
+from agnostic_train.activity import Activations, activation_ratio
 from agnostic_train.bootstrap import interval, resample_counts
+from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError, read_json
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 
 SMALLEST_CHANGE = 1e-6
 """A smaller change of perplexity is set to this and reported as clipped."""
+
+MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "perplexity": lambda change, before, size: change,
+    "per_neuron": lambda change, before, size: change / size,
+    "log_perplexity": lambda change, before, size: (change / before).log1p(),
+}
+"""What switching a set off does, from the change of perplexity (clipped first), the perplexity before and the set's
+size: the score's own measure, the change for each neuron, and the change of the logarithm in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,30 @@ class LanguageScore:
 
 
 @dataclass(frozen=True)
+class ScoreVariant:
+    """The score by another of the `MEASURES`.
+
+    value, interval: as those of `AgnosticScore`. importance, intervals: per language the ratio of what its sets do and
+    the 95% interval of that, None where undefined. Clipped is what is clipped in the score, no more and no less.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+    importance: dict[str, float | None]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
 class AgnosticScore:
     """The score with its table, and the same for random sets of the same sizes.
 
     value: mean over defined languages of log(1 + importance); None when no language is defined.
     table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
-    like mean absolute activation. interval: of the value, 95%, from resampled sentences (percentile bootstrap, the same
-    draw of sentences for every set). variants: `per_neuron`, each change divided by its set's size; `log_perplexity`,
-    changes of its logarithm. ablation: what was measured.
+    like mean absolute activation, a shared set's over all languages, an exclusive one's in its own. interval: of the
+    value, 95%, from resampled sentences (percentile bootstrap, the same draw of sentences for every set).
+    variant_table: `per_neuron`, each change divided by its set's size; `log_perplexity`, changes of its logarithm.
+    ablation: what was measured. activation_ratios: by kind of control, `random` and `matched`, how active they are
+    beside the `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
     """
 
     value: float | None
@@ -56,13 +82,19 @@ class AgnosticScore:
     controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
     matched_controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
-    variants: dict[str, float | None] = field(default_factory=dict)
+    variant_table: dict[str, ScoreVariant] = field(default_factory=dict)
     ablation: Ablation | None = None
+    activation_ratios: dict[str, dict | None] = field(default_factory=dict)
 
     @property
     def importance(self) -> dict[str, float | None]:
         """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
         return {row.language: row.importance for row in self.table}
+
+    @property
+    def variants(self) -> dict[str, float | None]:
+        """The value by each variant's measure."""
+        return {name: it.value for name, it in self.variant_table.items()}
 
     @property
     def undefined(self) -> list[str]:
@@ -95,17 +127,21 @@ class AgnosticScore:
             "value": self.value,
             "interval": self.interval,
             "variants": self.variants,
+            "variant_table": _variants_json(self),
             "importance": self.importance,
             "undefined": self.undefined,
             "clipped": self.clipped,
             "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
             "controls": _controls_json(
-                "the score with random sets of the same number of neurons at every site", self.controls
+                "the score with random sets of the same number of neurons at every site",
+                self.controls,
+                self.activation_ratios.get("random"),
             ),
             "matched_controls": _controls_json(
                 "the score with as many random neurons at every site, outside the set and of like mean absolute "
-                "activation",
+                "activation (shared: mean over languages; exclusive: its own language)",
                 self.matched_controls,
+                self.activation_ratios.get("matched"),
             ),
             "ablation": None if self.ablation is None else self.ablation.to_json(),
         }
@@ -147,40 +183,86 @@ def language_agnostic_score(
     batches = {language: list(corpora[language]) for language in neurons.languages}
     sets = _sets("", neurons)
     only: dict[str, list[str]] = {}
-    kinds = {"random": None} | ({} if neurons.activations is None else {"matched": neurons.activations})
-    for kind, activations in kinds.items():
-        for seed in control_seeds:
-            drawn = LanguageNeurons(
-                neurons.related,
-                neurons.shared.random_like(seed, model, activations),
-                {language: own.random_like(seed, model, activations) for language, own in neurons.exclusive.items()},
-            )
+    kinds = ("random",) if neurons.activations is None else ("random", "matched")
+    drawn = {
+        kind: {seed: _control(neurons, seed, model, kind == "matched") for seed in control_seeds} for kind in kinds
+    }
+    for kind, controls in drawn.items():
+        for seed, control in controls.items():
             prefix = f"{kind} {seed} "
-            sets |= _sets(prefix, drawn)
+            sets |= _sets(prefix, control)
             # What a language's random counterpart does to other languages is nobody's question.
             only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
         ablation = ablate(model, sets, batches, only, bar.update, checkpoints)
-    resamples = {
-        language: resample_counts(len(result.sentence_nats), num_resamples, seed)
-        for seed, (language, result) in enumerate(ablation.measured[NOTHING].items())
-    }
-    controls = {
-        kind: {seed: _score(ablation, f"{kind} {seed} ", resamples) for seed in control_seeds} for kind in kinds
-    }
-    score = _score(ablation, "", resamples)
-    return replace(score, controls=controls["random"], matched_controls=controls.get("matched", {}), ablation=ablation)
+    scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
+    scored = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
+    return replace(
+        scores[""],
+        controls=scored["random"],
+        matched_controls=scored.get("matched", {}),
+        activation_ratios={kind: _activation_ratios(neurons, list(its.values()), model) for kind, its in drawn.items()},
+        ablation=ablation,
+    )
 
 
-def _controls_json(description: str, controls: Mapping[int, AgnosticScore]) -> dict:
+def _control(neurons: LanguageNeurons, seed: int, model: nn.Module, matched: bool) -> LanguageNeurons:
+    """Random counterparts of the shared set and of each exclusive one."""
+    # The shared set is judged in every language, an exclusive one in its own: they are matched where they are judged.
+    overall = neurons.mean_activations if matched else None
+    own = neurons.activations or {} if matched else {}
+    return LanguageNeurons(
+        neurons.related,
+        neurons.shared.random_like(seed, model, overall),
+        {language: its.random_like(seed, model, own.get(language)) for language, its in neurons.exclusive.items()},
+    )
+
+
+def _activation_ratios(neurons: LanguageNeurons, controls: Sequence[LanguageNeurons], model: nn.Module) -> dict | None:
+    """What `activation_ratio` says of the shared set and of each exclusive one, where they are judged."""
+    overall = neurons.mean_activations
+    if neurons.activations is None or overall is None:
+        return None
+    layers = find_decoder(model).layers
+
+    def ratio(its: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
+        return activation_ratio(dict(its.items()), [dict(it.items()) for it in drawn], layers, activations)
+
+    return {
+        "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
+        "exclusive": {
+            language: ratio(its, [it.exclusive[language] for it in controls], neurons.activations[language])
+            for language, its in neurons.exclusive.items()
+        },
+    }
+
+
+def _variants_json(score: AgnosticScore) -> dict:
+    return {
+        name: {
+            "interval": it.interval,
+            "importance": it.importance,
+            "intervals": it.intervals,
+            "clipped": score.clipped,
+        }
+        for name, it in score.variant_table.items()
+    }
+
+
+def _controls_json(description: str, controls: Mapping[int, AgnosticScore], activation_ratios: dict | None) -> dict:
     return {
         "description": description,
+        "activation_ratio": activation_ratios,
         "values": {str(seed): control.value for seed, control in controls.items()},
         "intervals": {str(seed): control.interval for seed, control in controls.items()},
         "variants": {str(seed): control.variants for seed, control in controls.items()},
+        "variant_table": {str(seed): _variants_json(control) for seed, control in controls.items()},
         "clipped": {str(seed): control.clipped for seed, control in controls.items()},
         "importance": {str(seed): control.importance for seed, control in controls.items()},
+        "importance_intervals": {
+            str(seed): {row.language: row.interval for row in control.table} for seed, control in controls.items()
+        },
     }
 
 
@@ -189,40 +271,71 @@ def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
     return {f"{prefix}shared": neurons.shared, **own}
 
 
-def _score(ablation: Ablation, prefix: str, resamples: Mapping[str, Tensor]) -> AgnosticScore:
-    """The score of the sets whose names begin with `prefix`, from what was measured."""
-    rows, logs = [], []
-    variants: dict[str, list[float]] = {"per_neuron": [], "log_perplexity": []}
-    for language in ablation.languages:
-        names = f"{prefix}shared", f"{prefix}exclusive {language}"
-        shared, exclusive = (ablation.perplexity(name, language) for name in names)
-        numbers = [ablation.num_neurons.get(name, 0) for name in names]
-        before = _measured(ablation, NOTHING, language)
-        row = language_score(
-            language, float(before), None if shared is None else float(shared),
-            None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
-        )  # fmt: skip
-        if shared is not None and exclusive is not None:
-            changes = [shared - before, exclusive - before]
-            # Clipped before it is shared out: the smallest change is one of perplexity.
-            per_neuron = [max(float(it), SMALLEST_CHANGE) / n for it, n in zip(changes, numbers, strict=True)]
-            variants["per_neuron"].append(per_neuron[0] / per_neuron[1])
-            variants["log_perplexity"].append(
-                float(_importance(shared.log() - before.log(), exclusive.log() - before.log()))
-            )
-            drawn = resamples[language]
-            if len(drawn):
-                before = _measured(ablation, NOTHING, language, drawn)
-                importance = _importance(*(_measured(ablation, name, language, drawn) - before for name in names))
-                logs.append(importance.log1p())
-                row = replace(row, interval=interval(importance))
-        rows.append(row)
-    return AgnosticScore(
-        _mean([row.importance for row in rows]),
-        rows,
-        interval=interval(torch.stack(logs).nanmean(0)) if logs else None,
-        variants={name: _mean(values) for name, values in variants.items()},
-    )
+def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> dict[str, AgnosticScore]:
+    """The scores of the sets whose names begin with each prefix, from what was measured."""
+    rows = {prefix: [_row(ablation, prefix, language) for language in ablation.languages] for prefix in prefixes}
+    defined = {prefix: [row.language for row in of if row.importance is not None] for prefix, of in rows.items()}
+    resampled: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in prefixes}
+    for seed, language in enumerate(ablation.languages if num_resamples else []):
+        names = [prefix for prefix in prefixes if language in defined[prefix]]
+        for prefix, importances in _resampled(ablation, names, language, num_resamples, seed).items():
+            resampled[prefix][language] = importances
+    return {prefix: _score(ablation, prefix, rows[prefix], resampled[prefix]) for prefix in prefixes}
+
+
+def _resampled(
+    ablation: Ablation, prefixes: Sequence[str], language: str, num_resamples: int, seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """For each prefix, importances by measure, (resamples,); of the same draw of sentences."""
+    # 80 MB for ten thousand sentences, and gone before the next language's are drawn.
+    counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
+    return {prefix: _importances(ablation, prefix, language, counts) for prefix in prefixes}
+
+
+def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    shared, exclusive = (ablation.perplexity(name, language) for name in names)
+    numbers = [ablation.num_neurons.get(name, 0) for name in names]
+    return language_score(
+        language, float(_measured(ablation, NOTHING, language)), None if shared is None else float(shared),
+        None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
+    )  # fmt: skip
+
+
+def _score(
+    ablation: Ablation, prefix: str, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
+) -> AgnosticScore:
+    """resampled: of each defined language, by measure, importances (resamples,); empty without resamples."""
+    values = {row.language: _importances(ablation, prefix, row.language) for row in rows if row.importance is not None}
+    variants = {}
+    for name in MEASURES:
+        logs = [it[name].log1p() for it in resampled.values()]
+        importance = {
+            row.language: float(values[row.language][name]) if row.language in values else None for row in rows
+        }
+        intervals = {
+            row.language: interval(resampled[row.language][name]) if row.language in resampled else None for row in rows
+        }
+        variants[name] = ScoreVariant(
+            _mean(importance.values()), interval(torch.stack(logs).nanmean(0)) if logs else None, importance, intervals
+        )
+    own = variants.pop("perplexity")
+    rows = [replace(row, interval=own.intervals[row.language]) for row in rows]
+    return AgnosticScore(own.value, rows, interval=own.interval, variant_table=variants)
+
+
+def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tensor | None = None) -> dict[str, Tensor]:
+    """By measure, what the shared neurons do over what a language's own do: (resamples,), or a scalar."""
+    before = _measured(ablation, NOTHING, language, resamples)
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    # Clipped once, before it is measured: the smallest change is one of perplexity, whatever the measure.
+    changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
+    sizes = [ablation.num_neurons[it] for it in names]
+    importances = {}
+    for name, measure in MEASURES.items():
+        shared, exclusive = (measure(change, before, size) for change, size in zip(changes, sizes, strict=True))
+        importances[name] = shared / exclusive
+    return importances
 
 
 def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | None = None) -> Tensor:
@@ -230,10 +343,6 @@ def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | N
     value = ablation.perplexity(off, language, resamples)
     assert value is not None
     return value
-
-
-def _importance(change_shared: Tensor, change_exclusive: Tensor) -> Tensor:
-    return change_shared.clamp(min=SMALLEST_CHANGE) / change_exclusive.clamp(min=SMALLEST_CHANGE)
 
 
 def language_score(
@@ -256,6 +365,6 @@ def language_score(
     )
 
 
-def _mean(importances: Sequence[float | None]) -> float | None:
+def _mean(importances: Iterable[float | None]) -> float | None:
     defined = [math.log1p(it) for it in importances if it is not None]
     return sum(defined) / len(defined) if defined else None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from agnostic_train.activity import MEASURED, Activations
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError, whole_file
-from agnostic_train.impact.activations import MEASURED, ActivationMeter
+from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
 from agnostic_train.impact.sieve import Work, num_top
 from agnostic_train.inference import Batch, find_device, left_as_found
@@ -68,7 +69,8 @@ def detect_neurons(
         lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
         projections: the projections that `impact` looks at.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        activations: also measure each neuron's mean absolute activation, which `random_like` can match; `impact` alone.
+        activations: also measure each neuron's mean absolute activation in each language, which `random_like` can match;
+            `impact` alone.
         pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
             fraction of the work. Layers that it doesn't cover (normalised queries, capped logits) are done in full.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
@@ -97,7 +99,7 @@ def detect_neurons(
         return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
     related: dict[str, NeuronSet] = {}
     num_sentences: dict[str, int] = {}
-    mean_activations: list[dict[Site, Tensor]] = []
+    mean_activations: dict[str, Activations] = {}
     work = {"q": Work(), "k": Work()}
     with left_as_found(model):
         for language, batches in corpora.items():
@@ -122,7 +124,7 @@ def detect_neurons(
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
             if activations:
-                mean_activations.append(counts.mean_activations())
+                mean_activations[language] = counts.mean_activations()
     settings = {
         "method": "impact",
         "attention": attention,
@@ -134,11 +136,7 @@ def detect_neurons(
     }
     found = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
     if activations:
-        # Every language counts alike, whatever the number of its tokens.
-        found.activations = {
-            site: torch.stack([of_language[site] for of_language in mean_activations]).mean(0).float()
-            for site in mean_activations[0]
-        }
+        found.activations = mean_activations
     if pruning:
         if meter.unpruned:
             logger.warning(
@@ -213,9 +211,10 @@ class TopCounts:
             found = self._activations.get(site)
             self._activations[site] = values.double() if found is None else found.to(values.device) + values
 
-    def mean_activations(self) -> dict[Site, Tensor]:
-        """Mean absolute activation per token, (neurons,) float64, on the CPU."""
-        return {site: values.cpu() / max(1, int(self.num_tokens)) for site, values in self._activations.items()}
+    def mean_activations(self) -> Activations:
+        """Mean absolute activation per token."""
+        num_tokens = max(1, int(self.num_tokens))
+        return {site: (values.cpu() / num_tokens).float() for site, values in self._activations.items()}
 
     def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
         """Adds up the counts of all processes; one that had no batch takes part with zeros."""

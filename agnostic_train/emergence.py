@@ -22,11 +22,16 @@ class Checkpoint:
 
     @classmethod
     def parse(cls, entry: str) -> "Checkpoint":
-        """Reads `FOLDER`, `REVISION`, or `STEP=` before either; without it, the last number of the name is the step."""
+        """Reads `FOLDER`, `REVISION`, or `STEP=` before either.
+
+        Without `STEP=` the step is the name's number after `step`, or else its last number.
+        """
         step, equals, source = entry.partition("=")
         if equals and step.isdigit():
             return cls(source, int(step))
-        numbers = re.findall(r"\d+", Path(entry).name)
+        name = Path(entry).name
+        # A name may tell more than the step: stage1-step596057-tokens2500B.
+        numbers = re.findall(r"step[-_]?(\d+)", name) or re.findall(r"\d+", name)
         return cls(entry, int(numbers[-1]) if numbers else None)
 
     @property

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from agnostic_train.activity import Activations, load_activations, mean_over_languages, save_activations
 from agnostic_train.decoder import PROJECTIONS, Layer, Site, find_decoder
 from agnostic_train.files import UserError, read_json, whole_directory, whole_file, write_json
 from agnostic_train.random_moves import matched_moves, random_moves
@@ -139,7 +140,7 @@ class NeuronSet:
                     "detect the neurons of this model"
                 )
 
-    def random_like(self, seed: int, model: nn.Module, activations: Mapping[Site, Tensor] | None = None) -> "NeuronSet":
+    def random_like(self, seed: int, model: nn.Module, activations: Activations | None = None) -> "NeuronSet":
         """A random set with as many neurons at every site, drawn without replacement.
 
         Gate, up and down of a hidden unit are drawn together, likewise v with the o columns that it feeds: one
@@ -149,9 +150,10 @@ class NeuronSet:
         Args:
             seed: the same seed gives the same set, on any device.
             model: gives the sizes and which query heads read a value channel.
-            activations: mean absolute activations (`LanguageNeurons.activations`). With them each neuron's counterpart
-                is, of those outside the set, one of the nearest in activation, so that the control answers whether a
-                set does more than any neurons that are as active.
+            activations: mean absolute activations by (layer, `q`, `k`, `v` or `down`), (neurons,) float: a language's
+                of `LanguageNeurons.activations`, or its `mean_activations`. With them each neuron's counterpart is, of
+                those outside the set, one of the nearest in activation, so that the control answers whether a set does
+                more than any neurons that are as active.
 
         Raises:
             UserError: the set can't belong to the model.
@@ -269,7 +271,7 @@ class LanguageNeurons:
         exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
         settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
         stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
-        activations: mean absolute activations over the sentences, averaged over languages, by (layer, `q`, `k`, `v` or
+        activations: per language, mean absolute activations over its sentences' tokens, by (layer, `q`, `k`, `v` or
             `down`), (neurons,) float32 on the CPU; a hidden unit's stand under `down`. None if they weren't measured.
         exact_share: the part of the q and of the k neurons, over all sentences, whose exact impact was computed before
             pruning could leave the others out; it is no property of the sets, so comparing two ignores it.
@@ -280,7 +282,7 @@ class LanguageNeurons:
     exclusive: dict[str, NeuronSet]
     settings: dict = field(default_factory=dict)
     stability: dict | None = None
-    activations: dict[Site, Tensor] | None = field(default=None, compare=False, repr=False)
+    activations: dict[str, Activations] | None = field(default=None, compare=False, repr=False)
     exact_share: dict[str, float] | None = field(default=None, compare=False)
 
     @classmethod
@@ -331,6 +333,13 @@ class LanguageNeurons:
             for language, neurons in self.related.items()
         }
 
+    @property
+    def mean_activations(self) -> Activations | None:
+        """The activations averaged over languages; None if they weren't measured."""
+        if self.activations is None:
+            return None
+        return mean_over_languages(self.activations)
+
     def save(self, directory: str | Path) -> None:
         """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
 
@@ -354,7 +363,7 @@ class LanguageNeurons:
                 self.related[language].save(temporary / f"related.{language}.safetensors")
                 self.exclusive[language].save(temporary / f"exclusive.{language}.safetensors")
             if self.activations is not None:
-                save_file({_key(site): it for site, it in self.activations.items()}, temporary / ACTIVATIONS_FILE)
+                save_activations(self.activations, temporary / ACTIVATIONS_FILE)
             write_json(temporary / "summary.json", summary)
 
     @classmethod
@@ -370,24 +379,16 @@ class LanguageNeurons:
             or not all(isinstance(language, str) for language in languages)
         ):
             raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
+        shared = NeuronSet.load(directory / "shared.safetensors")
         return cls(
             {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},
-            NeuronSet.load(directory / "shared.safetensors"),
+            shared,
             {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
             settings,
             summary.get("stability"),
-            _load_activations(directory / ACTIVATIONS_FILE),
+            load_activations(directory / ACTIVATIONS_FILE, languages, shared.sizes),
             summary.get("exact_share"),
         )
-
-
-def _load_activations(file: Path) -> dict[Site, Tensor] | None:
-    if not file.exists():
-        return None
-    try:
-        return {_site(key): values for key, values in load_file(file).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); detect again") from None
 
 
 def _order(site: Site) -> tuple[int, int]:

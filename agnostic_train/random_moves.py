@@ -7,8 +7,11 @@ from torch import Tensor
 
 from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 
-NUM_NEAREST = 16
-"""A neuron's activation-matched counterpart is one of so many free ones of nearest mean absolute activation."""
+NUM_NEAREST = 2
+"""A neuron's activation-matched counterpart is one of so many free ones of nearest mean absolute activation.
+
+Few, because the members of a set are its site's most active: of 16 the most lie far below. One would be hardly nearer,
+and the same neuron for nearly every seed."""
 
 
 def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def matched_moves(
     Returns: int64 by projection, meaningful at members. Where members are more than half of a site, some stay members.
     """
     units = torch.cat([members[name] for name in FEED_FORWARD_PROJECTIONS]).unique()
-    channels = torch.cat([members["v"], _channels_read(layer)[members["o"]]]).unique()
+    channels = torch.cat([members["v"], channels_read(layer)[members["o"]]]).unique()
     together = {"down": units, "v": channels, "q": members["q"], "k": members["k"]}
     drawn = {name: _nearest_free(activations[(layer.index, name)], its, generator) for name, its in together.items()}
     return _joint_moves(layer, drawn, generator)
@@ -58,7 +61,7 @@ def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generato
     return move
 
 
-def _channels_read(layer: Layer) -> Tensor:
+def channels_read(layer: Layer) -> Tensor:
     """For each column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
     column = torch.arange(layer.projections["o"].num_neurons)
     head, channel = column // layer.head_dim, column % layer.head_dim
@@ -72,7 +75,7 @@ def _joint_moves(layer: Layer, drawn: Mapping[str, Tensor], generator: torch.Gen
     # shifted by a random number.
     head = torch.arange(layer.projections["o"].num_neurons) // head_dim
     shift = torch.randint(queries_per_kv, (len(channels),), generator=generator)
-    source = _channels_read(layer)
+    source = channels_read(layer)
     target = channels[source]
     slot = (head % queries_per_kv + shift[source]) % queries_per_kv
     columns = (target // head_dim * queries_per_kv + slot) * head_dim + target % head_dim

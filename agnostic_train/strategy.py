@@ -9,7 +9,7 @@ from operator import or_
 from peft import LoraConfig
 from torch import nn
 
-from agnostic_train.agnostic_score import AgnosticScore
+from agnostic_train.agnostic_score import SMALLEST_CHANGE, AgnosticScore
 from agnostic_train.equal_lora import equal_lora, num_weights
 from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
@@ -85,7 +85,8 @@ class Strategy:
             model: gives the sizes for `random` and `lora`.
 
         Raises:
-            UserError: an unknown language, an undefined score for `auto`, or an empty choice.
+            UserError: an unknown language, for `auto` a score that is undefined or clipped in every language, or an
+                empty choice.
         """
         if self.name == "full":
             return Choice("full", None, "all weights, as asked for")
@@ -127,8 +128,20 @@ class Strategy:
                 "training.strategy: 'auto' needs a defined language-agnostic score, and every language has an empty "
                 "shared or exclusive set; lower detection.consistency or name a strategy"
             )
+        clipped = [language for language in score.clipped if language not in score.undefined]
+        if clipped and len(clipped) == len(score.table) - len(score.undefined):
+            raise UserError(
+                f"training.strategy: 'auto' needs a measured language-agnostic score, and this one is clipped in "
+                f"{', '.join(clipped)}: switching a set off changed perplexity by less than {SMALLEST_CHANGE:g}, and the "
+                "ratio is arbitrary; raise detection.top_ratio or name a strategy"
+            )
         assert self.high is not None
         value = f"score {score.value:.3f}"
+        doubts = [
+            f"{what} {', '.join(it)}" for what, it in (("clipped in", clipped), ("undefined in", score.undefined)) if it
+        ]
+        if doubts:
+            value += f" ({'; '.join(doubts)})"
         if score.value < self.low:
             return "shared+exclusive", f"{value} is below low {self.low:.3f}: the language-agnostic core is young"
         if score.value <= self.high:

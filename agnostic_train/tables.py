@@ -1,6 +1,7 @@
 """What was measured as flat tables: one row a measurement, the same for CSV, Markdown and experiment tracking."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,30 +26,54 @@ def neuron_table(found: LanguageNeurons) -> Table:
 
 
 def score_table(score: dict) -> Table:
-    """The score, its variants and its controls, total and by language. Takes what `score.json` holds."""
+    """The score, its variants and its controls, by language and in total (`all`). Takes what `score.json` holds.
 
-    def row(kind: str, seed: str | None, language: str, value: float | None, interval, clipped: bool) -> dict:
-        low, high = interval or (None, None)
-        return {"sets": kind, "seed": seed, "language": language, "score": value, "low": low, "high": high, "clipped": clipped}  # fmt: skip
-
-    rows = [row("detected", None, "all", score["value"], score["interval"], bool(score["clipped"]))]
-    rows += [
-        row("detected", None, it["language"], it["importance"], it["interval"], bool(it["clipped"]))
-        for it in score["table"]
-    ]
-    rows += [row(f"detected, {name}", None, "all", value, None, False) for name, value in score["variants"].items()]
+    `importance` is a language's ratio, `score` is log(1 + importance), of `all` its mean over the defined languages;
+    `_low` and `_high` are the ends of the 95% interval of each. `clipped`: of the language, or of any.
+    """
+    table = _score_rows(
+        "detected", None, score["value"], score["interval"], score["importance"],
+        {it["language"]: it["interval"] for it in score["table"]}, score["clipped"],
+    )  # fmt: skip
+    table += _variant_rows("detected", None, score["variants"], score["variant_table"])
     for kind, key in (("random", "controls"), ("random, matched activation", "matched_controls")):
-        controls = score.get(key) or {"values": {}}
+        controls = score[key]
         for seed, value in controls["values"].items():
-            clipped = controls["clipped"][seed]
-            rows.append(row(kind, seed, "all", value, controls["intervals"][seed], bool(clipped)))
-            rows += [
-                row(kind, seed, language, importance, None, language in clipped)
-                for language, importance in controls["importance"][seed].items()
-            ]
-            rows += [
-                row(f"{kind}, {name}", seed, "all", it, None, False) for name, it in controls["variants"][seed].items()
-            ]
+            table += _score_rows(
+                kind, seed, value, controls["intervals"][seed], controls["importance"][seed],
+                controls["importance_intervals"][seed], controls["clipped"][seed],
+            )  # fmt: skip
+            table += _variant_rows(kind, seed, controls["variants"][seed], controls["variant_table"][seed])
+    return table
+
+
+def _variant_rows(kind: str, seed: str | None, values: dict, variants: dict) -> Table:
+    return [
+        row
+        for name, it in variants.items()
+        for row in _score_rows(
+            f"{kind}, {name}", seed, values[name], it["interval"], it["importance"], it["intervals"], it["clipped"]
+        )
+    ]
+
+
+def _score_rows(
+    kind: str, seed: str | None, value: float | None, interval, importance: dict, intervals: dict, clipped: list[str]
+) -> Table:
+    def row(language: str, ratio: float | None, ratios, score: float | None, scores, clipped: bool) -> dict:
+        (ratio_low, ratio_high), (low, high) = ratios or (None, None), scores or (None, None)
+        return {
+            "sets": kind, "seed": seed, "language": language,
+            "importance": ratio, "importance_low": ratio_low, "importance_high": ratio_high,
+            "score": score, "score_low": low, "score_high": high, "clipped": clipped,
+        }  # fmt: skip
+
+    rows = [row("all", None, None, value, interval, bool(clipped))]
+    for language, ratio in importance.items():
+        # The logarithm is increasing: an interval's ends are those of its logarithm's.
+        ends = intervals[language]
+        logs = None if ends is None else [math.log1p(it) for it in ends]
+        rows.append(row(language, ratio, ends, None if ratio is None else math.log1p(ratio), logs, language in clipped))
     return rows
 
 
@@ -102,13 +127,16 @@ def task_comparison_table(tasks: dict) -> Table:
 
 
 def emergence_table(rows: list[dict]) -> Table:
-    """A row a checkpoint, from what `emergence.json` holds."""
+    """A row a checkpoint, from what `emergence.json` holds; `clipped` names the languages that were."""
     table = []
     for row in rows:
         low, high = row["interval"] or (None, None)
         flat = {"step": row["step"], "checkpoint": row["checkpoint"], "shared": row["shared"], "score": row["score"], "low": low, "high": high}  # fmt: skip
+        flat |= {f"score_{name}": value for name, value in row["variants"].items()}
+        flat["clipped"] = ", ".join(row["clipped"]["score"])
         for kind in ("controls", "matched_controls"):
-            flat |= {f"{kind}_{index}": value for index, value in enumerate(row[kind], 1)}
+            for index, (value, clipped) in enumerate(zip(row[kind], row["clipped"][kind], strict=True), 1):
+                flat |= {f"{kind}_{index}": value, f"{kind}_{index}_clipped": ", ".join(clipped)}
         for name in ("exclusive", "related", "shared_ratio", "perplexity"):
             flat |= {f"{name}_{language}": value for language, value in row[name].items()}
         table.append(flat)

@@ -6,12 +6,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.activity import MEASURED
 from agnostic_train.decoder import Layer, Projection, Site, find_decoder
 from agnostic_train.inference import Batch, real_and_counted
-
-MEASURED = ("q", "k", "v", "down")
-"""Where activations are read: a hidden unit's at the input of `down`, a value channel's at the output of `v`. The
-neurons of `gate` and `up` are those units too, and the columns of `o` read those channels."""
 
 
 class ActivationMeter:

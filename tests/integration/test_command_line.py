@@ -71,6 +71,10 @@ def test_the_whole_chain(root, capsys):
     assert (
         "<h1>Enhancing sw" in page and 'src="http' not in page and (out / "figures/neurons.png").stat().st_size > 1000
     )
+    likeness = score["matched_controls"]["activation_ratio"]
+    assert f"<td>of like activation, all</td><td>{likeness['shared']['all']:.2f}</td>" in page
+    low, high = score["variant_table"]["per_neuron"]["intervals"]["sw"]
+    assert f"({low:.3f} to {high:.3f})" in page
     assert not list(out.rglob("*.tmp"))
 
     files = {

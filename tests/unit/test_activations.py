@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from safetensors.torch import load_file, save_file
 
+from agnostic_train import agnostic_score
+from agnostic_train.activity import MEASURED, activation_ratio
 from agnostic_train.agnostic_score import language_agnostic_score
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
+from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 
 
@@ -44,15 +48,50 @@ def test_detection_measures_mean_absolute_activations(side, tmp_path):
         "b": [padded_batch([4, 12, 1], side, seed=3)],
     }
     found = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False)
-    expected = [activations_by_definition(model, batches) for batches in corpora.values()]
-    assert found.activations.keys() == expected[0].keys()
-    for site, values in found.activations.items():
-        torch.testing.assert_close(values, (expected[0][site] + expected[1][site]) / 2, rtol=1e-5, atol=1e-6)
+    expected = {language: activations_by_definition(model, batches) for language, batches in corpora.items()}
+    assert list(found.activations) == ["a", "b"]
+    for language, by_site in found.activations.items():
+        assert by_site.keys() == expected[language].keys() == found.mean_activations.keys()
+        for site, values in by_site.items():
+            assert values.dtype == torch.float32
+            torch.testing.assert_close(values, expected[language][site], rtol=1e-5, atol=1e-6)
+    for site, values in found.mean_activations.items():
+        torch.testing.assert_close(values, (expected["a"][site] + expected["b"][site]) / 2, rtol=1e-5, atol=1e-6)
     found.save(tmp_path / "neurons")
-    loaded = LanguageNeurons.load(tmp_path / "neurons")
-    assert all(torch.equal(loaded.activations[site], values) for site, values in found.activations.items())
+    loaded = LanguageNeurons.load(tmp_path / "neurons").activations
+    assert loaded.keys() == found.activations.keys()
+    for language, by_site in found.activations.items():
+        assert loaded[language].keys() == by_site.keys()
+        assert all(torch.equal(loaded[language][site], values) for site, values in by_site.items())
     without = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False, activations=False)
-    assert without == found and without.activations is None
+    assert without == found and without.activations is None and without.mean_activations is None
+
+
+def test_a_broken_file_of_activations_is_refused_in_one_line(llama, tmp_path):
+    corpora = {name: [padded_batch([5, 8], seed=seed)] for seed, name in enumerate(["a", "b.c"])}
+    found = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
+    found.save(tmp_path)
+    file = tmp_path / "activations.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    assert "b.c/0/q" in tensors and LanguageNeurons.load(tmp_path).activations.keys() == corpora.keys()
+
+    def refuses(message):
+        with pytest.raises(UserError, match=rf"activations\.safetensors: .*{message}.*detect again") as caught:
+            LanguageNeurons.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    file.write_bytes(whole[:-7])
+    refuses("not readable")
+    for wrong, message in (
+        ({"layers.0.q": tensors["a/0/q"]}, "not the activations of a, b.c"),  # as an earlier version wrote it
+        ({"d/0/q": tensors["a/0/q"]}, "not the activations of a, b.c"),
+        ({key: it for key, it in tensors.items() if not key.startswith("a/")}, "missing"),
+        ({key: it for key, it in tensors.items() if key != "b.c/1/down"}, "missing"),
+        ({key: it for key, it in tensors.items() if not key.endswith("/1/down")}, "missing"),
+        (tensors | {"a/0/q": tensors["a/0/q"][1:].clone()}, "of another model"),
+    ):
+        save_file(wrong, file)
+        refuses(message)
 
 
 def test_special_tokens_are_left_out(llama):
@@ -62,7 +101,7 @@ def test_special_tokens_are_left_out(llama):
     corpora = {"a": [batch | {"special_tokens_mask": special}]}
     found = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
     everything = detect_neurons(llama, {"a": [batch]}, top_ratio=0.2, verify=False, progress=False)
-    assert not torch.allclose(found.activations[(0, "q")], everything.activations[(0, "q")])
+    assert not torch.allclose(found.activations["a"][(0, "q")], everything.activations["a"][(0, "q")])
 
 
 def a_set(model):
@@ -116,6 +155,68 @@ def test_a_set_of_most_neurons_still_has_a_counterpart(llama):
     assert drawn.counts() == most.counts() and drawn != most
 
 
+def active(activations, site, index):
+    """A neuron's mean |activation|: of gate, up and down a hidden unit's, of a column of o that of the channel it reads."""
+    layer, name = site
+    if name == "o":
+        return float(activations[(layer, "v")][index // 30 * 10 + index % 10])
+    return float(activations[(layer, {"gate": "down", "up": "down"}.get(name, name))][index])
+
+
+def test_matched_controls_are_like_their_set_where_it_is_judged(llama, monkeypatch):
+    """In its own language for an exclusive set, whatever it does in the other; and the score says how like."""
+    sizes = find_decoder(llama).sizes
+    generator = torch.Generator().manual_seed(5)
+    own = NeuronSet({(0, "q"): range(0, 60, 6), (1, "up"): range(0, 53, 6), (1, "v"): [3, 6], (1, "o"): [32]}, sizes)
+    shared = NeuronSet({(0, "down"): range(1, 53, 7), (0, "k"): [2, 7]}, sizes)
+    found = LanguageNeurons.from_related({"a": own | shared, "b": shared})
+
+    def some(size, language):
+        # Every third neuron is active in a, the others in b: over both languages all are alike.
+        third = torch.arange(size) % 3 == 0
+        return torch.rand(size, generator=generator) + 3 * (third if language == "a" else ~third)
+
+    found.activations = {
+        language: {(layer, name): some(sizes[(layer, name)], language) for layer in (0, 1) for name in MEASURED}
+        for language in "ab"
+    }
+    sets, original = {}, agnostic_score.ablate
+
+    def watched(model, named, *rest):
+        sets.update(named)
+        return original(model, named, *rest)
+
+    monkeypatch.setattr(agnostic_score, "ablate", watched)
+    corpora = {name: [padded_batch([9, 12, 7])] for name in "ab"}
+    score = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], num_resamples=0).to_json()
+    for kind, key in (("matched", "matched_controls"), ("random", "controls")):
+        ratios = score[key]["activation_ratio"]
+        assert ratios["exclusive"]["b"] == {}
+        for name, its, judged, ratio in (
+            ("shared", shared, found.mean_activations, ratios["shared"]),
+            ("exclusive a", own, found.activations["a"], ratios["exclusive"]["a"]),
+        ):
+            expected = {}
+            for drawn in (sets[f"{kind} {seed} {name}"] for seed in (1, 2)):
+                for site, indices in its.items():
+                    sums = [sum(active(judged, site, it) for it in of[site].tolist()) for of in (drawn, its)]
+                    for projection in (site[1], "all"):
+                        expected.setdefault(projection, []).extend([sums[0] / sums[1]] * len(indices))
+            assert ratio == pytest.approx({name: sum(it) / len(it) for name, it in expected.items()}, rel=1e-6)
+            if kind == "matched":
+                # For each neuron there is another one like it.
+                assert all(abs(it - 1) < 0.1 for it in ratio.values()), ratio
+
+
+def test_sites_of_no_activation_have_no_ratio(llama):
+    layers = find_decoder(llama).layers
+    members = {(0, "q"): torch.tensor([0, 1]), (1, "q"): torch.tensor([2])}
+    control = {(0, "q"): torch.tensor([4, 5]), (1, "q"): torch.tensor([6])}
+    activations = {(0, "q"): torch.zeros(60), (1, "q"): torch.arange(60.0)}
+    assert activation_ratio(members, [control], layers, activations) == {"q": 3.0, "all": 3.0}
+    assert activation_ratio(members, [], layers, activations) == {}
+
+
 def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(llama, tmp_path, monkeypatch):
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("ab")}
     found = detect_neurons(llama, corpora, top_ratio=0.3, consistency=0.6, verify=False, progress=False)
@@ -123,7 +224,7 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
     assert whole.matched_controls.keys() == whole.controls.keys() == {1, 2}
     matched, free = (whole.ablation.measured[f"{kind} 1 shared"]["a"].nats for kind in ("matched", "random"))
     assert matched != free
-    drawn = found.shared.random_like(1, llama, found.activations)
+    drawn = found.shared.random_like(1, llama, found.mean_activations)
     assert whole.ablation.num_neurons["matched 1 shared"] == len(drawn) == len(found.shared)
 
     from agnostic_train import ablation

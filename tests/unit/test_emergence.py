@@ -2,9 +2,10 @@
 
 import pytest
 
-from agnostic_train.agnostic_score import AgnosticScore
-from agnostic_train.emergence import Checkpoint, follow_checkpoints
+from agnostic_train.agnostic_score import AgnosticScore, language_score
+from agnostic_train.emergence import Checkpoint, emergence_row, follow_checkpoints
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.tables import emergence_table
 
 
 @pytest.mark.parametrize(
@@ -12,8 +13,9 @@ from agnostic_train.neurons import LanguageNeurons, NeuronSet
     [
         ("runs/step-00080", "runs/step-00080", 80),
         ("step143000", "step143000", 143000),
-        ("stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 2500),
-        ("596057=stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 596057),
+        ("stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 596057),
+        ("global_step_7-v2", "global_step_7-v2", 7),
+        ("5=stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 5),
         ("4373=runs/final", "runs/final", 4373),
         ("runs/final", "runs/final", None),
         ("runs-7/final", "runs-7/final", None),
@@ -45,3 +47,13 @@ def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path):
     checkpoints.append(Checkpoint("final", None))  # without a step, the given order
     measured.clear()
     assert [row["checkpoint"] for row in follow()] == ["late", "early", "middle", "final"]
+
+
+def test_the_table_says_what_was_clipped():
+    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
+    rows = [language_score(name, 10.0, 9.0, 12.0, 1, 1) for name in "ab"]
+    control = AgnosticScore(0.3, [language_score("a", 10.0, 11.0, 12.0, 1, 1), rows[1]])
+    score = AgnosticScore(0.5, rows, controls={1: control, 2: AgnosticScore(0.1, [])})
+    (row,) = emergence_table([emergence_row(Checkpoint("step-8", 8), found, score)])
+    assert row["clipped"] == "a, b" and row["controls_1_clipped"] == "b" and row["controls_2_clipped"] == ""
+    assert row["controls_1"] == 0.3 and row["controls_2"] == 0.1

@@ -1,18 +1,22 @@
 """Deactivation, perplexity and the language-agnostic score, against hand computation."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
+from agnostic_train import agnostic_score
+from agnostic_train.ablation import Ablation
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
 from agnostic_train.deactivation import deactivate
 from agnostic_train.files import UserError, write_json
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.perplexity import perplexity
+from agnostic_train.perplexity import Perplexity, perplexity
 from agnostic_train.strategy import Strategy
+from agnostic_train.tables import score_table
 
 EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})
 
@@ -179,7 +183,7 @@ def test_variants_and_intervals_by_brute_force(llama):
         {name: [padded_batch([9, 12, 7, 3], seed=seed)] for seed, name in enumerate("abc")},
     )
     score = language_agnostic_score(llama, found, corpora, num_resamples=40)
-    draws, per_neuron, logs, means = {}, [], [], []
+    draws = {}
     for seed, name in enumerate("abc"):
         draws[name] = torch.randint(4, (40, 4), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -194,11 +198,25 @@ def test_variants_and_intervals_by_brute_force(llama):
             values[2], values[0], len(found.exclusive[language])
         )
 
-    for name in "ab":
-        per_neuron.append(importance(name, range(4), lambda after, before, size: max(after - before, 1e-6) / size))
-        logs.append(importance(name, range(4), lambda after, before, size: max(math.log(after / before), 1e-6)))
-    assert score.variants["per_neuron"] == pytest.approx(sum(math.log1p(it) for it in per_neuron) / 2, rel=1e-6)
-    assert score.variants["log_perplexity"] == pytest.approx(sum(math.log1p(it) for it in logs) / 2, rel=1e-6)
+    # A change is clipped as one of perplexity, and then measured.
+    def by_log(after, before, size):
+        return math.log1p(max(after - before, 1e-6) / before)
+
+    def by_neuron(after, before, size):
+        return max(after - before, 1e-6) / size
+
+    for name, change in (("per_neuron", by_neuron), ("log_perplexity", by_log)):
+        variant = score.variant_table[name]
+        values = {language: importance(language, range(4), change) for language in "ab"}
+        assert {it: variant.importance[it] for it in "ab"} == pytest.approx(values, rel=1e-6)
+        assert score.variants[name] == pytest.approx(sum(map(math.log1p, values.values())) / 2, rel=1e-6)
+        drawn = {language: [importance(language, draw, change) for draw in draws[language]] for language in "ab"}
+        for language in "ab":
+            expected = np.quantile(drawn[language], [0.025, 0.975])
+            assert variant.intervals[language] == pytest.approx(expected, rel=1e-6)
+        means = [(math.log1p(a) + math.log1p(b)) / 2 for a, b in zip(*drawn.values(), strict=True)]
+        assert variant.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-6)
+        assert variant.importance["c"] is None and variant.intervals["c"] is None
     resampled = {
         name: [importance(name, draw, lambda after, before, size: max(after - before, 1e-6)) for draw in draws[name]]
         for name in "ab"
@@ -208,7 +226,72 @@ def test_variants_and_intervals_by_brute_force(llama):
     means = [(math.log1p(a) + math.log1p(b)) / 2 for a, b in zip(*resampled.values(), strict=True)]
     assert score.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-6)
     assert score.table[2].interval is None
+    controls = language_agnostic_score(llama, found, corpora, control_seeds=[5], num_resamples=40).to_json()["controls"]
+    assert controls["intervals"]["5"] and None not in [controls["importance_intervals"]["5"][it] for it in "ab"]
+    assert all(it["intervals"]["a"] for it in controls["variant_table"]["5"].values())
     assert language_agnostic_score(llama, found, corpora, num_resamples=0).interval is None
+
+
+def ablation_of(*perplexities):
+    """One language of one token, which has these perplexities with nothing, the shared and its own neurons off."""
+    names = "none", "shared", "exclusive a"
+    nats = [torch.tensor([math.log(it)], dtype=torch.float64) for it in perplexities]
+    measured = {name: {"a": Perplexity(it, torch.tensor([1]), None)} for name, it in zip(names, nats, strict=True)}
+    return Ablation(measured, {"none": 0, "shared": 2, "exclusive a": 8})
+
+
+def test_a_variant_clips_changes_of_perplexity():
+    """1000 to 1000.0005 is above the smallest change, and its logarithm's change of 5e-7 is no smaller one."""
+    (score,) = agnostic_score._scores(ablation_of(1000, 1000.0005, 1001), [""], 0).values()
+    expected = math.log1p(5e-7) / math.log1p(1e-3)
+    assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(expected, rel=1e-6)
+    assert score.variant_table["per_neuron"].importance["a"] == pytest.approx(5e-4 * 8 / 2, rel=1e-6)
+    assert not score.clipped
+    (score,) = agnostic_score._scores(ablation_of(1000, 900, 1001), [""], 0).values()
+    assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(1e-9 / math.log1p(1e-3), rel=1e-6)
+    plain = score.to_json()
+    assert {it["clipped"][0] for it in plain["variant_table"].values()} == {"a"} and plain["variants"] == score.variants
+
+
+def test_of_resampled_sentences_one_languages_are_kept_at_a_time(llama, monkeypatch):
+    original, kept = agnostic_score.resample_counts, []
+
+    def watched(*args):
+        assert all(it() is None for it in kept)
+        counts = original(*args)
+        kept.append(weakref.ref(counts))
+        return counts
+
+    monkeypatch.setattr(agnostic_score, "resample_counts", watched)
+    corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
+    language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1], num_resamples=10)
+    assert len(kept) == 3
+
+
+def test_the_table_keeps_importances_and_scores_apart(llama):
+    corpora = {name: [padded_batch([9, 12, 7, 5], seed=seed)] for seed, name in enumerate("abc")}
+    score = language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[5], num_resamples=40).to_json()
+    table = score_table(score)
+    assert {tuple(row) for row in table} == {tuple(table[0])}
+    rows = {(row["sets"], row["seed"], row["language"]): row for row in table}
+    assert len(rows) == len(table) == 2 * 3 * 4
+    for (kind, seed, language), row in rows.items():
+        clipped = score["controls"]["clipped"][seed] if seed else score["clipped"]
+        assert row["clipped"] == (bool(clipped) if language == "all" else language in clipped)
+        if language == "all":
+            others = [rows[kind, seed, it]["score"] for it in "ab"]
+            assert row["importance"] is None and row["score"] == pytest.approx(sum(others) / 2)
+            assert row["score_low"] <= row["score_high"]
+        elif language == "c":
+            assert row["importance"] is row["score"] is row["score_low"] is row["importance_low"] is None
+        else:
+            for ending in ("", "_low", "_high"):
+                assert row[f"score{ending}"] == pytest.approx(math.log1p(row[f"importance{ending}"]))
+    assert rows["detected", None, "a"]["importance"] == score["importance"]["a"]
+    assert rows["detected, per_neuron", None, "all"]["score"] == score["variants"]["per_neuron"]
+    assert [rows["random", "5", "a"][f"importance_{end}"] for end in ("low", "high")] == list(
+        score["controls"]["importance_intervals"]["5"]["a"]
+    )
 
 
 def test_nothing_defined_gives_no_score(llama):
@@ -247,3 +330,20 @@ def test_strategies_choose_what_their_names_say(llama):
     ):
         with pytest.raises(UserError, match=message):
             wrong()
+
+
+def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped(llama):
+    found = language_neurons()
+    measured = language_score("a", 10.0, 14.0, 12.0, 3, 4)
+    clipped = language_score("b", 10.0, 10.5, 10.0, 3, 4)
+    undefined = language_score("c", 10.0, 9.0, None, 3, 0)  # clipped too, and no part of the mean
+
+    def choose(value, *rows):
+        return Strategy("auto", languages=["a"], high=2.0).choose(found, AgnosticScore(value, list(rows)), llama)
+
+    assert "(" not in choose(1.0, measured).reason
+    reason = choose(1.0, measured, clipped, undefined).reason
+    assert reason.startswith("score 1.000 (clipped in b; undefined in c) is between")
+    for rows in ([clipped], [clipped, undefined]):
+        with pytest.raises(UserError, match=r"training\.strategy: .* clipped in b: "):
+            choose(13.1, *rows)
