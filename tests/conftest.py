@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when torch is loaded, here and in the processes that tests start: nothing in them is large enough for more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
