@@ -60,7 +60,7 @@ def test_norwegian_is_a_language(tmp_path):
         ({"detection__consistency": "1.5"}, "detection.consistency: "),
         ({"detection__top_ratio": "[1]"}, "detection.top_ratio: "),
         ({"corpus__languages": "[]"}, "corpus.languages: "),
-        ({"corpus__languages": "[en, en]"}, "corpus.languages: names a language twice"),
+        ({"corpus__languages": "[en, en]"}, "corpus.languages: names en twice"),
         ({"corpus__languages": "../up"}, "corpus.languages: "),
         ({"corpus__detection_sentences": "0"}, "corpus.detection_sentences: "),
         ({"corpus__seed": "{a: b}"}, "corpus.seed: "),
