@@ -36,6 +36,19 @@ def test_impacts_perplexity_and_sets(side):
     assert len((sets[0] | sets[1]) - (sets[0] & sets[1])) <= 0.01 * len(sets[0])
 
 
+def test_pruning_and_activations():
+    """On one device the pruned and the plain form find the same sets; activations are the CPU's."""
+    model, batch = tiny_llama(attention_bias=True), padded_batch(LENGTHS)
+    on_gpu = copy.deepcopy(model).cuda()
+    pruned, plain = (
+        detect_neurons(on_gpu, {"a": [batch]}, 0.1, 0.5, pruning=pruning, progress=False) for pruning in (True, False)
+    )
+    assert pruned.shared == plain.shared and pruned.exact_share["q"] < 1
+    expected = detect_neurons(model, {"a": [batch]}, 0.1, 0.5, progress=False).activations["a"]
+    for site, values in pruned.activations["a"].items():
+        torch.testing.assert_close(values, expected[site], rtol=1e-3, atol=1e-4)
+
+
 def test_the_self_check_in_bfloat16():
     comparisons = verify_impacts(tiny_llama().bfloat16().cuda(), padded_batch(LENGTHS))
     assert max(comparison.error for comparison in comparisons) < 1e-3
