@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 from transformers.utils import logging
 
 from agnostic_train.decoder import PROJECTIONS
@@ -260,7 +260,11 @@ def draw_trade(compared: dict) -> Figure:
     figure, (axis,) = _grid(height=5)
     axis.axhline(0, color="0.6", linewidth=0.8)
     costly = "others" if "others" in compared["best"] else "all"
-    for index, (name, row) in enumerate(compared["strategies"].items()):
+    names_of: dict[str, list[str]] = {}  # strategies that choose the same neurons lie on one point
+    for name, row in compared["strategies"].items():
+        names_of.setdefault(str(row), []).append(name)
+    for index, names in enumerate(names_of.values()):
+        row = compared["strategies"][names[0]]
         gain, cost = row["groups"]["enhanced"], row["groups"][costly]
         x, y = -100 * gain["mean"], 100 * cost["mean"]
         errors = [
@@ -269,12 +273,16 @@ def draw_trade(compared: dict) -> Figure:
         ]
         axis.errorbar(
             x, y, np.abs(errors[1]), np.abs(errors[0]), marker=_MARKERS[index % len(_MARKERS)], linestyle="none",
-            color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7, label=name,
+            color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7,
+            label=" = ".join(names),
         )  # fmt: skip
     axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    axis.set_ylabel(f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %")
+    axis.set_ylabel(
+        f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %, logarithmic beyond 1"
+    )
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

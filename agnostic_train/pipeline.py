@@ -16,6 +16,7 @@ from agnostic_train.files import UserError, hash_file, sole_user, whole_file
 from agnostic_train.loading import model_identity
 from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
+from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
 from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
 from agnostic_train.stages.compare import compare
@@ -80,8 +81,10 @@ class Pipeline:
         stages = list(STAGES) if stage == "run" else [*self._needs(stage), stage]
         if stage == "compare":
             check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
+        # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
+        assert self.materials.tokenizer is not None
         for name in stages:
-            self._inputs(name)  # what is missing shows before anything has run
+            self._inputs(name)
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
             if stage == "compare":
                 # Each of its trainings is a tracked run of its own, in one group.
@@ -196,6 +199,10 @@ class Pipeline:
 
     def _training_inputs(self) -> dict:
         neurons = self.recipe.training.neurons
+        if self.recipe.training.strategy == "pilot" and neurons is None:
+            texts = self.materials.corpus.texts
+            training = {language: texts[language].training for language in self.recipe.training.languages}
+            split_pilot_text(self.recipe, self.training_arguments, training)  # says if there is too little
         return {
             "training": self.recipe.to_dict()["training"],
             "neurons": hash_file(neurons) if neurons else None,

@@ -136,7 +136,9 @@ def _explain(error: dict) -> str:
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key} must be a section of keys, not {_short(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
+    # Our own validators say what was given.
+    own = error["type"] == "value_error"
+    given = "" if own or isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 

@@ -77,6 +77,9 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
         make_strategy(recipe, name, arguments.seed)  # says what it lacks
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+    results = recipe.tracking.results_dir
+    if results is not None and Path(results).exists() and not Path(results).is_dir():
+        raise UserError(f"tracking.results_dir: {results} is a file; name a folder")
     for source in recipe.evaluation.checkpoints:
         if source in ("before", "after"):
             raise UserError(f"evaluation.checkpoints: {source!r} is what this run's own are called; write ./{source}")

@@ -24,6 +24,7 @@ if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
     _torch="$(grep '^torch==' constraints.txt)+cpu"
     "${_pip[@]}" "$_torch" 2>/dev/null || "${_pip[@]}" "$_torch" --index-url https://download.pytorch.org/whl/cpu
   fi
-  "${_pip[@]}" -e ".${_extra:+[$_extra]}"
+  # By a path: a script in the folder above the clone would else import that folder, which has the package's name.
+  "${_pip[@]}" --config-settings editable_mode=compat -e ".${_extra:+[$_extra]}"
   echo "$_wanted" >"$_stamp"
 fi

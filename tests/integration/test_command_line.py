@@ -410,3 +410,15 @@ def test_two_processes_run_the_chain(root):
     assert run(root, "detect", f"--output_dir={root / 'alone'}") == 0
     assert LanguageNeurons.load(root / "out/neurons") == LanguageNeurons.load(root / "alone/neurons")
     assert json.loads((root / "out/manifest.json").read_text())["frozen_weights"]["status"] == "identical"
+
+
+def test_a_mistaken_command_costs_no_finished_work(finished, capsys):
+    (finished / "empty").mkdir()
+    assert run(finished, "run", f"--model.name={finished / 'empty'}") == 2
+    assert run(finished, "run", "--training.strategy=pilot", "--training.pilot_steps=999") == 2
+    assert "training.pilot_steps" in capsys.readouterr().err
+    (finished / "file").touch()
+    assert run(finished, "run", f"--tracking.results_dir={finished / 'file'}") == 2
+    assert "tracking.results_dir" in capsys.readouterr().err
+    assert run(finished, "run") == 0
+    assert capsys.readouterr().out.count("unchanged, kept") == len(STAGES)
