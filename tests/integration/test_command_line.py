@@ -302,7 +302,16 @@ def test_checkpoints_are_followed_and_finished_ones_kept(root, capsys):
     assert run(root, "score", f"{entries},{root / 'step-00020'}") == 0
     printed = capsys.readouterr().out
     assert "detect: unchanged" in printed and "step-00020" in printed and "step-00012" not in printed
-    assert [row["step"] for row in json.loads((root / "out/emergence.json").read_text())] == [12, 20, 40]
+    kept = json.loads((root / "out/emergence.json").read_text())
+    assert [row["step"] for row in kept] == [12, 20, 40]
+    # Other weights under the same name are another checkpoint, though the step is the same.
+    other = AutoModelForCausalLM.from_pretrained(root / "step-00020")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(3)
+    other.save_pretrained(root / "step-00020")
+    assert run(root, "score", f"{entries},{root / 'step-00020'}") == 0
+    rows = json.loads((root / "out/emergence.json").read_text())
+    assert rows[1]["perplexity"] != kept[1]["perplexity"] and (rows[0], rows[2]) == (kept[0], kept[2])
     assert run(root, "run", entries) == 0
     assert (root / "out/figures/emergence.png").exists() and "ablation" in (root / "out/score.json").read_text()
 
