@@ -1,4 +1,4 @@
-"""Impact of attention neurons on the concatenated heads (q, k, v) and on the output projection's output (o).
+"""Impact of attention neurons (q, k, v) on the concatenated heads.
 
 The exact form equals real deactivation: a row of q or k changes the logits by a rank-two term, because rotation mixes
 the row with its partner, and the change runs through the softmax. Eq. 10 and 11 of Chen et al. 2025 are the V form and
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.decoder import Rotation
-from agnostic_train.impact.feed_forward import column_norms
 
 ATTENTION_MODES = ("exact", "paper")
 
@@ -102,22 +101,15 @@ class RankTwo:
     d: Tensor
 
 
-def value_impacts(heads: Tensor, counted: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     """Impact of each row of v: the column norms of the heads' output, summed over the heads that read the row.
 
     Args:
-        heads: concatenated heads, the input of `o_proj`, (batch, length, query heads * head_dim).
-        counted: (batch, length), bool.
+        norms: `column_norms` of the concatenated heads, the input of `o_proj`, (batch, query heads * head_dim).
 
     Returns: (batch, KV heads * head_dim), float32.
     """
-    norms = column_norms(heads, counted)
     return norms.view(len(norms), num_kv_heads, -1, head_dim).square().sum(2).sqrt().flatten(1)
-
-
-def output_impacts(heads: Tensor, weight_norms: Tensor, counted: Tensor) -> Tensor:
-    """Impact of each column of o: `||heads[:, k]|| * ||W_o[:, k]||`, (batch, query heads * head_dim), float32."""
-    return column_norms(heads, counted) * weight_norms
 
 
 def query_change(

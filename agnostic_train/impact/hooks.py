@@ -26,7 +26,7 @@ from agnostic_train.decoder import (
 )
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
-from agnostic_train.impact.feed_forward import hidden_unit_impacts, weight_norms
+from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
 from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
@@ -197,13 +197,12 @@ class LayerObserver:
             self._report(name, impacts)
 
     def _see_heads(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        norms = column_norms(args[0], self.counted)
         if "v" in self.projections:
-            self._report(
-                "v",
-                attention_impacts.value_impacts(args[0], self.counted, self.layer.num_kv_heads, self.layer.head_dim),
-            )
+            self._report("v", attention_impacts.value_impacts(norms, self.layer.num_kv_heads, self.layer.head_dim))
         if "o" in self.projections:
-            self._report("o", attention_impacts.output_impacts(args[0], self._norms["o"], self.counted))
+            # Rank one, as in the feed-forward network.
+            self._report("o", norms * self._norms["o"])
 
     def _see_positions(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs.get("position_embeddings") is None:
