@@ -10,7 +10,7 @@ ORDER = [
 ]  # fmt: skip
 ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
 ORDER_OF_STAGES = ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"]
-ORDER_OF_COMPACT = ["peft_type", "config", "layer", "model"]
+ORDER_OF_COMPACT = ["peft_type", "config", "product", "layer", "model"]
 WITHIN = {"training": ORDER_OF_TRAINING, "stages": ORDER_OF_STAGES}
 
 

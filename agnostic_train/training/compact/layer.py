@@ -11,6 +11,8 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agnostic_train.training.compact.product import fits, neuron_product
+
 
 class NeuronLinear(nn.Module, BaseTunerLayer):
     """Runs the base layer, and adds what the active adapters change in its chosen rows or columns.
@@ -49,12 +51,14 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        adding = not (self.disable_adapters or self.merged)
+        names = [name for name in self.active_adapters if name in self.neuron_delta] if adding else []
+        if len(names) == 1 and fits(self.base_layer, self.neuron_delta[names[0]], x):
+            return neuron_product(
+                x, self.base_layer, self.neuron_delta[names[0]], self.neuron_index[names[0]], self.dim
+            )
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
-        for name in self.active_adapters:
-            if name not in self.neuron_delta:
-                continue
+        for name in names:
             delta, index = self.neuron_delta[name].to(x.dtype), self.neuron_index[name]
             if self.dim == 0:
                 y = y.index_add(-1, index, F.linear(x, delta).to(y.dtype))

@@ -1,0 +1,113 @@
+"""The product with a frozen weight of which some rows or columns learn, as one step of automatic differentiation.
+
+In full precision the sums of weight and delta stand in the weight itself for as long as one matrix product takes:
+forward and backward pass then multiply as often as without an adapter. In half precision that would round the delta
+away, and its products are added to the weight's in place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+_FULL_PRECISION = (torch.float32, torch.float64)
+
+
+def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
+    """Whether `neuron_product` computes what the base layer and the delta beside it would.
+
+    It takes plain linears that nothing hooks into. Compilers fuse the plain form themselves, and without a gradient
+    several threads may share the weight.
+    """
+    if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
+        return False
+    weight, bias = base_layer.weight, base_layer.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or not torch.is_grad_enabled():
+        return False
+    if _hooked(base_layer) or torch.compiler.is_compiling() or not weight.device == x.device == delta.device:
+        return False
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return weight.dtype == dtype
+
+
+def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    """`F.linear(x, weight + delta at index, bias)`, differentiable once, by x and delta.
+
+    While it runs, no other thread may read the weight.
+
+    Args:
+        x: (..., in).
+        delta: (rows, in) for dim 0, (out, columns) for dim 1, at least float32.
+        index: int64, sorted, unique.
+
+    Returns: (..., out), in the weight's dtype.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(base_layer.weight.dtype)
+        return _NeuronProduct.apply(x, base_layer.weight, base_layer.bias, delta, index, dim)
+
+
+def _hooked(module: nn.Module) -> bool:
+    # Accelerate's hooks replace `forward` itself.
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds) or "forward" in vars(module) or _has_any_global_hook()
+
+
+class _NeuronProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Tensor, dim: int
+    ) -> Tensor:
+        ctx.dim = dim
+        # All that the gradient of a column needs of x.
+        seen = x if dim == 0 else x.index_select(-1, index)
+        ctx.save_for_backward(seen, weight, delta, index)
+        if _in_place(weight, delta):
+            with _summed(weight, delta, index, dim):
+                return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        moved = F.linear(seen, delta.to(x.dtype))
+        return y.index_add_(-1, index, moved) if dim == 0 else y.add_(moved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
+        seen, weight, delta, index = ctx.saved_tensors
+        grad_x = grad_delta = None
+        grad_chosen = grad.index_select(-1, index) if ctx.dim == 0 else grad
+        if ctx.needs_input_grad[0]:
+            if _in_place(weight, delta):
+                with _summed(weight, delta, index, ctx.dim):
+                    grad_x = grad @ weight
+            else:
+                grad_x, moved = grad @ weight, grad_chosen @ delta.to(grad.dtype)
+                grad_x = grad_x.add_(moved) if ctx.dim == 0 else grad_x.index_add_(-1, index, moved)
+        if ctx.needs_input_grad[3]:
+            grad_delta = (_by_token(grad_chosen).T @ _by_token(seen)).to(delta.dtype)
+        return grad_x, None, None, grad_delta, None, None
+
+
+def _by_token(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _in_place(weight: Tensor, delta: Tensor) -> bool:
+    return weight.dtype == delta.dtype and weight.dtype in _FULL_PRECISION
+
+
+@contextmanager
+def _summed(weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Iterator[None]:
+    """Within it the weight has the delta added; afterwards it has its own bits again."""
+    # Not through autograd's counter of changes: whoever saved the weight finds it as it was.
+    weight = weight.data
+    own = weight.index_select(dim, index)
+    try:
+        weight.index_copy_(dim, index, own + delta)
+        yield
+    finally:
+        weight.index_copy_(dim, index, own)

@@ -1,0 +1,195 @@
+"""One product with a weight of which some rows or columns learn, against the plain form beside the base layer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from agnostic_train.training.compact import NeuronLinear
+from agnostic_train.training.compact.product import fits
+
+SHAPES = [(1, 1, [0]), (6, 42, [0, 5]), (123, 7, [6])]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def neuron_linear(in_features=6, out_features=5, index=(1, 3), dim=0, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False)
+    layer = NeuronLinear(base, dim)
+    layer.add("default", torch.tensor(index))
+    layer.set_adapter("default")
+    layer.neuron_delta["default"].data.normal_()
+    return layer
+
+
+def delta_of(layer):
+    return layer.neuron_delta["default"]
+
+
+def by_definition(layer, x):
+    """In float64: the weight with the delta added, entry by entry. Returns y and the gradients of its squares' sum."""
+    delta = delta_of(layer).detach().double().requires_grad_()
+    x = x.detach().double().requires_grad_()
+    weight = layer.base_layer.weight.double()
+    place = torch.zeros(weight.shape[layer.dim], delta.shape[layer.dim], dtype=torch.float64)
+    for column, neuron in enumerate(layer.neuron_index["default"].tolist()):
+        place[neuron, column] = 1
+    weight = weight + (place @ delta if layer.dim == 0 else delta @ place.T)
+    bias = layer.base_layer.bias
+    y = x @ weight.T + (0 if bias is None else bias.double())
+    y.square().sum().backward()
+    return y, x.grad, delta.grad
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(("in_features", "out_features", "index"), SHAPES)
+def test_output_and_gradients(in_features, out_features, index, batch, dim, dtype):
+    sizes = (in_features, out_features) if dim == 0 else (out_features, in_features)
+    layer = neuron_linear(*sizes, index if dim == 1 else [i % out_features for i in index[:1]], dim, dtype, bool(batch))
+    x = torch.randn(*batch, sizes[0], dtype=dtype, requires_grad=True)
+    assert fits(layer.base_layer, delta_of(layer), x)
+    y = layer(x)
+    y.square().sum().backward()
+    expected = by_definition(layer, x)
+    assert y.dtype == x.grad.dtype == dtype and delta_of(layer).grad.dtype == torch.promote_types(dtype, torch.float32)
+    for found, wanted in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
+        bound = TOLERANCE[dtype] * max(1.0, float(wanted.detach().abs().max()))
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gradcheck(dim):
+    layer = neuron_linear(dim=dim, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def output(x, delta):
+        layer.neuron_delta["default"] = delta
+        return layer(x)
+
+    assert torch.autograd.gradcheck(output, (x, delta_of(layer)))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_weight_has_its_own_bits_after_each_pass(dim):
+    layer = neuron_linear(dim=dim)
+    weight = layer.base_layer.weight
+    before, version = weight.clone(), weight._version
+    y = layer(torch.randn(4, 6, requires_grad=True))
+    assert torch.equal(weight, before)
+    y.sum().backward()
+    assert torch.equal(weight, before) and weight._version == version
+
+
+def test_the_weight_has_its_own_bits_after_a_failure():
+    layer = neuron_linear()
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(4, 7))
+    y = layer(torch.randn(4, 6, requires_grad=True))
+    with pytest.raises(RuntimeError):
+        y.backward(torch.ones(4, 4))
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_whoever_saved_the_weight_can_still_go_backward():
+    layer = neuron_linear()
+    x = torch.randn(4, 6, requires_grad=True)
+    (F.linear(x, layer.base_layer.weight).sum() + layer(x).sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(0, 2**-8), (1, -(2**-14))])
+def test_a_delta_below_half_precision_is_not_lost(dim, expected):
+    """The weights' own products cancel; a delta of a hundredth of their rounding is all that is left."""
+    layer = neuron_linear(64, 64, [3], dim, torch.bfloat16, bias=False)
+    layer.base_layer.weight.data.fill_(1)
+    x = torch.ones(64, dtype=torch.bfloat16)
+    x[1::2] = -1
+    delta_of(layer).data.copy_(2**-14 * (x if dim == 0 else torch.ones(64, 1)))
+    assert float(layer(x)[3]) == expected
+
+
+def test_no_gradient_of_the_input_where_nobody_needs_one():
+    layer = neuron_linear()
+    layer(torch.randn(4, 6)).sum().backward()
+    assert delta_of(layer).grad is not None
+
+
+def test_a_second_derivative_is_refused():
+    layer = neuron_linear()
+    x = torch.randn(4, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_what_the_plain_form_is_left_to():
+    x = torch.randn(4, 6)
+    layer = neuron_linear()
+    assert fits(layer.base_layer, delta_of(layer), x)
+    with torch.no_grad():
+        assert not fits(layer.base_layer, delta_of(layer), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fits(layer.base_layer, delta_of(layer), x)
+        half = neuron_linear(dtype=torch.bfloat16)
+        assert fits(half.base_layer, delta_of(half), x)
+    assert not fits(layer.base_layer, delta_of(layer), x.double())
+    assert not fits(neuron_linear().base_layer.requires_grad_(), delta_of(layer), x)
+    assert not fits(nn.Bilinear(6, 6, 5), delta_of(layer), x)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_autocast_over_half_precision_weights(dim):
+    layer = neuron_linear(dim=dim, dtype=torch.bfloat16)
+    x = torch.randn(4, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    expected = by_definition(layer, x)
+    for found, wanted in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
+        atol = TOLERANCE[torch.bfloat16] * float(wanted.detach().abs().max())
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=atol)
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+
+
+def count(layer, register):
+    """How often a hook that `register` puts on runs during one training pass."""
+    calls = []
+    handle = register(lambda *_: calls.append(1))
+    try:
+        layer(torch.randn(4, 6, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    return len(calls)
+
+
+def test_hooks_of_the_base_layer_run():
+    layer = neuron_linear()
+    base = layer.base_layer
+    for register in (
+        base.register_forward_hook,
+        base.register_forward_pre_hook,
+        base.register_full_backward_hook,
+        base.register_full_backward_pre_hook,
+    ):
+        assert count(layer, register) == 1
+    assert count(layer, nn.modules.module.register_module_forward_hook) == 2
+
+
+def test_a_replaced_forward_runs():
+    """As accelerate does for models spread over devices."""
+    layer = neuron_linear()
+    base, calls = layer.base_layer, []
+    own = base.forward
+    base.forward = lambda x: calls.append(1) or own(x)
+    layer(torch.randn(4, 6))
+    assert calls
+
+
+def test_the_same_as_the_compiled_plain_form():
+    layer = neuron_linear()
+    x = torch.randn(4, 6)
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
