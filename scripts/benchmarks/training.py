@@ -2,7 +2,8 @@
 
 One model after another, all in one process, in turns, with the same data and optimizer and (LoRA, SHiRA) as many
 trainable parameters; ratios of medians are reported, because absolute times say little on shared machines. The floor is
-a forward pass and the gradients of activations alone. Writes a JSON file with the machine, the versions and the date.
+a forward pass and the gradients of activations alone. Writes a JSON file with the machine, the versions and the date,
+and a figure of what a step costs against the chosen fraction.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=["floor", "compact", "mask", "full", "lora", "shira"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
+    parser.add_argument("--figure", type=Path, help="SVG or PNG file: time and memory against --fraction")
     return parser
 
 
@@ -178,6 +181,34 @@ def measure(model: nn.Module, neurons: NeuronSet, methods: list[str], batch: dic
     }
 
 
+def draw(record: dict, file: Path) -> None:
+    """Time and memory of a step against the chosen fraction, methods told apart by markers and line styles."""
+    results = record["results"]
+    fractions = [float(it) for it in results]
+    unit = "peak_bytes" if record["settings"]["device"] == "cuda" else "saved_for_backward_bytes"
+    panels = (
+        ("step, multiple of the floor", lambda row, rows: row["step_seconds"] / rows["floor"]["step_seconds"]),
+        (f"{unit.removesuffix('_bytes').replace('_', ' ')}, MiB", lambda row, rows: row[unit] / 2**20),
+        ("optimizer state, MiB", lambda row, rows: row["optimizer_bytes"] / 2**20),
+    )
+    styles = {
+        "floor": "k:", "compact": "k-o", "mask": "k--s", "full": "k-.^", "lora": "k--D", "shira": "k:x"
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
+    for axis, (label, value) in zip(axes, panels, strict=True):
+        for method in record["settings"]["methods"]:
+            values = [value(rows[method], rows) for rows in results.values()]
+            axis.plot(fractions, values, styles[method], label=method, markerfacecolor="white")
+        axis.set(xlabel="fraction of the neurons chosen", ylabel=label, xscale="log", ylim=(0, None))
+        axis.set_xticks(fractions, [f"{it:.4g}" for it in fractions])
+        axis.minorticks_off()
+    axes[0].legend(fontsize="small")
+    figure.suptitle(
+        f"A training step ({record['settings']['shapes']}) on {record['machine']['device']}, {record['date'][:10]}"
+    )
+    figure.savefig(file)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore")
@@ -229,6 +260,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
+    if options.figure:
+        draw(record, options.figure)
 
 
 if __name__ == "__main__":
