@@ -72,7 +72,8 @@ def detect_neurons(
         activations: also measure each neuron's mean absolute activation in each language, which `random_like` can match;
             `impact` alone.
         pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
-            fraction of the work. Layers that it doesn't cover (normalised queries, capped logits) are done in full.
+            fraction of the work. Layers that it doesn't cover (logits with a soft cap, norms over all heads) are done in
+            full.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
@@ -140,8 +141,8 @@ def detect_neurons(
     if pruning:
         if meter.unpruned:
             logger.warning(
-                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers normalise their queries "
-                "or keys or cap their logits; pruning doesn't cover that, all their neurons were computed"
+                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers cap their logits or "
+                "normalise queries or keys over all heads; pruning doesn't cover that, all their neurons were computed"
             )
         found.exact_share = _exact_share(work, find_device(model))
     return found

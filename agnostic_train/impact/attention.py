@@ -89,16 +89,19 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True)
-class RankTwo:
-    """What deactivating each neuron n takes from the logits: `x_ij = a_i[n] b_j[n] + c_i[n] d_j[n]`.
+class LogitChange:
+    """What deactivating each neuron n makes of the logits: `S_ij r_i[n] s_j[n] - a_i[n] b_j[n] - c_i[n] d_j[n]`.
 
-    All four: (batch, query heads, length, head_dim).
+    All: (batch, query heads, length, head_dim), a, c and r by query, b, d and s by key. r and s (`row_growth` and
+    `column_growth`) are at least 1, and None where no norm makes anything grow.
     """
 
     a: Tensor
     b: Tensor
     c: Tensor
     d: Tensor
+    row_growth: Tensor | None = None
+    column_growth: Tensor | None = None
 
 
 def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
@@ -113,31 +116,47 @@ def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
 
 
 def query_change(
-    inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]
-) -> RankTwo:
-    """The logits' change for each q row: `s q_i[n] (R_i e_n) . k~_j`.
+    inputs: AttentionInputs,
+    states: Tensor,
+    rotation: Rotation,
+    unit: tuple[Tensor, Tensor],
+    growth: Tensor | None = None,
+) -> LogitChange:
+    """The logits' change for each q row: less `s q_i[n] (R_i e_n) . k~_j`, and grown by what a norm's other entries do.
 
-    projected: `q_proj`'s output, (batch, length, query heads * head_dim); unit: the rotation's coefficients.
+    states: what is rotated, by query head, padding zeroed, (batch, query heads, length, head_dim). unit: the rotation's
+    coefficients. growth: see `rms_norm`.
     """
     own, other = (part.unsqueeze(1) for part in unit)
-    projected = inputs.project(projected) * inputs.scaling
-    return RankTwo(projected * own, inputs.key, projected * other, inputs.key[..., rotation.partner])
+    states = states * inputs.scaling
+    if growth is not None:
+        states = states * growth
+    return LogitChange(states * own, inputs.key, states * other, inputs.key[..., rotation.partner], growth)
 
 
-def key_change(inputs: AttentionInputs, projected: Tensor, rotation: Rotation, unit: tuple[Tensor, Tensor]) -> RankTwo:
-    """The logits' change for each k row, per query head that reads it: `s k_j[n] (R_j e_n) . q~_i`.
+def key_change(
+    inputs: AttentionInputs,
+    states: Tensor,
+    rotation: Rotation,
+    unit: tuple[Tensor, Tensor],
+    growth: Tensor | None = None,
+) -> LogitChange:
+    """The logits' change for each k row, per query head that reads it: less `s k_j[n] (R_j e_n) . q~_i`, and grown.
 
-    projected: `k_proj`'s output, (batch, length, KV heads * head_dim); unit: the rotation's coefficients.
+    states: what is rotated, repeated per query head, padding zeroed. Others as for `query_change`.
     """
     own, other = (part.unsqueeze(1) for part in unit)
-    projected = inputs.project(projected) * inputs.scaling
-    return RankTwo(inputs.query, projected * own, inputs.query[..., rotation.partner], projected * other)
+    states = states * inputs.scaling
+    if growth is not None:
+        states = states * growth
+    query = inputs.query
+    return LogitChange(query, states * own, query[..., rotation.partner], states * other, column_growth=growth)
 
 
-def paper_change(inputs: AttentionInputs) -> RankTwo:
+def paper_change(inputs: AttentionInputs) -> LogitChange:
     """Eq. 11 on the rotated queries and keys: `s q~_i[n] k~_j[n]`, the same for q and k."""
     query = inputs.query * inputs.scaling
-    return RankTwo(query, inputs.key, torch.zeros_like(query), inputs.key)
+    return LogitChange(query, inputs.key, torch.zeros_like(query), inputs.key)
 
 
 class OutputChange:
@@ -163,20 +182,28 @@ class OutputChange:
         bytes_per_neuron = entries_per_neuron * self.value.element_size()
         self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
 
-    def of_rank_two(self, change: RankTwo, before_cap: bool = True) -> Tensor:
-        """For every neuron of every query head, with the products (or, not `before_cap`, the logits) less `change`.
+    def of_logits(self, change: LogitChange, before_cap: bool = True) -> Tensor:
+        """For every neuron of every query head, with the products (or, not `before_cap`, the logits) changed.
 
         Returns: (batch, query heads, head_dim).
         """
         capped = self.inputs.softcap is not None and before_cap
         start = self.inputs.products().flatten(0, 1) if capped else self.logits
-        a, b, c, d = (part.flatten(0, 1).mT.contiguous() for part in (change.a, change.b, change.c, change.d))
+        a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
+        row_growth, column_growth = (
+            None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
+        )
         visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
             left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
             right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
-            changed = torch.addcmul(start[heads, None], left_a, right_b, value=-1)
+            changed = start[heads, None]
+            if row_growth is not None:
+                changed = changed * row_growth[heads, neurons, :, None]
+            if column_growth is not None:
+                changed = changed * column_growth[heads, neurons, None]
+            changed = torch.addcmul(changed, left_a, right_b, value=-1)
             changed.addcmul_(left_c, right_d, value=-1)
             if capped:
                 changed = self.inputs.finish(changed, visible[heads, None])
@@ -186,9 +213,9 @@ class OutputChange:
     def replayed(
         self, name: str, projected: Tensor, norm: nn.Module, rotation: Rotation, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron.
+        """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
 
-        Zeroing one entry rescales the others of its head. Returns: (batch, query heads, head_dim).
+        Returns: (batch, query heads, head_dim).
         """
         heads_of = self.inputs.project(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
@@ -249,6 +276,11 @@ class OutputChange:
         """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
         change = logits.softmax(-1).sub_(self.attention[heads, None]) @ self.centred_value[heads, None]
         return (change.square_().sum(-1) * self.weight[heads, None]).sum(-1)
+
+
+def _by_neuron(part: Tensor) -> Tensor:
+    """(batch, heads, length, head_dim) to (batch * heads, head_dim, length)."""
+    return part.flatten(0, 1).mT.contiguous()
 
 
 def query_impacts(squares: Tensor) -> Tensor:

@@ -11,17 +11,19 @@ the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps
   at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
 - The output stays a convex combination of the values: it moves at most to the farthest of them.
 
-`x` is rank two, so sd(x) of all neurons comes from five products with A. A column of `x` or of v may lose a constant
-without changing anything: both are centred first, or float32 would lose their variance in a large common part.
+`x` is rank two, so sd(x) of all neurons comes from five products with A; where a norm makes the other entries grow,
+`x` is also less some of the logits themselves, and four products with A and the logits follow. A column of `x` or of v
+may lose a constant without changing anything: both are centred first, or float32 would lose their variance in a large
+common part.
 What rounding can add, here and in the exact form that the bounds are compared with, is added to the bounds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import OutputChange, RankTwo
+from agnostic_train.impact.attention import LogitChange, OutputChange
 
 # Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
 _BLOCK_ENDS = (4, 6, 8, 12, 16)
@@ -136,12 +138,12 @@ def _largest_in_block(attention: Tensor, value: Tensor, rounding: float) -> Tens
 
 
 def square_bounds(
-    change: OutputChange, heads: slice, spread: ValueSpread, x: RankTwo, blocks: list[Block]
+    change: OutputChange, heads: slice, spread: ValueSpread, x: LogitChange, blocks: list[Block]
 ) -> tuple[Tensor, Tensor]:
     """Bounds on each neuron's squared change, summed over a block's counted rows, and an estimate over all rows.
 
     Args:
-        x: what each neuron takes from the logits, as for `OutputChange.of_rank_two`.
+        x: the logits' change, as for `OutputChange.of_logits`.
 
     Returns: (heads, blocks, head_dim) and (heads, head_dim). The bounds may be infinite or NaN.
     """
@@ -154,6 +156,9 @@ def square_bounds(
         _largest(factor) * (_largest(values) + common.abs())
         for factor, values, common in ((a, b, b_common), (c, d, d_common))
     )
+    growth = _growth(change, heads, x, b, d)
+    if growth is not None:
+        reach = reach + growth.reach
     attention = change.attention[heads]
     moments = [attention @ product for product in (b, d, b.square(), d.square(), b * d)]
     bounds, estimates = [], []
@@ -162,15 +167,23 @@ def square_bounds(
         mean_b, mean_d, square_b, square_d, product = (moment[:, block.rows] for moment in moments)
         size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
         mean = (left * mean_b).addcmul_(right, mean_d)
-        variance = torch.add(size, (left * right).mul_(product), alpha=2).addcmul_(mean, mean, value=-1)
-        variance = variance.clamp_(min=0).add_(size, alpha=8 * rounding)
+        mixed = (left * right).mul_(product)
+        if growth is not None:
+            grown = growth.rows(block.rows)
+            size += grown.square
+            mean -= grown.mean
+            mixed.addcmul_(left, grown.with_b, value=-1).addcmul_(right, grown.with_d, value=-1)
+        variance = torch.add(size, mixed, alpha=2).addcmul_(mean, mean, value=-1)
+        variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
         delta = mean
         for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
             low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
             delta.sub_(torch.minimum(factor * low, factor * high))
+        if growth is not None:
+            delta += grown.largest
         delta = delta.add_(4 * rounding * reach).clamp_(min=0)
-        growth = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
-        bound = growth.mul_(variance).mul_(spread.largest[:, block.rows, None])
+        factor = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
+        bound = factor.mul_(variance).mul_(spread.largest[:, block.rows, None])
         bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound).sqrt_()
         bound += (spread.unit * spread.roundings[:, block.rows]).unsqueeze(-1)
         bound += 2 * spread.unit.unsqueeze(-1) * reach
@@ -178,6 +191,59 @@ def square_bounds(
         bounds.append(weight @ bound.square_())
         estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
     return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """The part `g_ij = u_i S_ij` or `S_ij v_j` of x that a norm's growth takes from it, and its moments under A.
+
+    mean, square, with_b, with_d: of g, its square and its products with b and d; largest: at least the largest that g
+    can be; all (heads, length, head_dim). reach: (heads, 1, head_dim).
+    """
+
+    mean: Tensor
+    square: Tensor
+    with_b: Tensor
+    with_d: Tensor
+    largest: Tensor
+    reach: Tensor
+
+    def rows(self, part: slice) -> "_Growth":
+        by_row = ("mean", "square", "with_b", "with_d", "largest")
+        return replace(self, **{name: getattr(self, name)[:, part] for name in by_row})
+
+
+def _growth(change: OutputChange, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:
+    """None where nothing grows. b, d: centred, (heads, length, head_dim)."""
+    if x.row_growth is None and x.column_growth is None:
+        return None
+    attention, logits = change.attention[heads], change.logits[heads]
+    hidden = logits == -torch.inf
+    size = logits.masked_fill(hidden, 0).abs_().amax((-2, -1), keepdim=True)
+    if x.column_growth is not None:
+        v = x.column_growth.flatten(0, 1)[heads] - 1
+        weighted = attention * logits.masked_fill(hidden, 0)
+        return _Growth(
+            mean=weighted @ v,
+            square=(weighted * logits.masked_fill(hidden, 0)) @ v.square(),
+            with_b=weighted @ (v * b),
+            with_d=weighted @ (v * d),
+            largest=logits.amax(-1, keepdim=True).clamp_(min=0) * v.amax(-2, keepdim=True),
+            reach=size * (4 + v.amax(-2, keepdim=True)),
+        )
+    assert x.row_growth is not None
+    u = x.row_growth.flatten(0, 1)[heads] - 1
+    # A row of x may lose a constant too.
+    logits = logits - (attention * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True)
+    weighted = attention * logits.masked_fill(hidden, 0)
+    return _Growth(
+        mean=u * weighted.sum(-1, keepdim=True),
+        square=u.square() * (weighted * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True),
+        with_b=u * (weighted @ b),
+        with_d=u * (weighted @ d),
+        largest=u * logits.amax(-1, keepdim=True).clamp_(min=0),
+        reach=size * (4 + u.amax(-2, keepdim=True)),
+    )
 
 
 def _largest(values: Tensor) -> Tensor:

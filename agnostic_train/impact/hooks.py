@@ -27,6 +27,7 @@ from agnostic_train.decoder import (
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
+from agnostic_train.impact.rms_norm import growth_without, rms_eps
 from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
@@ -121,7 +122,7 @@ class ImpactMeter:
 
     @property
     def unpruned(self) -> list[Layer]:
-        """Layers whose changes of the logits aren't of rank two: all their neurons are computed."""
+        """Layers to which the bounds don't apply: all their neurons are computed."""
         return [it.layer for it in self._observers if it.unprunable]
 
     def measure(self, batch: Batch, sink: Sink) -> None:
@@ -156,6 +157,7 @@ class LayerObserver:
         self._cos_sin: tuple[Tensor, Tensor]
         self._projected: dict[str, Tensor] = {}
         self._found_rotation: Rotation | None = None
+        self._eps: dict[str, float | None] = {}
         with torch.no_grad():
             self._norms = {
                 name: weight_norms(layer.projections[name].effective_weight())
@@ -261,7 +263,7 @@ class LayerObserver:
         # Both q and k need what rotation makes of the unit vectors.
         unit = self._rotation.coefficients(cos, sin)
         if self.top_ratio is not None and self._can_prune(names, inputs):
-            changes = {name: self._rank_two(inputs, name, projected[name], unit) for name in names}
+            changes = {name: self._change(inputs, name, projected[name], unit) for name in names}
             sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
         else:
@@ -272,17 +274,31 @@ class LayerObserver:
         return impacts, change.output.view_as(inputs.query)
 
     def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
-        """Whether the bounds hold: they need changes of rank two, so neither a norm nor a soft cap."""
-        plain = inputs.softcap is None and not any(name in self.layer.norms for name in names)
+        """Whether the bounds hold: they know no soft cap, and no norm but a root mean square over each head."""
+        plain = inputs.softcap is None and not any(self._must_replay(name, inputs.query) for name in names)
         return plain or self.attention == "paper"
 
-    def _rank_two(
+    def _must_replay(self, name: str, like: Tensor) -> bool:
+        """Whether the norm of q or k, if there is one, has no closed form."""
+        norm = self.layer.norms.get(name)
+        if norm is not None and name not in self._eps:
+            spans = self.layer.norm_spans_heads(name)
+            self._eps[name] = None if spans else rms_eps(norm, self.layer.head_dim, like)
+        return norm is not None and self._eps[name] is None
+
+    def _change(
         self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, unit: tuple[Tensor, Tensor]
-    ) -> attention_impacts.RankTwo:
+    ) -> attention_impacts.LogitChange:
+        """What each neuron makes of the logits, in closed form."""
         if self.attention == "paper":
             return attention_impacts.paper_change(inputs)
-        rank_two = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-        return rank_two(inputs, projected, self._rotation, unit)
+        states, growth = inputs.project(projected), None
+        eps = self._eps.get(name)
+        if eps is not None:
+            growth = growth_without(states, eps)
+            states = self.layer.norms[name](states)
+        change = attention_impacts.query_change if name == "q" else attention_impacts.key_change
+        return change(inputs, states, self._rotation, unit, growth)
 
     def _all_impacts(
         self,
@@ -294,15 +310,15 @@ class LayerObserver:
         unit: tuple[Tensor, Tensor],
     ) -> Tensor:
         """The impacts of every neuron of q or k, (sentences, neurons), float32."""
-        norm = self.layer.norms.get(name)
-        if self.attention == "paper" or norm is None:
-            squares = change.of_rank_two(
-                self._rank_two(change.inputs, name, projected, unit), before_cap=self.attention == "exact"
+        if self.attention == "paper" or not self._must_replay(name, change.inputs.query):
+            squares = change.of_logits(
+                self._change(change.inputs, name, projected, unit), before_cap=self.attention == "exact"
             )
         elif self.layer.norm_spans_heads(name):
+            norm = self.layer.norms[name]
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
         else:
-            squares = change.replayed(name, projected, norm, self._rotation, cos, sin)
+            squares = change.replayed(name, projected, self.layer.norms[name], self._rotation, cos, sin)
         if name == "q":
             return attention_impacts.query_impacts(squares)
         return attention_impacts.key_impacts(squares, self.layer.num_kv_heads)

@@ -13,7 +13,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import OutputChange, RankTwo
+from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
 
 # Neurons of a head that are computed side by side on one copy of its logits and values: few where few are left.
@@ -71,7 +71,7 @@ class TopSieve:
 
     Args:
         change: the layer's attention for a batch.
-        changes: by `q` and `k`, or one of them, what each neuron takes from the logits.
+        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
         chunk_bytes: bound on the temporaries of the exact form.
         bound_bytes: bound on those of the bounds.
     """
@@ -79,7 +79,7 @@ class TopSieve:
     def __init__(
         self,
         change: OutputChange,
-        changes: Mapping[str, RankTwo],
+        changes: Mapping[str, LogitChange],
         num_kv_heads: int,
         chunk_bytes: int,
         bound_bytes: int,
@@ -97,6 +97,15 @@ class TopSieve:
             torch.cat([getattr(x, part).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1).flatten(0, 1)
             for part in "abcd"
         ]
+        # By query and by key, where anything grows.
+        self._growth = []
+        if any(x.row_growth is not None or x.column_growth is not None for x in changes.values()):
+            self._growth = [
+                torch.cat(
+                    [_or_ones(getattr(x, part), x.a).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1
+                ).flatten(0, 1)
+                for part in ("row_growth", "column_growth")
+            ]
 
     def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
         """Exact impacts of every neuron that can be in its sentence's top; zero for the others.
@@ -144,7 +153,7 @@ class TopSieve:
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Bounds on squared changes and estimates of them: (batch * heads, neurons, blocks), without the last."""
         change = self.change
-        entries = change.length * (20 * change.head_dim + 6 * change.length)
+        entries = change.length * (28 * change.head_dim + 10 * change.length)
         at_once = max(1, self._bound_bytes // (entries * change.value.element_size()))
         parts = []
         for start in range(0, len(change.value), at_once):
@@ -197,6 +206,7 @@ class TopSieve:
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
         a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))
+        growth = [part[:, seen] for part, seen in zip(self._growth, (rows, keys), strict=False)]
         num_rows, num_keys = logits.shape[1:]
         size = tiles.neuron.shape[1]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
@@ -208,10 +218,18 @@ class TopSieve:
             neurons = part.neuron.flatten()
             left_a, left_c = (it.index_select(0, neurons).view(*shape[:3], 1) for it in (a, c))
             right_b, right_d = (it.index_select(0, neurons).view(*shape[:2], 1, num_keys) for it in (b, d))
-            changed = torch.addcmul(logits.index_select(0, part.head).unsqueeze(1), left_a, right_b, value=-1)
+            changed = logits.index_select(0, part.head).unsqueeze(1)
+            if growth:
+                changed = changed * growth[0].index_select(0, neurons).view_as(left_a)
+                changed *= growth[1].index_select(0, neurons).view_as(right_b)
+            changed = torch.addcmul(changed, left_a, right_b, value=-1)
             changed = changed.addcmul_(left_c, right_d, value=-1).softmax(-1)
             changed -= attention.index_select(0, part.head).unsqueeze(1)
             moved = changed.flatten(1, 2) @ value.index_select(0, part.head)
             moved = torch.linalg.vector_norm(moved, dim=-1).square_().view(shape[:3])
             squares[part.target] = moved.mul_(weight.index_select(0, part.head).unsqueeze(1)).sum(-1)
         return squares[:-1].view(len(value), -1)
+
+
+def _or_ones(growth: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if growth is None else growth

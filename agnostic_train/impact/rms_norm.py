@@ -1,0 +1,39 @@
+"""What the loss of one entry does to the others in a root-mean-square norm: they all grow by the same factor.
+
+That keeps the change of the logits in closed form where queries and keys are normalised by head (Qwen3, Gemma 3): they
+grow with the factor, less the lost entry's own rank-two part.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_NAMES_OF_EPS = ("variance_epsilon", "eps")
+
+
+def rms_eps(norm: nn.Module, size: int, like: Tensor) -> float | None:
+    """The epsilon of a norm that computes `x / sqrt(mean(x^2) + eps) * gain`; None for every other module.
+
+    It is tried out, on vectors of `like`'s dtype and device.
+    """
+    eps = next((getattr(norm, name) for name in _NAMES_OF_EPS if hasattr(norm, name)), None)
+    if not isinstance(eps, float):
+        return None
+    ones = torch.ones(size, dtype=like.dtype, device=like.device)
+    # Small vectors show the epsilon; a first entry of its own shows a mean that is subtracted.
+    probes = torch.arange(1, size + 1, device=like.device).to(like.dtype).cos() * eps**0.5
+    probes = torch.stack([probes, 1e3 * probes, 1e6 * probes, ones])
+    probes[:, 0] *= 3
+    expected = probes * (probes.square().mean(-1, keepdim=True) + eps).rsqrt() * norm(ones) * (1 + eps) ** 0.5
+    return eps if torch.allclose(norm(probes), expected, rtol=1e-4, atol=0) else None
+
+
+def growth_without(heads: Tensor, eps: float) -> Tensor:
+    """By what factor the other entries grow when one is zeroed before the norm: at least 1, the shape of `heads`.
+
+    heads: (..., head_dim), a projection's output, at least float32.
+    """
+    # One entry may be nearly all that there is: the rest is a difference that float32 would lose.
+    squares = heads.double().square()
+    total = squares.sum(-1, keepdim=True)
+    eps = eps * heads.shape[-1]
+    return ((total + eps) / ((total - squares).clamp_(min=0) + eps)).sqrt_().to(heads.dtype)
