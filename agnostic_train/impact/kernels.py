@@ -1,0 +1,181 @@
+"""A Triton kernel for exact q and k impacts: what torch does in four passes over a (neuron, length, length) tensor.
+
+A program takes one neuron of one head and a block of query rows, and reads the keys twice: for the highest logit and
+the sum of each row's softmax, then for the weights. Nothing of the size of the logits is written. The arithmetic is
+float32's: the tensor cores multiply in three parts (`tf32x3`), and attention is subtracted before the product with the
+values. Both softmaxes are computed here, by the same instructions, so that no change of the logits is no change at all:
+an impact of zero never counts, and one of rounding would.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from subprocess import SubprocessError
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Rows and keys of a block. The tensor cores of a Hopper GPU take 64 rows at a time, with four warps. With 32 keys the
+# two parts of the values' block fit into registers and shared memory for every head that is taken, without spilling.
+BLOCK_ROWS, BLOCK_KEYS, NUM_WARPS = 64, 32, 4
+LARGEST_HEAD = 256
+
+logger = logging.get_logger(__name__)
+
+
+def available(value: Tensor) -> bool:
+    """Whether the kernel takes values like these, (heads, length, head_dim): else there is the torch form."""
+    return (
+        triton is not None
+        and value.is_cuda
+        and value.dtype == torch.float32
+        and value.shape[-1] <= LARGEST_HEAD
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+        and _driver_loads()
+    )
+
+
+@cache
+def _driver_loads() -> bool:
+    """Triton builds its driver with a C compiler and Python's headers: not every machine with a GPU has both."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (RuntimeError, OSError, SubprocessError) as error:
+        logger.warning("Triton can't be used (%s): q and k impacts take longer", error)
+        return False
+    return True
+
+
+def squared_changes(
+    logits: Tensor,
+    centred_value: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    neurons: Tensor,
+    rows: slice,
+    keys: slice,
+) -> Tensor:
+    """`sum_i weight_i ||sum_j (softmax_j(S_ij - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
+
+    Args:
+        logits: S, (heads, length, length), float32, -inf where a key isn't seen. Every row sees a key.
+        centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
+        weight: (heads, length), float32; rows of weight 0 are left out, whatever stands there.
+        factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
+        neurons: rows of the factors, (n,), int64, in any order and repeated or not.
+        rows: the query rows i that are summed over, with both ends.
+        keys: the keys j, with both ends; at least all that these rows see.
+
+    Returns: (n,), float32, the same in every run.
+    """
+    num_heads, length, head_dim = centred_value.shape
+    grid = (len(neurons), triton.cdiv(rows.stop - rows.start, BLOCK_ROWS))
+    parts = logits.new_empty(grid[::-1])
+    if parts.numel():
+        with torch.cuda.device_of(logits):
+            _squared_changes[grid](
+                parts,
+                *(it.contiguous() for it in (logits, centred_value, weight, *factors, neurons)),
+                len(factors[0]) // num_heads,
+                length,
+                rows.start,
+                rows.stop,
+                keys.start,
+                keys.stop,
+                head_dim,
+                max(16, triton.next_power_of_2(head_dim)),
+                BLOCK_ROWS,
+                BLOCK_KEYS,
+                num_warps=NUM_WARPS,
+            )
+    return parts.sum(0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _with_keys(logits, highest, total):
+        """Adds a block of keys to its rows' highest logits and their sums of exponentials."""
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # A row that has seen no key so far has nothing but -inf, and -inf less -inf isn't a number.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        added = tl.sum(tl.exp(logits - shift[:, None]), 1)
+        return higher, total * tl.exp(highest - shift) + added, added
+
+    @triton.jit
+    def _weights(logits, highest, total):
+        """Attention, zero in rows that are left out."""
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        return tl.exp(logits - shift[:, None]) * (1 / tl.where(total == 0, 1.0, total))[:, None]
+
+    @triton.jit
+    def _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop):
+        """A block of logits as they are and as they are changed."""
+        key_mask = (keys >= key_start) & (keys < key_stop)
+        mask = row_mask[:, None] & key_mask[None, :]
+        before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=mask, other=float("-inf"))
+        right_b = tl.load(b + keys, mask=key_mask, other=0.0)
+        right_d = tl.load(d + keys, mask=key_mask, other=0.0)
+        after = before - left_a[:, None] * right_b[None, :] - left_c[:, None] * right_d[None, :]
+        return before, tl.where(before == float("-inf"), before, after)
+
+    # Numbers that change from block to block would make Triton compile the kernel anew.
+    @triton.jit(do_not_specialize=["row_start", "row_stop", "key_start", "key_stop"])
+    def _squared_changes(
+        parts, logits, value, weight, a, b, c, d, neurons, neurons_per_head, length, row_start, row_stop, key_start,
+        key_stop, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ):  # fmt: skip
+        neuron = tl.load(neurons + tl.program_id(0)).to(tl.int64)
+        head = neuron // neurons_per_head
+        logits += head * length * length
+        value += head * length * HEAD_DIM
+        b += neuron * length
+        d += neuron * length
+        rows = row_start + tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = rows < row_stop
+        row_weight = tl.load(weight + head * length + rows, mask=row_mask, other=0.0)
+        row_mask = row_weight != 0
+        left_a = tl.load(a + neuron * length + rows, mask=row_mask, other=0.0)
+        left_c = tl.load(c + neuron * length + rows, mask=row_mask, other=0.0)
+        row_offsets = rows.to(tl.int64) * length
+        columns = tl.arange(0, BLOCK_DIM)
+
+        highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        changed_highest, changed_total = highest, total
+        # The keys that each row sees lie in blocks from `first` to `last`. It is neither a row's highest logit alone
+        # that tells, which may not be a number, nor its exponentials, which may all be zero so far from the highest.
+        first = tl.full([BLOCK_ROWS], 2**31 - 1, tl.int32)
+        last = tl.zeros([BLOCK_ROWS], tl.int32)
+        # From a multiple of the block on, so that loads are aligned.
+        start = key_start // BLOCK_KEYS * BLOCK_KEYS
+        for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):
+            keys = key + tl.arange(0, BLOCK_KEYS)
+            before, after = _both_logits(
+                logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop
+            )
+            highest, total, added = _with_keys(before, highest, total)
+            changed_highest, changed_total, _ = _with_keys(after, changed_highest, changed_total)
+            seen = (tl.max(before, 1) > float("-inf")) | (added != 0)
+            first = tl.where(seen, tl.minimum(first, key), first)
+            last = tl.where(seen, key + BLOCK_KEYS, last)
+
+        moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+        for key in range(tl.min(first), tl.max(last), BLOCK_KEYS):
+            keys = key + tl.arange(0, BLOCK_KEYS)
+            before, after = _both_logits(
+                logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop
+            )
+            change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
+            value_mask = (keys < key_stop)[:, None] & (columns < HEAD_DIM)[None, :]
+            values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
+            moved = tl.dot(change, values, moved, input_precision="tf32x3")
+        squares = tl.sum(moved * moved, 1) * row_weight
+        tl.store(parts + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))
