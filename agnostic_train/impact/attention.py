@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.decoder import Rotation
+from agnostic_train.impact import kernels
 from agnostic_train.impact.feed_forward import column_norms
 
 ATTENTION_MODES = ("exact", "paper")
@@ -179,6 +180,11 @@ class OutputChange:
         capped = self.inputs.softcap is not None and before_cap
         start = self.inputs.products().flatten(0, 1) if capped else self.logits
         a, b, c, d = (part.flatten(0, 1).mT.contiguous() for part in (change.a, change.b, change.c, change.d))
+        if not capped and kernels.available(self.value):
+            factors = [part.flatten(0, 1) for part in (a, b, c, d)]
+            every = torch.arange(len(factors[0]), device=self.value.device)
+            squares = kernels.squared_changes(self.logits, self.centred_value, self.weight, factors, every)
+            return squares.view(self.batch, self.num_heads, self.head_dim)
         visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():

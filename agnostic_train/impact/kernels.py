@@ -21,9 +21,11 @@ try:
 except ImportError:
     triton = None
 
-# Rows and keys of a block. The tensor cores of a Hopper GPU take 64 rows at a time, with four warps. With 32 keys the
-# two parts of the values' block fit into registers and shared memory for every head that is taken, without spilling.
-BLOCK_ROWS, BLOCK_KEYS, NUM_WARPS = 64, 32, 4
+# Hopper's tensor cores take 64 rows at a time from four warps. A thread's part of the sums and of both attentions fills
+# its registers at 32 keys and heads of 128, and so it does with eight warps and heads of 256; more would spill. A block
+# of rows is half of what a multiprocessor's registers hold, so one computes while another loads: with that, two stages
+# of loads are enough, and shared memory stays below what smaller GPUs have.
+BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 LARGEST_HEAD = 256
 
 logger = logging.get_logger(__name__)
@@ -59,8 +61,8 @@ def squared_changes(
     weight: Tensor,
     factors: Sequence[Tensor],
     neurons: Tensor,
-    rows: slice,
-    keys: slice,
+    rows: slice | None = None,
+    keys: slice | None = None,
 ) -> Tensor:
     """`sum_i weight_i ||sum_j (softmax_j(S_ij - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
 
@@ -70,12 +72,13 @@ def squared_changes(
         weight: (heads, length), float32; rows of weight 0 are left out, whatever stands there.
         factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
         neurons: rows of the factors, (n,), int64, in any order and repeated or not.
-        rows: the query rows i that are summed over, with both ends.
-        keys: the keys j, with both ends; at least all that these rows see.
+        rows: the query rows i that are summed over, with both ends; all by default.
+        keys: the keys j, with both ends, at least all that these rows see; all by default.
 
     Returns: (n,), float32, the same in every run.
     """
     num_heads, length, head_dim = centred_value.shape
+    rows, keys = (slice(0, length) if it is None else it for it in (rows, keys))
     grid = (len(neurons), triton.cdiv(rows.stop - rows.start, BLOCK_ROWS))
     parts = logits.new_empty(grid[::-1])
     if parts.numel():
@@ -89,13 +92,24 @@ def squared_changes(
                 rows.stop,
                 keys.start,
                 keys.stop,
-                head_dim,
-                max(16, triton.next_power_of_2(head_dim)),
-                BLOCK_ROWS,
-                BLOCK_KEYS,
-                num_warps=NUM_WARPS,
+                **launch_options(head_dim),
             )
     return parts.sum(0)
+
+
+def launch_options(head_dim: int) -> dict[str, int | bool]:
+    """What the kernel is compiled with for heads of a size."""
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "num_warps": 4 if block_dim <= 128 else 8,
+        "num_stages": NUM_STAGES,
+        # Fused with a subtraction, one of two equal products isn't rounded, and their difference isn't zero.
+        "enable_fp_fusion": False,
+    }
 
 
 if triton is not None:
@@ -158,9 +172,7 @@ if triton is not None:
         start = key_start // BLOCK_KEYS * BLOCK_KEYS
         for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(
-                logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop
-            )
+            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop)
             highest, total, added = _with_keys(before, highest, total)
             changed_highest, changed_total, _ = _with_keys(after, changed_highest, changed_total)
             seen = (tl.max(before, 1) > float("-inf")) | (added != 0)
@@ -170,9 +182,7 @@ if triton is not None:
         moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         for key in range(tl.min(first), tl.max(last), BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(
-                logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop
-            )
+            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop)
             change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
             value_mask = (keys < key_stop)[:, None] & (columns < HEAD_DIM)[None, :]
             values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)

@@ -13,6 +13,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import OutputChange, RankTwo
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
 
@@ -180,6 +181,9 @@ class TopSieve:
         num_heads, num_neurons = marked.shape
         counts = marked.sum(1)
         neurons = marked.flatten().nonzero().squeeze(1)
+        if kernels.available(change.value):
+            # The kernel takes them one by one.
+            return _Tiles(neurons // num_neurons, neurons.unsqueeze(1), neurons.unsqueeze(1))
         size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
         num_tiles = (counts + size - 1) // size
         heads = neurons // num_neurons
@@ -194,6 +198,13 @@ class TopSieve:
     def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
         change, rows, keys = self.change, block.rows, block.keys
+        if kernels.available(change.value):
+            neurons = tiles.neuron.flatten()
+            squares = change.value.new_zeros(len(self._x[0]))
+            squares[neurons] = kernels.squared_changes(
+                change.logits, change.centred_value, change.weight, self._x, neurons, rows, keys
+            )
+            return squares.view(len(change.value), -1)
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
         a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))

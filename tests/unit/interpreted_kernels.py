@@ -1,0 +1,179 @@
+"""The kernel on a CPU. `test_kernels.py` runs this file, with Triton's interpreter switched on before Triton is loaded."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_llama
+from test_pruning import all_bounds_hold, pruned_impacts
+
+from agnostic_train.decoder import find_decoder
+from agnostic_train.detection import in_top
+from agnostic_train.impact import kernels, neuron_impacts
+from agnostic_train.impact.attention import AttentionInputs, OutputChange, RankTwo
+from agnostic_train.impact.sieve import num_top
+
+HEADS, NEURONS = 3, 2
+
+
+def small_llama():
+    return tiny_llama(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+
+
+def visible_keys(mask, length):
+    """(heads, length, length) for masks of which at least one row of a block sees no key of some other block."""
+    positions = torch.arange(length)
+    visible = (positions[:, None] >= positions).repeat(HEADS, 1, 1)
+    padding = length // 3
+    if mask == "sliding window":
+        visible &= positions[:, None] - positions < 5
+    elif mask == "left padding":
+        visible[1:, :, :padding] = False
+    elif mask == "right padding":
+        visible[1:, :, length - padding :] = False
+    elif mask == "full":
+        visible[:] = True
+    return visible | torch.eye(length, dtype=torch.bool)
+
+
+def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, common=0.0):
+    """Arguments of `squared_changes` with every neuron, some of its rows not counted."""
+    torch.manual_seed(length * head_dim)
+    hidden = ~visible_keys(mask, length)
+    scores = (logits * torch.randn(HEADS, length, length)).masked_fill(hidden, -torch.inf)
+    value = torch.randn(HEADS, length, head_dim) + common
+    weight = (torch.rand(HEADS, length) < 0.8).float()
+    factors = [change * torch.randn(HEADS * NEURONS, length) for _ in range(4)]
+    return scores, value - value.mean(-2, keepdim=True), weight, factors, torch.arange(HEADS * NEURONS)
+
+
+def reference(logits, value, weight, factors, neurons):
+    """In float64, neuron by neuron."""
+    logits, value, weight = logits.double(), value.double(), weight.double()
+    attention, squares = logits.softmax(-1), []
+    for neuron in neurons:
+        a, b, c, d = (factor[neuron].double() for factor in factors)
+        head = int(neuron) // NEURONS
+        change = (logits[head] - a[:, None] * b - c[:, None] * d).softmax(-1) - attention[head]
+        squares.append((weight[head] * (change @ value[head]).square().sum(-1)).sum())
+    return torch.stack(squares)
+
+
+def assert_equals_the_reference(case, rtol=1e-5):
+    found, expected = kernels.squared_changes(*case), reference(*case)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double().sqrt(), expected.sqrt(), rtol=rtol, atol=1e-6 * expected.sqrt().max().item()
+    )
+    return found
+
+
+@pytest.mark.parametrize("head_dim", [6, 42, 64, 123])
+@pytest.mark.parametrize("length", [1, 6, 17, 42, 123])
+def test_odd_sizes(length, head_dim):
+    assert_equals_the_reference(random_case(length, head_dim))
+
+
+@pytest.mark.parametrize("mask", ["sliding window", "left padding", "right padding", "full"])
+@pytest.mark.parametrize("length", [17, 123])
+def test_masks(length, mask):
+    assert_equals_the_reference(random_case(length, 42, mask))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_heads_of_large_models(head_dim):
+    assert_equals_the_reference(random_case(42, head_dim))
+
+
+def test_large_logits():
+    """Logits of hundreds, whose own rounding is what differs; a change of hundreds; all below zero."""
+    assert_equals_the_reference(random_case(70, 42, logits=300.0), rtol=3e-4)
+    assert_equals_the_reference(random_case(70, 42, change=20.0), rtol=3e-4)
+    logits, *rest = random_case(70, 42, "sliding window")
+    assert_equals_the_reference((logits - 1000, *rest), rtol=3e-4)
+
+
+def test_small_changes_and_none():
+    """A change of a millionth keeps digits that its softmax has; no change is none to the last bit."""
+    assert_equals_the_reference(random_case(42, 42, change=0.02), rtol=1e-3)
+    logits, value, weight, factors, neurons = random_case(70, 42)
+    factors[0], factors[2] = torch.zeros_like(factors[0]), torch.zeros_like(factors[2])
+    assert torch.equal(kernels.squared_changes(logits, value, weight, factors, neurons), torch.zeros(len(neurons)))
+
+
+def test_a_large_common_part_of_the_values_is_taken_out_before():
+    assert_equals_the_reference(random_case(42, 42, common=1e4))
+
+
+@pytest.mark.parametrize("counted", ["none", "last"])
+def test_rows_that_are_not_counted(counted):
+    logits, value, weight, factors, neurons = random_case(123, 42)
+    weight.zero_()
+    if counted == "last":
+        weight[:, -1] = 1
+    expected = reference(logits, value, weight, factors, neurons)
+    for part in (logits, factors[0], factors[2]):
+        part[:, :-1] = torch.nan
+    found = kernels.squared_changes(logits, value, weight, factors, neurons)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("where", ["logits", "a", "b", "value"])
+def test_what_is_not_a_number_is_not_lost(where):
+    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window")
+    part = {"logits": logits, "a": factors[0], "b": factors[1], "value": value}[where]
+    weight[0] = 1
+    part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
+    found = kernels.squared_changes(logits, value, weight, factors, neurons)
+    assert found[0].isnan() and found[NEURONS:].isfinite().all()
+
+
+def test_parts_of_rows_keys_and_neurons():
+    """Blocks of rows add up, whatever keys they can't see are left out; neurons come in any order, or none at all."""
+    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window")
+    whole = kernels.squared_changes(logits, value, weight, factors, neurons)
+    blocks = [(slice(0, 31), slice(0, 31)), (slice(31, 100), slice(27, 100)), (slice(100, 123), slice(33, 123))]
+    chosen = torch.tensor([5, 0, 3, 0])
+    parts = [kernels.squared_changes(logits, value, weight, factors, chosen, *block) for block in blocks]
+    torch.testing.assert_close(sum(parts), whole[chosen], rtol=1e-5, atol=0)
+    assert kernels.squared_changes(logits, value, weight, factors, chosen[:0]).shape == (0,)
+
+
+def test_equals_the_torch_form(monkeypatch):
+    """Through `OutputChange`, whose tensors needn't be contiguous."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(3))
+    real = torch.arange(21) < torch.tensor([[21], [13]])
+    visible = (torch.ones(21, 21).tril().bool() & real[:, None])[:, None]
+    change = OutputChange(AttentionInputs.clean(query, key, value, visible, real, 0.7), real, 1 << 20)
+    rank_two = RankTwo(*(torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(4)))
+    expected = change.of_rank_two(rank_two)
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(OutputChange, "_squares", None)
+    torch.testing.assert_close(change.of_rank_two(rank_two), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("side", "attention"), [("left", "exact"), ("right", "paper")])
+def test_the_sieve_finds_the_same_top(side, attention, monkeypatch):
+    """With the kernel everywhere; all impacts are the torch form's, and pruning still leaves some out."""
+    model, batch = small_llama(), padded_batch([1, 42], side)
+    expected = neuron_impacts(model, batch, ["q", "k"], attention)
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    unpruned = neuron_impacts(model, batch, ["q", "k"], attention)
+    impacts, _ = pruned_impacts(model, batch, 0.1, attention)
+    for site, values in expected.items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * values.max().item()}
+        torch.testing.assert_close(unpruned[site], values, **tolerance)
+        torch.testing.assert_close(impacts[site], torch.where(impacts[site] > 0, values, 0), **tolerance)
+        count = num_top(0.1, values.shape[1])
+        for found in (unpruned[site], impacts[site]):
+            assert torch.equal(in_top(found, count), in_top(values, count))
+    assert (impacts[(0, "q")] == 0).any() and (unpruned[(0, "q")][1] > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_the_bounds_hold(scale, monkeypatch):
+    """Where all impacts are in the noise, and where attention sees one key."""
+    model = small_llama()
+    with torch.no_grad():
+        find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    assert all_bounds_hold(model, padded_batch([37]), monkeypatch) > 100

@@ -1,0 +1,50 @@
+"""The Triton kernel, as far as it goes without a GPU: in Triton's interpreter, and compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from agnostic_train.impact import kernels
+
+# The most that one block of threads may have: 163 KiB on an A100, 227 on an H100.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
+
+
+@needs_triton
+def test_in_the_interpreter(pytestconfig):
+    """In a process of its own: Triton reads the switch when it is loaded, and what was compiled so stays so."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/interpreted_kernels.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("head_dim", [42, 64, 128, 256])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles(capability, head_dim, tmp_path, monkeypatch):
+    """For an A100 and an H100, as it is launched: the interpreter sees neither types nor sizes that a GPU refuses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, options = kernels._squared_changes, kernels.launch_options(head_dim)
+    constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"neurons": "*i64"}
+    types |= dict.fromkeys(("parts", "logits", "value", "weight", "a", "b", "c", "d"), "*fp32")
+    aligned = {(place,): [["tt.divisibility", 16]] for place, type in enumerate(types.values()) if "*" in type}
+    compiled = compile(ASTSource(kernel, types, constants, aligned), GPUTarget("cuda", capability, 32), options)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in compiled.asm["ptx"]
+    # Two equal attentions differ by exactly nothing only if no product is fused with its subtraction.
+    assert "fma.rn" not in compiled.asm["ptx"]
+
+
+def test_is_not_for_a_cpu():
+    assert not kernels.available(torch.zeros(1, 4, 8))
