@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from kernel_cases import NEURONS, assert_equals_the_reference, random_case, reference
 from test_pruning import all_bounds_hold, pruned_impacts
 
 from agnostic_train.decoder import find_decoder
@@ -11,59 +12,9 @@ from agnostic_train.impact import kernels, neuron_impacts
 from agnostic_train.impact.attention import AttentionInputs, OutputChange, RankTwo
 from agnostic_train.impact.sieve import num_top
 
-HEADS, NEURONS = 3, 2
-
 
 def small_llama():
     return tiny_llama(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
-
-
-def visible_keys(mask, length):
-    """(heads, length, length) for masks of which at least one row of a block sees no key of some other block."""
-    positions = torch.arange(length)
-    visible = (positions[:, None] >= positions).repeat(HEADS, 1, 1)
-    padding = length // 3
-    if mask == "sliding window":
-        visible &= positions[:, None] - positions < 5
-    elif mask == "left padding":
-        visible[1:, :, :padding] = False
-    elif mask == "right padding":
-        visible[1:, :, length - padding :] = False
-    elif mask == "full":
-        visible[:] = True
-    return visible | torch.eye(length, dtype=torch.bool)
-
-
-def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, common=0.0):
-    """Arguments of `squared_changes` with every neuron, some of its rows not counted."""
-    torch.manual_seed(length * head_dim)
-    hidden = ~visible_keys(mask, length)
-    scores = (logits * torch.randn(HEADS, length, length)).masked_fill(hidden, -torch.inf)
-    value = torch.randn(HEADS, length, head_dim) + common
-    weight = (torch.rand(HEADS, length) < 0.8).float()
-    factors = [change * torch.randn(HEADS * NEURONS, length) for _ in range(4)]
-    return scores, value - value.mean(-2, keepdim=True), weight, factors, torch.arange(HEADS * NEURONS)
-
-
-def reference(logits, value, weight, factors, neurons):
-    """In float64, neuron by neuron."""
-    logits, value, weight = logits.double(), value.double(), weight.double()
-    attention, squares = logits.softmax(-1), []
-    for neuron in neurons:
-        a, b, c, d = (factor[neuron].double() for factor in factors)
-        head = int(neuron) // NEURONS
-        change = (logits[head] - a[:, None] * b - c[:, None] * d).softmax(-1) - attention[head]
-        squares.append((weight[head] * (change @ value[head]).square().sum(-1)).sum())
-    return torch.stack(squares)
-
-
-def assert_equals_the_reference(case, rtol=1e-5):
-    found, expected = kernels.squared_changes(*case), reference(*case)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(
-        found.double().sqrt(), expected.sqrt(), rtol=rtol, atol=1e-6 * expected.sqrt().max().item()
-    )
-    return found
 
 
 @pytest.mark.parametrize("head_dim", [6, 42, 64, 123])
@@ -92,15 +43,11 @@ def test_large_logits():
 
 
 def test_small_changes_and_none():
-    """A change of a millionth keeps digits that its softmax has; no change is none to the last bit."""
+    """Changes of a few ten-thousandths keep the digits that a weight has left; no change is none to the last bit."""
     assert_equals_the_reference(random_case(42, 42, change=0.02), rtol=1e-3)
     logits, value, weight, factors, neurons = random_case(70, 42)
     factors[0], factors[2] = torch.zeros_like(factors[0]), torch.zeros_like(factors[2])
     assert torch.equal(kernels.squared_changes(logits, value, weight, factors, neurons), torch.zeros(len(neurons)))
-
-
-def test_a_large_common_part_of_the_values_is_taken_out_before():
-    assert_equals_the_reference(random_case(42, 42, common=1e4))
 
 
 @pytest.mark.parametrize("counted", ["none", "last"])
@@ -137,13 +84,15 @@ def test_parts_of_rows_keys_and_neurons():
     assert kernels.squared_changes(logits, value, weight, factors, chosen[:0]).shape == (0,)
 
 
-def test_equals_the_torch_form(monkeypatch):
-    """Through `OutputChange`, whose tensors needn't be contiguous."""
+@pytest.mark.parametrize("common", [0.0, 1e4])
+def test_equals_the_torch_form(common, monkeypatch):
+    """Through `OutputChange`, from tensors that aren't contiguous, and whatever all values share."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(3))
-    real = torch.arange(21) < torch.tensor([[21], [13]])
-    visible = (torch.ones(21, 21).tril().bool() & real[:, None])[:, None]
-    change = OutputChange(AttentionInputs.clean(query, key, value, visible, real, 0.7), real, 1 << 20)
+    value += common
+    real, visible = torch.ones(2, 21, dtype=torch.bool), torch.ones(2, 1, 21, 21).tril().bool()
+    inputs = AttentionInputs.clean(query, key, value, visible, real, 0.7)
+    change = OutputChange(inputs, torch.rand(2, 21) < 0.8, 1 << 20)
     rank_two = RankTwo(*(torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(4)))
     expected = change.of_rank_two(rank_two)
     monkeypatch.setattr(kernels, "available", lambda value: True)

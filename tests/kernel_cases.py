@@ -1,0 +1,57 @@
+"""Arguments for the kernel of q and k impacts, and what it should make of them."""
+
+import torch
+
+from agnostic_train.impact import kernels
+
+HEADS, NEURONS = 3, 2
+
+
+def visible_keys(mask, length):
+    """Which keys each query sees, (heads, length, length)."""
+    positions = torch.arange(length)
+    visible = (positions[:, None] >= positions).repeat(HEADS, 1, 1)
+    padding = length // 3
+    if mask == "sliding window":
+        visible &= positions[:, None] - positions < 5
+    elif mask == "left padding":
+        visible[1:, :, :padding] = False
+    elif mask == "right padding":
+        visible[1:, :, length - padding :] = False
+    elif mask == "full":
+        visible[:] = True
+    return visible | torch.eye(length, dtype=torch.bool)
+
+
+def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu"):
+    """Arguments of `squared_changes` for every neuron, with rows that aren't counted.
+
+    logits, change: how large the logits are, and each factor of what is taken from them.
+    """
+    torch.manual_seed(length * head_dim)
+    hidden = ~visible_keys(mask, length)
+    scores = (logits * torch.randn(HEADS, length, length)).masked_fill(hidden, -torch.inf)
+    value = torch.randn(HEADS, length, head_dim)
+    weight = (torch.rand(HEADS, length) < 0.8).float()
+    factors = [change * torch.randn(HEADS * NEURONS, length) for _ in range(4)]
+    arguments = scores, value - value.mean(-2, keepdim=True), weight, factors, torch.arange(HEADS * NEURONS)
+    return [[it.to(device) for it in part] if isinstance(part, list) else part.to(device) for part in arguments]
+
+
+def reference(logits, value, weight, factors, neurons):
+    """In float64, neuron by neuron."""
+    logits, value, weight = logits.double(), value.double(), weight.double()
+    attention, squares = logits.softmax(-1), []
+    for neuron in neurons:
+        a, b, c, d = (factor[neuron].double() for factor in factors)
+        head = int(neuron) // NEURONS
+        change = (logits[head] - a[:, None] * b - c[:, None] * d).softmax(-1) - attention[head]
+        squares.append((weight[head] * (change @ value[head]).square().sum(-1)).sum())
+    return torch.stack(squares)
+
+
+def assert_equals_the_reference(case, rtol=1e-5):
+    """The impacts, to a part of each and a millionth of the largest."""
+    found, expected = kernels.squared_changes(*case), reference(*case).sqrt()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double().sqrt(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
