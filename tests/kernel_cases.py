@@ -32,7 +32,7 @@ def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device=
     hidden = ~visible_keys(mask, length)
     scores = (logits * torch.randn(HEADS, length, length)).masked_fill(hidden, -torch.inf)
     value = torch.randn(HEADS, length, head_dim)
-    weight = (torch.rand(HEADS, length) < 0.8).float()
+    weight = (torch.rand(HEADS, length) - 0.2).clamp(min=0)
     factors = [change * torch.randn(HEADS * NEURONS, length) for _ in range(4)]
     arguments = scores, value - value.mean(-2, keepdim=True), weight, factors, torch.arange(HEADS * NEURONS)
     return [[it.to(device) for it in part] if isinstance(part, list) else part.to(device) for part in arguments]
@@ -55,3 +55,14 @@ def assert_equals_the_reference(case, rtol=1e-5):
     found, expected = kernels.squared_changes(*case), reference(*case).sqrt()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double().sqrt(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
+
+
+def assert_nan_is_not_lost(where, device="cpu"):
+    """What isn't a number in the only row that is counted, in some argument of the first head."""
+    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window", device=device)
+    weight.zero_()
+    weight[:, 70] = 1
+    part = {"logits": logits, "a": factors[0], "b": factors[1], "value": value}[where]
+    part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
+    found = kernels.squared_changes(logits, value, weight, factors, neurons)
+    assert found[0].isnan() and found[NEURONS:].isfinite().all()

@@ -130,9 +130,9 @@ if triton is not None:
         return tl.exp(logits - shift[:, None]) * (1 / tl.where(total == 0, 1.0, total))[:, None]
 
     @triton.jit
-    def _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop):
+    def _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, length):
         """A block of logits as they are and as they are changed."""
-        key_mask = (keys >= key_start) & (keys < key_stop)
+        key_mask = keys < length
         mask = row_mask[:, None] & key_mask[None, :]
         before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=mask, other=float("-inf"))
         right_b = tl.load(b + keys, mask=key_mask, other=0.0)
@@ -172,7 +172,7 @@ if triton is not None:
         start = key_start // BLOCK_KEYS * BLOCK_KEYS
         for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop)
+            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, length)
             highest, total, added = _with_keys(before, highest, total)
             changed_highest, changed_total, _ = _with_keys(after, changed_highest, changed_total)
             seen = (tl.max(before, 1) > float("-inf")) | (added != 0)
@@ -182,9 +182,9 @@ if triton is not None:
         moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         for key in range(tl.min(first), tl.max(last), BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, key_start, key_stop)
+            before, after = _both_logits(logits, b, d, left_a, left_c, row_offsets, row_mask, keys, length)
             change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
-            value_mask = (keys < key_stop)[:, None] & (columns < HEAD_DIM)[None, :]
+            value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]
             values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
             moved = tl.dot(change, values, moved, input_precision="tf32x3")
         squares = tl.sum(moved * moved, 1) * row_weight

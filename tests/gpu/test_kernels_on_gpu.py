@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
-from kernel_cases import HEADS, NEURONS, assert_equals_the_reference, random_case
+from kernel_cases import HEADS, NEURONS, assert_equals_the_reference, assert_nan_is_not_lost, random_case
 
 from agnostic_train.detection import in_top
 from agnostic_train.impact import ImpactMeter, kernels, neuron_impacts
@@ -51,12 +51,7 @@ def test_no_change_is_none_and_every_run_the_same(head_dim):
 
 @pytest.mark.parametrize("where", ["logits", "a", "b", "value"])
 def test_what_is_not_a_number_is_not_lost(where):
-    logits, value, weight, factors, neurons = random_case(123, 64, "sliding window", device="cuda")
-    part = {"logits": logits, "a": factors[0], "b": factors[1], "value": value}[where]
-    weight[0] = 1
-    part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
-    found = kernels.squared_changes(logits, value, weight, factors, neurons)
-    assert found[0].isnan() and found[NEURONS:].isfinite().all()
+    assert_nan_is_not_lost(where, device="cuda")
 
 
 def test_more_logits_than_32_bits_count():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
-from kernel_cases import NEURONS, assert_equals_the_reference, random_case, reference
+from kernel_cases import assert_equals_the_reference, assert_nan_is_not_lost, random_case, reference
 from test_pruning import all_bounds_hold, pruned_impacts
 
 from agnostic_train.decoder import find_decoder
@@ -42,6 +42,16 @@ def test_large_logits():
     assert_equals_the_reference((logits - 1000, *rest), rtol=3e-4)
 
 
+def test_keys_that_only_the_change_brings_up():
+    """Their block has no weight before it, in the only row that is counted."""
+    logits, value, weight, factors, neurons = random_case(123, 42)
+    weight[:, :-1] = 0
+    weight[:, -1] = 1
+    logits[:, -1, 64:] -= 500
+    factors[0][:, -1], factors[1][:, 64:] = -1, 600
+    assert_equals_the_reference((logits, value, weight, factors, neurons), rtol=3e-4)
+
+
 def test_small_changes_and_none():
     """Changes of a few ten-thousandths keep the digits that a weight has left; no change is none to the last bit."""
     assert_equals_the_reference(random_case(42, 42, change=0.02), rtol=1e-3)
@@ -65,20 +75,25 @@ def test_rows_that_are_not_counted(counted):
 
 @pytest.mark.parametrize("where", ["logits", "a", "b", "value"])
 def test_what_is_not_a_number_is_not_lost(where):
-    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window")
-    part = {"logits": logits, "a": factors[0], "b": factors[1], "value": value}[where]
-    weight[0] = 1
-    part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
-    found = kernels.squared_changes(logits, value, weight, factors, neurons)
-    assert found[0].isnan() and found[NEURONS:].isfinite().all()
+    assert_nan_is_not_lost(where)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_taken_from_unseen_keys_does_not_matter():
+    logits, value, weight, factors, neurons = random_case(42, 42)
+    weight[:, -1] = 0
+    expected = kernels.squared_changes(logits, value, weight, factors, neurons)
+    factors[1][:, -1] = factors[3][:, -1] = torch.inf
+    assert torch.equal(kernels.squared_changes(logits, value, weight, factors, neurons), expected)
 
 
 def test_parts_of_rows_keys_and_neurons():
-    """Blocks of rows add up, whatever keys they can't see are left out; neurons come in any order, or none at all."""
+    """Blocks of rows add up, whatever keys they can't see are left out; neurons in any order, or none; any strides."""
     logits, value, weight, factors, neurons = random_case(123, 42, "sliding window")
     whole = kernels.squared_changes(logits, value, weight, factors, neurons)
     blocks = [(slice(0, 31), slice(0, 31)), (slice(31, 100), slice(27, 100)), (slice(100, 123), slice(33, 123))]
-    chosen = torch.tensor([5, 0, 3, 0])
+    logits, value, weight, *factors = (it.mT.contiguous().mT for it in (logits, value, weight, *factors))
+    chosen = torch.tensor([5, 1, 0, 1, 3, 1, 0])[::2]
     parts = [kernels.squared_changes(logits, value, weight, factors, chosen, *block) for block in blocks]
     torch.testing.assert_close(sum(parts), whole[chosen], rtol=1e-5, atol=0)
     assert kernels.squared_changes(logits, value, weight, factors, chosen[:0]).shape == (0,)

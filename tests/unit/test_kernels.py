@@ -42,6 +42,7 @@ def test_compiles(capability, head_dim, tmp_path, monkeypatch):
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in compiled.asm["ptx"]
+    assert "tf32x3" in compiled.asm["ttir"]
     # Two equal attentions differ by exactly nothing only if no product is fused with its subtraction.
     assert "fma.rn" not in compiled.asm["ptx"]
 
