@@ -1,10 +1,10 @@
-"""A Triton kernel for exact q and k impacts: what torch does in four passes over a (neuron, length, length) tensor.
+"""A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
 
-A program takes one neuron of one head and a block of query rows, and reads the keys twice: for the highest logit and
-the sum of each row's softmax, then for the weights. Nothing of the size of the logits is written. The arithmetic is
-float32's: the tensor cores multiply in three parts (`tf32x3`), and attention is subtracted before the product with the
-values. Both softmaxes are computed here, by the same instructions, so that no change of the logits is no change at all:
-an impact of zero never counts, and one of rounding would.
+A program takes one neuron of one head and a block of query rows, and goes over the keys twice: for the highest logit
+and the sum of each row's softmax, then for the weights. It is as exact as float32: the tensor cores multiply in three
+parts (`tf32x3`), and attention is subtracted before the product with the values. Attention is computed here too, by the
+same instructions as the changed one: a neuron that changes no logit has an impact of zero, which never counts, and not
+one of rounding.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ try:
 except ImportError:
     triton = None
 
-# Hopper's tensor cores take 64 rows at a time from four warps. A thread's part of the sums and of both attentions fills
-# its registers at 32 keys and heads of 128, and so it does with eight warps and heads of 256; more would spill. A block
-# of rows is half of what a multiprocessor's registers hold, so one computes while another loads: with that, two stages
-# of loads are enough, and shared memory stays below what smaller GPUs have.
+# Hopper's tensor cores take 64 rows at a time from four warps. With 32 keys the sums and both attentions just fit into
+# the registers for heads of up to 128, and with eight warps for larger ones; 64 keys or, on Ampere, 128 rows spill. Up
+# to heads of 128 a multiprocessor holds two such blocks: one computes while the other loads, so two stages of loads are
+# enough, and their shared memory is there on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 LARGEST_HEAD = 256
 
@@ -146,7 +146,8 @@ if triton is not None:
         parts, logits, value, weight, a, b, c, d, neurons, neurons_per_head, length, row_start, row_stop, key_start,
         key_stop, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     ):  # fmt: skip
-        neuron = tl.load(neurons + tl.program_id(0)).to(tl.int64)
+        # All offsets that follow from it have 64 bits too.
+        neuron = tl.load(neurons + tl.program_id(0))
         head = neuron // neurons_per_head
         logits += head * length * length
         value += head * length * HEAD_DIM
@@ -166,8 +167,8 @@ if triton is not None:
         changed_highest, changed_total = highest, total
         # The keys that each row sees lie in blocks from `first` to `last`. It is neither a row's highest logit alone
         # that tells, which may not be a number, nor its exponentials, which may all be zero so far from the highest.
-        first = tl.full([BLOCK_ROWS], 2**31 - 1, tl.int32)
         last = tl.zeros([BLOCK_ROWS], tl.int32)
+        first = last + key_stop
         # From a multiple of the block on, so that loads are aligned.
         start = key_start // BLOCK_KEYS * BLOCK_KEYS
         for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):

@@ -179,11 +179,11 @@ class TopSieve:
             by_head.append(part.flatten(0, 1))
         marked = torch.cat(by_head, 1)
         num_heads, num_neurons = marked.shape
-        counts = marked.sum(1)
         neurons = marked.flatten().nonzero().squeeze(1)
         if kernels.available(change.value):
             # The kernel takes them one by one.
             return _Tiles(neurons // num_neurons, neurons.unsqueeze(1), neurons.unsqueeze(1))
+        counts = marked.sum(1)
         size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
         num_tiles = (counts + size - 1) // size
         heads = neurons // num_neurons
