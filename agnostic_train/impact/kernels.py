@@ -21,10 +21,10 @@ try:
 except ImportError:
     triton = None
 
-# Hopper's tensor cores take 64 rows at a time from four warps. With 32 keys the sums and both attentions just fit into
-# the registers for heads of up to 128, and with eight warps for larger ones; 64 keys or, on Ampere, 128 rows spill. Up
-# to heads of 128 a multiprocessor holds two such blocks: one computes while the other loads, so two stages of loads are
-# enough, and their shared memory is there on smaller GPUs too.
+# Hopper's tensor cores take 64 rows at a time from four warps, and a block's sums and both attentions are in registers.
+# With 32 keys, and eight warps for heads above 64, nothing spills there up to heads of 128, whatever the length, and
+# little at 256; 64 keys would. Fewer keys would cost more in what is done once a block. Two stages of loads, because a
+# block's product takes longer than the next one's loads; their shared memory is there on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 LARGEST_HEAD = 256
 
@@ -105,7 +105,7 @@ def launch_options(head_dim: int) -> dict[str, int | bool]:
         "BLOCK_DIM": block_dim,
         "BLOCK_ROWS": BLOCK_ROWS,
         "BLOCK_KEYS": BLOCK_KEYS,
-        "num_warps": 4 if block_dim <= 128 else 8,
+        "num_warps": 4 if block_dim <= 64 else 8,
         "num_stages": NUM_STAGES,
         # Fused with a subtraction, one of two equal products isn't rounded, and their difference isn't zero.
         "enable_fp_fusion": False,

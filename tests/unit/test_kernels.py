@@ -25,9 +25,9 @@ def test_in_the_interpreter(pytestconfig):
 
 
 @needs_triton
-@pytest.mark.parametrize("head_dim", [42, 64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "length"), [(6, 1), (64, 42), (64, 48), (123, 42), (128, 48), (256, 42)])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles(capability, head_dim, tmp_path, monkeypatch):
+def test_compiles(capability, head_dim, length, tmp_path, monkeypatch):
     """For an A100 and an H100, as it is launched: the interpreter sees neither types nor sizes that a GPU refuses."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -37,8 +37,14 @@ def test_compiles(capability, head_dim, tmp_path, monkeypatch):
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"neurons": "*i64"}
     types |= dict.fromkeys(("parts", "logits", "value", "weight", "a", "b", "c", "d"), "*fp32")
-    aligned = {(place,): [["tt.divisibility", 16]] for place, type in enumerate(types.values()) if "*" in type}
-    compiled = compile(ASTSource(kernel, types, constants, aligned), GPUTarget("cuda", capability, 32), options)
+    aligned = {name for name, type in types.items() if "*" in type}
+    # Triton compiles anew for a length of 1, and for one that divides by 16.
+    if length == 1:
+        constants["length"], types["length"] = 1, "constexpr"
+    elif length % 16 == 0:
+        aligned.add("length")
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name in aligned}
+    compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in compiled.asm["ptx"]
