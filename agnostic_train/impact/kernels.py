@@ -9,7 +9,6 @@ one of rounding.
 
 from collections.abc import Sequence
 from functools import cache
-from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -46,10 +45,11 @@ def available(value: Tensor) -> bool:
 
 @cache
 def _driver_loads() -> bool:
-    """Triton builds its driver with a C compiler and Python's headers: not every machine with a GPU has both."""
+    """Triton builds its driver with a C compiler, Python's headers and CUDA's library: not every machine has them."""
     try:
         triton.runtime.driver.active.get_current_target()
-    except (RuntimeError, OSError, SubprocessError) as error:
+    # What is missing shows as errors of many kinds, an assertion's among them; the torch form needs none of it.
+    except Exception as error:
         logger.warning("Triton can't be used (%s): q and k impacts take longer", error)
         return False
     return True

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,3 +56,14 @@ def test_compiles(capability, head_dim, length, tmp_path, monkeypatch):
 
 def test_is_not_for_a_cpu():
     assert not kernels.available(torch.zeros(1, 4, 8))
+
+
+@needs_triton
+def test_a_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
+    def fail():
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=fail))
+    assert not kernels._driver_loads.__wrapped__()
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: "cuda"))
+    assert kernels._driver_loads.__wrapped__()
