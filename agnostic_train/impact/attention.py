@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.decoder import Rotation
+from agnostic_train.impact import kernels
 
 ATTENTION_MODES = ("exact", "paper")
 
@@ -103,6 +104,15 @@ class LogitChange:
     row_growth: Tensor | None = None
     column_growth: Tensor | None = None
 
+    @property
+    def grows(self) -> bool:
+        return self.row_growth is not None or self.column_growth is not None
+
+    def growths(self) -> list[Tensor]:
+        """r and s, ones for the one that there isn't; nothing where nothing grows."""
+        both = (self.row_growth, self.column_growth)
+        return [torch.ones_like(self.a) if it is None else it for it in both] if self.grows else []
+
 
 def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     """Impact of each row of v: the column norms of the heads' output, summed over the heads that read the row.
@@ -190,19 +200,23 @@ class OutputChange:
         capped = self.inputs.softcap is not None and before_cap
         start = self.inputs.products().flatten(0, 1) if capped else self.logits
         a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
-        row_growth, column_growth = (
-            None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
-        )
+        growths = [_by_neuron(part) for part in change.growths()]
+        if not capped and kernels.available(self.value):
+            factors, scales = ([part.flatten(0, 1) for part in it] for it in ((a, b, c, d), growths))
+            every = torch.arange(len(factors[0]), device=self.value.device)
+            squares = kernels.squared_changes(
+                self.logits, self.centred_value, self.weight, factors, every, growths=scales
+            )
+            return squares.view(self.batch, self.num_heads, self.head_dim)
         visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
             left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
             right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
             changed = start[heads, None]
-            if row_growth is not None:
-                changed = changed * row_growth[heads, neurons, :, None]
-            if column_growth is not None:
-                changed = changed * column_growth[heads, neurons, None]
+            if growths:
+                by_row, by_column = (growth[heads, neurons] for growth in growths)
+                changed = changed * by_row.unsqueeze(-1) * by_column.unsqueeze(-2)
             changed = torch.addcmul(changed, left_a, right_b, value=-1)
             changed.addcmul_(left_c, right_d, value=-1)
             if capped:

@@ -215,7 +215,7 @@ class _Growth:
 
 def _growth(change: OutputChange, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:
     """None where nothing grows. b, d: centred, (heads, length, head_dim)."""
-    if x.row_growth is None and x.column_growth is None:
+    if not x.grows:
         return None
     attention, logits = change.attention[heads], change.logits[heads]
     hidden = logits == -torch.inf

@@ -13,6 +13,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
 
@@ -97,14 +98,13 @@ class TopSieve:
             torch.cat([getattr(x, part).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1).flatten(0, 1)
             for part in "abcd"
         ]
-        # By query and by key, where anything grows.
-        self._growth = []
-        if any(x.row_growth is not None or x.column_growth is not None for x in changes.values()):
-            self._growth = [
-                torch.cat(
-                    [_or_ones(getattr(x, part), x.a).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1
-                ).flatten(0, 1)
-                for part in ("row_growth", "column_growth")
+        # The same of r and s, where anything grows.
+        self._growths: list[Tensor] = []
+        if any(x.grows for x in changes.values()):
+            pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in changes.values()]
+            self._growths = [
+                torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
+                for parts in zip(*pairs, strict=True)
             ]
 
     def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
@@ -187,8 +187,11 @@ class TopSieve:
             by_head.append(part.flatten(0, 1))
         marked = torch.cat(by_head, 1)
         num_heads, num_neurons = marked.shape
-        counts = marked.sum(1)
         neurons = marked.flatten().nonzero().squeeze(1)
+        if kernels.available(change.value):
+            # The kernel takes them one by one.
+            return _Tiles(neurons // num_neurons, neurons.unsqueeze(1), neurons.unsqueeze(1))
+        counts = marked.sum(1)
         size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
         num_tiles = (counts + size - 1) // size
         heads = neurons // num_neurons
@@ -203,10 +206,17 @@ class TopSieve:
     def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
         change, rows, keys = self.change, block.rows, block.keys
+        if kernels.available(change.value):
+            neurons = tiles.neuron.flatten()
+            squares = change.value.new_zeros(len(self._x[0]))
+            squares[neurons] = kernels.squared_changes(
+                change.logits, change.centred_value, change.weight, self._x, neurons, rows, keys, self._growths
+            )
+            return squares.view(len(change.value), -1)
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
         a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))
-        growth = [part[:, seen] for part, seen in zip(self._growth, (rows, keys), strict=False)]
+        growth = [part[:, seen] for part, seen in zip(self._growths, (rows, keys), strict=False)]
         num_rows, num_keys = logits.shape[1:]
         size = tiles.neuron.shape[1]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
@@ -229,7 +239,3 @@ class TopSieve:
             moved = torch.linalg.vector_norm(moved, dim=-1).square_().view(shape[:3])
             squares[part.target] = moved.mul_(weight.index_select(0, part.head).unsqueeze(1)).sum(-1)
         return squares[:-1].view(len(value), -1)
-
-
-def _or_ones(growth: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones_like(like) if growth is None else growth

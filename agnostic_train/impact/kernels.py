@@ -1,0 +1,212 @@
+"""A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
+
+A program takes one neuron of one head and a block of query rows, and goes over the keys twice: for the highest logit
+and the sum of each row's softmax, then for the weights. It is as exact as float32: the tensor cores multiply in three
+parts (`tf32x3`), and attention is subtracted before the product with the values. Attention is computed here too, by the
+same instructions as the changed one: a neuron that changes no logit has an impact of zero, which never counts, and not
+one of rounding.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Hopper's tensor cores take 64 rows at a time from four warps, and a block's sums and both attentions are in registers.
+# With 32 keys, and eight warps for heads above 64, nothing spills there up to heads of 128, whatever the length, and
+# little at 256; 64 keys would. Fewer keys would cost more in what is done once a block. Two stages of loads, because a
+# block's product takes longer than the next one's loads; their shared memory is there on smaller GPUs too.
+BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
+LARGEST_HEAD = 256
+
+logger = logging.get_logger(__name__)
+
+
+def available(value: Tensor) -> bool:
+    """Whether the kernel takes values like these, (heads, length, head_dim): else there is the torch form."""
+    return (
+        triton is not None
+        and value.is_cuda
+        and value.dtype == torch.float32
+        and value.shape[-1] <= LARGEST_HEAD
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+        and _driver_loads()
+    )
+
+
+@cache
+def _driver_loads() -> bool:
+    """Triton builds its driver with a C compiler, Python's headers and CUDA's library: not every machine has them."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    # What is missing shows as errors of many kinds, an assertion's among them; the torch form needs none of it.
+    except Exception as error:
+        logger.warning("Triton can't be used (%s): q and k impacts take longer", error)
+        return False
+    return True
+
+
+def squared_changes(
+    logits: Tensor,
+    centred_value: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    neurons: Tensor,
+    rows: slice | None = None,
+    keys: slice | None = None,
+    growths: Sequence[Tensor] = (),
+) -> Tensor:
+    """`sum_i weight_i ||sum_j (softmax_j(S_ij r_i s_j - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
+
+    Args:
+        logits: S, (heads, length, length), float32, -inf where a key isn't seen. Every row sees a key.
+        centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
+        weight: (heads, length), float32; rows of weight 0 are left out, whatever stands there.
+        factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
+        neurons: rows of the factors, (n,), int64, in any order and repeated or not.
+        rows: the query rows i that are summed over, with both ends; all by default.
+        keys: the keys j, with both ends, at least all that these rows see; all by default.
+        growths: r and s, above 0, like the factors; all 1 by default.
+
+    Returns: (n,), float32, the same in every run.
+    """
+    num_heads, length, head_dim = centred_value.shape
+    rows, keys = (slice(0, length) if it is None else it for it in (rows, keys))
+    grid = (len(neurons), triton.cdiv(rows.stop - rows.start, BLOCK_ROWS))
+    parts = logits.new_empty(grid[::-1])
+    if parts.numel():
+        with torch.cuda.device_of(logits):
+            _squared_changes[grid](
+                parts,
+                *(
+                    it.contiguous()
+                    for it in (logits, centred_value, weight, *factors, *(growths or factors[:2]), neurons)
+                ),
+                len(factors[0]) // num_heads,
+                length,
+                rows.start,
+                rows.stop,
+                keys.start,
+                keys.stop,
+                **launch_options(head_dim, bool(growths)),
+            )
+    return parts.sum(0)
+
+
+def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | bool]:
+    """What the kernel is compiled with for heads of a size."""
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "GROWS": grows,
+        "num_warps": 4 if block_dim <= 64 else 8,
+        "num_stages": NUM_STAGES,
+        # Fused with a subtraction, one of two equal products isn't rounded, and their difference isn't zero.
+        "enable_fp_fusion": False,
+    }
+
+
+if triton is not None:
+
+    @triton.jit
+    def _with_keys(logits, highest, total):
+        """Adds a block of keys to its rows' highest logits and their sums of exponentials."""
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # A row that has seen no key so far has nothing but -inf, and -inf less -inf isn't a number.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        added = tl.sum(tl.exp(logits - shift[:, None]), 1)
+        return higher, total * tl.exp(highest - shift) + added, added
+
+    @triton.jit
+    def _weights(logits, highest, total):
+        """Attention, zero in rows that are left out."""
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        return tl.exp(logits - shift[:, None]) * (1 / tl.where(total == 0, 1.0, total))[:, None]
+
+    @triton.jit
+    def _both_logits(
+        logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS: tl.constexpr
+    ):  # fmt: skip
+        """A block of logits as they are and as they are changed."""
+        key_mask = keys < length
+        mask = row_mask[:, None] & key_mask[None, :]
+        before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=mask, other=float("-inf"))
+        right_b = tl.load(b + keys, mask=key_mask, other=0.0)
+        right_d = tl.load(d + keys, mask=key_mask, other=0.0)
+        after = before
+        if GROWS:
+            after = before * left_r[:, None] * tl.load(s + keys, mask=key_mask, other=1.0)[None, :]
+        after = after - left_a[:, None] * right_b[None, :] - left_c[:, None] * right_d[None, :]
+        return before, tl.where(before == float("-inf"), before, after)
+
+    # Numbers that change from block to block would make Triton compile the kernel anew.
+    @triton.jit(do_not_specialize=["row_start", "row_stop", "key_start", "key_stop"])
+    def _squared_changes(
+        parts, logits, value, weight, a, b, c, d, r, s, neurons, neurons_per_head, length, row_start, row_stop,
+        key_start, key_stop, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr, GROWS: tl.constexpr,
+    ):  # fmt: skip
+        # All offsets that follow from it have 64 bits too.
+        neuron = tl.load(neurons + tl.program_id(0))
+        head = neuron // neurons_per_head
+        logits += head * length * length
+        value += head * length * HEAD_DIM
+        b += neuron * length
+        d += neuron * length
+        s += neuron * length
+        rows = row_start + tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_mask = rows < row_stop
+        row_weight = tl.load(weight + head * length + rows, mask=row_mask, other=0.0)
+        row_mask = row_weight != 0
+        left_a = tl.load(a + neuron * length + rows, mask=row_mask, other=0.0)
+        left_c = tl.load(c + neuron * length + rows, mask=row_mask, other=0.0)
+        left_r = left_a
+        if GROWS:
+            left_r = tl.load(r + neuron * length + rows, mask=row_mask, other=1.0)
+        row_offsets = rows.to(tl.int64) * length
+        columns = tl.arange(0, BLOCK_DIM)
+
+        highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        changed_highest, changed_total = highest, total
+        # The keys that each row sees lie in blocks from `first` to `last`. It is neither a row's highest logit alone
+        # that tells, which may not be a number, nor its exponentials, which may all be zero so far from the highest.
+        last = tl.zeros([BLOCK_ROWS], tl.int32)
+        first = last + key_stop
+        # From a multiple of the block on, so that loads are aligned.
+        start = key_start // BLOCK_KEYS * BLOCK_KEYS
+        for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):
+            keys = key + tl.arange(0, BLOCK_KEYS)
+            before, after = _both_logits(
+                logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS
+            )
+            highest, total, added = _with_keys(before, highest, total)
+            changed_highest, changed_total, _ = _with_keys(after, changed_highest, changed_total)
+            seen = (tl.max(before, 1) > float("-inf")) | (added != 0)
+            first = tl.where(seen, tl.minimum(first, key), first)
+            last = tl.where(seen, key + BLOCK_KEYS, last)
+
+        moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+        for key in range(tl.min(first), tl.max(last), BLOCK_KEYS):
+            keys = key + tl.arange(0, BLOCK_KEYS)
+            before, after = _both_logits(
+                logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS
+            )
+            change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
+            value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]
+            values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
+            moved = tl.dot(change, values, moved, input_precision="tf32x3")
+        squares = tl.sum(moved * moved, 1) * row_weight
+        tl.store(parts + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))

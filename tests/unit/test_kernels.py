@@ -1,0 +1,72 @@
+"""The Triton kernel, as far as it goes without a GPU: in Triton's interpreter, and compiled."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from agnostic_train.impact import kernels
+
+# The most that one block of threads may have: 163 KiB on an A100, 227 on an H100.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
+
+
+@needs_triton
+def test_in_the_interpreter(pytestconfig):
+    """In a process of its own: Triton reads the switch when it is loaded, and what was compiled so stays so."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/interpreted_kernels.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("head_dim", "length", "grows"),
+    [(6, 1, False), (64, 42, False), (123, 42, True), (128, 48, False), (256, 42, True)],
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles(capability, head_dim, length, grows, tmp_path, monkeypatch):
+    """For an A100 and an H100, as it is launched: the interpreter sees neither types nor sizes that a GPU refuses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, options = kernels._squared_changes, kernels.launch_options(head_dim, grows)
+    constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"neurons": "*i64"}
+    types |= dict.fromkeys(("parts", "logits", "value", "weight", "a", "b", "c", "d", "r", "s"), "*fp32")
+    aligned = {name for name, type in types.items() if "*" in type}
+    # Triton compiles anew for a length of 1, and for one that divides by 16.
+    if length == 1:
+        constants["length"], types["length"] = 1, "constexpr"
+    elif length % 16 == 0:
+        aligned.add("length")
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name in aligned}
+    compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in compiled.asm["ptx"]
+    assert "tf32x3" in compiled.asm["ttir"]
+    # Two equal attentions differ by exactly nothing only if no product is fused with its subtraction.
+    assert "fma.rn" not in compiled.asm["ptx"]
+
+
+def test_is_not_for_a_cpu():
+    assert not kernels.available(torch.zeros(1, 4, 8))
+
+
+@needs_triton
+def test_a_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
+    def fail():
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=fail))
+    assert not kernels._driver_loads.__wrapped__()
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: "cuda"))
+    assert kernels._driver_loads.__wrapped__()
