@@ -185,7 +185,8 @@ class OutputChange:
         self.attention = self.logits.softmax(-1)
         self.output = self.attention @ self.value
         # Changed attention less attention sums to zero: what all values share has no part in it but its rounding.
-        self.centred_value = self.value - self.value.mean(-2, keepdim=True)
+        num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
+        self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
         self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         # At the peak a neuron has its change, its logits and its attention, and two outputs.
         entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)

@@ -76,6 +76,18 @@ def test_a_batch_scores_as_its_sentences_do(llama):
             torch.testing.assert_close(together[site][row], alone[site][0], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_leaves_a_large_common_part_of_the_values_harmless():
+    """All values share 1,000; a mean over padding's zeros too would leave much of it to rounding."""
+    model = tiny_llama(attention_bias=True, num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.bias.fill_(1_000)
+    batch = padded_batch([5, 40])
+    together = neuron_impacts(model, batch, ["q", "k"])
+    alone = neuron_impacts(model, {"input_ids": sentences_of(batch)[0][None]}, ["q", "k"])
+    for site, values in alone.items():
+        torch.testing.assert_close(together[site][0], values[0], rtol=0, atol=3e-6 * values.max().item())
+
+
 def test_padding_may_hold_anything_even_nan(llama):
     batch = padded_batch(LENGTHS)
     expected = neuron_impacts(llama, batch)
