@@ -1,7 +1,8 @@
 """What detection costs, as a multiple of the model's own forward pass with logits, and how it grows.
 
 Everything is measured in one process, in turns, and reported as ratios of medians: absolute times say little on shared
-machines. Without `--model` the weights are random, in the shapes of `SHAPES`; with it, real sentences of `--corpus` go
+machines. Beside it stands the arithmetic floor: the multiple that the matrix products alone come to, if all are equally
+fast. Without `--model` the weights are random, in the shapes of `SHAPES`; with it, real sentences of `--corpus` go
 through a trained model. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
 """
 
@@ -18,12 +19,15 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from agnostic_train.corpus import load_corpus
+from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import TopCounts
 from agnostic_train.encoding import Encoder
-from agnostic_train.impact import ImpactMeter
+from agnostic_train.impact import ImpactMeter, kernels
+from agnostic_train.impact.sieve import Work
 from agnostic_train.inference import left_as_found
 from agnostic_train.recipe import CorpusSection
 
@@ -49,6 +53,7 @@ Batch = dict[str, torch.Tensor]
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(SHAPES))
+    parser.add_argument("--family", default="llama", help="model_type of the random model; qwen3 normalises q and k")
     parser.add_argument("--model", help="a trained model's folder; random weights without it")
     parser.add_argument("--corpus", default="../shared/data/corpus", help="text for --model")
     parser.add_argument("--languages", nargs="+", default=["en", "zh", "sw", "de", "fr"])
@@ -76,17 +81,26 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 def detect(
     model: PreTrainedModel, batches: list[Batch], top_ratio: float, projections=None, pruning: bool = True
-) -> dict[str, dict[str, float]]:
-    """Counts each site's top neurons; returns the shares of q and k neurons and logits that were computed exactly."""
+) -> dict[str, Work]:
+    """Counts each site's top neurons; returns how many q and k neurons and logits were computed exactly."""
     counts = TopCounts(top_ratio)
     with ImpactMeter(model, projections, top_ratio=top_ratio if pruning else None) as meter:
         for batch in batches:
             meter.measure(batch, counts.add)
-    return {
-        name: {"neurons": work.neurons / work.all_neurons, "logits": work.logits / work.all_logits}
-        for name, work in meter.work.items()
-        if work.all_neurons
-    }
+    return meter.work
+
+
+def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in a call; what it returns is none, or a detection's work."""
+    with FlopCounterMode(display=False) as counter:
+        work = function()
+    total = counter.get_total_flops()
+    if isinstance(work, dict) and kernels.available(next(model.parameters()).new_empty(0, 1, 1, dtype=torch.float32)):
+        # The counter doesn't see into the kernel, which multiplies each changed logit with its value.
+        layer = find_decoder(model).layers[0]
+        heads = {"q": 1, "k": layer.queries_per_kv}
+        total += sum(2 * layer.head_dim * it.logits * heads[name] for name, it in work.items())
+    return total
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
@@ -111,7 +125,8 @@ def measure(model: PreTrainedModel, batches: list[Batch], options: argparse.Name
         candidates["everything, exact, without pruning"] = lambda: detect(model, batches, top_ratio, pruning=False)
     with left_as_found(model):
         medians = in_turns(candidates, options.rounds, options.device)
-        shares = detect(model, batches, top_ratio)
+        work = detect(model, batches, top_ratio)
+        operations = {name: count_operations(model, function) for name, function in candidates.items()}
     forward = medians.pop("forward")
     return {
         "forward_seconds": forward,
@@ -120,7 +135,11 @@ def measure(model: PreTrainedModel, batches: list[Batch], options: argparse.Name
             for name, seconds in medians.items()
         },
         "times_forward": {name: value / forward for name, value in medians.items()},
-        "computed_exactly": shares,
+        "arithmetic_floor": {name: operations[name] / operations["forward"] for name in medians},
+        "computed_exactly": {
+            name: {"neurons": it.neurons / it.all_neurons, "logits": it.logits / it.all_logits}
+            for name, it in work.items()
+        },
     }
 
 
@@ -217,7 +236,8 @@ def main() -> None:
     cuda = options.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     if options.model is None:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.device])).to(options.device, dtype).eval()
+        config = AutoConfig.for_model(options.family, **SHAPES[options.device])
+        model = AutoModelForCausalLM.from_config(config).to(options.device, dtype).eval()
         inputs = {
             length: random_batches(model, options.batch_size, length, options.batch_size) for length in options.length
         }
@@ -231,7 +251,7 @@ def main() -> None:
         else f"{platform.machine()}, threads: {torch.get_num_threads()}",
         "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "model": options.model or SHAPES[options.device],
+        "model": options.model or {"model_type": options.family} | SHAPES[options.device],
         "batch_size": options.batch_size,
         "dtype": str(dtype).removeprefix("torch."),
         "top_ratio": options.top_ratio,
