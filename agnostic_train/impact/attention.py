@@ -201,23 +201,27 @@ class OutputChange:
         capped = self.inputs.softcap is not None and before_cap
         start = self.inputs.products().flatten(0, 1) if capped else self.logits
         a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
-        growths = [_by_neuron(part) for part in change.growths()]
         if not capped and kernels.available(self.value):
-            factors, scales = ([part.flatten(0, 1) for part in it] for it in ((a, b, c, d), growths))
+            factors = [part.flatten(0, 1) for part in (a, b, c, d)]
+            growths = [_by_neuron(part).flatten(0, 1) for part in change.growths()]
             every = torch.arange(len(factors[0]), device=self.value.device)
             squares = kernels.squared_changes(
-                self.logits, self.centred_value, self.weight, factors, every, growths=scales
+                self.logits, self.centred_value, self.weight, factors, every, growths=growths
             )
             return squares.view(self.batch, self.num_heads, self.head_dim)
+        row_growth, column_growth = (
+            None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
+        )
         visible = self._visible_by_head()
         result = start.new_empty(len(start), self.head_dim)
         for heads, neurons in self._chunks():
             left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
             right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
             changed = start[heads, None]
-            if growths:
-                by_row, by_column = (growth[heads, neurons] for growth in growths)
-                changed = changed * by_row.unsqueeze(-1) * by_column.unsqueeze(-2)
+            if row_growth is not None:
+                changed = changed * row_growth[heads, neurons, :, None]
+            if column_growth is not None:
+                changed = changed * column_growth[heads, neurons, None]
             changed = torch.addcmul(changed, left_a, right_b, value=-1)
             changed.addcmul_(left_c, right_d, value=-1)
             if capped:

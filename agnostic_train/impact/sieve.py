@@ -231,8 +231,8 @@ class TopSieve:
             changed = logits.index_select(0, part.head).unsqueeze(1)
             if growth:
                 changed = changed * growth[0].index_select(0, neurons).view_as(left_a)
-                changed *= growth[1].index_select(0, neurons).view_as(right_b)
-            changed = torch.addcmul(changed, left_a, right_b, value=-1)
+                changed.mul_(growth[1].index_select(0, neurons).view_as(right_b))
+            changed = torch.addcmul(changed, left_a, right_b, value=-1, out=changed if growth else None)
             changed = changed.addcmul_(left_c, right_d, value=-1).softmax(-1)
             changed -= attention.index_select(0, part.head).unsqueeze(1)
             moved = changed.flatten(1, 2) @ value.index_select(0, part.head)
