@@ -134,13 +134,11 @@ def query_change(
 ) -> LogitChange:
     """The logits' change for each q row: less `s q_i[n] (R_i e_n) . k~_j`, and grown by what a norm's other entries do.
 
-    states: what is rotated, by query head, padding zeroed, (batch, query heads, length, head_dim). unit: the rotation's
-    coefficients. growth: see `rms_norm`.
+    states: what is rotated, by query head, grown, padding zeroed, (batch, query heads, length, head_dim). unit: the
+    rotation's coefficients. growth: see `rms_norm`.
     """
     own, other = (part.unsqueeze(1) for part in unit)
     states = states * inputs.scaling
-    if growth is not None:
-        states = states * growth
     return LogitChange(states * own, inputs.key, states * other, inputs.key[..., rotation.partner], growth)
 
 
@@ -153,12 +151,10 @@ def key_change(
 ) -> LogitChange:
     """The logits' change for each k row, per query head that reads it: less `s k_j[n] (R_j e_n) . q~_i`, and grown.
 
-    states: what is rotated, repeated per query head, padding zeroed. Others as for `query_change`.
+    states: what is rotated, repeated per query head, grown, padding zeroed. Others as for `query_change`.
     """
     own, other = (part.unsqueeze(1) for part in unit)
     states = states * inputs.scaling
-    if growth is not None:
-        states = states * growth
     query = inputs.query
     return LogitChange(query, states * own, query[..., rotation.partner], states * other, column_growth=growth)
 

@@ -296,7 +296,7 @@ class LayerObserver:
         eps = self._eps.get(name)
         if eps is not None:
             growth = growth_without(states, eps)
-            states = self.layer.norms[name](states)
+            states = self.layer.norms[name](states) * growth
         change = attention_impacts.query_change if name == "q" else attention_impacts.key_change
         return change(inputs, states, self._rotation, unit, growth)
 
