@@ -114,11 +114,13 @@ def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestcon
     config = yaml.safe_load((pytestconfig.rootpath / "recipes/accelerate/zero3.yaml").read_text())
     (root / "zero3.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
     (root / "main.py").write_text(
-        "import sys\n"
+        "import os, sys\n"
         f"sys.path[:0] = {sys.path!r}\n"
         "import test_deepspeed\n"
         "test_deepspeed.without_compiling()\n"
-        "sys.exit(test_deepspeed.main())\n"
+        "status = test_deepspeed.main()\n"
+        "sys.stdout.flush(), sys.stderr.flush()\n"
+        "os._exit(status)\n"
     )
 
     def launch(stage):
