@@ -11,11 +11,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import tiny_llama
+from launched import launched
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_run import RECIPE, root, run, template  # noqa: F401
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
-from two_processes import on_two_processes
 
 from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.cli import main
@@ -81,12 +81,12 @@ def loaded(directory):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_ends_where_one_process_ends(tmp_path, pytestconfig, stage):
+def test_zero_ends_where_one_process_ends(tmp_path, stage):
     """Its checkpoints hold the adapter whole, in float32 under its bf16 too; it resumes, and refuses what it can't do."""
     base, directory = tiny_llama(), tmp_path / "two"
     base.save_pretrained(tmp_path / "base")
     call = f"it.train_by_zero(it.Path({str(directory)!r}), {stage})"
-    on_two_processes(tmp_path, pytestconfig.rootpath, __name__, call, **ON_A_CPU)
+    launched(tmp_path, __file__, call, **ON_A_CPU)
     settings = arguments(
         tmp_path / "one", max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0,
         lr_scheduler_type="constant",

@@ -9,9 +9,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import tiny_llama
+from launched import FSDP2, launched
 from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
-from two_processes import on_two_processes
 
 from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.files import UserError
@@ -20,11 +20,6 @@ from agnostic_train.training.trainer import UPDATES
 SEQUENTIAL = dict(
     max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",
     save_strategy="steps", save_steps=3,
-)  # fmt: skip
-# What `accelerate launch` makes of recipes/accelerate/fsdp2.yaml.
-FSDP2 = dict(
-    ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false",
 )  # fmt: skip
 
 
@@ -42,6 +37,7 @@ def shard_and_train(directory):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
+    dist.init_process_group("gloo")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
@@ -69,8 +65,8 @@ def loaded(directory, update):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_ddp_ends_where_one_process_ends(tmp_path, pytestconfig, update):
-    on_two_processes(tmp_path, pytestconfig.rootpath, __name__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2)")
+def test_ddp_ends_where_one_process_ends(tmp_path, update):
+    launched(tmp_path, __file__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2)")
     one = plain_weights(train(tmp_path / "one", update, 4).model)
     two = loaded(tmp_path / "two/checkpoint-6", update)
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), two, CHOSEN)
@@ -78,8 +74,8 @@ def test_ddp_ends_where_one_process_ends(tmp_path, pytestconfig, update):
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
 
 
-def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path, pytestconfig):
-    on_two_processes(tmp_path, pytestconfig.rootpath, __name__, f"it.shard_and_train({str(tmp_path / 'adapter')!r})")
+def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):
+    launched(tmp_path, __file__, f"it.shard_and_train({str(tmp_path / 'adapter')!r})")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, weight_decay=0.0)
     for batch in batches_of_four():
@@ -125,14 +121,12 @@ def train_by_fsdp(directory: Path):
             fsdp_trainer(directory / "refused", update, **{**FSDP2, **environment}).train()
 
 
-def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path, pytestconfig):
+def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path):
     """It saves the adapter whole, resumes and exports; what it can't do is refused."""
     base = tiny_llama().double()
     base.save_pretrained(tmp_path / "base")
     directory = tmp_path / "two"
-    on_two_processes(
-        tmp_path, pytestconfig.rootpath, __name__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2
-    )
+    launched(tmp_path, __file__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2)
     one = plain_weights(train(tmp_path / "one", "compact", 4).model)
     two = loaded(directory / "checkpoint-6", "compact")
     assert_only_chosen_moved(plain_weights(base), two, CHOSEN)
