@@ -18,7 +18,7 @@ from small_run import RECIPE, root, run, template  # noqa: F401
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 
 from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
-from agnostic_train.cli import main
+from agnostic_train.cli import main  # noqa: F401 - what the processes run
 from agnostic_train.files import UserError
 from agnostic_train.perplexity import NonFiniteLoss
 
@@ -109,7 +109,7 @@ def test_zero_ends_where_one_process_ends(tmp_path, stage):
     assert all(torch.equal(value, exported[name]) for name, value in two.items())
 
 
-def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestconfig, capfd):  # noqa: F811
+def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestconfig, capfd):
     """`train` under recipes/accelerate/zero3.yaml, on a CPU; then `export` alone. `detect` needs the whole model there."""
     config = yaml.safe_load((pytestconfig.rootpath / "recipes/accelerate/zero3.yaml").read_text())
     (root / "zero3.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
