@@ -25,7 +25,7 @@ from agnostic_train.perplexity import NonFiniteLoss
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed (pip install deepspeed)"
 )
-ON_A_CPU = dict(DS_ACCELERATOR="cpu")
+ON_A_CPU = dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 CONFIG = {
     # Nothing is small enough to stay whole, as little is in a real model.
     "zero_optimization": {"stage3_param_persistence_threshold": 0},

@@ -126,7 +126,7 @@ def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path):
     base = tiny_llama().double()
     base.save_pretrained(tmp_path / "base")
     directory = tmp_path / "two"
-    launched(tmp_path, __file__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2)
+    launched(tmp_path, __file__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2, CUDA_VISIBLE_DEVICES="")
     one = plain_weights(train(tmp_path / "one", "compact", 4).model)
     two = loaded(directory / "checkpoint-6", "compact")
     assert_only_chosen_moved(plain_weights(base), two, CHOSEN)
