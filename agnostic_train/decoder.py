@@ -54,9 +54,9 @@ class Projection:
     def num_neurons(self) -> int:
         if self.rows is not None:
             return len(self.rows)
-        if self.is_plain:
+        if self.is_plain and self.linear.weight.dim() == 2:
             return self.linear.weight.shape[self.neuron_dim]
-        # Four-bit weights are packed: their shape says nothing.
+        # Four-bit weights are packed, and ZeRO-3 leaves an empty tensor of one dimension: their shape says nothing.
         return self.linear.in_features if self.neuron_dim else self.linear.out_features
 
     def entries(self, neurons: Tensor) -> Tensor:

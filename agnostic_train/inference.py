@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.processes import check_whole
+
 Batch = Mapping[str, Tensor]
 
 
@@ -14,7 +16,12 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's training flag and all random states are as before after it.
 
     A model in training may hold modules that are kept in evaluation mode, so each module's own flag is restored.
+
+    Raises:
+        UserError: weights split over processes. Where such models run at all, they wait for ever for a process that
+            has fewer batches.
     """
+    check_whole(model, "running a model to measure it")
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():

@@ -96,7 +96,8 @@ class Materials:
     def model(self) -> PreTrainedModel:
         model = load_model(self.recipe.model, self.model_path)
         if not self._told_model:
-            millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+            # ZeRO-3 has split a weight's entries, and notes how many they were.
+            millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
             self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
             self._told_model = True  # a comparison loads it again for each of its trainings
         return model

@@ -8,7 +8,10 @@ from itertools import islice
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from agnostic_train.files import UserError
 
 T = TypeVar("T")
 
@@ -32,6 +35,26 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if num_processes() > 1:
         dist.all_reduce(values)
     return values
+
+
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter: all of it, or its part under FSDP2 and ZeRO-3."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuses a model whose weights are split over processes.
+
+    Raises:
+        UserError: saying what the whole model is needed for.
+    """
+    for parameter in model.parameters():
+        # ZeRO-3 leaves an empty tensor where it has split a weight, and its size beside it.
+        if isinstance(parameter, DTensor) or getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
+            raise UserError(
+                f"model: {what} needs all weights in each process, and FSDP or ZeRO-3 has split them; do it in a run "
+                "on one GPU or under DDP (recipes/accelerate/single_gpu.yaml, ddp.yaml)"
+            )
 
 
 def in_order(own: list[T]) -> list[T]:

@@ -41,6 +41,10 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
     )
     defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # Of the launcher's mixed precision a Trainer takes note itself under every other engine.
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        defaults |= {key: precision == key for key in ("bf16", "fp16")}
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
         value = recipe.training.arguments.get(key)
         # -1 is how transformers spells 'not by steps'.

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
+from agnostic_train.processes import check_whole
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
 from agnostic_train.training.compact import adapter_neurons
 from agnostic_train.training.delta import Delta, adapter_deltas, add_deltas, plain_model, read_deltas, weight_deltas
@@ -50,7 +51,8 @@ class Trained:
             neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default.
 
         Raises:
-            UserError: adapters that aren't ours, several active ones, or no adapter in the folder.
+            UserError: adapters that aren't ours, several active ones, no adapter in the folder, or weights split over
+                processes.
         """
         if isinstance(model, (str, Path)):
             adapter, name = read_deltas(model)
@@ -59,6 +61,7 @@ class Trained:
             loaded = _loaded(name if base is None else base)
             neurons = _neurons_at(loaded, adapter) if neurons is None else neurons
             return cls(loaded, adapter, loaded, neurons, loaded.name_or_path or None)
+        check_whole(model, "exporting")
         adapter, plain = adapter_deltas(model), plain_model(model)
         if neurons is None:
             neurons = adapter_neurons(plain) if adapter else getattr(plain, "trained_neurons", None)
@@ -123,6 +126,8 @@ def _loaded(base: nn.Module | str | Path) -> nn.Module:
             raise UserError("base: it has adapters; give the model as it was before them")
         return base
     try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"base: can't load {base} ({' '.join(str(error).split())[:200]})") from None
+    check_whole(model, "exporting")
+    return model

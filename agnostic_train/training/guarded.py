@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
@@ -14,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError, read_json
 from agnostic_train.perplexity import NonFiniteLoss
-from agnostic_train.processes import sum_over_processes
+from agnostic_train.processes import own_part, sum_over_processes
 
 _NUM_TOKENS_NAMED = 12
 
@@ -31,8 +30,14 @@ class GuardedTrainer(Trainer):
         """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
 
         Raises:
-            NonFiniteLoss: a loss that isn't finite. UserError: a damaged checkpoint, or a disk that takes none.
+            NonFiniteLoss: a loss that isn't finite. UserError: a damaged checkpoint, a disk that takes none, or FSDP
+                with checkpoints of parts.
         """
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            raise UserError(
+                "fsdp_state_dict_type: a Trainer saves parts alone with this one, no adapter or model to load; set it to "
+                "FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
+            )
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -88,7 +93,7 @@ class GuardedTrainer(Trainer):
             name
             for name, it in self.model.named_parameters()
             # Of weights that are split over processes, each looks at its own part.
-            if it.requires_grad and not (it.to_local() if isinstance(it, DTensor) else it).isfinite().all()
+            if it.requires_grad and not own_part(it).isfinite().all()
         ]
         num_bad = torch.tensor(len(bad), device=self.args.device)
         # At a checkpoint all processes are here, and must agree; elsewhere one may save alone.

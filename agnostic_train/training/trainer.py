@@ -152,6 +152,11 @@ class NeuronTrainer(GuardedTrainer):
                 "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
                 "split; use 'compact', or train with plain data parallelism (DDP)"
             )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise UserError(
+                "fsdp_cpu_ram_efficient_loading: accelerate can't spread the adapter's indices from the first process; "
+                "set it to false (recipes/accelerate/fsdp2.yaml)"
+            )
         detection = self._detection
         if detection is not None:
             detection.log = self.log
@@ -224,6 +229,18 @@ class NeuronTrainer(GuardedTrainer):
             self._mask.guard(bare)
             self._guarded = bare
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            # DeepSpeed's bf16 and fp16 round all of the model, the delta too; what learns is a float32 copy.
+            for name, parameter in self.model.named_parameters():
+                # Every process takes part in gathering it; only the first has a state to put it into.
+                value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                if state_dict and value is not None:
+                    state_dict[name] = value
+        super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with the neurons beside the weights.

@@ -1,20 +1,25 @@
-"""Two gloo processes train what one trains: DDP by the Trainer, FSDP2 by torch's own `fully_shard`."""
+"""Two gloo processes train what one trains: DDP by the Trainer, FSDP2 by torch's own `fully_shard` and by the Trainer."""
 
-import subprocess
-import sys
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import tiny_llama
+from launched import FSDP2, launched
 from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 
-from agnostic_train import NeuronConfig, NeuronTrainer
+from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
+from agnostic_train.files import UserError
 from agnostic_train.training.trainer import UPDATES
 
 SEQUENTIAL = dict(
     max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",
-    save_strategy="steps", save_steps=6,
+    save_strategy="steps", save_steps=3,
 )  # fmt: skip
 
 
@@ -32,6 +37,7 @@ def shard_and_train(directory):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
+    dist.init_process_group("gloo")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
@@ -52,26 +58,6 @@ def batches_of_four():
     return [ids[step * 4 : step * 4 + 4] for step in range(6)]
 
 
-WORKER = """
-import sys
-sys.path[:0] = {paths!r}
-import torch.distributed as dist
-dist.init_process_group("gloo")
-import test_distributed_training as it
-{call}
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def on_two_processes(tmp_path, root, call):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(paths=[str(root / "tests"), str(root / "tests/integration")], call=call))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def loaded(directory, update):
     if update == "compact":
         return plain_weights(PeftModel.from_pretrained(tiny_llama().double(), directory))
@@ -79,8 +65,8 @@ def loaded(directory, update):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_ddp_ends_where_one_process_ends(tmp_path, pytestconfig, update):
-    on_two_processes(tmp_path, pytestconfig.rootpath, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2)")
+def test_ddp_ends_where_one_process_ends(tmp_path, update):
+    launched(tmp_path, __file__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2)")
     one = plain_weights(train(tmp_path / "one", update, 4).model)
     two = loaded(tmp_path / "two/checkpoint-6", update)
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), two, CHOSEN)
@@ -88,8 +74,8 @@ def test_ddp_ends_where_one_process_ends(tmp_path, pytestconfig, update):
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
 
 
-def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path, pytestconfig):
-    on_two_processes(tmp_path, pytestconfig.rootpath, f"it.shard_and_train({str(tmp_path / 'adapter')!r})")
+def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):
+    launched(tmp_path, __file__, f"it.shard_and_train({str(tmp_path / 'adapter')!r})")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, weight_decay=0.0)
     for batch in batches_of_four():
@@ -100,3 +86,55 @@ def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path, pyte
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), sharded, CHOSEN)
     for name, value in expected.items():
         torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-9)
+
+
+def fsdp_trainer(directory, update="compact", **environment):
+    """On a CPU accelerate leaves FSDP out; told that the processes are GPUs', it does on gloo all that it does there."""
+    os.environ.update(environment)
+    AcceleratorState._reset_state()
+    settings = arguments(directory, per_device_train_batch_size=2, **SEQUENTIAL)
+    assert settings.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = NeuronTrainer(tiny_llama().double(), settings, train_dataset=sentences(), neurons=CHOSEN, update=update)
+    assert trainer.is_fsdp_enabled
+    return trainer
+
+
+def train_by_fsdp(directory: Path):
+    trainer = fsdp_trainer(directory)
+    trainer.train()
+    assert trainer.accelerator.is_fsdp2
+    with pytest.raises(UserError, match="exporting needs all weights"):
+        export_checkpoint(trainer.model, directory / "exported")
+    with pytest.raises(UserError, match="measure it needs all weights"):
+        detect_neurons(trainer.model, {"a": [{"input_ids": batches_of_four()[0]}]}, progress=False)
+    trainer = fsdp_trainer(directory / "resumed")
+    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    for update, environment, message in (
+        ("mask", {}, "'mask' needs whole weights"),
+        ("mask", {"FSDP_VERSION": "1"}, "'mask' needs whole weights"),
+        ("compact", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: "),
+        ("compact", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            fsdp_trainer(directory / "refused", update, **{**FSDP2, **environment}).train()
+
+
+def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path):
+    """It saves the adapter whole, resumes and exports; what it can't do is refused."""
+    base = tiny_llama().double()
+    base.save_pretrained(tmp_path / "base")
+    directory = tmp_path / "two"
+    launched(tmp_path, __file__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2, CUDA_VISIBLE_DEVICES="")
+    one = plain_weights(train(tmp_path / "one", "compact", 4).model)
+    two = loaded(directory / "checkpoint-6", "compact")
+    assert_only_chosen_moved(plain_weights(base), two, CHOSEN)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
+    resumed = loaded(directory / "resumed/checkpoint-6", "compact")
+    assert all(torch.equal(value, resumed[name]) for name, value in two.items())
+    check = export_checkpoint(directory / "checkpoint-6", tmp_path / "exported", base=tmp_path / "base")
+    assert check.status == "identical" and check.chosen_moved > 0.99
+    exported = plain_weights(type(base).from_pretrained(tmp_path / "exported", dtype=torch.float64))
+    assert all(torch.equal(value, exported[name]) for name, value in two.items())

@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
-from transformers import DataCollatorWithFlattening
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.trainer import UPDATES, NeuronTrainer
@@ -15,8 +16,8 @@ from agnostic_train.training.trainer import UPDATES, NeuronTrainer
 both_updates = pytest.mark.parametrize("update", UPDATES)
 
 
-def end_of(tmp_path, update, dtype=torch.float32, collator=None, **settings):
-    model = tiny_llama().to(dtype)
+def end_of(tmp_path, update, dtype=torch.float32, collator=None, model=None, **settings):
+    model = (model or tiny_llama()).to(dtype)
     before = plain_weights(model)
     trainer = NeuronTrainer(
         model, arguments(tmp_path, **{"max_steps": 8, **settings}), data_collator=collator,
@@ -31,10 +32,15 @@ def end_of(tmp_path, update, dtype=torch.float32, collator=None, **settings):
 @both_updates
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant):
+    """But how often a layer runs: twice a step."""
+    model, calls = tiny_llama(), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     expected = end_of(tmp_path, update)
     after = end_of(
-        tmp_path, update, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-    )
+        tmp_path, update, model=model, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )  # fmt: skip
+    assert len(calls) == 16
     for name, value in expected.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=2e-5)
 
@@ -42,14 +48,52 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant)
 @both_updates
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"neftune_noise_alpha": 5.0}, {"max_grad_norm": 0.0}])
 def test_other_switches(tmp_path, update, settings):
-    end_of(tmp_path, update, **settings)
+    """They change what is learnt, and still nothing else moves."""
+    expected, after = end_of(tmp_path, update), end_of(tmp_path, update, **settings)
+    assert any(not torch.equal(value, after[name]) for name, value in expected.items())
+
+
+@both_updates
+def test_a_checkpoint_holds_optimizer_and_random_state(tmp_path, update):
+    """With dropout a resumed run is the uninterrupted one, bit for bit, wherever the generator stood in between."""
+    saving = dict(save_strategy="steps", save_steps=5)
+
+    def trainer():
+        model = tiny_llama(attention_dropout=0.2)
+        return NeuronTrainer(
+            model, arguments(tmp_path, max_steps=8, **saving), train_dataset=sentences(), neurons=CHOSEN, update=update
+        )
+
+    whole = trainer()
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-5"
+    weights = "adapter_model.safetensors" if update == "compact" else "model.safetensors"
+    held = {"neurons.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", weights}
+    assert held <= {file.name for file in checkpoint.iterdir()}
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    torch.manual_seed(5)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    after = plain_weights(resumed.model)
+    assert all(torch.equal(value, after[name]) for name, value in plain_weights(whole.model).items())
+
+
+def test_an_adapter_loads_onto_a_model_that_device_map_placed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trained = end_of(tmp_path / "out", "compact", save_strategy="steps", save_steps=8)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="auto")
+    loaded = plain_weights(PeftModel.from_pretrained(placed, tmp_path / "out/checkpoint-8"))
+    assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
 
 
 @both_updates
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
     """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2."""
+    torch._dynamo.reset()
+    counters.clear()
     ends = [end_of(tmp_path, update, torch.float64, torch_compile=compiled, max_steps=3) for compiled in (False, True)]
+    assert counters["stats"]["unique_graphs"] > 0
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)
 
@@ -63,12 +107,12 @@ def test_bf16_autocast_stays_near_float32(tmp_path, update):
 
 
 def test_packed_sentences_are_learnt_alike(tmp_path):
-    """Sentences in one row without padding, told apart by their positions."""
-    ends = [
-        end_of(tmp_path, update, torch.float64, DataCollatorWithFlattening(), weight_decay=0.0) for update in UPDATES
-    ]
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-9)
+    """Sentences in one row without padding, told apart by their positions, are learnt as in a row each."""
+    expected = end_of(tmp_path, UPDATES[0], torch.float64, weight_decay=0.0)
+    for update in UPDATES:
+        after = end_of(tmp_path, update, torch.float64, DataCollatorWithFlattening(), weight_decay=0.0)
+        for name, value in expected.items():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)
 
 
 @both_updates

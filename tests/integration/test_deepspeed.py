@@ -1,0 +1,140 @@
+"""DeepSpeed's ZeRO on two gloo processes, where it is installed: it trains what one process trains."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import tiny_llama
+from launched import launched
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_run import RECIPE, root, run, template  # noqa: F401
+from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
+
+from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
+from agnostic_train.cli import main  # noqa: F401 - what the processes run
+from agnostic_train.files import UserError
+from agnostic_train.perplexity import NonFiniteLoss
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed (pip install deepspeed)"
+)
+ON_A_CPU = dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+CONFIG = {
+    # Nothing is small enough to stay whole, as little is in a real model.
+    "zero_optimization": {"stage3_param_persistence_threshold": 0},
+    # Torch's own AdamW: DeepSpeed's would be compiled first.
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+}  # fmt: skip
+
+
+def without_compiling():
+    """DeepSpeed compiles faster messages between the processes of a CPU, for a minute; gloo does without."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero_trainer(directory, stage, update="compact", **changes):
+    AcceleratorState._reset_state()
+    config = CONFIG | {"zero_optimization": CONFIG["zero_optimization"] | {"stage": stage}}
+    settings = dict(
+        max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",
+        per_device_train_batch_size=2, save_strategy="steps", save_steps=3, deepspeed=config,
+    )  # fmt: skip
+    trainer = NeuronTrainer(
+        tiny_llama(), arguments(directory, **{**settings, **changes}), train_dataset=sentences(), neurons=CHOSEN,
+        update=update,
+    )  # fmt: skip
+    assert trainer.is_deepspeed_enabled
+    return trainer
+
+
+def train_by_zero(directory: Path, stage):
+    without_compiling()
+    trainer = zero_trainer(directory, stage)
+    trainer.train()
+    if stage == 3:
+        assert all(parameter.numel() == 0 for parameter in trainer.model.parameters())
+        with pytest.raises(UserError, match="exporting needs all weights"):
+            export_checkpoint(trainer.model, directory / "exported")
+        with pytest.raises(UserError, match="measure it needs all weights"):
+            detect_neurons(trainer.model, {"a": [{"input_ids": sentences()[0]["input_ids"][None]}]}, progress=False)
+    zero_trainer(directory / "resumed", stage).train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+    zero_trainer(directory / "bf16", stage, bf16=True).train()
+    with pytest.raises(UserError, match="'mask' needs whole weights"):
+        zero_trainer(directory / "refused", stage, "mask").train()
+    with pytest.raises(NonFiniteLoss, match="isn't finite after step 1, and isn't saved"):
+        zero_trainer(directory / "lost", stage, learning_rate=1e39, max_steps=1, save_steps=1).train()
+
+
+def loaded(directory):
+    return plain_weights(PeftModel.from_pretrained(tiny_llama(), directory))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_ends_where_one_process_ends(tmp_path, stage):
+    """Its checkpoints hold the adapter whole, in float32 under its bf16 too; it resumes, and refuses what it can't do."""
+    base, directory = tiny_llama(), tmp_path / "two"
+    base.save_pretrained(tmp_path / "base")
+    call = f"it.train_by_zero(it.Path({str(directory)!r}), {stage})"
+    launched(tmp_path, __file__, call, **ON_A_CPU)
+    settings = arguments(
+        tmp_path / "one", max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    one = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), neurons=CHOSEN)
+    one.train()
+    two = loaded(directory / "checkpoint-6")
+    assert_only_chosen_moved(plain_weights(base), two, CHOSEN)
+    for name, value in plain_weights(one.model).items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    resumed = loaded(directory / "resumed/checkpoint-6")
+    assert all(torch.equal(value, resumed[name]) for name, value in two.items())
+    in_bf16 = load_file(directory / "bf16/checkpoint-6/adapter_model.safetensors")
+    deltas = [value for name, value in in_bf16.items() if "delta" in name]
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in deltas)
+    assert not (directory / "lost/checkpoint-1/adapter_model.safetensors").exists()
+    check = export_checkpoint(directory / "checkpoint-6", tmp_path / "exported", base=tmp_path / "base")
+    assert check.status == "identical" and check.chosen_moved > 0.99
+    exported = plain_weights(type(base).from_pretrained(tmp_path / "exported"))
+    assert all(torch.equal(value, exported[name]) for name, value in two.items())
+
+
+def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestconfig, capfd):
+    """`train` under recipes/accelerate/zero3.yaml, on a CPU; then `export` alone. `detect` needs the whole model there."""
+    config = yaml.safe_load((pytestconfig.rootpath / "recipes/accelerate/zero3.yaml").read_text())
+    (root / "zero3.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
+    (root / "main.py").write_text(
+        "import os, sys\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "import test_deepspeed\n"
+        "test_deepspeed.without_compiling()\n"
+        "status = test_deepspeed.main()\n"
+        "sys.stdout.flush(), sys.stderr.flush()\n"
+        "os._exit(status)\n"
+    )
+
+    def launch(stage):
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "zero3.yaml"),
+            str(root / "main.py"), stage, str(root / "recipe.yaml"),
+        ]  # fmt: skip
+        return subprocess.run(command, env=os.environ | ON_A_CPU, capture_output=True, text=True, timeout=300)
+
+    refused = launch("detect")
+    assert refused.returncode and "agnostic-train: error: model: running a model to measure it needs" in refused.stderr
+    assert run(root, "detect") == 0
+    trained = launch("train")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert "0.1 M parameters" in trained.stdout
+    assert run(root, "export") == 0
+    assert "weights are the base's bit for bit, 100.0% of" in capfd.readouterr().out
