@@ -89,7 +89,7 @@ class Step:
         self.model = model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.num_trainable = self.mask.num_trainable if self.mask else sum(it.numel() for it in trainable)
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0) if trainable else None
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True) if trainable else None
         if self.mask:
             self.mask.guard(self.optimizer)
 

@@ -6,7 +6,7 @@ away, and its products are added to the weight's in place.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tenso
 
     Returns: (..., out), in the weight's dtype.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         x = x.to(base_layer.weight.dtype)
         return _NeuronProduct.apply(x, base_layer.weight, base_layer.bias, delta, index, dim)
 
@@ -65,7 +66,7 @@ class _NeuronProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.dim = dim
         # All that the gradient of a column needs of x.
-        seen = x if dim == 0 else x.index_select(-1, index)
+        seen = x if dim == 0 else _columns(x, index)
         ctx.save_for_backward(seen, weight, delta, index)
         if _in_place(weight, delta):
             with _summed(weight, delta, index, dim):
@@ -79,7 +80,7 @@ class _NeuronProduct(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
         seen, weight, delta, index = ctx.saved_tensors
         grad_x = grad_delta = None
-        grad_chosen = grad.index_select(-1, index) if ctx.dim == 0 else grad
+        grad_chosen = _columns(grad, index) if ctx.dim == 0 else grad
         if ctx.needs_input_grad[0]:
             if _in_place(weight, delta):
                 with _summed(weight, delta, index, ctx.dim):
@@ -90,6 +91,11 @@ class _NeuronProduct(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_delta = (_by_token(grad_chosen).T @ _by_token(seen)).to(delta.dtype)
         return grad_x, None, None, grad_delta, None, None
+
+
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    # On a CPU `index_select` takes the last dimension on one thread.
+    return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
 
 def _by_token(values: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ def _summed(weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Iterator[
     """Within it the weight has the delta added; afterwards it has its own bits again."""
     # Not through autograd's counter of changes: whoever saved the weight finds it as it was.
     weight = weight.data
-    own = weight.index_select(dim, index)
+    own = weight.index_select(0, index) if dim == 0 else _columns(weight, index)
     try:
         weight.index_copy_(dim, index, own + delta)
         yield
