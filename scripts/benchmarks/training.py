@@ -7,13 +7,13 @@ and a figure of what a step costs against the chosen fraction.
 """
 
 import argparse
-import copy
 import json
 import platform
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from matplotlib import pyplot as plt
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.neurons import NeuronSet
@@ -56,17 +56,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--neurons", type=Path, help="a neuron set of the shapes, instead of a fraction")
     parser.add_argument("--methods", nargs="+", default=["floor", "compact", "mask", "full", "lora", "shira"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="one method after another instead of in turns, for large models"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file: time and memory against --fraction")
     return parser
 
 
 class Step:
-    """One way to train a copy of the model, a step at a time."""
+    """One way to train the model, a step at a time."""
 
     def __init__(self, method: str, model: nn.Module, neurons: NeuronSet, batch: dict[str, Tensor]):
         self.method, self.batch = method, batch
-        self.model = model = copy.deepcopy(model)
         num_entries = sum(
             len(indices) * it.linear.weight.numel() // it.num_neurons
             for site, indices in neurons.items()
@@ -152,14 +154,24 @@ def timed(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: nn.Module, neurons: NeuronSet, methods: list[str], batch: dict, rounds: int, device: str) -> dict:
+def make_model(shapes: str, device: str) -> nn.Module:
+    """The same random weights at every call."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = LlamaConfig(**SHAPES[shapes])
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def measure(
+    make: Callable[[], nn.Module], neurons: NeuronSet, methods: list[str], batch: dict, rounds: int, device: str
+) -> dict:
     """Per method the median step, and what it keeps in memory."""
     steps, peaks = {}, {}
     for method in methods:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        steps[method] = Step(method, model, neurons, batch)
+        steps[method] = Step(method, make(), neurons, batch)
         for _ in range(2):
             steps[method]()
         if device == "cuda":
@@ -212,12 +224,15 @@ def draw(record: dict, file: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    with torch.device(options.device):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.shapes])).to(dtype)
-        ids = torch.randint(SHAPES[options.shapes]["vocab_size"], (options.batch_size, options.length))
+
+    def make() -> nn.Module:
+        return make_model(options.shapes, options.device)
+
+    ids = torch.randint(
+        SHAPES[options.shapes]["vocab_size"], (options.batch_size, options.length), device=options.device
+    )
     batch = {"input_ids": ids, "labels": ids}
+    model = make_model(options.shapes, "meta")
     sizes = find_decoder(model).sizes
     sets = {}
     if options.neurons:
@@ -228,7 +243,9 @@ def main(arguments: list[str] | None = None) -> None:
             sets[str(fraction)] = NeuronSet(first, sizes).random_like(0, model)
     results = {}
     for name, neurons in sets.items():
-        rows = measure(model, neurons, options.methods, batch, options.rounds, options.device)
+        rows = {}
+        for methods in [[it] for it in options.methods] if options.one_at_a_time else [options.methods]:
+            rows |= measure(make, neurons, methods, batch, options.rounds, options.device)
         for row in rows.values():
             row["times"] = {
                 other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
