@@ -193,3 +193,19 @@ def test_the_same_as_the_compiled_plain_form():
     x = torch.randn(4, 6)
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_function_transforms_differentiate_the_plain_form():
+    layer = neuron_linear()
+    x = torch.randn(4, 6, requires_grad=True)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(x.detach()), x.grad)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_no_token_is_no_gradient(dim):
+    layer = neuron_linear(dim=dim)
+    x = torch.randn(2, 0, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and not delta_of(layer).grad.any()

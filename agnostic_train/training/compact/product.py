@@ -20,15 +20,17 @@ _FULL_PRECISION = (torch.float32, torch.float64)
 def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
     """Whether `neuron_product` computes what the base layer and the delta beside it would.
 
-    It takes plain linears that nothing hooks into. Compilers fuse the plain form themselves, and without a gradient
-    several threads may share the weight.
+    It takes plain linears that nothing hooks into. Compilers fuse the plain form themselves, `torch.func` differentiates
+    it, and without a gradient several threads may share the weight.
     """
     if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
         return False
     weight, bias = base_layer.weight, base_layer.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad) or not torch.is_grad_enabled():
         return False
-    if _hooked(base_layer) or torch.compiler.is_compiling() or not weight.device == x.device == delta.device:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if _hooked(base_layer) or not weight.device == x.device == delta.device:
         return False
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
