@@ -1,5 +1,7 @@
 """One product with a weight of which some rows or columns learn, against the plain form beside the base layer."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
@@ -209,3 +211,48 @@ def test_no_token_is_no_gradient(dim):
     x = torch.randn(2, 0, 6, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape and not delta_of(layer).grad.any()
+
+
+def in_threads(work, num_threads=2):
+    threads = [Thread(target=work) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_threads_find_and_leave_the_weight_as_it_was(learns):
+    """Large enough for the products of two threads to overlap; a frozen adapter is served without `no_grad`."""
+    layer = neuron_linear(512, 512, list(range(0, 512, 4)))
+    delta_of(layer).requires_grad_(learns)
+    before, x = layer.base_layer.weight.clone(), torch.randn(256, 512)
+    expected, wrong = layer(x).detach(), []
+
+    def work():
+        for _ in range(40):
+            found = layer(x).detach()
+            if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+                wrong.append(float((found - expected).abs().max()))
+
+    in_threads(work)
+    assert not wrong and torch.equal(layer.base_layer.weight, before)
+
+
+def test_what_others_may_read_or_have_no_bits_is_left_alone():
+    x, layer = torch.randn(4, 6), neuron_linear()
+    delta_of(layer).requires_grad_(False)
+    assert not fits(layer.base_layer, delta_of(layer), x)
+    shared = neuron_linear()
+    shared.base_layer.share_memory()
+    assert not fits(shared.base_layer, delta_of(shared), x)
+    assert neuron_linear().to("meta")(x.to("meta")).shape == (4, 5)
+
+
+def test_a_bias_of_another_type_than_the_weight_under_autocast():
+    """As where a bfloat16 model's vectors are made float32 before training."""
+    layer = neuron_linear(dtype=torch.bfloat16)
+    layer.base_layer.bias.data = layer.base_layer.bias.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(4, 6)).sum().backward()
+    assert delta_of(layer).grad.any()

@@ -20,6 +20,9 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
     For chosen rows (dim 0): `y[..., index] += x @ delta.T`, delta (rows, in). For chosen columns (dim 1):
     `y += x[..., index] @ delta.T`, delta (out, columns). The delta is float32, float64 beside a float64 base.
 
+    While an adapter learns on float32 or float64 weights, its rows stand in the base weight for the length of each product:
+    evaluate or save such a model in the thread that trains it. A frozen adapter leaves the weight alone.
+
     Args:
         base_layer: an `nn.Linear`, quantised or not.
         dim: which dimension of the weight counts neurons.

@@ -7,6 +7,7 @@ away, and its products are added to the weight's in place.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,25 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 _FULL_PRECISION = (torch.float32, torch.float64)
+# A second thread would take the first one's sum for the weight's own bits, and put them back last.
+_ONE_AT_A_TIME = Lock()
 
 
 def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
     """Whether `neuron_product` computes what the base layer and the delta beside it would.
 
-    It takes plain linears that nothing hooks into. Compilers fuse the plain form themselves, `torch.func` differentiates
-    it, and without a gradient several threads may share the weight.
+    It takes plain linears that nothing hooks into, with a delta that learns: a frozen adapter may serve several threads.
+    Compilers fuse the plain form themselves, and `torch.func` differentiates it.
     """
     if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
         return False
     weight, bias = base_layer.weight, base_layer.bias
-    if weight.requires_grad or (bias is not None and bias.requires_grad) or not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and delta.requires_grad) or weight.requires_grad:
+        return False
+    if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype):
+        return False
+    # Other processes may read a shared weight at any moment.
+    if weight.device.type == "meta" or (weight.device.type == "cpu" and weight.is_shared()):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -40,7 +48,7 @@ def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
 def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tensor, dim: int) -> Tensor:
     """`F.linear(x, weight + delta at index, bias)`, differentiable once, by x and delta.
 
-    While it runs, no other thread may read the weight.
+    Several threads may compute it at once; while it runs, none may read the weight in another way.
 
     Args:
         x: (..., in).
@@ -113,9 +121,10 @@ def _summed(weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Iterator[
     """Within it the weight has the delta added; afterwards it has its own bits again."""
     # Not through autograd's counter of changes: whoever saved the weight finds it as it was.
     weight = weight.data
-    own = weight.index_select(0, index) if dim == 0 else _columns(weight, index)
-    try:
-        weight.index_copy_(dim, index, own + delta)
-        yield
-    finally:
-        weight.index_copy_(dim, index, own)
+    with _ONE_AT_A_TIME:
+        own = weight.index_select(0, index) if dim == 0 else _columns(weight, index)
+        try:
+            weight.index_copy_(dim, index, own + delta)
+            yield
+        finally:
+            weight.index_copy_(dim, index, own)
