@@ -141,8 +141,9 @@ def detect_neurons(
     if pruning:
         if meter.unpruned:
             logger.warning(
-                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers cap their logits or "
-                "normalise queries or keys over all heads; pruning doesn't cover that, all their neurons were computed"
+                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers cap their logits, "
+                "normalise queries or keys over all heads, or have heads of which one entry is nearly all; pruning doesn't "
+                "cover that, all their neurons were computed"
             )
         found.exact_share = _exact_share(work, find_device(model))
     return found

@@ -125,38 +125,26 @@ def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     return norms.view(len(norms), num_kv_heads, -1, head_dim).square().sum(2).sqrt().flatten(1)
 
 
-def query_change(
+def rotated_change(
     inputs: AttentionInputs,
+    name: str,
     states: Tensor,
     rotation: Rotation,
     unit: tuple[Tensor, Tensor],
     growth: Tensor | None = None,
 ) -> LogitChange:
-    """The logits' change for each q row: less `s q_i[n] (R_i e_n) . k~_j`, and grown by what a norm's other entries do.
+    """The logits' change for each row of `q`, less `s q_i[n] (R_i e_n) . k~_j`, or of `k`, less `s k_j[n] (R_j e_n) . q~_i`.
 
-    states: what is rotated, by query head, grown, padding zeroed, (batch, query heads, length, head_dim). unit: the
-    rotation's coefficients. growth: see `rms_norm`.
+    states: what the rotation makes q~ or k~ of, per query head, padding zeroed, (batch, query heads, length, head_dim).
+    unit: the rotation's coefficients. growth: by what the other entries grow, see `rms_norm`.
     """
-    own, other = (part.unsqueeze(1) for part in unit)
     states = states * inputs.scaling
-    return LogitChange(states * own, inputs.key, states * other, inputs.key[..., rotation.partner], growth)
-
-
-def key_change(
-    inputs: AttentionInputs,
-    states: Tensor,
-    rotation: Rotation,
-    unit: tuple[Tensor, Tensor],
-    growth: Tensor | None = None,
-) -> LogitChange:
-    """The logits' change for each k row, per query head that reads it: less `s k_j[n] (R_j e_n) . q~_i`, and grown.
-
-    states: what is rotated, repeated per query head, grown, padding zeroed. Others as for `query_change`.
-    """
-    own, other = (part.unsqueeze(1) for part in unit)
-    states = states * inputs.scaling
-    query = inputs.query
-    return LogitChange(query, states * own, query[..., rotation.partner], states * other, column_growth=growth)
+    if growth is not None:
+        states = states * growth
+    own, other = (states * part.unsqueeze(1) for part in unit)
+    if name == "q":
+        return LogitChange(own, inputs.key, other, inputs.key[..., rotation.partner], row_growth=growth)
+    return LogitChange(inputs.query, own, inputs.query[..., rotation.partner], other, column_growth=growth)
 
 
 def paper_change(inputs: AttentionInputs) -> LogitChange:

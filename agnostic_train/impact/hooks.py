@@ -7,6 +7,7 @@ sees after rotation: for the length of the pass the model runs an attention func
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +28,7 @@ from agnostic_train.decoder import (
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
-from agnostic_train.impact.rms_norm import growth_without, rms_eps
+from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
@@ -258,62 +259,71 @@ class LayerObserver:
         names = sorted(self.projections & {"q", "k"})
         half = int(self.memory_gb * 2**29)
         chunk_bytes = min(half, _CPU_CHUNK_BYTES) if inputs.query.device.type == "cpu" else half
-        change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
         projected = {name: self._projected[name][part] for name in names}
-        # Both q and k need what rotation makes of the unit vectors.
-        unit = self._rotation.coefficients(cos, sin)
-        if self.top_ratio is not None and self._can_prune(names, inputs):
-            changes = {name: self._change(inputs, name, projected[name], unit) for name in names}
+        changes: dict[str, attention_impacts.LogitChange] = {}
+        if self.attention == "exact":
+            inputs, changes = self._closed_forms(inputs, projected, cos, sin)
+        else:
+            changes = dict.fromkeys(names, attention_impacts.paper_change(inputs))
+        change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
+        # The bounds know changes in closed form, and no soft cap between them and the softmax.
+        if self.top_ratio is not None and len(changes) == len(names) and self._uncapped(inputs):
             sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
             impacts = sieve.impacts(self.top_ratio, self.work)
         else:
-            impacts = {name: self._all_impacts(change, name, projected[name], cos, sin, unit) for name in names}
-            self.unprunable = self.top_ratio is not None
+            impacts = {name: self._all_impacts(change, name, changes, projected[name], cos, sin) for name in names}
+            self.unprunable |= self.top_ratio is not None
             for name, values in impacts.items():
                 self.work[name].add_all(values.numel(), change.length)
         return impacts, change.output.view_as(inputs.query)
 
-    def _can_prune(self, names: Sequence[str], inputs: attention_impacts.AttentionInputs) -> bool:
-        """Whether the bounds hold: they know no soft cap, and no norm but a root mean square over each head."""
-        plain = inputs.softcap is None and not any(self._must_replay(name, inputs.query) for name in names)
-        return plain or self.attention == "paper"
+    def _uncapped(self, inputs: attention_impacts.AttentionInputs) -> bool:
+        return inputs.softcap is None or self.attention == "paper"
 
-    def _must_replay(self, name: str, like: Tensor) -> bool:
-        """Whether the norm of q or k, if there is one, has no closed form."""
-        norm = self.layer.norms.get(name)
-        if norm is not None and name not in self._eps:
-            spans = self.layer.norm_spans_heads(name)
-            self._eps[name] = None if spans else rms_eps(norm, self.layer.head_dim, like)
-        return norm is not None and self._eps[name] is None
+    def _closed_forms(
+        self, inputs: attention_impacts.AttentionInputs, projected: dict[str, Tensor], cos: Tensor, sin: Tensor
+    ) -> tuple[attention_impacts.AttentionInputs, dict[str, attention_impacts.LogitChange]]:
+        """What each neuron makes of the logits, for the projections where that has a closed form.
 
-    def _change(
-        self, inputs: attention_impacts.AttentionInputs, name: str, projected: Tensor, unit: tuple[Tensor, Tensor]
-    ) -> attention_impacts.LogitChange:
-        """What each neuron makes of the logits, in closed form."""
-        if self.attention == "paper":
-            return attention_impacts.paper_change(inputs)
-        states, growth = inputs.project(projected), None
-        eps = self._eps.get(name)
-        if eps is not None:
-            growth = growth_without(states, eps)
-            states = self.layer.norms[name](states) * growth
-        change = attention_impacts.query_change if name == "q" else attention_impacts.key_change
-        return change(inputs, states, self._rotation, unit, growth)
+        The inputs returned hold queries and keys that were normalised and rotated in at least float32: growth would
+        multiply the difference between a half-precision model's rounding and what is taken from the logits here.
+        """
+        parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, output in projected.items():
+            norm = self.layer.norms.get(name)
+            if norm is not None and self.layer.norm_spans_heads(name):
+                continue
+            states, growth = inputs.project(output), None
+            if norm is not None:
+                if name not in self._eps:
+                    self._eps[name] = rms_eps(norm, self.layer.head_dim, states)
+                eps = self._eps[name]
+                growth = None if eps is None else growth_without(states, eps)
+                states = norm(states)
+                rotated = self._rotation.apply(states, cos, sin)
+                inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
+                if growth is None or growth.max() > LARGEST_GROWTH:
+                    continue
+            parts[name] = states, growth
+        # Both q and k need what rotation makes of the unit vectors.
+        unit = self._rotation.coefficients(cos, sin)
+        return inputs, {
+            name: attention_impacts.rotated_change(inputs, name, states, self._rotation, unit, growth)
+            for name, (states, growth) in parts.items()
+        }
 
     def _all_impacts(
         self,
         change: attention_impacts.OutputChange,
         name: str,
+        changes: dict[str, attention_impacts.LogitChange],
         projected: Tensor,
         cos: Tensor,
         sin: Tensor,
-        unit: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """The impacts of every neuron of q or k, (sentences, neurons), float32."""
-        if self.attention == "paper" or not self._must_replay(name, change.inputs.query):
-            squares = change.of_logits(
-                self._change(change.inputs, name, projected, unit), before_cap=self.attention == "exact"
-            )
+        """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
+        if name in changes:
+            squares = change.of_logits(changes[name], before_cap=self.attention == "exact")
         elif self.layer.norm_spans_heads(name):
             norm = self.layer.norms[name]
             return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()

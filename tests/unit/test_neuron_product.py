@@ -18,7 +18,7 @@ def neuron_linear(in_features=6, out_features=5, index=(1, 3), dim=0, dtype=torc
     torch.manual_seed(0)
     base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False)
     layer = NeuronLinear(base, dim)
-    layer.add("default", torch.tensor(index))
+    layer.add("default", torch.as_tensor(index))
     layer.set_adapter("default")
     layer.neuron_delta["default"].data.normal_()
     return layer
@@ -205,9 +205,10 @@ def test_function_transforms_differentiate_the_plain_form():
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("index", [(1, 3), ()])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_no_token_is_no_gradient(dim):
-    layer = neuron_linear(dim=dim)
+def test_no_token_or_neuron_is_no_gradient(dim, index):
+    layer = neuron_linear(index=torch.tensor(index, dtype=torch.int64), dim=dim)
     x = torch.randn(2, 0, 6, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape and not delta_of(layer).grad.any()

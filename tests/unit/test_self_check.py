@@ -24,7 +24,12 @@ def test_a_right_model_passes_and_is_left_as_found(dtype):
 
 def test_a_wrong_formula_is_refused(llama, monkeypatch):
     """Scores that ignore rotation are what the reference implementation gives."""
-    monkeypatch.setattr(attention, "query_change", lambda inputs, *rest: attention.paper_change(inputs))
+    right = attention.rotated_change
+
+    def wrong_for_queries(inputs, name, *rest):
+        return attention.paper_change(inputs) if name == "q" else right(inputs, name, *rest)
+
+    monkeypatch.setattr(attention, "rotated_change", wrong_for_queries)
     with pytest.raises(ImpactMismatchError, match="layer . q neuron .* this model can't be used"):
         verify_impacts(llama, padded_batch([7, 12]))
 

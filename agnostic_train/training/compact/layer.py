@@ -56,7 +56,8 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         adding = not (self.disable_adapters or self.merged)
         names = [name for name in self.active_adapters if name in self.neuron_delta] if adding else []
-        if len(names) == 1 and fits(self.base_layer, self.neuron_delta[names[0]], x):
+        plain = not args and not kwargs and len(names) == 1
+        if plain and fits(self.base_layer, self.neuron_delta[names[0]], x):
             return neuron_product(
                 x, self.base_layer, self.neuron_delta[names[0]], self.neuron_index[names[0]], self.dim
             )

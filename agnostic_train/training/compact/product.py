@@ -109,7 +109,7 @@ def _columns(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _by_token(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1])
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1])
 
 
 def _in_place(weight: Tensor, delta: Tensor) -> bool:
