@@ -3,6 +3,7 @@
 import argparse
 import errno
 import sys
+import warnings
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -69,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a stage. Returns the exit status: 0 when its files are complete, 2 for a user's mistake."""
+    # PEFT asks transformers by a name that it is about to drop; nobody who reads it here can change that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     parser = make_parser()
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
