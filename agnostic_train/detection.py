@@ -7,27 +7,25 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from agnostic_train.activity import MEASURED, Activations
+from agnostic_train.activity import Activations
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
-from agnostic_train.files import UserError, whole_file
+from agnostic_train.files import UserError
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
-from agnostic_train.impact.sieve import Work, num_top
+from agnostic_train.impact.sieve import Work
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
 from agnostic_train.self_check import verify_impacts
+from agnostic_train.top_counts import TopCounts
 
 METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
-_PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 logger = logging.get_logger(__name__)
 
@@ -181,115 +179,6 @@ def _detect_by_lape(
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
 
 
-class TopCounts:
-    """How often each neuron of each site was among its sentence's top, counted on the device."""
-
-    def __init__(self, top_ratio: float):
-        self.top_ratio = top_ratio
-        self.num_batches = 0
-        self.num_sentences = 0
-        self.num_tokens: int | Tensor = 0
-        self._counts: dict[Site, Tensor] = {}
-        self._finite: dict[Site, Tensor] = {}
-        self._activations: dict[Site, Tensor] = {}
-
-    def add(self, site: Site, impacts: Tensor) -> None:
-        """impacts: (sentences, neurons), float."""
-        finite = impacts.isfinite().all()
-        top = in_top(impacts, num_top(self.top_ratio, impacts.shape[1])).sum(0, dtype=torch.int32)
-        if site in self._counts:
-            # Counts that were loaded lie on one device, a large model's layers on several.
-            self._counts[site] = self._counts[site].to(top.device) + top
-            self._finite[site] = self._finite[site].to(top.device) & finite
-        else:
-            self._counts[site], self._finite[site] = top, finite
-
-    def add_activations(self, sums: Mapping[Site, Tensor], num_tokens: Tensor) -> None:
-        """sums: of a batch's absolute activations, num_tokens: over how many tokens, as `ActivationMeter` gives them."""
-        # Still on the device: an int would wait for the batch to end.
-        self.num_tokens = self.num_tokens + num_tokens
-        for site, values in sums.items():
-            # In float64: a hundred thousand sentences are added up.
-            found = self._activations.get(site)
-            self._activations[site] = values.double() if found is None else found.to(values.device) + values
-
-    def mean_activations(self) -> Activations:
-        """Mean absolute activation per token."""
-        num_tokens = max(1, int(self.num_tokens))
-        return {site: (values.cpu() / num_tokens).float() for site, values in self._activations.items()}
-
-    def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
-        """Adds up the counts of all processes; one that had no batch takes part with zeros."""
-        if num_processes() == 1:
-            return
-        finite = torch.tensor([it.all() for it in self._finite.values()]).all()
-        totals = torch.tensor(
-            [self.num_sentences, self.num_batches, int(self.num_tokens), int(not finite)], device=device
-        )
-        self.num_sentences, self.num_batches, self.num_tokens, not_finite = sum_over_processes(totals).tolist()
-        for site, size in sizes.items():
-            own = self._counts.get(site)
-            own = torch.zeros(size, dtype=torch.int32) if own is None else own
-            self._counts[site] = sum_over_processes(own.to(device))
-            self._finite[site] = torch.tensor(not not_finite)
-            if self.num_tokens and site[1] in MEASURED:
-                sums = self._activations.get(site, torch.zeros(size, dtype=torch.float64))
-                self._activations[site] = sum_over_processes(sums.to(device))
-
-    def consistent(self, consistency: float, sizes: Mapping[Site, int]) -> NeuronSet:
-        """The neurons that were in the top in at least `consistency` of the sentences."""
-        for (layer, projection), finite in self._finite.items():
-            if not finite:
-                raise UserError(
-                    f"model.name: impacts at layer {layer} {projection} aren't finite; the model computes NaN or Inf"
-                )
-        # The slack keeps 0.6 of 5 sentences at 3, whatever 0.6 * 5 is in binary.
-        least = max(1.0, consistency * self.num_sentences * (1 - 1e-9))
-        return NeuronSet({site: (counts >= least).nonzero().flatten() for site, counts in self._counts.items()}, sizes)
-
-    def save(self, file: Path) -> None:
-        """Writes the counts so far, whole or not at all."""
-        tensors = {f"{layer}.{projection}": counts for (layer, projection), counts in self._counts.items()}
-        finite = {f"finite.{layer}.{projection}": flag for (layer, projection), flag in self._finite.items()}
-        active = {f"active.{layer}.{projection}": sums for (layer, projection), sums in self._activations.items()}
-        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS}
-        with whole_file(file) as temporary:
-            save_file({**tensors, **finite, **active}, temporary, progress)
-
-    @classmethod
-    def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
-        """Counts to go on from; fresh ones where there is no file. Raises `UserError` if it is damaged."""
-        counts = cls(top_ratio)
-        if not file.exists():
-            return counts
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                progress = tensors.metadata()
-                for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
-                    *kind, layer, projection = key.split(".")
-                    target = {"finite": counts._finite, "active": counts._activations}.get(
-                        "".join(kind), counts._counts
-                    )
-                    target[(int(layer), projection)] = tensors.get_tensor(key)
-            for name in _PROGRESS:
-                setattr(counts, name, int(progress[name]))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: counts that can't be read ({error}); delete it and detect again") from None
-        return counts
-
-
-def in_top(impacts: Tensor, count: int) -> Tensor:
-    """Which neurons are among the `count` largest of their sentence: bool, the shape of `impacts`.
-
-    Exactly `count` a sentence unless fewer are above zero; of equal impacts the lower index is taken.
-    """
-    threshold = impacts.topk(count, dim=1).values[:, -1:]
-    above = impacts > threshold
-    tied = impacts == threshold
-    places = count - above.sum(1, keepdim=True)
-    return (above | (tied & (tied.cumsum(1) <= places))) & (impacts > 0)
-
-
 def _count_top(
     meter: ImpactMeter,
     active: ActivationMeter | None,
@@ -307,7 +196,7 @@ def _count_top(
         for batch in islice(batches, counts.num_batches, None):
             if active is not None:
                 active.begin(batch)
-            meter.measure(batch, counts.add)
+            counts.add(meter.measure(batch))
             if active is not None:
                 counts.add_activations(active.sums, active.num_tokens)
             counts.num_batches += 1

@@ -156,13 +156,12 @@ class _Excerpt:
 
     def scores(self, pruning: bool) -> dict[str, Tensor]:
         """The impacts of the layer by projection, each (batch, neurons)."""
-        scores: dict[str, Tensor] = {}
         observer = LayerObserver(self.layer, PROJECTIONS, "exact", memory_gb=1.0, top_ratio=1.0 if pruning else None)
-        observer.begin(self.real, self.counted, lambda site, impacts: scores.__setitem__(site[1], impacts))
+        observer.begin(self.real, self.counted)
         with observer.installed(), observed_attention([observer]):
             for module, (args, kwargs) in self._calls():
                 module(*args, **kwargs)
-        return scores
+        return observer.impacts
 
     def output(self, projection: str) -> Tensor:
         """What the projection's impact is a change of: (batch, length, features), zero where a token doesn't count."""
@@ -208,7 +207,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> list[_Excer
             for name, module in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
                 hook = module.register_forward_pre_hook(keep_call((index, name)), with_kwargs=True)
                 stack.callback(hook.remove)
-        meter.measure(batch, lambda site, impacts: None)
+        meter.measure(batch)
     real, counted = real_and_counted(model, batch)
     excerpts = []
     for index in indices:

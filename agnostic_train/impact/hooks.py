@@ -32,8 +32,6 @@ from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_e
 from agnostic_train.impact.sieve import TopSieve, Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
-Sink = Callable[[Site, Tensor], None]
-
 DEFAULT_MEMORY_GB = 2.0
 # On a CPU temporaries that stay in cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20
@@ -62,10 +60,8 @@ def neuron_impacts(
         UserError: a model whose projections can't be found.
         ValueError: an unknown projection or attention mode.
     """
-    impacts: dict[Site, Tensor] = {}
     with left_as_found(model), ImpactMeter(model, projections, attention) as meter:
-        meter.measure(batch, impacts.__setitem__)
-    return dict(sorted(impacts.items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1]))))
+        return meter.measure(batch)
 
 
 class ImpactMeter:
@@ -126,12 +122,18 @@ class ImpactMeter:
         """Layers to which the bounds don't apply: all their neurons are computed."""
         return [it.layer for it in self._observers if it.unprunable]
 
-    def measure(self, batch: Batch, sink: Sink) -> None:
-        """Runs the decoder on the batch and hands `sink` each site's impacts, float32 (sentences, neurons)."""
+    def measure(self, batch: Batch) -> dict[Site, Tensor]:
+        """Runs the decoder on the batch: each site's impacts, float32 (sentences, neurons); sites may share a tensor."""
         real, counted = real_and_counted(self.model, batch)
         for observer in self._observers:
-            observer.begin(real, counted, sink)
+            observer.begin(real, counted)
         self.decoder.backbone(**model_inputs(self.model, batch))
+        return {
+            (observer.layer.index, name): observer.impacts[name]
+            for observer in self._observers
+            for name in PROJECTIONS
+            if name in observer.impacts
+        }
 
 
 class LayerObserver:
@@ -153,8 +155,8 @@ class LayerObserver:
         self.attention = attention
         self.memory_gb = memory_gb
         # What a pass brings: `begin` sets the first two, hooks the others, before anything reads them.
-        self.sink: Sink
         self.real = self.counted = torch.empty(0)
+        self.impacts: dict[str, Tensor] = {}
         self._cos_sin: tuple[Tensor, Tensor]
         self._projected: dict[str, Tensor] = {}
         self._found_rotation: Rotation | None = None
@@ -166,10 +168,10 @@ class LayerObserver:
                 if self.projections & readers
             }
 
-    def begin(self, real: Tensor, counted: Tensor, sink: Sink) -> None:
+    def begin(self, real: Tensor, counted: Tensor) -> None:
         # A model may be spread over several devices: each layer works on its own.
         device = self.layer.projections["down"].linear.weight.device
-        self.real, self.counted, self.sink = real.to(device), counted.to(device), sink
+        self.real, self.counted, self.impacts = real.to(device), counted.to(device), {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -192,7 +194,7 @@ class LayerObserver:
 
     def _report(self, projection: str, impacts: Tensor) -> None:
         if projection in self.projections:
-            self.sink((self.layer.index, projection), impacts)
+            self.impacts[projection] = impacts
 
     def _see_hidden(self, module: nn.Module, args: tuple[Tensor]) -> None:
         impacts = hidden_unit_impacts(args[0], self._norms["down"], self.counted)

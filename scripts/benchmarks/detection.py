@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from agnostic_train.corpus import load_corpus
 from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import TopCounts
 from agnostic_train.encoding import Encoder
 from agnostic_train.impact import ImpactMeter, kernels
 from agnostic_train.impact.sieve import Work
 from agnostic_train.inference import left_as_found
 from agnostic_train.recipe import CorpusSection
+from agnostic_train.top_counts import TopCounts
 
 WITHOUT_SOFTMAX = ("gate", "up", "down", "v", "o")
 SHAPES = {
@@ -86,7 +86,7 @@ def detect(
     counts = TopCounts(top_ratio)
     with ImpactMeter(model, projections, top_ratio=top_ratio if pruning else None) as meter:
         for batch in batches:
-            meter.measure(batch, counts.add)
+            counts.add(meter.measure(batch))
     return meter.work
 
 

@@ -8,10 +8,10 @@ from conftest import padded_batch
 from kernel_cases import HEADS, NEURONS, assert_equals_the_reference, assert_nan_is_not_lost, random_case
 from test_families import family_model
 
-from agnostic_train.detection import in_top
 from agnostic_train.impact import ImpactMeter, kernels, neuron_impacts
 from agnostic_train.impact.sieve import num_top
 from agnostic_train.inference import left_as_found
+from agnostic_train.top_counts import in_top
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,9 +82,8 @@ def test_models(family, dtype, side, attention, monkeypatch):
     on_gpu = copy.deepcopy(model).cuda()
     by_cpu = neuron_impacts(model, batch, ["q", "k"], attention)
     by_kernel = neuron_impacts(on_gpu, batch, ["q", "k"], attention)
-    pruned = {}
     with left_as_found(on_gpu), ImpactMeter(on_gpu, ["q", "k"], attention, top_ratio=0.1) as meter:
-        meter.measure(batch, pruned.__setitem__)
+        pruned = meter.measure(batch)
     monkeypatch.setattr(kernels, "available", lambda value: False)
     by_torch = neuron_impacts(on_gpu, batch, ["q", "k"], attention)
     for site, values in by_kernel.items():

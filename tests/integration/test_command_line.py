@@ -170,11 +170,11 @@ def test_killed_detection_goes_on_from_its_counts(root, tmp_path):
         "from agnostic_train import cli, detection\n"
         "detection.SECONDS_BETWEEN_CHECKPOINTS = 0\n"
         "original, calls = detection.ImpactMeter.measure, []\n"
-        "def measure(self, batch, sink):\n"
+        "def measure(self, batch):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 27:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    original(self, batch, sink)\n"
+        "    return original(self, batch)\n"
         "detection.ImpactMeter.measure = measure\n"
         "sys.exit(cli.main())\n"
     )

@@ -10,10 +10,10 @@ from test_families import family_model
 from test_pruning import all_bounds_hold, pruned_impacts
 
 from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import in_top
 from agnostic_train.impact import kernels, neuron_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
 from agnostic_train.impact.sieve import num_top
+from agnostic_train.top_counts import in_top
 
 
 def small_llama():

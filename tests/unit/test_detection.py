@@ -6,10 +6,11 @@ from conftest import padded_batch, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import TopCounts, detect_neurons, in_top
+from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
 from agnostic_train.impact import neuron_impacts
 from agnostic_train.neurons import NeuronSet
+from agnostic_train.top_counts import TopCounts, in_top
 
 
 def brute_force_top(row, count):
@@ -30,7 +31,7 @@ def test_in_top_with_ties_and_zeros():
 def test_the_top_is_the_floor_of_the_exact_product():
     """0.29 * 100 is 28.999... in binary."""
     counts = TopCounts(top_ratio=0.29)
-    counts.add((0, "q"), torch.arange(1, 101, dtype=torch.float32)[None])
+    counts.add({(0, "q"): torch.arange(1, 101, dtype=torch.float32)[None]})
     counts.num_sentences = 1
     assert len(counts.consistent(1.0, {(0, "q"): 100})) == 29
 
@@ -40,8 +41,8 @@ def test_consistency_is_a_part_of_the_sentences(consistency, expected):
     """In five sentences neuron 0 is top in 5, neuron 1 in 3, neuron 2 in 1; neuron 3 never."""
     counts = TopCounts(top_ratio=0.75)
     impacts = torch.tensor([[9, 8, 7, 0], [9, 8, 0, 0], [9, 8, 0, 0], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float32)
-    counts.add((0, "q"), impacts[:2])
-    counts.add((0, "q"), impacts[2:])
+    counts.add({(0, "q"): impacts[:2]})
+    counts.add({(0, "q"): impacts[2:]})
     counts.num_sentences = 5
     assert counts.consistent(consistency, {(0, "q"): 4}) == NeuronSet({(0, "q"): expected})
 

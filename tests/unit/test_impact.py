@@ -106,9 +106,8 @@ def test_padding_may_hold_anything_even_nan(llama):
 def test_chunks_do_not_change_the_result(llama):
     batch = padded_batch(LENGTHS)
     expected = neuron_impacts(llama, batch, ["q", "k"])
-    seen = {}
     with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=1e-6) as meter:
-        meter.measure(batch, seen.__setitem__)
+        seen = meter.measure(batch)
     for site in expected:
         torch.testing.assert_close(seen[site], expected[site])
 
@@ -172,7 +171,7 @@ def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
     for budget in (1 << 14, 1 << 16, 1 << 20):
         sizes.clear()
         with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=budget / 2**30) as meter:
-            meter.measure(padded_batch([13, 9]), lambda site, impacts: None)
+            meter.measure(padded_batch([13, 9]))
         assert max(sizes) <= budget
         counts.append(len(sizes))
     assert counts[0] > counts[1] > counts[2]

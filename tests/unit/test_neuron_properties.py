@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from agnostic_train.decoder import PROJECTIONS, find_decoder
-from agnostic_train.detection import TopCounts
 from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.top_counts import TopCounts
 
 MODEL = tiny_llama()
 SIZES = find_decoder(MODEL).sizes
@@ -186,7 +186,7 @@ def assert_read_or_refused(file):
 def saved_counts(tmp_path_factory):
     counts = TopCounts(0.5)
     counts.num_batches, counts.num_sentences = 1, 3
-    counts.add((0, "q"), torch.rand(3, 6))
+    counts.add({(0, "q"): torch.rand(3, 6)})
     file = tmp_path_factory.mktemp("counts") / "it"
     counts.save(file)
     return file.read_bytes()

@@ -9,12 +9,13 @@ from test_families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons, in_top
+from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, bounds, neuron_impacts, sieve
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.sieve import num_top
 from agnostic_train.inference import left_as_found
+from agnostic_train.top_counts import in_top
 
 TRAINED = Path(__file__).parents[3] / "shared/models/small-multilingual"
 LENGTHS = [1, 42, 23, 6]
@@ -23,10 +24,8 @@ UNPRUNED = {"Gemma 2", "OLMo 2"}
 
 def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
     """The impacts with pruning, and the meter with what was computed."""
-    impacts = {}
     with left_as_found(model), ImpactMeter(model, ["q", "k"], attention, memory_gb, top_ratio) as meter:
-        meter.measure(batch, impacts.__setitem__)
-    return impacts, meter
+        return meter.measure(batch), meter
 
 
 def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0):
