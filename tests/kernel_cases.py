@@ -1,8 +1,9 @@
-"""Arguments for the kernel of q and k impacts, and what it should make of them."""
+"""Arguments for the kernels of q and k impacts, and what they should make of them."""
 
 import torch
 
 from agnostic_train.impact import kernels
+from agnostic_train.impact.intervals import squared_intervals
 
 HEADS, NEURONS = 3, 2
 
@@ -23,38 +24,38 @@ def visible_keys(mask, length):
     return visible | torch.eye(length, dtype=torch.bool)
 
 
-def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu", growth=0.0):
-    """Arguments of `squared_changes` for every neuron, with rows that aren't counted.
+def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu", growth=0.0, neurons=NEURONS):
+    """Keywords of `squared_changes` for every neuron, with rows that aren't counted.
 
     logits, change: how large the logits are, and each factor of what is taken from them. growth: by how much they grow.
+    neurons: of each head.
     """
     torch.manual_seed(length * head_dim)
-    hidden = ~visible_keys(mask, length)
-    scores = (logits * torch.randn(HEADS, length, length)).masked_fill(hidden, -torch.inf)
+    visible = visible_keys(mask, length)
+    scores = (logits * torch.randn(HEADS, length, length)).masked_fill(~visible, -torch.inf)
     value = torch.randn(HEADS, length, head_dim)
-    weight = (torch.rand(HEADS, length) - 0.2).clamp(min=0)
-    factors = [change * torch.randn(HEADS * NEURONS, length) for _ in range(4)]
-    arguments = scores, value - value.mean(-2, keepdim=True), weight, factors, torch.arange(HEADS * NEURONS)
+    case = {
+        "logits": scores,
+        "centred_value": value - value.mean(-2, keepdim=True),
+        "weight": (torch.rand(HEADS, length) - 0.2).clamp(min=0),
+        "factors": [change * torch.randn(HEADS * neurons, length) for _ in range(4)],
+        "spans": kernels.key_spans(visible[:, None]),
+    }
     if growth:
-        growths = [1 + growth * torch.rand(HEADS * NEURONS, length) for _ in range(2)]
-        arguments = (*arguments, slice(0, length), slice(0, length), growths)
-    return [
-        [it.to(device) for it in part]
-        if isinstance(part, list)
-        else part
-        if isinstance(part, slice)
-        else part.to(device)
-        for part in arguments
-    ]
+        case["growths"] = [1 + growth * torch.rand(HEADS * neurons, length) for _ in range(2)]
+    return {
+        name: [it.to(device) for it in part] if isinstance(part, list) else part.to(device)
+        for name, part in case.items()
+    }
 
 
-def reference(logits, value, weight, factors, neurons, rows=None, keys=None, growths=()):
+def reference(logits, centred_value, weight, factors, spans=None, chosen=None, growths=()):
     """In float64, neuron by neuron, over all rows and keys."""
-    logits, value, weight = logits.double(), value.double(), weight.double()
+    logits, value, weight = logits.double(), centred_value.double(), weight.double()
     attention, squares = logits.softmax(-1), []
-    for neuron in neurons:
+    for neuron in range(len(factors[0])):
         a, b, c, d = (factor[neuron].double() for factor in factors)
-        head = int(neuron) // NEURONS
+        head = neuron * len(logits) // len(factors[0])
         grown = logits[head]
         if growths:
             grown = grown * growths[0][neuron].double()[:, None] * growths[1][neuron].double()
@@ -65,17 +66,39 @@ def reference(logits, value, weight, factors, neurons, rows=None, keys=None, gro
 
 def assert_equals_the_reference(case, rtol=1e-5):
     """The impacts, to a part of each and a millionth of the largest."""
-    found, expected = kernels.squared_changes(*case), reference(*case).sqrt()
+    found, expected = kernels.squared_changes(**case), reference(**case).sqrt()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double().sqrt(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
 
 
+def intervals_of(case):
+    """Lower and upper ends for the same arguments."""
+    logits = case["logits"]
+    arguments = {name: part for name, part in case.items() if name != "centred_value"}
+    largest = logits.masked_fill(logits == -torch.inf, 0).abs().amax((1, 2))
+    return squared_intervals(
+        attention=logits.softmax(-1), value=case["centred_value"], largest_logit=largest, **arguments
+    )
+
+
+def assert_intervals_hold(case):
+    """For the truth and for what the exact kernel makes of it. Returns how wide they are, as a part of each impact."""
+    low, high = intervals_of(case)
+    assert low.dtype == high.dtype == torch.float32
+    truth, exact = reference(**case), kernels.squared_changes(**case)
+    for squares in (truth, exact):
+        assert (low <= squares * (1 + 1e-6)).all() and (squares <= high * (1 + 1e-6)).all()
+    return ((high.double().sqrt() - low.double().sqrt()) / truth.sqrt()).mean().item()
+
+
 def assert_nan_is_not_lost(where, device="cpu"):
     """What isn't a number in the only row that is counted, in some argument of the first head."""
-    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window", device=device)
-    weight.zero_()
-    weight[:, 70] = 1
-    part = {"logits": logits, "a": factors[0], "b": factors[1], "value": value}[where]
+    case = random_case(123, 42, "sliding window", device=device)
+    case["weight"].zero_()
+    case["weight"][:, 70] = 1
+    part = {"a": case["factors"][0], "b": case["factors"][1]}.get(where, case.get(where))
     part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
-    found = kernels.squared_changes(logits, value, weight, factors, neurons)
+    found = kernels.squared_changes(**case)
     assert found[0].isnan() and found[NEURONS:].isfinite().all()
+    low, high = intervals_of(case)
+    assert low[0] == 0 and high[0] == torch.inf and (low[NEURONS:] > 0).all() and high[NEURONS:].isfinite().all()

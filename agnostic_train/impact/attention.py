@@ -7,6 +7,7 @@ the Q/K form without rotation.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,7 @@ class AttentionInputs:
         padding = ~real[:, None, :, None]
         queries_per_kv = query.shape[1] // key.shape[1]
         query = query.to(dtype).masked_fill(padding, 0)
-        key = key.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
-        value = value.to(dtype).masked_fill(padding, 0).repeat_interleave(queries_per_kv, 1)
+        key, value = (_repeated(heads.to(dtype).masked_fill(padding, 0), queries_per_kv) for heads in (key, value))
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
 
@@ -69,7 +69,7 @@ class AttentionInputs:
 
     def products(self) -> Tensor:
         """`s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""
-        return self.query @ self.key.transpose(-1, -2) * self.scaling
+        return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
     def logits(self) -> Tensor:
         """What the softmax sees: capped, and -inf where a key isn't seen."""
@@ -85,8 +85,13 @@ class AttentionInputs:
         """A projection's output (batch, length, heads * head_dim) per query head, padding zeroed."""
         batch, num_heads, length, head_dim = self.query.shape
         heads = projected.view(batch, length, -1, head_dim).transpose(1, 2).to(self.query.dtype)
-        heads = heads.repeat_interleave(num_heads // heads.shape[1], 1)
-        return heads.masked_fill(~self.real[:, None, :, None], 0)
+        heads = heads.masked_fill(~self.real[:, None, :, None], 0)
+        return _repeated(heads, num_heads // heads.shape[1])
+
+
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    """Each KV head once for each of its query heads."""
+    return heads.repeat_interleave(times, 1) if times > 1 else heads
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,9 @@ def rotated_change(
     states: what the rotation makes q~ or k~ of, per query head, padding zeroed, (batch, query heads, length, head_dim).
     unit: the rotation's coefficients. growth: by what the other entries grow, see `rms_norm`.
     """
-    states = states * inputs.scaling
     if growth is not None:
         states = states * growth
-    own, other = (states * part.unsqueeze(1) for part in unit)
+    own, other = (states * (part * inputs.scaling).unsqueeze(1) for part in unit)
     if name == "q":
         return LogitChange(own, inputs.key, other, inputs.key[..., rotation.partner], row_growth=growth)
     return LogitChange(inputs.query, own, inputs.query[..., rotation.partner], other, column_growth=growth)
@@ -177,6 +181,17 @@ class OutputChange:
         bytes_per_neuron = entries_per_neuron * self.value.element_size()
         self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
 
+    @cached_property
+    def key_spans(self) -> Tensor:
+        """Which keys each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
+        return kernels.key_spans(self.inputs.visible)
+
+    @property
+    def largest_logits(self) -> Tensor:
+        """At least the largest absolute value of each head's products: (batch * heads,)."""
+        query, key = (torch.linalg.vector_norm(it, dim=-1).amax(-1) for it in (self.inputs.query, self.inputs.key))
+        return (query * key * abs(self.inputs.scaling)).flatten()
+
     def of_logits(self, change: LogitChange, before_cap: bool = True) -> Tensor:
         """For every neuron of every query head, with the products (or, not `before_cap`, the logits) changed.
 
@@ -188,9 +203,8 @@ class OutputChange:
         if not capped and kernels.available(self.value):
             factors = [part.flatten(0, 1) for part in (a, b, c, d)]
             growths = [_by_neuron(part).flatten(0, 1) for part in change.growths()]
-            every = torch.arange(len(factors[0]), device=self.value.device)
             squares = kernels.squared_changes(
-                self.logits, self.centred_value, self.weight, factors, every, growths=growths
+                self.logits, self.centred_value, self.weight, factors, self.key_spans, growths=growths
             )
             return squares.view(self.batch, self.num_heads, self.head_dim)
         row_growth, column_growth = (

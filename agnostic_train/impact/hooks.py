@@ -27,15 +27,21 @@ from agnostic_train.decoder import (
 )
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention as attention_impacts
+from agnostic_train.impact import kernels
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
+from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
-from agnostic_train.impact.sieve import TopSieve, Work
+from agnostic_train.impact.sieve import TopSieve
+from agnostic_train.impact.sites import Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 DEFAULT_MEMORY_GB = 2.0
 # On a CPU temporaries that stay in cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20
 _IMPLEMENTATION = "agnostic_train_impact"
+
+# By the id of the angles' tensor: itself, so that the id stays its own, and what rotation makes of unit vectors.
+UnitVectors = dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
 def neuron_impacts(
@@ -69,8 +75,9 @@ class ImpactMeter:
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        top_ratio: the q and k impacts are exact for every neuron that can be among the `num_top` largest of its
-            sentence, and 0 for the others (certified pruning); None: exact for every neuron.
+        top_ratio: the q and k impacts need only tell which neurons are the `num_top` largest of their sentence
+            (certified pruning): 0 where one isn't for certain, and on a GPU as good as a proven interval where one
+            is; None: exact for every neuron.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 
@@ -96,8 +103,10 @@ class ImpactMeter:
             )
         self.projections = projections
         self._stack = ExitStack()
+        self._units: UnitVectors = {}
         self._observers = [
-            LayerObserver(layer, projections, attention, memory_gb, top_ratio) for layer in self.decoder.layers
+            LayerObserver(layer, projections, attention, memory_gb, top_ratio, self._units)
+            for layer in self.decoder.layers
         ]
 
     def __enter__(self) -> "ImpactMeter":
@@ -125,6 +134,7 @@ class ImpactMeter:
     def measure(self, batch: Batch) -> dict[Site, Tensor]:
         """Runs the decoder on the batch: each site's impacts, float32 (sentences, neurons); sites may share a tensor."""
         real, counted = real_and_counted(self.model, batch)
+        self._units.clear()
         for observer in self._observers:
             observer.begin(real, counted)
         self.decoder.backbone(**model_inputs(self.model, batch))
@@ -137,7 +147,10 @@ class ImpactMeter:
 
 
 class LayerObserver:
-    """What one layer shows during a pass: its hooks, and the arithmetic on what they see."""
+    """What one layer shows during a pass: its hooks, and the arithmetic on what they see.
+
+    units: what layers that are given the same angles share in a pass.
+    """
 
     def __init__(
         self,
@@ -146,8 +159,10 @@ class LayerObserver:
         attention: str,
         memory_gb: float,
         top_ratio: float | None = None,
+        units: UnitVectors | None = None,
     ):
         self.layer = layer
+        self._units = {} if units is None else units
         self.top_ratio = top_ratio
         self.unprunable = False
         self.work = {"q": Work(), "k": Work()}
@@ -231,11 +246,17 @@ class LayerObserver:
         cos, sin = (angle.to(inputs.query.dtype).expand(len(query), -1, -1) for angle in self._cos_sin)
         if self._found_rotation is None:
             self._found_rotation = self.layer.rotation(cos, sin)
+        angles = self._cos_sin[0]
+        if id(angles) not in self._units:
+            self._units[id(angles)] = angles, self._rotation.coefficients(cos, sin)
+        own, other = self._units[id(angles)][1]
         parts, outputs = [], []
         at_once = self._sentences_at_once(inputs)
         for start in range(0, len(query), at_once):
             part = slice(start, start + at_once)
-            impacts, output = self._measure(inputs.sentences(part), part, cos[part], sin[part])
+            impacts, output = self._measure(
+                inputs.sentences(part), part, cos[part], sin[part], (own[part], other[part])
+            )
             parts.append(impacts)
             outputs.append(output)
         for name in sorted(self.projections & {"q", "k"}):
@@ -255,7 +276,12 @@ class LayerObserver:
         return max(1, int(self.memory_gb * 2**29) // (entries * inputs.query.element_size()))
 
     def _measure(
-        self, inputs: attention_impacts.AttentionInputs, part: slice, cos: Tensor, sin: Tensor
+        self,
+        inputs: attention_impacts.AttentionInputs,
+        part: slice,
+        cos: Tensor,
+        sin: Tensor,
+        unit: tuple[Tensor, Tensor],
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The q and k impacts and attention's output (sentences, heads, length, head_dim) of some sentences."""
         names = sorted(self.projections & {"q", "k"})
@@ -264,14 +290,18 @@ class LayerObserver:
         projected = {name: self._projected[name][part] for name in names}
         changes: dict[str, attention_impacts.LogitChange] = {}
         if self.attention == "exact":
-            inputs, changes = self._closed_forms(inputs, projected, cos, sin)
+            inputs, changes = self._closed_forms(inputs, projected, cos, sin, unit)
         else:
             changes = dict.fromkeys(names, attention_impacts.paper_change(inputs))
         change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
         # The bounds know changes in closed form, and no soft cap between them and the softmax.
         if self.top_ratio is not None and len(changes) == len(names) and self._uncapped(inputs):
-            sieve = TopSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, half)
-            impacts = sieve.impacts(self.top_ratio, self.work)
+            num_kv_heads = self.layer.num_kv_heads
+            if kernels.available(change.value):
+                impacts = interval_impacts(change, changes, num_kv_heads, self.top_ratio, self.work)
+            else:
+                sieve = TopSieve(change, changes, num_kv_heads, chunk_bytes, half)
+                impacts = sieve.impacts(self.top_ratio, self.work)
         else:
             impacts = {name: self._all_impacts(change, name, changes, projected[name], cos, sin) for name in names}
             self.unprunable |= self.top_ratio is not None
@@ -283,7 +313,12 @@ class LayerObserver:
         return inputs.softcap is None or self.attention == "paper"
 
     def _closed_forms(
-        self, inputs: attention_impacts.AttentionInputs, projected: dict[str, Tensor], cos: Tensor, sin: Tensor
+        self,
+        inputs: attention_impacts.AttentionInputs,
+        projected: dict[str, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        unit: tuple[Tensor, Tensor],
     ) -> tuple[attention_impacts.AttentionInputs, dict[str, attention_impacts.LogitChange]]:
         """What each neuron makes of the logits, for the projections where that has a closed form.
 
@@ -307,8 +342,6 @@ class LayerObserver:
                 if growth is None or growth.max() > LARGEST_GROWTH:
                     continue
             parts[name] = states, growth
-        # Both q and k need what rotation makes of the unit vectors.
-        unit = self._rotation.coefficients(cos, sin)
         return inputs, {
             name: attention_impacts.rotated_change(inputs, name, states, self._rotation, unit, growth)
             for name, (states, growth) in parts.items()

@@ -1,10 +1,10 @@
 """A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
 
-A program takes one neuron of one head and a block of query rows, and goes over the keys twice: for the highest logit
-and the sum of each row's softmax, then for the weights. It is as exact as float32: the tensor cores multiply in three
-parts (`tf32x3`), and attention is subtracted before the product with the values. Attention is computed here too, by the
-same instructions as the changed one: a neuron that changes no logit has an impact of zero, which never counts, and not
-one of rounding.
+A program takes a few neurons of one head and a block of query rows. For each neuron it goes over the keys twice: for the
+highest logit and the sum of each row's softmax, then for the weights. It is as exact as float32: the tensor cores multiply
+in three parts (`tf32x3`), and attention is subtracted before the product with the values. Attention is computed here too,
+by the same instructions as the changed one: a neuron that changes no logit has an impact of zero, which never counts, and
+not one of rounding.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,15 @@ except ImportError:
 # little at 256; 64 keys would. Fewer keys would cost more in what is done once a block. Two stages of loads, because a
 # block's product takes longer than the next one's loads; their shared memory is there on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
+# Neurons of a head that a program takes one after another: they read the same logits, from the cache.
+GROUP = 16
 LARGEST_HEAD = 256
 
 logger = logging.get_logger(__name__)
 
 
 def available(value: Tensor) -> bool:
-    """Whether the kernel takes values like these, (heads, length, head_dim): else there is the torch form."""
+    """Whether the kernels take values like these, (heads, length, head_dim): else there is the torch form."""
     return (
         triton is not None
         and value.is_cuda
@@ -55,14 +57,26 @@ def _driver_loads() -> bool:
     return True
 
 
+def key_spans(visible: Tensor) -> Tensor:
+    """The first key that some row of each block of `BLOCK_ROWS` rows sees, and the one behind the last.
+
+    visible: (batch, 1, length, length), bool; every row sees a key. Returns: (batch, blocks, 2), int32.
+    """
+    batch, _, length, _ = visible.shape
+    num_blocks = -(-length // BLOCK_ROWS)
+    rows = visible.new_zeros(batch, num_blocks * BLOCK_ROWS, length)
+    rows[:, :length] = visible[:, 0]
+    seen = rows.view(batch, num_blocks, BLOCK_ROWS, length).any(2).int()
+    return torch.stack([seen.argmax(-1), length - seen.flip(-1).argmax(-1)], -1).int()
+
+
 def squared_changes(
     logits: Tensor,
     centred_value: Tensor,
     weight: Tensor,
     factors: Sequence[Tensor],
-    neurons: Tensor,
-    rows: slice | None = None,
-    keys: slice | None = None,
+    spans: Tensor,
+    chosen: Tensor | None = None,
     growths: Sequence[Tensor] = (),
 ) -> Tensor:
     """`sum_i weight_i ||sum_j (softmax_j(S_ij r_i s_j - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
@@ -72,34 +86,33 @@ def squared_changes(
         centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
         weight: (heads, length), float32; rows of weight 0 are left out, whatever stands there.
         factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
-        neurons: rows of the factors, (n,), int64, in any order and repeated or not.
-        rows: the query rows i that are summed over, with both ends; all by default.
-        keys: the keys j, with both ends, at least all that these rows see; all by default.
+        spans: `key_spans` of the sentences, each with its heads in a row.
+        chosen: (heads * neurons of a head,), bool, which neurons to compute; all by default.
         growths: r and s, above 0, like the factors; all 1 by default.
 
-    Returns: (n,), float32, the same in every run.
+    Returns: (heads * neurons of a head,), float32, the same in every run; zero where not chosen.
     """
     num_heads, length, head_dim = centred_value.shape
-    rows, keys = (slice(0, length) if it is None else it for it in (rows, keys))
-    grid = (len(neurons), triton.cdiv(rows.stop - rows.start, BLOCK_ROWS))
-    parts = logits.new_empty(grid[::-1])
-    if parts.numel():
-        with torch.cuda.device_of(logits):
-            _squared_changes[grid](
-                parts,
-                *(
-                    it.contiguous()
-                    for it in (logits, centred_value, weight, *factors, *(growths or factors[:2]), neurons)
-                ),
-                len(factors[0]) // num_heads,
-                length,
-                rows.start,
-                rows.stop,
-                keys.start,
-                keys.stop,
-                **launch_options(head_dim, bool(growths)),
-            )
-    return parts.sum(0)
+    chosen = torch.ones_like(factors[0][:, 0], dtype=torch.bool) if chosen is None else chosen
+    parts = logits.new_zeros(len(chosen), spans.shape[1])
+    per_head = len(chosen) // num_heads
+    with torch.cuda.device_of(logits):
+        _squared_changes[launch_grid(num_heads, per_head, spans)](
+            parts,
+            *(it.contiguous() for it in (logits, centred_value, weight, *factors, *(growths or factors[:2]))),
+            spans,
+            chosen,
+            num_heads // len(spans),
+            per_head,
+            length,
+            **launch_options(head_dim, bool(growths)),
+        )
+    return parts.sum(1)
+
+
+def launch_grid(num_heads: int, neurons_per_head: int, spans: Tensor) -> tuple[int, int]:
+    """Groups of neurons by blocks of rows."""
+    return num_heads * triton.cdiv(neurons_per_head, GROUP), spans.shape[1]
 
 
 def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | bool]:
@@ -110,6 +123,7 @@ def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | bool]:
         "BLOCK_DIM": block_dim,
         "BLOCK_ROWS": BLOCK_ROWS,
         "BLOCK_KEYS": BLOCK_KEYS,
+        "GROUP": GROUP,
         "GROWS": grows,
         "num_warps": 4 if block_dim <= 64 else 8,
         "num_stages": NUM_STAGES,
@@ -126,8 +140,7 @@ if triton is not None:
         higher = tl.maximum(highest, tl.max(logits, 1))
         # A row that has seen no key so far has nothing but -inf, and -inf less -inf isn't a number.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        added = tl.sum(tl.exp(logits - shift[:, None]), 1)
-        return higher, total * tl.exp(highest - shift) + added, added
+        return higher, total * tl.exp(highest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
 
     @triton.jit
     def _weights(logits, highest, total):
@@ -151,62 +164,57 @@ if triton is not None:
         after = after - left_a[:, None] * right_b[None, :] - left_c[:, None] * right_d[None, :]
         return before, tl.where(before == float("-inf"), before, after)
 
-    # Numbers that change from block to block would make Triton compile the kernel anew.
-    @triton.jit(do_not_specialize=["row_start", "row_stop", "key_start", "key_stop"])
+    @triton.jit
     def _squared_changes(
-        parts, logits, value, weight, a, b, c, d, r, s, neurons, neurons_per_head, length, row_start, row_stop,
-        key_start, key_stop, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr, GROWS: tl.constexpr,
+        parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, heads_per_sentence, neurons_per_head, length,
+        HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+        GROUP: tl.constexpr, GROWS: tl.constexpr,
     ):  # fmt: skip
+        groups = tl.cdiv(neurons_per_head, GROUP)
         # All offsets that follow from it have 64 bits too.
-        neuron = tl.load(neurons + tl.program_id(0))
-        head = neuron // neurons_per_head
+        head = (tl.program_id(0) // groups).to(tl.int64)
+        block = tl.program_id(1)
         logits += head * length * length
         value += head * length * HEAD_DIM
-        b += neuron * length
-        d += neuron * length
-        s += neuron * length
-        rows = row_start + tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_mask = rows < row_stop
-        row_weight = tl.load(weight + head * length + rows, mask=row_mask, other=0.0)
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
         row_mask = row_weight != 0
-        left_a = tl.load(a + neuron * length + rows, mask=row_mask, other=0.0)
-        left_c = tl.load(c + neuron * length + rows, mask=row_mask, other=0.0)
-        left_r = left_a
-        if GROWS:
-            left_r = tl.load(r + neuron * length + rows, mask=row_mask, other=1.0)
         row_offsets = rows.to(tl.int64) * length
         columns = tl.arange(0, BLOCK_DIM)
-
-        highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_ROWS], tl.float32)
-        changed_highest, changed_total = highest, total
-        # The keys that each row sees lie in blocks from `first` to `last`. It is neither a row's highest logit alone
-        # that tells, which may not be a number, nor its exponentials, which may all be zero so far from the highest.
-        last = tl.zeros([BLOCK_ROWS], tl.int32)
-        first = last + key_stop
+        span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
         # From a multiple of the block on, so that loads are aligned.
-        start = key_start // BLOCK_KEYS * BLOCK_KEYS
-        for key in range(start, tl.where(tl.max(row_weight) > 0, key_stop, start), BLOCK_KEYS):
-            keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(
-                logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS
-            )
-            highest, total, added = _with_keys(before, highest, total)
-            changed_highest, changed_total, _ = _with_keys(after, changed_highest, changed_total)
-            seen = (tl.max(before, 1) > float("-inf")) | (added != 0)
-            first = tl.where(seen, tl.minimum(first, key), first)
-            last = tl.where(seen, key + BLOCK_KEYS, last)
-
-        moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-        for key in range(tl.min(first), tl.max(last), BLOCK_KEYS):
-            keys = key + tl.arange(0, BLOCK_KEYS)
-            before, after = _both_logits(
-                logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS
-            )
-            change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
-            value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]
-            values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
-            moved = tl.dot(change, values, moved, input_precision="tf32x3")
-        squares = tl.sum(moved * moved, 1) * row_weight
-        tl.store(parts + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.sum(squares))
+        first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
+        last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
+        start = tl.program_id(0) % groups * GROUP
+        for place in range(start, tl.minimum(start + GROUP, neurons_per_head)):
+            neuron = head * neurons_per_head + place
+            if tl.load(chosen + neuron):
+                offset = neuron * length
+                left_a = tl.load(a + offset + rows, mask=row_mask, other=0.0)
+                left_c = tl.load(c + offset + rows, mask=row_mask, other=0.0)
+                left_r = left_a
+                if GROWS:
+                    left_r = tl.load(r + offset + rows, mask=row_mask, other=1.0)
+                highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_ROWS], tl.float32)
+                changed_highest, changed_total = highest, total
+                for key in range(first, last, BLOCK_KEYS):
+                    before, after = _both_logits(
+                        logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
+                        key + tl.arange(0, BLOCK_KEYS), length, GROWS,
+                    )  # fmt: skip
+                    highest, total = _with_keys(before, highest, total)
+                    changed_highest, changed_total = _with_keys(after, changed_highest, changed_total)
+                moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+                for key in range(first, last, BLOCK_KEYS):
+                    keys = key + tl.arange(0, BLOCK_KEYS)
+                    before, after = _both_logits(
+                        logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
+                        keys, length, GROWS,
+                    )  # fmt: skip
+                    change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
+                    value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]
+                    values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
+                    moved = tl.dot(change, values, moved, input_precision="tf32x3")
+                squares = tl.sum(moved * moved, 1) * row_weight
+                tl.store(parts + neuron * tl.num_programs(1) + block, tl.sum(squares))

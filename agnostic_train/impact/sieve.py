@@ -7,15 +7,15 @@ below the threshold. Whatever is left at the end has its exact impact.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
-from math import ceil, floor
+from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
-from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
+from agnostic_train.impact.sites import Sites, Work, num_top
 
 # Neurons of a head that are computed side by side on one copy of its logits and values: few where few are left.
 _TILE_SIZES = (4, 16)
@@ -23,32 +23,6 @@ _TILE_SIZES = (4, 16)
 _FIRST = 1.5
 # The exact form rounds differently in other company.
 _MARGIN = 1e-4
-
-
-def num_top(top_ratio: float, size: int) -> int:
-    """How many of a site's neurons are top in a sentence: `max(1, floor(top_ratio * size))`."""
-    # The slack keeps 0.29 of 100 neurons at 29, whatever 0.29 * 100 is in binary.
-    return max(1, floor(top_ratio * size * (1 + 1e-9)))
-
-
-@dataclass
-class Work:
-    """What pruning left to do: how many neurons and, for them, changed logits were computed, of how many."""
-
-    neurons: int = 0
-    all_neurons: int = 0
-    logits: int = 0
-    all_logits: int = 0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
-
-    def add_all(self, num_neurons: int, length: int) -> None:
-        """Adds neurons of sentences of one length that were all computed."""
-        self.neurons += num_neurons
-        self.all_neurons += num_neurons
-        self.logits += num_neurons * length**2
-        self.all_logits += num_neurons * length**2
 
 
 @dataclass(frozen=True)
@@ -88,24 +62,9 @@ class TopSieve:
         self.change = change
         self.changes = changes
         self.blocks = row_blocks(change.inputs.visible)
-        self._num_kv_heads = num_kv_heads
+        self.sites = Sites(change, changes, num_kv_heads)
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
-        rows = {"q": change.num_heads * change.head_dim, "k": num_kv_heads * change.head_dim}
-        self._sizes = [rows[name] for name in changes]
-        # a, b, c and d of all neurons; a head's are those of q, then those of k: (batch * heads * neurons, length).
-        self._x = [
-            torch.cat([getattr(x, part).flatten(0, 1).transpose(1, 2) for x in changes.values()], 1).flatten(0, 1)
-            for part in "abcd"
-        ]
-        # The same of r and s, where anything grows.
-        self._growths: list[Tensor] = []
-        if any(x.grows for x in changes.values()):
-            pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in changes.values()]
-            self._growths = [
-                torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
-                for parts in zip(*pairs, strict=True)
-            ]
 
     def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
         """Exact impacts of every neuron that can be in its sentence's top; zero for the others.
@@ -118,17 +77,19 @@ class TopSieve:
         """
         bounds, estimates = self._bounds()
         # By site from here on, q's and k's neurons side by side: (batch, neurons[, blocks]).
-        rest = self._by_site(bounds).flip(-1).cumsum(-1).flip(-1)
-        estimates = self._by_site(estimates)
-        counts = [num_top(top_ratio, size) for size in self._sizes]
+        rest = self.sites.by_site(bounds).flip(-1).cumsum(-1).flip(-1)
+        estimates = self.sites.by_site(estimates)
+        counts = [num_top(top_ratio, size) for size in self.sites.sizes]
         first = torch.zeros_like(estimates, dtype=torch.bool)
-        for part, estimate, count in zip(self._split(first), self._split(estimates), counts, strict=True):
+        for part, estimate, count in zip(self.sites.split(first), self.sites.split(estimates), counts, strict=True):
             likely = estimate.topk(min(ceil(_FIRST * count), estimate.shape[1]), 1).indices
             part.scatter_(1, likely, True)
         tiles = self._tiles(first)
-        done = self._by_site(sum(self._squares(tiles, block) for block in self.blocks))
-        thresholds = [part.topk(count, 1).values[:, -1:] for part, count in zip(self._split(done), counts, strict=True)]
-        threshold = torch.cat([it.expand(-1, size) for it, size in zip(thresholds, self._sizes, strict=True)], 1)
+        done = self.sites.by_site(sum(self._squares(tiles, block) for block in self.blocks))
+        thresholds = [
+            part.topk(count, 1).values[:, -1:] for part, count in zip(self.sites.split(done), counts, strict=True)
+        ]
+        threshold = torch.cat([it.expand(-1, size) for it, size in zip(thresholds, self.sites.sizes, strict=True)], 1)
         alive, num_logits = ~first, [0] * len(counts)
         for number, block in enumerate(self.blocks):
             # Not `>=`: what isn't a number stays.
@@ -136,19 +97,19 @@ class TopSieve:
             tiles = self._tiles(alive)
             if not len(tiles.head):
                 break
-            done += self._by_site(self._squares(tiles, block))
-            for index, part in enumerate(self._split(alive)):
+            done += self.sites.by_site(self._squares(tiles, block))
+            for index, part in enumerate(self.sites.split(alive)):
                 num_logits[index] += int(part.sum()) * block.num_logits
         found = torch.where(alive | first, done, 0).sqrt().float()
         per_neuron = sum(block.num_logits for block in self.blocks)
         for name, part, likely, logits in zip(
-            self.changes, self._split(alive), self._split(first), num_logits, strict=True
+            self.changes, self.sites.split(alive), self.sites.split(first), num_logits, strict=True
         ):
             work[name].neurons += int(part.sum() + likely.sum())
             work[name].all_neurons += part.numel()
             work[name].logits += logits + int(likely.sum()) * per_neuron
             work[name].all_logits += part.numel() * self.change.length**2
-        return dict(zip(self.changes, self._split(found), strict=True))
+        return dict(zip(self.changes, self.sites.split(found), strict=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Bounds on squared changes and estimates of them: (batch * heads, neurons, blocks), without the last."""
@@ -164,33 +125,11 @@ class TopSieve:
         bounds, estimates = (torch.cat(it) for it in zip(*parts, strict=True))
         return bounds.transpose(1, 2), estimates
 
-    def _split(self, by_site: Tensor) -> tuple[Tensor, ...]:
-        return by_site.split(self._sizes, 1)
-
-    def _by_site(self, by_head: Tensor) -> Tensor:
-        """(batch * heads, neurons, ...) to (batch, neurons of all heads, ...): a k row acts through a group's heads."""
-        sites = []
-        for name, part in zip(self.changes, by_head.split(self.change.head_dim, 1), strict=True):
-            part = part.unflatten(0, (self.change.batch, -1))
-            if name == "k":
-                part = part.unflatten(1, (self._num_kv_heads, -1)).sum(2)
-            sites.append(part.flatten(1, 2))
-        return torch.cat(sites, 1)
-
     def _tiles(self, by_site: Tensor) -> _Tiles:
         """The neurons marked in (batch, neurons of all heads), bool, as every head that they act through sees them."""
-        change, by_head = self.change, []
-        for name, part in zip(self.changes, self._split(by_site), strict=True):
-            part = part.unflatten(1, (-1, change.head_dim))
-            if name == "k":
-                part = part.repeat_interleave(change.num_heads // self._num_kv_heads, 1)
-            by_head.append(part.flatten(0, 1))
-        marked = torch.cat(by_head, 1)
+        marked = self.sites.by_head(by_site)
         num_heads, num_neurons = marked.shape
         neurons = marked.flatten().nonzero().squeeze(1)
-        if kernels.available(change.value):
-            # The kernel takes them one by one.
-            return _Tiles(neurons // num_neurons, neurons.unsqueeze(1), neurons.unsqueeze(1))
         counts = marked.sum(1)
         size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
         num_tiles = (counts + size - 1) // size
@@ -206,23 +145,16 @@ class TopSieve:
     def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
         change, rows, keys = self.change, block.rows, block.keys
-        if kernels.available(change.value):
-            neurons = tiles.neuron.flatten()
-            squares = change.value.new_zeros(len(self._x[0]))
-            squares[neurons] = kernels.squared_changes(
-                change.logits, change.centred_value, change.weight, self._x, neurons, rows, keys, self._growths
-            )
-            return squares.view(len(change.value), -1)
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
-        a, b, c, d = (part[:, seen] for part, seen in zip(self._x, (rows, keys) * 2, strict=True))
-        growth = [part[:, seen] for part, seen in zip(self._growths, (rows, keys), strict=False)]
+        a, b, c, d = (part[:, seen] for part, seen in zip(self.sites.factors, (rows, keys) * 2, strict=True))
+        growth = [part[:, seen] for part, seen in zip(self.sites.growths, (rows, keys), strict=False)]
         num_rows, num_keys = logits.shape[1:]
         size = tiles.neuron.shape[1]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
         entries = size * num_rows * (2 * num_keys + change.head_dim) + (2 * num_rows + change.head_dim) * num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))
-        squares = value.new_zeros(len(self._x[0]) + 1)
+        squares = value.new_zeros(len(self.sites.factors[0]) + 1)
         for part in tiles.chunks(at_once):
             shape = (len(part.head), size, num_rows, num_keys)
             neurons = part.neuron.flatten()

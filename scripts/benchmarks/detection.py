@@ -26,7 +26,7 @@ from agnostic_train.corpus import load_corpus
 from agnostic_train.decoder import find_decoder
 from agnostic_train.encoding import Encoder
 from agnostic_train.impact import ImpactMeter, kernels
-from agnostic_train.impact.sieve import Work
+from agnostic_train.impact.sites import Work
 from agnostic_train.inference import left_as_found
 from agnostic_train.recipe import CorpusSection
 from agnostic_train.top_counts import TopCounts
@@ -96,10 +96,10 @@ def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> 
         work = function()
     total = counter.get_total_flops()
     if isinstance(work, dict) and kernels.available(next(model.parameters()).new_empty(0, 1, 1, dtype=torch.float32)):
-        # The counter doesn't see into the kernel, which multiplies each changed logit with its value.
+        # The counter doesn't see into the kernels, which multiply each changed logit with its value.
         layer = find_decoder(model).layers[0]
         heads = {"q": 1, "k": layer.queries_per_kv}
-        total += sum(2 * layer.head_dim * it.logits * heads[name] for name, it in work.items())
+        total += sum(2 * layer.head_dim * (it.logits + it.rough_logits) * heads[name] for name, it in work.items())
     return total
 
 

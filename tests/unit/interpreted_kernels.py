@@ -5,14 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
-from kernel_cases import assert_equals_the_reference, assert_nan_is_not_lost, random_case, reference
+from kernel_cases import (
+    HEADS,
+    NEURONS,
+    assert_equals_the_reference,
+    assert_intervals_hold,
+    assert_nan_is_not_lost,
+    intervals_of,
+    random_case,
+    reference,
+)
 from test_families import family_model
-from test_pruning import all_bounds_hold, pruned_impacts
+from test_pruning import pruned_impacts
 
 from agnostic_train.decoder import find_decoder
-from agnostic_train.impact import kernels, neuron_impacts
+from agnostic_train.files import UserError
+from agnostic_train.impact import interval_sieve, kernels, neuron_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
-from agnostic_train.impact.sieve import num_top
+from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.sites import num_top
+from agnostic_train.self_check import verify_impacts
 from agnostic_train.top_counts import in_top
 
 
@@ -46,65 +58,119 @@ def test_large_logits():
     """Logits of hundreds, whose own rounding is what differs; a change of hundreds; all below zero."""
     assert_equals_the_reference(random_case(70, 42, logits=300.0), rtol=3e-4)
     assert_equals_the_reference(random_case(70, 42, change=20.0), rtol=3e-4)
-    logits, *rest = random_case(70, 42, "sliding window")
-    assert_equals_the_reference((logits - 1000, *rest), rtol=3e-4)
+    case = random_case(70, 42, "sliding window")
+    assert_equals_the_reference(case | {"logits": case["logits"] - 1000}, rtol=3e-4)
 
 
 def test_keys_that_only_the_change_brings_up():
     """Their block has no weight before it, in the only row that is counted."""
-    logits, value, weight, factors, neurons = random_case(123, 42)
-    weight[:, :-1] = 0
-    weight[:, -1] = 1
-    logits[:, -1, 64:] -= 500
-    factors[0][:, -1], factors[1][:, 64:] = -1, 600
-    assert_equals_the_reference((logits, value, weight, factors, neurons), rtol=3e-4)
+    case = random_case(123, 42)
+    case["weight"][:, :-1] = 0
+    case["weight"][:, -1] = 1
+    case["logits"][:, -1, 64:] -= 500
+    case["factors"][0][:, -1], case["factors"][1][:, 64:] = -1, 600
+    assert_equals_the_reference(case, rtol=3e-4)
+    assert_intervals_hold(case)
+
+
+def without_change(case):
+    a, b, c, d = case["factors"]
+    return case | {"factors": [torch.zeros_like(a), b, torch.zeros_like(c), d]}
 
 
 def test_small_changes_and_none():
     """Changes of a few ten-thousandths keep the digits that a weight has left; no change is none to the last bit."""
     assert_equals_the_reference(random_case(42, 42, change=0.02), rtol=1e-3)
-    logits, value, weight, factors, neurons = random_case(70, 42)
-    factors[0], factors[2] = torch.zeros_like(factors[0]), torch.zeros_like(factors[2])
-    assert torch.equal(kernels.squared_changes(logits, value, weight, factors, neurons), torch.zeros(len(neurons)))
+    case = without_change(random_case(70, 42))
+    assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS * NEURONS))
+    low, high = intervals_of(case)
+    assert not low.any() and (high < 1e-6).all()
 
 
 @pytest.mark.parametrize("counted", ["none", "last"])
 def test_rows_that_are_not_counted(counted):
-    logits, value, weight, factors, neurons = random_case(123, 42)
-    weight.zero_()
+    case = random_case(123, 42)
+    case["weight"].zero_()
     if counted == "last":
-        weight[:, -1] = 1
-    expected = reference(logits, value, weight, factors, neurons)
-    for part in (logits, factors[0], factors[2]):
+        case["weight"][:, -1] = 1
+    expected = reference(**case)
+    for part in (case["logits"], case["factors"][0], case["factors"][2]):
         part[:, :-1] = torch.nan
-    found = kernels.squared_changes(logits, value, weight, factors, neurons)
+    found = kernels.squared_changes(**case)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("where", ["logits", "a", "b", "value"])
+@pytest.mark.parametrize("where", ["logits", "a", "b", "centred_value"])
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_not_a_number_is_not_lost(where):
     assert_nan_is_not_lost(where)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_taken_from_unseen_keys_does_not_matter():
-    logits, value, weight, factors, neurons = random_case(42, 42)
-    weight[:, -1] = 0
-    expected = kernels.squared_changes(logits, value, weight, factors, neurons)
-    factors[1][:, -1] = factors[3][:, -1] = torch.inf
-    assert torch.equal(kernels.squared_changes(logits, value, weight, factors, neurons), expected)
+    case = random_case(42, 42)
+    case["weight"][:, -1] = 0
+    expected = kernels.squared_changes(**case)
+    case["factors"][1][:, -1] = case["factors"][3][:, -1] = torch.inf
+    assert torch.equal(kernels.squared_changes(**case), expected)
 
 
-def test_parts_of_rows_keys_and_neurons():
-    """Blocks of rows add up, whatever keys they can't see are left out; neurons in any order, or none; any strides."""
-    logits, value, weight, factors, neurons = random_case(123, 42, "sliding window")
-    whole = kernels.squared_changes(logits, value, weight, factors, neurons)
-    blocks = [(slice(0, 31), slice(0, 31)), (slice(31, 100), slice(27, 100)), (slice(100, 123), slice(33, 123))]
-    logits, value, weight, *factors = (it.mT.contiguous().mT for it in (logits, value, weight, *factors))
-    chosen = torch.tensor([5, 1, 0, 1, 3, 1, 0])[::2]
-    parts = [kernels.squared_changes(logits, value, weight, factors, chosen, *block) for block in blocks]
-    torch.testing.assert_close(sum(parts), whole[chosen], rtol=1e-5, atol=0)
-    assert kernels.squared_changes(logits, value, weight, factors, chosen[:0]).shape == (0,)
+def test_some_neurons_of_many():
+    """More than a program takes, in heads that don't fill the last one; any strides; the others are zero."""
+    case = random_case(42, 10, neurons=kernels.GROUP + 3)
+    whole = kernels.squared_changes(**case)
+    torch.testing.assert_close(whole.double(), reference(**case), rtol=1e-5, atol=0)
+    assert_intervals_hold(case)
+    chosen = torch.rand(len(whole)) < 0.3
+    strided = {
+        name: [it.mT.contiguous().mT for it in part] if isinstance(part, list) else part.mT.contiguous().mT
+        for name, part in case.items()
+        if name != "spans"
+    }
+    found = kernels.squared_changes(**strided, spans=case["spans"], chosen=chosen)
+    assert torch.equal(found, torch.where(chosen, whole, 0))
+    for found, expected in zip(intervals_of(strided | {"spans": case["spans"]}), intervals_of(case), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("mask", ["causal", "sliding window", "left padding", "right padding", "full"])
+@pytest.mark.parametrize("length", [1, 17, 123])
+def test_intervals(length, mask):
+    """Logits and changes as trained models have them, as early ones have them, and in the noise; and growth."""
+    for logits, change, growth in ((3.0, 1.0, 0.0), (0.5, 0.1, 0.0), (1.0, 1e-3, 0.0), (0.8, 0.3, 0.3)):
+        assert_intervals_hold(random_case(length, 42, mask, logits, change, growth=growth))
+
+
+@pytest.mark.parametrize("head_dim", [6, 64, 123, 256])
+@pytest.mark.parametrize("growth", [0.0, 0.2])
+def test_intervals_are_narrow(head_dim, growth):
+    assert assert_intervals_hold(random_case(70, head_dim, change=0.5, growth=growth)) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("common", ["b", "value"])
+def test_a_common_part_leaves_intervals_narrow(common):
+    """The softmax doesn't see what all keys share, nor the change what all values share."""
+    case = random_case(70, 42, change=0.3)
+    if common == "b":
+        case["factors"][1] += 30
+    else:
+        case["centred_value"] += 30
+    truth = reference(**case)
+    low, high = intervals_of(case)
+    assert (low <= truth).all() and (truth <= high).all()
+    assert ((high.sqrt() - low.sqrt()) / truth.sqrt()).mean() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize(("logits", "change"), [(300.0, 1.0), (3.0, 4.0), (3.0, 20.0), (300.0, 300.0)])
+def test_intervals_where_half_precision_overflows(logits, change):
+    """Then they have no upper end, which costs time and no neuron."""
+    case = random_case(70, 42, logits=logits, change=change)
+    low, high = intervals_of(case)
+    exact = kernels.squared_changes(**case)
+    assert low.isfinite().all() and not high.isnan().any()
+    assert (low <= exact * (1 + 1e-4)).all() and (exact <= high * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("grows", [None, "row_growth", "column_growth"])
@@ -131,28 +197,71 @@ def test_equals_the_torch_form(common, grows, monkeypatch):
     [("Llama", "left", "exact"), ("Llama", "right", "paper"), ("Qwen3", "right", "exact")],
 )
 def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
-    """With the kernel everywhere; all impacts are the torch form's, and pruning still leaves some out."""
+    """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""
     model = small_llama() if family == "Llama" else family_model(family)
     batch = padded_batch([1, 31], side)
     expected = neuron_impacts(model, batch, ["q", "k"], attention)
     monkeypatch.setattr(kernels, "available", lambda value: True)
     unpruned = neuron_impacts(model, batch, ["q", "k"], attention)
-    impacts, _ = pruned_impacts(model, batch, 0.1, attention)
+    impacts, meter = pruned_impacts(model, batch, 0.1, attention)
     for site, values in expected.items():
-        tolerance = {"rtol": 1e-4, "atol": 1e-5 * values.max().item()}
-        torch.testing.assert_close(unpruned[site], values, **tolerance)
-        torch.testing.assert_close(impacts[site], torch.where(impacts[site] > 0, values, 0), **tolerance)
+        torch.testing.assert_close(unpruned[site], values, rtol=1e-4, atol=1e-5 * values.max().item())
         count = num_top(0.1, values.shape[1])
         for found in (unpruned[site], impacts[site]):
             assert torch.equal(in_top(found, count), in_top(values, count))
-    assert (impacts[(0, "q")] == 0).any() and (unpruned[(0, "q")][1] > 0).all()
+        kept = impacts[site] > 0
+        assert (kept.sum(1) <= 2 * count + 1).all()
+        torch.testing.assert_close(impacts[site][kept], values[kept], rtol=0.03, atol=0)
+    for work in meter.work.values():
+        # All of the sentence of one token, whose impacts are all zero, and few of the other.
+        assert work.neurons < 0.65 * work.all_neurons and 0 < work.logits < work.rough_logits <= work.all_logits
 
 
-@pytest.mark.parametrize("scale", [1e-3, 30.0])
-def test_the_bounds_hold(scale, monkeypatch):
-    """Where all impacts are in the noise, and where attention sees one key."""
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("scale", [1e-3, 4.0, 30.0])
+def test_the_sieve_at_any_scale(scale, monkeypatch):
+    """Where all impacts are in the noise, and where attention sees one key; and where all are asked for."""
     model = small_llama()
     with torch.no_grad():
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
+    batch = padded_batch([26, 33])
+    expected = neuron_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernels, "available", lambda value: True)
-    assert all_bounds_hold(model, padded_batch([26]), monkeypatch) > 50
+    unpruned = neuron_impacts(model, batch, ["q", "k"])
+    for top_ratio in (0.05, 0.3, 1.0):
+        impacts, _ = pruned_impacts(model, batch, top_ratio)
+        for site, values in unpruned.items():
+            count = num_top(top_ratio, values.shape[1])
+            assert torch.equal(in_top(impacts[site], count), in_top(values, count))
+    torch.testing.assert_close(impacts[(0, "q")], expected[(0, "q")], rtol=1e-3, atol=1e-5 * float(values.max()))
+
+
+def test_a_neuron_that_is_in_the_top_by_its_lower_end_alone(monkeypatch):
+    """One of its rows may have overflowed: its impact is finite none the less."""
+    model, batch = small_llama(), padded_batch([26])
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    expected = pruned_impacts(model, batch, 0.1)[0]
+
+    def without_upper_end(*args):
+        low, high = squared_intervals(*args)
+        return low, torch.where(low == low.max(), torch.inf, high)
+
+    monkeypatch.setattr(interval_sieve, "squared_intervals", without_upper_end)
+    for site, values in pruned_impacts(model, batch, 0.1)[0].items():
+        assert values.isfinite().all()
+        assert torch.equal(values > 0, expected[site] > 0)
+
+
+def test_intervals_that_do_not_hold_are_found_by_the_self_check(monkeypatch):
+    model, batch = small_llama(), padded_batch([26, 9])
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    assert verify_impacts(model, batch)
+
+    def too_low(*args):
+        low, high = squared_intervals(*args)
+        return low / 2, high / 2
+
+    monkeypatch.setattr(interval_sieve, "squared_intervals", too_low)
+    with pytest.raises(UserError, match="detection.pruning"):
+        verify_impacts(model, batch)
+    assert verify_impacts(model, batch, pruning=False)

@@ -1,4 +1,4 @@
-"""The Triton kernel, as far as it goes without a GPU: in Triton's interpreter, and compiled."""
+"""The Triton kernels, as far as they go without a GPU: in Triton's interpreter, and compiled."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agnostic_train.impact import kernels
+from agnostic_train.impact import intervals, kernels
 
 # The most that one block of threads may have: 163 KiB on an A100, 227 on an H100.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
@@ -25,22 +25,32 @@ def test_in_the_interpreter(pytestconfig):
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-@needs_triton
-@pytest.mark.parametrize(
-    ("head_dim", "length", "grows"),
-    [(6, 1, False), (64, 42, False), (123, 42, True), (128, 48, False), (256, 42, True)],
-)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles(capability, head_dim, length, grows, tmp_path, monkeypatch):
-    """For an A100 and an H100, as it is launched: the interpreter sees neither types nor sizes that a GPU refuses."""
+POINTERS = {
+    kernels: {
+        "*fp32": ("parts", "logits", "value", "weight", "a", "b", "c", "d", "r", "s"),
+        "*i32": ("spans",),
+        "*i1": ("chosen",),
+    },
+    intervals: {
+        "*fp32": (
+            "lows", "highs", "attention", "weight", "a", "b", "c", "d", "centre_b", "centre_d", "logits", "r", "s",
+            "centre_s", "mean_logit", "longest", "largest_logits", "rounding",
+        ),
+        "*fp16": ("value",),
+        "*i32": ("spans",),
+    },
+}  # fmt: skip
+
+
+def compiled(module, kernel, capability, head_dim, length, grows):
+    """A kernel as it is launched for these sizes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, options = kernels._squared_changes, kernels.launch_options(head_dim, grows)
+    options = module.launch_options(head_dim, grows)
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"neurons": "*i64"}
-    types |= dict.fromkeys(("parts", "logits", "value", "weight", "a", "b", "c", "d", "r", "s"), "*fp32")
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    types |= {name: type for type, names in POINTERS[module].items() for name in names}
     aligned = {name for name, type in types.items() if "*" in type}
     # Triton compiles anew for a length of 1, and for one that divides by 16.
     if length == 1:
@@ -48,13 +58,28 @@ def test_compiles(capability, head_dim, length, grows, tmp_path, monkeypatch):
     elif length % 16 == 0:
         aligned.add("length")
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name in aligned}
-    compiled = compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
-    assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in compiled.asm["ptx"]
-    assert "tf32x3" in compiled.asm["ttir"]
+    return compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("head_dim", "length", "grows"),
+    [(6, 1, False), (64, 42, False), (123, 42, True), (128, 48, False), (256, 42, True)],
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles(capability, head_dim, length, grows, tmp_path, monkeypatch):
+    """For an A100 and an H100, as they are launched: the interpreter sees neither types nor sizes that a GPU refuses."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    exact = compiled(kernels, kernels._squared_changes, capability, head_dim, length, grows)
+    rough = compiled(intervals, intervals._squared_intervals, capability, head_dim, length, grows)
+    for kernel in (exact, rough):
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+        assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in kernel.asm["ptx"]
+    assert "tf32x3" in exact.asm["ttir"]
     # Two equal attentions differ by exactly nothing only if no product is fused with its subtraction.
-    assert "fma.rn" not in compiled.asm["ptx"]
+    assert "fma.rn" not in exact.asm["ptx"]
+    assert "f32.f16.f16" in rough.asm["ptx"]
 
 
 def test_is_not_for_a_cpu():

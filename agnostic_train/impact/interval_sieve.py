@@ -1,0 +1,93 @@
+"""Certified pruning on a GPU: every neuron's impact between two numbers, and exactly where these don't tell.
+
+The n-th largest lower end of a sentence is a threshold: what lies below it can't be among the n largest. What lies above
+the (n + 1)-th largest upper end is among them. Only the neurons between the two need the exact form. Nothing here waits
+for the device.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agnostic_train.impact import kernels
+from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.sites import Sites, Work, num_top
+
+# The exact form rounds differently in other company.
+_MARGIN = 1e-4
+
+
+def interval_impacts(
+    change: OutputChange,
+    changes: Mapping[str, LogitChange],
+    num_kv_heads: int,
+    top_ratio: float,
+    work: Mapping[str, Work],
+) -> dict[str, Tensor]:
+    """Impacts that tell the top q and k neurons of each sentence in one layer; where the kernels are available.
+
+    Args:
+        change: the layer's attention for a batch.
+        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        top_ratio: the part of a site's neurons that is looked for. Of all of them, every impact is exact, and the
+            intervals are checked.
+        work: by `q` and `k`, added to.
+
+    Returns: by `q` and `k`, (batch, neurons), float32: the middle of the interval for what is in the top for certain, zero
+        for what isn't, exact for what had to be computed.
+
+    Raises:
+        RuntimeError: an exact impact outside its interval.
+    """
+    sites = Sites(change, changes, num_kv_heads)
+    ends = squared_intervals(
+        change.logits,
+        change.attention,
+        change.value,
+        change.weight,
+        sites.factors,
+        change.key_spans,
+        change.largest_logits,
+        sites.growths,
+    )
+    low, high = (sites.by_site(end.view(len(change.value), -1)) for end in ends)
+    counts = [num_top(top_ratio, size) for size in sites.sizes]
+    certain, unclear = [], []
+    for lower, upper, count in zip(sites.split(low), sites.split(high), counts, strict=True):
+        if count == lower.shape[1]:
+            certain.append(torch.zeros_like(lower, dtype=torch.bool))
+            unclear.append(~certain[-1])
+            continue
+        beyond = upper.topk(count + 1, 1).values[:, -1:]
+        threshold = lower.topk(count, 1).values[:, -1:]
+        certain.append(lower > beyond * (1 + _MARGIN))
+        unclear.append((upper * (1 + _MARGIN) >= threshold) & ~certain[-1])
+    exact = sites.by_site(
+        kernels.squared_changes(
+            change.logits,
+            change.centred_value,
+            change.weight,
+            sites.factors,
+            change.key_spans,
+            sites.by_head(torch.cat(unclear, 1)).flatten(),
+            sites.growths,
+        ).view(len(change.value), -1)
+    )
+    if top_ratio == 1 and ((exact < low * (1 - _MARGIN)) | (exact > high * (1 + _MARGIN))).any():
+        raise RuntimeError("impacts lie outside the intervals that were proven for them; set detection.pruning=false")
+    # An upper end may be infinite where the lower one alone puts a neuron into the top.
+    middle = torch.where(high.isfinite(), (low + high) / 2, low)
+    found = torch.where(torch.cat(certain, 1), middle, torch.where(torch.cat(unclear, 1), exact, 0))
+    spans = change.key_spans.diff(dim=-1).squeeze(-1)
+    rows = torch.full_like(spans[0], kernels.BLOCK_ROWS)
+    rows[-1] = change.length - kernels.BLOCK_ROWS * (len(rows) - 1)
+    per_neuron = (spans * rows).sum(1)
+    for name, part in zip(changes, unclear, strict=True):
+        work[name].neurons += part.sum()
+        work[name].all_neurons += part.numel()
+        work[name].logits += (part.sum(1) * per_neuron).sum()
+        work[name].all_logits += part.numel() * change.length**2
+        work[name].rough_logits += part.shape[1] * per_neuron.sum()
+    return dict(zip(changes, sites.split(found.sqrt().float()), strict=True))

@@ -1,0 +1,95 @@
+"""The q and k neurons of one layer side by side: by head, as the arithmetic takes them, and by site, as they are counted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import floor
+
+import torch
+from torch import Tensor
+
+from agnostic_train.impact.attention import LogitChange, OutputChange
+
+
+def num_top(top_ratio: float, size: int) -> int:
+    """How many of a site's neurons are top in a sentence: `max(1, floor(top_ratio * size))`."""
+    # The slack keeps 0.29 of 100 neurons at 29, whatever 0.29 * 100 is in binary.
+    return max(1, floor(top_ratio * size * (1 + 1e-9)))
+
+
+@dataclass
+class Work:
+    """What pruning left to do: how many neurons and, for them, changed logits were computed, of how many.
+
+    Tensors, which stay on the device, where the numbers are found there. `rough_logits`: changed logits that were
+    computed in half precision, for intervals.
+    """
+
+    neurons: int | Tensor = 0
+    all_neurons: int = 0
+    logits: int | Tensor = 0
+    all_logits: int = 0
+    rough_logits: int | Tensor = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        """Of both, as plain numbers."""
+        return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
+
+    def add_all(self, num_neurons: int, length: int) -> None:
+        """Adds neurons of sentences of one length that were all computed."""
+        self.neurons += num_neurons
+        self.all_neurons += num_neurons
+        self.logits += num_neurons * length**2
+        self.all_logits += num_neurons * length**2
+
+
+class Sites:
+    """How the q and k neurons of one layer lie.
+
+    By head: (batch * query heads, neurons of q, then of k, ...); by site: (batch, rows of q, then of k, ...).
+
+    Args:
+        change: the layer's attention for a batch.
+        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+    """
+
+    def __init__(self, change: OutputChange, changes: Mapping[str, LogitChange], num_kv_heads: int):
+        self._names = tuple(changes)
+        self._batch, self._num_heads, self._head_dim = change.batch, change.num_heads, change.head_dim
+        self._num_kv_heads = num_kv_heads
+        rows = {"q": self._num_heads * self._head_dim, "k": num_kv_heads * self._head_dim}
+        self.sizes = [rows[name] for name in changes]
+        # a, b, c and d of all neurons, by head: (batch * heads * neurons, length).
+        self.factors = [self._stacked([getattr(x, part) for x in changes.values()]) for part in "abcd"]
+        # The same of r and s, where anything grows.
+        self.growths: list[Tensor] = []
+        if any(x.grows for x in changes.values()):
+            pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in changes.values()]
+            self.growths = [self._stacked(list(parts)) for parts in zip(*pairs, strict=True)]
+
+    @staticmethod
+    def _stacked(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
+
+    def split(self, by_site: Tensor) -> tuple[Tensor, ...]:
+        """The part of each site."""
+        return by_site.split(self.sizes, 1)
+
+    def by_site(self, by_head: Tensor) -> Tensor:
+        """Sums over the heads that a neuron acts through: a k row acts through its group's."""
+        sites = []
+        for name, part in zip(self._names, by_head.split(self._head_dim, 1), strict=True):
+            part = part.unflatten(0, (self._batch, -1))
+            if name == "k":
+                part = part.unflatten(1, (self._num_kv_heads, -1)).sum(2)
+            sites.append(part.flatten(1, 2))
+        return torch.cat(sites, 1)
+
+    def by_head(self, by_site: Tensor) -> Tensor:
+        """Every head that a neuron acts through gets what the neuron has."""
+        heads = []
+        for name, part in zip(self._names, self.split(by_site), strict=True):
+            part = part.unflatten(1, (-1, self._head_dim))
+            if name == "k":
+                part = part.repeat_interleave(self._num_heads // self._num_kv_heads, 1)
+            heads.append(part.flatten(0, 1))
+        return torch.cat(heads, 1)
