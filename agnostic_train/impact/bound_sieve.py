@@ -41,7 +41,7 @@ class _Tiles:
             yield _Tiles(*parts)
 
 
-class TopSieve:
+class BoundSieve:
     """The exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
 
     Args:
