@@ -1,4 +1,4 @@
-"""How often each neuron is among its sentence's top: what detection adds up, batch by batch, on the device."""
+"""Counts how often each neuron is among the top of its sentence, batch by batch, on the device."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 
 class TopCounts:
-    """How often each neuron of each site was among its sentence's top, how active it was, and over how much text."""
+    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text."""
 
     def __init__(self, top_ratio: float):
         self.top_ratio = top_ratio

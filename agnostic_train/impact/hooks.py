@@ -65,9 +65,9 @@ class ImpactMeter:
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        top_ratio: the q and k impacts need only tell which neurons are the `num_top` largest of their sentence
-            (certified pruning): 0 where one isn't for certain, and on a GPU as good as a proven interval where one
-            is; None: exact for every neuron.
+        top_ratio: prune q and k: only which neurons are the `num_top` largest of their sentence can be read from the
+            impacts. They are 0 for neurons proven outside, and on a GPU the middle of a proven interval for neurons
+            proven inside. None: every impact is exact.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 
