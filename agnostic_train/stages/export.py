@@ -40,7 +40,7 @@ def export(context: Context) -> dict:
             to=to,
             base=context.materials.model,
             tokenizer=context.materials.tokenizer,
-            dtype=context.recipe.export.dtype,
+            dtype=context.recipe.export.dtype or context.materials.model.dtype,
             neurons=neurons,
             model_card=model_card(context.recipe, record, to),
         )
@@ -78,5 +78,7 @@ def export(context: Context) -> dict:
 
 
 def _merged_lora(context: Context) -> PreTrainedModel:
-    base = load_model(context.recipe.model, context.materials.model_path)
+    # The weights that it was trained beside, in float32 as what it adds to them: a sum in less would be rounded before
+    # `export.dtype` has a say.
+    base = load_model(context.recipe.model, context.materials.model_path).float()
     return PeftModel.from_pretrained(base, context.directory / ADAPTER).merge_and_unload()

@@ -5,6 +5,7 @@ import weakref
 from types import SimpleNamespace
 
 import torch
+from peft import PeftModel
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -65,6 +66,20 @@ def test_the_plan_counts_the_exported_dtype(root):
     # The base, the LoRA's base in float32, and what is written.
     lora = weight_phases(recipe, model__dtype="bfloat16", training__strategy="lora")
     assert lora["export"] == 2 + 4 + 2
+
+
+def test_a_lora_is_merged_in_float32_before_it_is_rounded(root):
+    assert run(root, "export", "--training.strategy=lora", "--training.learning_rate=1e-4", *HALF) == 0
+    base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16).float()
+    exact = PeftModel.from_pretrained(base, root / "out/adapter").merge_and_unload().state_dict()
+    enhanced = AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype="auto")
+    assert enhanced.dtype == torch.float32
+    assert all(torch.equal(value, exact[name]) for name, value in enhanced.state_dict().items())
+    flags = ["--training.strategy=lora", "--training.learning_rate=1e-4", HALF[0]]
+    assert run(root, "export", *flags) == 0
+    enhanced = AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype="auto")
+    assert enhanced.dtype == torch.bfloat16  # the model's own, unless the recipe says otherwise
+    assert all(torch.equal(value, exact[name].bfloat16()) for name, value in enhanced.state_dict().items())
 
 
 def test_models_are_measured_one_at_a_time(root, monkeypatch):
