@@ -6,7 +6,7 @@ from dataclasses import asdict
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from agnostic_train.export import export_checkpoint
+from agnostic_train.export import CARD, export_checkpoint
 from agnostic_train.files import UserError, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck
 from agnostic_train.loading import load_model
@@ -67,14 +67,15 @@ def export(context: Context) -> dict:
     if to != "merged":
         write(to)
         context.say(f"export: {EXPORTS[to]}/ written")
-    # Evaluation writes its numbers into the cards.
+    folders = dict.fromkeys([EXPORTS["merged"], EXPORTS[to]])
     files = [
         f"{folder}/{path.name}"
-        for folder in dict.fromkeys([EXPORTS["merged"], EXPORTS[to]])
+        for folder in folders
         for path in sorted((context.directory / folder).iterdir())
-        if path.name != "README.md"
+        if path.name != CARD
     ]
-    return {"outputs": files, "frozen_weights": frozen}
+    # Evaluation writes its numbers into the cards.
+    return {"outputs": files, "rewritten": [f"{folder}/{CARD}" for folder in folders], "frozen_weights": frozen}
 
 
 def _merged_lora(context: Context) -> PreTrainedModel:
