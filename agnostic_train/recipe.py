@@ -16,7 +16,10 @@ def _section(cls: type) -> type:
 
 
 def _as_list(value: Any) -> Any:
-    """A flag's `--corpus.languages=en,sw` is the list that it looks like, and `--comparison.seeds=0` one of one."""
+    """A flag's `--corpus.languages=en,sw` is the list that it looks like, `--comparison.seeds=0` one of one, and
+    `--evaluation.tasks=` the empty one."""
+    if value is None or value == "":
+        return []
     if isinstance(value, str):
         return [item.strip() for item in value.split(",")]
     return [value] if isinstance(value, (int, float)) else value
@@ -328,12 +331,15 @@ class KeyRow(NamedTuple):
     default: str
 
 
+def own_types() -> dict[str, Any]:
+    """Every key of the recipe's own, as `section.key` or `output_dir`, with its type."""
+    return {key: info.annotation for key, info in _own_infos().items()}
+
+
 def key_table() -> list[KeyRow]:
     """Every key of the recipe's own, as `section.key` or `output_dir`, in the order of the recipe."""
-    keys = {"output_dir": _infos(Recipe)["output_dir"]}
-    for name, section in SECTIONS.items():
-        keys |= {f"{name}.{key}": info for key, info in _infos(section).items() if info.description}
-    return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in keys.items()]
+    rows = _own_infos().items()
+    return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in rows]
 
 
 def recipe_keys() -> dict[str, str]:
@@ -345,6 +351,13 @@ def recipe_keys() -> dict[str, str]:
             parts.append(row.default if row.default == "required" else f"default {row.default}")
         texts[row.key] = row.description + (f" ({'; '.join(parts)})" if parts else "")
     return texts
+
+
+def _own_infos() -> dict[str, FieldInfo]:
+    infos = {"output_dir": _infos(Recipe)["output_dir"]}
+    for name, section in SECTIONS.items():
+        infos |= {f"{name}.{key}": info for key, info in _infos(section).items() if info.description}
+    return infos
 
 
 def _infos(section: Any) -> dict[str, FieldInfo]:

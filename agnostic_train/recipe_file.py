@@ -5,7 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
@@ -13,7 +14,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from agnostic_train.files import UserError
-from agnostic_train.recipe import OWN_KEYS, SECTIONS, Recipe, TrainingSection, recipe_keys, training_argument_types
+from agnostic_train.recipe import (
+    OWN_KEYS,
+    SECTIONS,
+    Recipe,
+    TrainingSection,
+    own_types,
+    recipe_keys,
+    training_argument_types,
+)
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MOST_VALUES = 10_000
@@ -25,7 +34,8 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
 
     Args:
         file: YAML 1.2, so that `no` is Norwegian and 1e-4 a number.
-        flags: `section.key` or `output_dir` to a value, parsed as YAML.
+        flags: `section.key` or `output_dir` to a value, parsed as YAML; where the key takes text, what YAML makes
+            anything else of ({lang}, 1e5, 2024-01-01) stays as it was typed.
 
     Raises:
         UserError: one line that names the file and the key, and says what would be right.
@@ -45,7 +55,7 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
     for key, value in (flags or {}).items():
         section, _, name = key.partition(".")
-        parsed = _parse_yaml(value, f"--{key}")
+        parsed = _parse_flag(key, value)
         if not name:
             values[section] = parsed
             continue
@@ -72,6 +82,36 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
         # A misspelt key is missing under its right name too: the misspelling is the better message.
         errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
         raise UserError(f"{source}: {_explain(errors[0])}") from None
+
+
+def _parse_flag(key: str, value: str) -> Any:
+    takes_text = _takes_text(key)
+    try:
+        parsed = _parse_yaml(value, f"--{key}")
+    except UserError:
+        if takes_text == "one":  # {lang}_Latn
+            return value
+        raise
+    if parsed is None or not takes_text or isinstance(parsed, str):
+        return parsed
+    return parsed if takes_text == "several" and isinstance(parsed, list) else value
+
+
+def _takes_text(key: str) -> Literal["one", "several"] | None:
+    """Whether a key's value is text, a list of texts, or neither."""
+    section, _, name = key.partition(".")
+    kind = own_types().get(key)
+    if kind is None and section == "training":
+        kind = training_argument_types().get(name)
+    parts = [it for it in (get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]) if it is not NoneType]
+    if all(_plain_type(it) is str for it in parts):
+        return "one"
+    lists = [get_args(_plain_type(it)) for it in parts if get_origin(_plain_type(it)) is list]
+    return "several" if len(lists) == len(parts) and all(_plain_type(it) is str for (it,) in lists) else None
+
+
+def _plain_type(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:

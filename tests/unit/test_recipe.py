@@ -39,6 +39,27 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert paths == tuple(f"/home/someone/{name}" for name in ("m", "t", "runs", "n.json"))
 
 
+@pytest.mark.parametrize("text", ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no"])
+def test_text_stays_as_it_was_typed(tmp_path, text):
+    recipe = load(tmp_path, model__revision=text, tracking__run_name=text, output_dir=text, training__hub_token=text)
+    told = (recipe.model.revision, recipe.tracking.run_name, recipe.output_dir, recipe.training.arguments["hub_token"])
+    assert told == (text,) * 4
+
+
+def test_quotes_and_null_are_yaml_in_text_too(tmp_path):
+    recipe = load(tmp_path, model__revision="'1e5'", tracking__run_name="null", model__name='"a b"')
+    assert (recipe.model.revision, recipe.tracking.run_name, recipe.model.name) == ("1e5", None, "a b")
+
+
+def test_lists_of_text_take_numbers_as_text_and_nothing_as_an_empty_list(tmp_path):
+    filled = load(tmp_path, model__checkpoints="1000", evaluation__checkpoints="[a, b]", training__label_names="[a]")
+    assert filled.model.checkpoints == ["1000"] and filled.evaluation.checkpoints == ["a", "b"]
+    assert filled.training.arguments["label_names"] == ["a"]
+    for text in (BASE + "evaluation: {tasks: [xnli]}", BASE + "evaluation:\n  tasks:\n"):
+        assert load(tmp_path, text, evaluation__tasks="").evaluation.tasks == []
+    assert load(tmp_path, comparison__learning_rates="").comparison.learning_rates is None
+
+
 def test_norwegian_is_a_language(tmp_path):
     assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
 
@@ -68,7 +89,8 @@ def test_norwegian_is_a_language(tmp_path):
         ({"corpus__dataset": "some/data"}, "corpus: needs either path or dataset"),
         ({"corpus__dataset": "some/data", "corpus__path": ""}, "corpus: dataset needs config_pattern or data_files"),
         ({"corpus": "text"}, "corpus must be a section of keys"),
-        ({"model__name": "[unclosed"}, "--model.name: not valid YAML"),
+        ({"corpus__languages": "[unclosed"}, "--corpus.languages: not valid YAML"),
+        ({"corpus__languages": ""}, "corpus.languages: "),
     ],
 )
 def test_mistakes_name_the_key(tmp_path, change, message):
