@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import asdict, field, fields
+from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -39,8 +40,22 @@ def _filled_in(value: str) -> str:
     return filled
 
 
+def _of_language(value: str) -> str:
+    try:
+        names = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"{value!r} has a brace without its other ({error}); a brace of its own is written twice"
+        ) from None
+    for name, form, conversion in names:
+        if name != "lang" or form or conversion:
+            raise ValueError(f"{value!r}: {{lang}} alone is filled in; any other brace is written twice")
+    return value
+
+
 # A shell leaves the ~ of --output_dir=~/runs as it is.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+OfLanguage = Annotated[str, AfterValidator(_of_language)]
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
@@ -80,8 +95,10 @@ class CorpusSection:
         f"or {EMBEDDED}.",
     )
     dataset: str | None = Field(default=None, description="Instead of a folder: a dataset of the hub, streamed.")
-    config_pattern: str | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
-    data_files: str | None = Field(default=None, description="Its files for a language, with {lang}, if no config.")
+    config_pattern: OfLanguage | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
+    data_files: OfLanguage | None = Field(
+        default=None, description="Its files for a language, with {lang}, if no config."
+    )
     dataset_split: str = Field(default="train", description="The split to stream.")
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
     split_sentences: bool = Field(default=False, description="Split also after . ! ? and not just at line breaks.")
@@ -112,7 +129,15 @@ class CorpusSection:
             raise ValueError("needs either path or dataset")
         if self.dataset is not None and not (self.config_pattern or self.data_files):
             raise ValueError("dataset needs config_pattern or data_files to tell the languages apart")
+        if len(self.languages) > 1 and not self.tells_languages_apart:
+            raise ValueError("every language would read the same text; write {lang} in config_pattern or data_files")
         return self
+
+    @property
+    def tells_languages_apart(self) -> bool:
+        """Whether two languages can have different text."""
+        patterns = [it for it in (self.config_pattern, self.data_files) if it]
+        return self.dataset is None or any(it.format(lang="a") != it.format(lang="b") for it in patterns)
 
 
 @_section

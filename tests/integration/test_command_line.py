@@ -363,6 +363,16 @@ MISTAKES = [
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
+    (
+        [
+            "--corpus.path=",
+            "--corpus.dataset=x",
+            "--corpus.config_pattern=en",
+            "--corpus.languages=sw",
+            "--evaluation.languages=en",
+        ],
+        "evaluation.languages: each would read the text of corpus.languages; write {lang}",
+    ),  # fmt: skip
     (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
 ]
 

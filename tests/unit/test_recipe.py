@@ -60,8 +60,20 @@ def test_lists_of_text_take_numbers_as_text_and_nothing_as_an_empty_list(tmp_pat
     assert load(tmp_path, comparison__learning_rates="").comparison.learning_rates is None
 
 
+@pytest.mark.parametrize("patterns", [("{lang}", ""), ("", "{lang}/*.{{a,b}}"), ("all", "{lang}.jsonl")])
+def test_languages_are_told_apart(tmp_path, patterns):
+    assert load(tmp_path, **streamed(*patterns)).corpus.tells_languages_apart
+    alone = load(tmp_path, **streamed("en"), corpus__languages="sw")
+    assert alone.corpus.languages == ["sw"] and not alone.corpus.tells_languages_apart
+
+
 def test_norwegian_is_a_language(tmp_path):
     assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
+
+
+def streamed(config_pattern, data_files=""):
+    source = {"corpus__path": "", "corpus__dataset": "some/data"}
+    return source | {"corpus__config_pattern": config_pattern, "corpus__data_files": data_files}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,15 @@ def test_norwegian_is_a_language(tmp_path):
         ({"corpus__path": ""}, "corpus: needs either path or dataset"),
         ({"corpus__dataset": "some/data"}, "corpus: needs either path or dataset"),
         ({"corpus__dataset": "some/data", "corpus__path": ""}, "corpus: dataset needs config_pattern or data_files"),
+        (streamed("{language}"), "corpus.config_pattern: '{language}': {lang} alone is filled in"),
+        (streamed("{}"), "corpus.config_pattern: '{}': {lang} alone"),
+        (streamed("{lang.x}"), "corpus.config_pattern: '{lang.x}': {lang} alone"),
+        (streamed("{lang!r}"), "{lang} alone"),
+        (streamed("{lang"), "corpus.config_pattern: '{lang' has a brace without its other"),
+        (streamed("{lang}", data_files="{x}.jsonl"), "corpus.data_files: '{x}.jsonl': {lang} alone"),
+        (streamed("en"), "corpus: every language would read the same text; write {lang} in config_pattern or"),
+        (streamed("{{lang}}"), "corpus: every language would read the same text"),
+        (streamed("", data_files="a.jsonl"), "corpus: every language would read the same text"),
         ({"corpus": "text"}, "corpus must be a section of keys"),
         ({"corpus__languages": "[unclosed"}, "--corpus.languages: not valid YAML"),
         ({"corpus__languages": ""}, "corpus.languages: "),
