@@ -372,7 +372,7 @@ MISTAKES = [
             "--evaluation.languages=en",
         ],
         "evaluation.languages: each would read the text of corpus.languages; write {lang}",
-    ),  # fmt: skip
+    ),
     (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
 ]
 
