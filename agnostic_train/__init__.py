@@ -1,7 +1,5 @@
 """Find the neurons that carry a language in a Hugging Face model, and train only those."""
 
-from importlib.metadata import version
-
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
 from agnostic_train.deactivation import deactivate
 from agnostic_train.detection import detect_neurons
@@ -14,8 +12,9 @@ from agnostic_train.strategy import Strategy
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
+from agnostic_train.versions import installed_version
 
-__version__ = version("agnostic_train")
+__version__ = installed_version("agnostic_train")
 
 __all__ = [
     "AgnosticScore",

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
@@ -29,6 +28,7 @@ from agnostic_train.stages.score import checkpoint_identity, score
 from agnostic_train.stages.train import clear_checkpoints, train
 from agnostic_train.tracking import Tracker, tracked
 from agnostic_train.trials import result_arguments
+from agnostic_train.versions import installed_version
 
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
@@ -173,7 +173,7 @@ class Pipeline:
             "files": self.materials.corpus.hashes,
             "model": recipe["model"] | {"checkpoints": []},
             "identity": model_identity(self.recipe.model, self.materials.model_path),
-            "version": version("agnostic_train"),
+            "version": installed_version("agnostic_train"),
         }
 
     def _inputs(self, stage: str) -> dict:
