@@ -18,6 +18,7 @@ from agnostic_train.materials import Materials
 from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
 from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
+from agnostic_train.stages import STAGE_HELP, STAGES
 from agnostic_train.stages.compare import compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
@@ -30,17 +31,6 @@ from agnostic_train.tracking import Tracker, tracked
 from agnostic_train.trials import result_arguments
 from agnostic_train.versions import installed_version
 
-STAGES = {
-    "detect": "find each language's related, shared and exclusive neurons",
-    "score": "switch neurons off and compute the language-agnostic score",
-    "train": "train the chosen neurons on the text of the languages to enhance",
-    "export": "write the enhanced checkpoint, and check that nothing else moved",
-    "evaluate": "measure every language before and after, on test text",
-    "report": "write report.html and the figures",
-}
-"""What `run` runs, in order."""
-
-_ALL = {**STAGES, "compare": "train every strategy and baseline on the same data and budget"}
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
     "compare": compare,
@@ -127,7 +117,7 @@ class Pipeline:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return
         self.processes.wait_for_everyone()
-        self.say(f"{stage}: {_ALL[stage]}")
+        self.say(f"{stage}: {STAGE_HELP[stage]}")
         context = Context(
             self.recipe, self.training_arguments, self.materials, self.manifest, self._inputs, self._state, self.say,
             tracker,

@@ -1,7 +1,7 @@
 """A recipe from a YAML file and flags, with one line for every mistake. Defaults < file < flags."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
@@ -73,15 +73,22 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
             if not isinstance(name, str) or not isinstance(key, str):
                 raise UserError(f"{source}: unknown key {_short(key or name)}; a key is a word")
             _check_plain([name, key, value], f"{source}: {name}.{key}".rstrip("."))
-    training = values.get("training")
+    training, arguments = values.get("training"), {}
     if isinstance(training, dict):
-        values["training"] = _split_training(training, source)
+        own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+        arguments = {key: value for key, value in training.items() if key not in own}
+        values["training"] = {key: value for key, value in training.items() if key in own}
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
         # A misspelt key is missing under its right name too: the misspelling is the better message.
         errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
+        if errors[0]["loc"][:1] == ("training",):
+            _check_arguments(arguments, source)
         raise UserError(f"{source}: {_explain(errors[0])}") from None
+    # Last, since it imports transformers: other mistakes shouldn't take seconds.
+    arguments = _check_arguments(arguments, source)
+    return replace(recipe, training=replace(recipe.training, arguments=arguments))
 
 
 def _parse_flag(key: str, value: str) -> Any:
@@ -114,24 +121,23 @@ def _plain_type(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:
-    """Moves the TrainingArguments among the keys into `arguments`, each checked against its type."""
-    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
+    """TrainingArguments by name, each as its type has it."""
+    if not arguments:
+        return {}
     known = training_argument_types()
-    split: dict[str, Any] = {key: value for key, value in training.items() if key in own}
-    arguments = {}
-    for key, value in training.items():
-        if key in own:
-            continue
+    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+    checked = {}
+    for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
         if key not in known:
             raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
         try:
-            arguments[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
+            checked[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {_short(value)}") from None
-    return {**split, "arguments": arguments}
+    return checked
 
 
 def _check_plain(value: Any, where: str) -> None:

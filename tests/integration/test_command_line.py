@@ -1,6 +1,7 @@
 """The command line on a small corpus and model, as a user runs it, in this process."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,11 +14,11 @@ from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agnostic_train.cli import STAGE_HELP, main
+from agnostic_train.cli import main
 from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.pipeline import STAGES
+from agnostic_train.stages import STAGE_HELP, STAGES
 from agnostic_train.trained import Trained
 
 
@@ -417,6 +418,14 @@ def test_a_missing_stage_or_recipe(capsys):
             main(arguments)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert main(["run", "none.yaml"]) == 2
+
+
+def test_of_an_import_only_news_is_printed(caplog, capsys):
+    main(["run", "none.yaml"])
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_two_processes_run_the_chain(root):
