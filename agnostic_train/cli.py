@@ -15,7 +15,7 @@ from agnostic_train import __version__
 from agnostic_train.files import UserError
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.stages import STAGE_HELP
+from agnostic_train.stages import STAGE_HELP, OutOfMemory
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # found while writing, these name no file
 
@@ -71,7 +71,11 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a stage. Returns the exit status: 0 when its files are complete, 2 for a user's mistake."""
+    """Runs a stage.
+
+    Returns:
+        The exit status: 0 when its files are complete, 2 for a user's mistake, 1 if the device's memory doesn't suffice.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # PEFT asks transformers by a name that it is about to drop; nobody who reads it here can change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -103,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"report: {pipeline.directory / 'report.html'}")
     except UserError as error:
         return _fail(str(error))
+    except OutOfMemory as error:
+        return _fail(str(error), 1)
     except SafetensorError as error:  # what writing to a full disk raises, too
         return _fail(f"a weight file can't be read or written ({error}); is the disk of output_dir full?")
     except OSError as error:
@@ -126,6 +132,6 @@ def _explain_unknown(argument: str) -> str:
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"agnostic-train: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

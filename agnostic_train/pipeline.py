@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
@@ -18,7 +19,7 @@ from agnostic_train.materials import Materials
 from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
 from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
-from agnostic_train.stages import STAGE_HELP, STAGES
+from agnostic_train.stages import STAGE_HELP, STAGES, TO_LOWER, OutOfMemory
 from agnostic_train.stages.compare import compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
@@ -50,6 +51,7 @@ class Pipeline:
 
     Raises:
         UserError: the folder can't be written, or the training arguments don't fit together.
+        OutOfMemory: while running, the device's memory doesn't suffice.
     """
 
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
@@ -131,13 +133,24 @@ class Pipeline:
             self.manifest.start(stage, key, self._head())
         self.processes.wait_for_everyone()
         start = time.monotonic()
-        result = _FUNCTIONS[stage](context)
+        try:
+            result = _FUNCTIONS[stage](context)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
             outputs = [self.directory / name for name in result.pop("outputs")]
             self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
         self.processes.wait_for_everyone()
+
+    def _what_to_lower(self, stage: str, problem: str) -> str:
+        # Further sentences say which process holds how much, and how the allocator could be set.
+        what = ". ".join(problem.split(". ")[:2]).rstrip(".")
+        remedies = [f"lower {TO_LOWER[stage]}"] if stage in TO_LOWER else []
+        if self.recipe.model.dtype == "float32":
+            remedies.append("set model.dtype to bfloat16, which halves the weights")
+        return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
 
     def _make_directory(self) -> None:
         probe = self.directory / f".writable.{os.getpid()}"

@@ -14,6 +14,7 @@ from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agnostic_train import pipeline
 from agnostic_train.cli import main
 from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
@@ -418,6 +419,31 @@ def test_a_missing_stage_or_recipe(capsys):
             main(arguments)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert main(["run", "none.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        ("detect", "lower corpus.batch_size or detection.memory_gb, or set model.dtype to bfloat16"),
+        ("score", "lower corpus.batch_size, or set"),
+        ("train", "lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps"),
+        ("export", "set model.dtype to bfloat16"),
+        ("evaluate", "lower evaluation.batch_size, or set"),
+        ("compare", "lower training.per_device_train_batch_size or evaluation.batch_size, or set"),
+    ],
+)
+def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, stage, keys):
+    def too_large(context):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
+
+    for name in STAGE_HELP:
+        function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
+        monkeypatch.setitem(pipeline._FUNCTIONS, name, function)
+    assert run(root, stage) == 1
+    expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("agnostic-train: error")] == lines[-1:]
+    assert lines[-1].startswith(expected)
 
 
 def test_of_an_import_only_news_is_printed(caplog, capsys):
