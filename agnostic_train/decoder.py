@@ -31,7 +31,7 @@ Site = tuple[int, str]
 _UNIT_VECTORS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
 class Projection:
     """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons.
 
@@ -90,7 +90,7 @@ class Projection:
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
 class Rotation:
     """A family's rotary position embedding as it acts on one head.
 
