@@ -169,13 +169,17 @@ class Pipeline:
         return self.manifest.state(stage, self._key(stage))
 
     @cached_property
+    def _model_identity(self) -> dict:
+        return model_identity(self.recipe.model, self.materials.model_path)
+
+    @cached_property
     def _common_inputs(self) -> dict:
         recipe = self.recipe.to_dict()
         return {
             "corpus": recipe["corpus"] | {"path": None},
             "files": self.materials.corpus.hashes,
             "model": recipe["model"] | {"checkpoints": []},
-            "identity": model_identity(self.recipe.model, self.materials.model_path),
+            "identity": self._model_identity,
             "version": installed_version("agnostic_train"),
         }
 
@@ -257,7 +261,7 @@ class Pipeline:
             frozen_weights = export["frozen_weights"] if export["key"] == self._key("export") else None
         return {
             "model": {
-                **model_identity(self.recipe.model, self.materials.model_path),
+                **self._model_identity,
                 "name": self.recipe.model.name,
                 "revision": self.recipe.model.revision,
             },

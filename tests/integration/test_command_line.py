@@ -19,6 +19,7 @@ from agnostic_train.cli import main
 from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.recipe_file import load_recipe
 from agnostic_train.stages import STAGE_HELP, STAGES
 from agnostic_train.trained import Trained
 
@@ -444,6 +445,19 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("agnostic-train: error")] == lines[-1:]
     assert lines[-1].startswith(expected)
+
+
+def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monkeypatch):
+    NeuronSet({(0, "up"): [1, 2]}).save(root / "mine.safetensors")
+    whole = pipeline.Pipeline(load_recipe(root / "recipe.yaml"))
+    monkeypatch.setattr("agnostic_train.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
+    batches = whole.materials.batches("validation")
+    assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400
+    monkeypatch.undo()
+    original, asked = pipeline.model_identity, []
+    monkeypatch.setattr(pipeline, "model_identity", lambda *its: asked.append(its) or original(*its))
+    assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
+    assert len(asked) == 1
 
 
 def test_of_an_import_only_news_is_printed(caplog, capsys):
