@@ -2,27 +2,20 @@
 
 import argparse
 import errno
+import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from safetensors import SafetensorError
 
+from agnostic_train import __version__
 from agnostic_train.files import UserError
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
-
-STAGE_HELP = {
-    "run": "every stage in order: detect, score, train, export, evaluate, report",
-    "detect": "find each language's related, shared and exclusive neurons",
-    "score": "switch neurons off and compute the language-agnostic score",
-    "train": "train the chosen neurons on the text of the languages to enhance",
-    "export": "write the enhanced checkpoint, and check that nothing else moved",
-    "evaluate": "measure every language before and after, on test text",
-    "report": "write report.html and the figures",
-    "compare": "train every strategy and baseline on the same data and budget, and say what differs beyond noise",
-}
+from agnostic_train.stages import STAGE_HELP, OutOfMemory
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # found while writing, these name no file
 
@@ -34,13 +27,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"agnostic-train: error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, with a subcommand per stage and a flag per recipe key."""
+def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command line, with a subcommand per stage and a flag per recipe key.
+
+    Args:
+        arguments: what it will parse. It knows those keys of TrainingArguments that occur there: for a list of all it
+            would have to import transformers, which takes seconds.
+    """
     parser = _Parser(
         prog="agnostic-train",
         description="Find the neurons that carry a language in a Hugging Face model, and train only those.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"agnostic-train {__version__}")
+    named = {it.partition("=")[0].removeprefix("--training.") for it in arguments if it.startswith("--training.")}
+    named -= {key.partition(".")[2] for key in recipe_keys() if key.startswith("training.")}
+    of_training = sorted(named & training_argument_types().keys()) if named else []
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=_Parser)
     for stage, text in STAGE_HELP.items():
         command = stages.add_parser(
@@ -62,24 +64,30 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(
                 f"--{key}", default=argparse.SUPPRESS, metavar="VALUE", help=help_text.replace("%", "%%")
             )
-        for key in training_argument_types():
+        for key in of_training:
             groups["training"].add_argument(f"--training.{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         groups["training"].description = "and every key of transformers' TrainingArguments"
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a stage. Returns the exit status: 0 when its files are complete, 2 for a user's mistake."""
+    """Runs a stage.
+
+    Returns:
+        The exit status: 0 when its files are complete, 2 for a user's mistake, 1 if the device's memory doesn't suffice.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     # PEFT asks transformers by a name that it is about to drop; nobody who reads it here can change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    parser = make_parser()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+    parser = make_parser(arguments)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(_explain_unknown(unknown[0]))
     flags = {key: value for key, value in vars(known).items() if key not in ("stage", "recipe", "force", "dry_run")}
     try:
         recipe = load_recipe(known.recipe, flags)
-        # Imported late: it brings the libraries that take seconds, and a mistake in a recipe shouldn't.
+        # Imported late: they bring the libraries that take seconds, and a mistake in a recipe shouldn't.
         if known.dry_run:
             from agnostic_train.dry_run import print_plan
 
@@ -99,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"report: {pipeline.directory / 'report.html'}")
     except UserError as error:
         return _fail(str(error))
+    except OutOfMemory as error:
+        return _fail(str(error), 1)
     except SafetensorError as error:  # what writing to a full disk raises, too
         return _fail(f"a weight file can't be read or written ({error}); is the disk of output_dir full?")
     except OSError as error:
@@ -110,6 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so where bitsandbytes, which PEFT imports, lacks a kernel that it does without."""
+    return "from kernels-community" not in record.getMessage()
+
+
 def _explain_unknown(argument: str) -> str:
     name = argument.partition("=")[0]
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
@@ -117,6 +132,6 @@ def _explain_unknown(argument: str) -> str:
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"agnostic-train: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

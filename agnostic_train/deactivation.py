@@ -1,18 +1,20 @@
 """Switching neurons off in place, and bit for bit back on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from agnostic_train.decoder import Projection, find_decoder
+from agnostic_train.decoder import Projection, Site, find_decoder
 from agnostic_train.neurons import NeuronSet
 
 
 @contextmanager
-def deactivate(model: nn.Module, neurons: NeuronSet) -> Iterator[nn.Module]:
+def deactivate(
+    model: nn.Module, neurons: NeuronSet | Mapping[Site, Iterable[int] | torch.Tensor]
+) -> Iterator[nn.Module]:
     """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero for the length of the block.
 
     Only the chosen rows and columns are copied; afterwards, also after an exception, every weight has the very bits
@@ -21,11 +23,13 @@ def deactivate(model: nn.Module, neurons: NeuronSet) -> Iterator[nn.Module]:
 
     Args:
         model: a model that `find_decoder` knows, on any device.
-        neurons: which neurons.
+        neurons: which neurons, as a `NeuronSet` or what makes one.
 
     Raises:
+        ValueError: of a mapping, as by `NeuronSet`.
         UserError: neurons beyond the model's shapes, or a model that isn't supported; nothing was changed.
     """
+    neurons = neurons if isinstance(neurons, NeuronSet) else NeuronSet(neurons)
     neurons.check(model)
     decoder = find_decoder(model)
     with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):

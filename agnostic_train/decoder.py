@@ -9,13 +9,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agnostic_train.files import UserError
+
+if TYPE_CHECKING:
+    # At run time PEFT's import registers our tuner, which rests on this file.
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
@@ -27,7 +31,7 @@ Site = tuple[int, str]
 _UNIT_VECTORS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
 class Projection:
     """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons.
 
@@ -37,7 +41,7 @@ class Projection:
     """
 
     name: str
-    linear: nn.Linear | BaseTunerLayer
+    linear: "nn.Linear | BaseTunerLayer"
     rows: Tensor | None = None
 
     @property
@@ -92,7 +96,7 @@ class Projection:
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
 class Rotation:
     """A family's rotary position embedding as it acts on one head.
 
@@ -296,9 +300,9 @@ def _dequantised(linear: nn.Linear) -> nn.Linear:
     return plain
 
 
-def _linear(index: int, owner: nn.Module | None, name: str) -> nn.Linear | BaseTunerLayer:
+def _linear(index: int, owner: nn.Module | None, name: str) -> "nn.Linear | BaseTunerLayer":
     linear = getattr(owner, name, None)
-    if not isinstance(linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear, nn.Linear):
+    if not isinstance(getattr(linear, "get_base_layer", lambda: linear)(), nn.Linear):
         raise UserError(
             f"model.name: layer {index} has no nn.Linear called {name} in its {type(owner).__name__}; "
             "this family isn't supported"

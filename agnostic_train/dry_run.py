@@ -24,7 +24,7 @@ from agnostic_train.recipe import EMBEDDED, CorpusSection, Recipe
 from agnostic_train.settings import check_inputs, training_arguments
 from agnostic_train.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
-from agnostic_train.tuning import NUM_EXTENSIONS, default_rates
+from agnostic_train.tuning import default_rates, num_trainings
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAMPLE = 200
@@ -253,9 +253,9 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     if stage == "compare":
         section = recipe.comparison
         rates = len(section.learning_rates or default_rates(1.0))
-        most = len(section.strategies) * (rates + (rates > 1) * NUM_EXTENSIONS + len(section.seeds) - 1)
-        least = len(section.strategies) * (rates + len(section.seeds) - 1)
-        rows["trainings"] = f"{least} to {most}, each of so many steps"
+        least, most = num_trainings(len(section.strategies), rates, len(section.seeds))
+        how_many = f"{least} to {most}" if most > least else str(least)
+        rows["trainings"] = f"{how_many}, each of so many steps"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from agnostic_train.files import UserError, hash_file
 from agnostic_train.recipe import ModelSection
@@ -32,13 +39,18 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:
+    """Reads the model's config; raises `UserError` if it isn't there."""
+    return _load(AutoConfig, section, name)
+
+
 def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     """Builds the model from its config alone, on the meta device: its modules and shapes without a weight.
 
     Raises:
         UserError: no such config, or one that no causal language model is made of.
     """
-    config = _load(AutoConfig, section, name)
+    config = load_config(section, name)
     dtype = (config.get_text_config().dtype or torch.float32) if section.dtype == "auto" else section.dtype
     try:
         with torch.device("meta"):
@@ -85,7 +97,7 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
     """
     folder = Path(name)
     if not folder.is_dir():
-        config = _load(AutoConfig, section, name)
+        config = load_config(section, name)
         return {"name": str(name), "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
     files = {}
     for file in sorted(folder.glob("*")):

@@ -2,13 +2,13 @@
 
 import platform
 import uuid
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.versions import installed_version
 
 
 class Manifest:
@@ -88,6 +88,6 @@ def package_versions() -> dict[str, str]:
     packages = ("agnostic_train", "torch", "transformers", "accelerate", "peft", "datasets")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: installed_version(name) for name in packages},
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

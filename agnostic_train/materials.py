@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agnostic_train.corpus import Corpus, held_out_text, load_corpus, parallel_text
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError, hash_file
-from agnostic_train.loading import load_model, load_tokenizer
+from agnostic_train.loading import load_config, load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.task_evaluation import TaskSuite
@@ -108,7 +108,8 @@ class Materials:
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder.of(self.tokenizer, self.recipe.corpus, self.model.config)
+        config = load_config(self.recipe.model, self.model_path)
+        return Encoder.of(self.tokenizer, self.recipe.corpus, config)
 
     def batches(
         self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None

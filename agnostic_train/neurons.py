@@ -27,7 +27,6 @@ _OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetens
 _PUBLISHED_KEYS = {
     "fwd_up": "up", "fwd_down": "down", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_o": "o"
 }  # fmt: skip
-_EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 class NeuronSet:
@@ -62,7 +61,8 @@ class NeuronSet:
             if not indices.numel():
                 continue
             if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
-                raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {indices.dtype}")
+                what = f"shape {tuple(indices.shape)} of {indices.dtype}"
+                raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {what}")
             indices = indices.to("cpu", torch.int64).unique()
             site = (int(layer), projection)
             if indices[0] < 0 or site[0] < 0:
@@ -72,8 +72,11 @@ class NeuronSet:
             self._sites[site] = indices
 
     def __getitem__(self, site: Site) -> Tensor:
-        """The site's indices, sorted, int64; empty where the set has none."""
-        return self._sites.get(site, _EMPTY)
+        """The site's indices, sorted, int64, as a tensor of the caller's own; empty where the set has none."""
+        return self._at(site).clone()
+
+    def _at(self, site: Site) -> Tensor:
+        return self._sites.get(site, torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return sum(len(indices) for indices in self._sites.values())
@@ -82,7 +85,7 @@ class NeuronSet:
         if not isinstance(other, NeuronSet):
             return NotImplemented
         return self._sites.keys() == other._sites.keys() and all(
-            torch.equal(indices, other[site]) for site, indices in self.items()
+            torch.equal(indices, other._sites[site]) for site, indices in self._sites.items()
         )
 
     def __repr__(self) -> str:
@@ -90,13 +93,13 @@ class NeuronSet:
         return f"NeuronSet({len(self)} neurons{': ' + counts if counts else ''})"
 
     def items(self) -> ItemsView[Site, Tensor]:
-        """The sites that have neurons, in the order of layers and projections, with their indices."""
-        return self._sites.items()
+        """The sites that have neurons, in the order of layers and projections, with their indices as by `[site]`."""
+        return {site: indices.clone() for site, indices in self._sites.items()}.items()
 
     def counts(self) -> dict[str, int]:
         """Number of neurons per projection, all layers together."""
         totals = Counter({name: 0 for name in PROJECTIONS})
-        for (_, projection), indices in self.items():
+        for (_, projection), indices in self._sites.items():
             totals[projection] += len(indices)
         return dict(totals)
 
@@ -110,10 +113,14 @@ class NeuronSet:
         return self._combine(other, lambda a, b: a[~torch.isin(a, b)])
 
     def _combine(self, other: "NeuronSet", operation: Callable[[Tensor, Tensor], Tensor]) -> "NeuronSet":
+        if not isinstance(other, NeuronSet):
+            return NotImplemented
         if self.sizes and other.sizes and self.sizes != other.sizes:
             raise ValueError("these neuron sets belong to models of different shapes")
         sites = self._sites.keys() | other._sites.keys()
-        return NeuronSet({site: operation(self[site], other[site]) for site in sites}, self.sizes or other.sizes)
+        return NeuronSet(
+            {site: operation(self._at(site), other._at(site)) for site in sites}, self.sizes or other.sizes
+        )
 
     def check(self, model: nn.Module, source: str = "neurons") -> None:
         """Compares the set with a model's shapes.
@@ -134,7 +141,7 @@ class NeuronSet:
                 f"{source}: made for a model with {self.sizes.get(site, 0)} neurons at layer {site[0]} {site[1]}, "
                 f"this model has {sizes.get(site, 0)}; detect the neurons of this model"
             )
-        for (layer, projection), indices in self.items():
+        for (layer, projection), indices in self._sites.items():
             size = sizes.get((layer, projection), 0)
             if indices[-1] >= size:
                 raise UserError(

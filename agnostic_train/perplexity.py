@@ -27,7 +27,7 @@ _MOST_NATS = 700.0
 _TOKENS_AT_ONCE = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
 class Perplexity:
     """What a model makes of a corpus. Logarithms are natural: a nat is 1 / ln 2 bits.
 

@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
@@ -22,6 +22,7 @@ from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
 from agnostic_train.report import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
+from agnostic_train.stages import STAGE_HELP, STAGES, TO_LOWER, OutOfMemory
 from agnostic_train.stages.compare import COMPARISON, compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
@@ -32,18 +33,8 @@ from agnostic_train.stages.score import EMERGENCE, checkpoint_identity, score
 from agnostic_train.stages.train import ADAPTER, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
 from agnostic_train.trials import result_arguments
+from agnostic_train.versions import installed_version
 
-STAGES = {
-    "detect": "find each language's related, shared and exclusive neurons",
-    "score": "switch neurons off and compute the language-agnostic score",
-    "train": "train the chosen neurons on the text of the languages to enhance",
-    "export": "write the enhanced checkpoint, and check that nothing else moved",
-    "evaluate": "measure every language before and after, on test text",
-    "report": "write report.html and the figures",
-}
-"""What `run` runs, in order."""
-
-_ALL = {**STAGES, "compare": "train every strategy and baseline on the same data and budget"}
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
     "compare": compare,
@@ -63,6 +54,7 @@ class Pipeline:
 
     Raises:
         UserError: the folder can't be written, or the training arguments don't fit together.
+        OutOfMemory: while running, the device's memory doesn't suffice.
     """
 
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
@@ -131,7 +123,7 @@ class Pipeline:
             return
         self._check_folders(stage)
         self.processes.wait_for_everyone()
-        self.say(f"{stage}: {_ALL[stage]}")
+        self.say(f"{stage}: {STAGE_HELP[stage]}")
         context = Context(
             self.recipe, self.training_arguments, self.materials, self.manifest, self._inputs, self._state, self.say,
             tracker,
@@ -145,7 +137,10 @@ class Pipeline:
             self.manifest.start(stage, key, self._head())
         self.processes.wait_for_everyone()
         start = time.monotonic()
-        result = _FUNCTIONS[stage](context)
+        try:
+            result = _FUNCTIONS[stage](context)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
@@ -174,6 +169,14 @@ class Pipeline:
         for folder, is_own in written.get(stage, {}).items():
             check(folder, is_own)
 
+    def _what_to_lower(self, stage: str, problem: str) -> str:
+        # Further sentences say which process holds how much, and how the allocator could be set.
+        what = ". ".join(problem.split(". ")[:2]).rstrip(".")
+        remedies = [f"lower {TO_LOWER[stage]}"] if stage in TO_LOWER else []
+        if self.recipe.model.dtype == "float32":
+            remedies.append("set model.dtype to bfloat16, which halves the weights")
+        return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
+
     def _make_directory(self) -> None:
         probe = self.directory / f".writable.{os.getpid()}"
         try:
@@ -191,14 +194,18 @@ class Pipeline:
         return self.manifest.state(stage, self._key(stage))
 
     @cached_property
+    def _model_identity(self) -> dict:
+        return model_identity(self.recipe.model, self.materials.model_path)
+
+    @cached_property
     def _common_inputs(self) -> dict:
         recipe = self.recipe.to_dict()
         return {
             "corpus": recipe["corpus"] | {"path": None},
             "files": self.materials.corpus.hashes,
             "model": recipe["model"] | {"checkpoints": []},
-            "identity": model_identity(self.recipe.model, self.materials.model_path),
-            "version": version("agnostic_train"),
+            "identity": self._model_identity,
+            "version": installed_version("agnostic_train"),
         }
 
     def _inputs(self, stage: str) -> dict:
@@ -279,7 +286,7 @@ class Pipeline:
             frozen_weights = export["frozen_weights"] if export["key"] == self._key("export") else None
         return {
             "model": {
-                **model_identity(self.recipe.model, self.materials.model_path),
+                **self._model_identity,
                 "name": self.recipe.model.name,
                 "revision": self.recipe.model.revision,
             },

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import asdict, field, fields
+from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,7 +17,10 @@ def _section(cls: type) -> type:
 
 
 def _as_list(value: Any) -> Any:
-    """A flag's `--corpus.languages=en,sw` is the list that it looks like, and `--comparison.seeds=0` one of one."""
+    """A flag's `--corpus.languages=en,sw` is the list that it looks like, `--comparison.seeds=0` one of one, and
+    `--evaluation.tasks=` the empty one."""
+    if value is None or value == "":
+        return []
     if isinstance(value, str):
         return [item.strip() for item in value.split(",")]
     return [value] if isinstance(value, (int, float)) else value
@@ -36,8 +40,22 @@ def _filled_in(value: str) -> str:
     return filled
 
 
+def _of_language(value: str) -> str:
+    try:
+        names = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"{value!r} has a brace without its other ({error}); a brace of its own is written twice"
+        ) from None
+    for name, form, conversion in names:
+        if name != "lang" or form or conversion:
+            raise ValueError(f"{value!r}: {{lang}} alone is filled in; any other brace is written twice")
+    return value
+
+
 # A shell leaves the ~ of --output_dir=~/runs as it is.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+OfLanguage = Annotated[str, AfterValidator(_of_language)]
 Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
@@ -77,8 +95,10 @@ class CorpusSection:
         f"or {EMBEDDED}.",
     )
     dataset: str | None = Field(default=None, description="Instead of a folder: a dataset of the hub, streamed.")
-    config_pattern: str | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
-    data_files: str | None = Field(default=None, description="Its files for a language, with {lang}, if no config.")
+    config_pattern: OfLanguage | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
+    data_files: OfLanguage | None = Field(
+        default=None, description="Its files for a language, with {lang}, if no config."
+    )
     dataset_split: str = Field(default="train", description="The split to stream.")
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
     split_sentences: bool = Field(default=False, description="Split also after . ! ? and not just at line breaks.")
@@ -109,7 +129,15 @@ class CorpusSection:
             raise ValueError("needs either path or dataset")
         if self.dataset is not None and not (self.config_pattern or self.data_files):
             raise ValueError("dataset needs config_pattern or data_files to tell the languages apart")
+        if len(self.languages) > 1 and not self.tells_languages_apart:
+            raise ValueError("every language would read the same text; write {lang} in config_pattern or data_files")
         return self
+
+    @property
+    def tells_languages_apart(self) -> bool:
+        """Whether two languages can have different text."""
+        patterns = [it for it in (self.config_pattern, self.data_files) if it]
+        return self.dataset is None or any(it.format(lang="a") != it.format(lang="b") for it in patterns)
 
 
 @_section
@@ -328,12 +356,15 @@ class KeyRow(NamedTuple):
     default: str
 
 
+def own_types() -> dict[str, Any]:
+    """Every key of the recipe's own, as `section.key` or `output_dir`, with its type."""
+    return {key: info.annotation for key, info in _own_infos().items()}
+
+
 def key_table() -> list[KeyRow]:
     """Every key of the recipe's own, as `section.key` or `output_dir`, in the order of the recipe."""
-    keys = {"output_dir": _infos(Recipe)["output_dir"]}
-    for name, section in SECTIONS.items():
-        keys |= {f"{name}.{key}": info for key, info in _infos(section).items() if info.description}
-    return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in keys.items()]
+    rows = _own_infos().items()
+    return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in rows]
 
 
 def recipe_keys() -> dict[str, str]:
@@ -345,6 +376,13 @@ def recipe_keys() -> dict[str, str]:
             parts.append(row.default if row.default == "required" else f"default {row.default}")
         texts[row.key] = row.description + (f" ({'; '.join(parts)})" if parts else "")
     return texts
+
+
+def _own_infos() -> dict[str, FieldInfo]:
+    infos = {"output_dir": _infos(Recipe)["output_dir"]}
+    for name, section in SECTIONS.items():
+        infos |= {f"{name}.{key}": info for key, info in _infos(section).items() if info.description}
+    return infos
 
 
 def _infos(section: Any) -> dict[str, FieldInfo]:

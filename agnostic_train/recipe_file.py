@@ -1,11 +1,12 @@
 """A recipe from a YAML file and flags, with one line for every mistake. Defaults < file < flags."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
@@ -13,7 +14,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from agnostic_train.files import UserError
-from agnostic_train.recipe import OWN_KEYS, SECTIONS, Recipe, TrainingSection, recipe_keys, training_argument_types
+from agnostic_train.recipe import (
+    OWN_KEYS,
+    SECTIONS,
+    Recipe,
+    TrainingSection,
+    own_types,
+    recipe_keys,
+    training_argument_types,
+)
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MOST_VALUES = 10_000
@@ -25,7 +34,8 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
 
     Args:
         file: YAML 1.2, so that `no` is Norwegian and 1e-4 a number.
-        flags: `section.key` or `output_dir` to a value, parsed as YAML.
+        flags: `section.key` or `output_dir` to a value, parsed as YAML; where the key takes text, what YAML makes
+            anything else of ({lang}, 1e5, 2024-01-01) stays as it was typed.
 
     Raises:
         UserError: one line that names the file and the key, and says what would be right.
@@ -45,7 +55,7 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
     for key, value in (flags or {}).items():
         section, _, name = key.partition(".")
-        parsed = _parse_yaml(value, f"--{key}")
+        parsed = _parse_flag(key, value)
         if not name:
             values[section] = parsed
             continue
@@ -63,35 +73,71 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
             if not isinstance(name, str) or not isinstance(key, str):
                 raise UserError(f"{source}: unknown key {_short(key or name)}; a key is a word")
             _check_plain([name, key, value], f"{source}: {name}.{key}".rstrip("."))
-    training = values.get("training")
+    training, arguments = values.get("training"), {}
     if isinstance(training, dict):
-        values["training"] = _split_training(training, source)
+        own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+        arguments = {key: value for key, value in training.items() if key not in own}
+        values["training"] = {key: value for key, value in training.items() if key in own}
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
         # A misspelt key is missing under its right name too: the misspelling is the better message.
         errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
+        if errors[0]["loc"][:1] == ("training",):
+            _check_arguments(arguments, source)
         raise UserError(f"{source}: {_explain(errors[0])}") from None
+    # Last, since it imports transformers: other mistakes shouldn't take seconds.
+    arguments = _check_arguments(arguments, source)
+    return replace(recipe, training=replace(recipe.training, arguments=arguments))
 
 
-def _split_training(training: dict[str, Any], source: str) -> dict[str, Any]:
-    """Moves the TrainingArguments among the keys into `arguments`, each checked against its type."""
-    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+def _parse_flag(key: str, value: str) -> Any:
+    takes_text = _takes_text(key)
+    try:
+        parsed = _parse_yaml(value, f"--{key}")
+    except UserError:
+        if takes_text == "one":  # {lang}_Latn
+            return value
+        raise
+    if parsed is None or not takes_text or isinstance(parsed, str):
+        return parsed
+    return parsed if takes_text == "several" and isinstance(parsed, list) else value
+
+
+def _takes_text(key: str) -> Literal["one", "several"] | None:
+    """Whether a key's value is text, a list of texts, or neither."""
+    section, _, name = key.partition(".")
+    kind = own_types().get(key)
+    if kind is None and section == "training":
+        kind = training_argument_types().get(name)
+    parts = [it for it in (get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]) if it is not NoneType]
+    if all(_plain_type(it) is str for it in parts):
+        return "one"
+    lists = [get_args(_plain_type(it)) for it in parts if get_origin(_plain_type(it)) is list]
+    return "several" if len(lists) == len(parts) and all(_plain_type(it) is str for (it,) in lists) else None
+
+
+def _plain_type(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
+    """TrainingArguments by name, each as its type has it."""
+    if not arguments:
+        return {}
     known = training_argument_types()
-    split: dict[str, Any] = {key: value for key, value in training.items() if key in own}
-    arguments = {}
-    for key, value in training.items():
-        if key in own:
-            continue
+    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+    checked = {}
+    for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
         if key not in known:
             raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
         try:
-            arguments[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
+            checked[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{source}: training.{key}: {error.errors()[0]['msg']}, not {_short(value)}") from None
-    return {**split, "arguments": arguments}
+    return checked
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -91,6 +91,11 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
     if measured:
         raise UserError(f"evaluation.languages: {sorted(measured)[0]!r} is in corpus.languages, and measured as it is")
+    if recipe.evaluation.languages and not recipe.corpus.tells_languages_apart:
+        raise UserError(
+            "evaluation.languages: each would read the text of corpus.languages; write {lang} in corpus.config_pattern "
+            "or corpus.data_files"
+        )
     for language in recipe.training.languages:
         if language not in recipe.corpus.languages:
             raise UserError(

@@ -50,7 +50,7 @@ class Strategy:
         seed: of `random`.
 
     Raises:
-        UserError: an unknown name, or thresholds that `auto` can't use.
+        UserError: an unknown name, a text for languages, or thresholds that `auto` can't use.
     """
 
     name: str = "shared+exclusive"
@@ -61,6 +61,8 @@ class Strategy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.languages, str):  # a sequence too, of its letters
+            raise UserError(f"training.languages: expected a list of languages, such as [{self.languages!r}]")
         if self.name not in (*STRATEGIES, *BASELINES):
             raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join((*STRATEGIES, *BASELINES))}")
         if self.random_like not in SET_STRATEGIES:

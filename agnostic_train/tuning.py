@@ -27,6 +27,14 @@ def default_rates(learning_rate: float) -> list[float]:
     return [learning_rate / FACTOR, learning_rate, learning_rate * FACTOR]
 
 
+def num_trainings(num_strategies: int, num_rates: int, num_seeds: int) -> tuple[int, int]:
+    """How many trainings a comparison takes where none diverges: at least, and at most if every grid is extended."""
+    # Of two rates the best is always at an end, a single one never.
+    least = num_rates + (num_rates == 2) + num_seeds
+    most = num_rates + NUM_EXTENSIONS * (num_rates > 1) + num_seeds
+    return num_strategies * least, num_strategies * most
+
+
 def tune(
     measure: Callable[[float], Mapping[str, float] | None], rates: Sequence[float], languages: Sequence[str]
 ) -> Tuning:

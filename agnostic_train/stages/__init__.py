@@ -1,1 +1,30 @@
 """What each stage of a run does: from the files of the stages before it to its own."""
+
+STAGES = {
+    "detect": "find each language's related, shared and exclusive neurons",
+    "score": "switch neurons off and compute the language-agnostic score",
+    "train": "train the chosen neurons on the text of the languages to enhance",
+    "export": "write the enhanced checkpoint, and check that nothing else moved",
+    "evaluate": "measure every language before and after, on test text",
+    "report": "write report.html and the figures",
+}
+"""What `run` runs, in order."""
+
+STAGE_HELP = {
+    "run": f"every stage in order: {', '.join(STAGES)}",
+    **STAGES,
+    "compare": "train every strategy and baseline on the same data and budget, and say what differs beyond noise",
+}
+
+TO_LOWER = {
+    "detect": "corpus.batch_size or detection.memory_gb",
+    "score": "corpus.batch_size",
+    "train": "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
+    "evaluate": "evaluation.batch_size",
+    "compare": "training.per_device_train_batch_size or evaluation.batch_size",
+}
+"""The keys on which a stage's memory rests beside the weights."""
+
+
+class OutOfMemory(RuntimeError):
+    """A stage needs more of the device's memory than there is: the message is one line that names the keys to lower."""

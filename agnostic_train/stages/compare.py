@@ -20,7 +20,7 @@ from agnostic_train.strategy import Choice
 from agnostic_train.tables import comparison_table, write_csv
 from agnostic_train.tracking import tracked
 from agnostic_train.trials import Measured, Trial, TrialResult, Trials
-from agnostic_train.tuning import Tuning, default_rates, tune
+from agnostic_train.tuning import Tuning, default_rates, num_trainings, tune
 
 COMPARISON = "comparison"
 
@@ -48,7 +48,7 @@ def compare(context: Context) -> dict:
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
     results: dict[str, dict[int, TrialResult]] = {}
     tunings: dict[str, Tuning] = {}
-    total = len(section.strategies) * (len(rates) + len(section.seeds))
+    total, _ = num_trainings(len(section.strategies), len(rates), len(section.seeds))
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
 

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from agnostic_train.impact.sites import Work
 from agnostic_train.inference import left_as_found
 from agnostic_train.recipe import CorpusSection
 from agnostic_train.top_counts import TopCounts
+from agnostic_train.versions import installed_version
 
 WITHOUT_SOFTMAX = ("gate", "up", "down", "v", "o")
 SHAPES = {
@@ -249,7 +249,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name()
         if cuda
         else f"{platform.machine()}, threads: {torch.get_num_threads()}",
-        "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers")},
+        "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "transformers")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "model": options.model or {"model_type": options.family} | SHAPES[options.device],
         "batch_size": options.batch_size,

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from agnostic_train.decoder import find_decoder
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.mask import GradientMask
+from agnostic_train.versions import installed_version
 
 SHAPES = {
     "cpu": dict(
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
         },
-        "versions": {name: version(name) for name in ("agnostic_train", "torch", "transformers", "peft")},
+        "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "transformers", "peft")},
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "shapes": SHAPES[options.shapes],
         "results": results,

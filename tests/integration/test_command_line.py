@@ -1,6 +1,7 @@
 """The command line on a small corpus and model, as a user runs it, in this process."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agnostic_train.cli import STAGE_HELP, main
+from agnostic_train import pipeline
+from agnostic_train.cli import main
 from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.pipeline import STAGES
+from agnostic_train.recipe_file import load_recipe
+from agnostic_train.stages import STAGE_HELP, STAGES
 from agnostic_train.trained import Trained
 
 
@@ -363,6 +366,16 @@ MISTAKES = [
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
+    (
+        [
+            "--corpus.path=",
+            "--corpus.dataset=x",
+            "--corpus.config_pattern=en",
+            "--corpus.languages=sw",
+            "--evaluation.languages=en",
+        ],
+        "evaluation.languages: each would read the text of corpus.languages; write {lang}",
+    ),
     (["--output_dir=/proc/none"], "output_dir: can't write to /proc/none"),
 ]
 
@@ -407,6 +420,52 @@ def test_a_missing_stage_or_recipe(capsys):
             main(arguments)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert main(["run", "none.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        ("detect", "lower corpus.batch_size or detection.memory_gb, or set model.dtype to bfloat16"),
+        ("score", "lower corpus.batch_size, or set"),
+        ("train", "lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps"),
+        ("export", "set model.dtype to bfloat16"),
+        ("evaluate", "lower evaluation.batch_size, or set"),
+        ("compare", "lower training.per_device_train_batch_size or evaluation.batch_size, or set"),
+    ],
+)
+def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, stage, keys):
+    def too_large(context):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
+
+    for name in STAGE_HELP:
+        function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
+        monkeypatch.setitem(pipeline._FUNCTIONS, name, function)
+    assert run(root, stage) == 1
+    expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("agnostic-train: error")] == lines[-1:]
+    assert lines[-1].startswith(expected)
+
+
+def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monkeypatch):
+    NeuronSet({(0, "up"): [1, 2]}).save(root / "mine.safetensors")
+    whole = pipeline.Pipeline(load_recipe(root / "recipe.yaml"))
+    monkeypatch.setattr("agnostic_train.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
+    batches = whole.materials.batches("validation")
+    assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400
+    monkeypatch.undo()
+    original, asked = pipeline.model_identity, []
+    monkeypatch.setattr(pipeline, "model_identity", lambda *its: asked.append(its) or original(*its))
+    assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
+    assert len(asked) == 1
+
+
+def test_of_an_import_only_news_is_printed(caplog, capsys):
+    main(["run", "none.yaml"])
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_two_processes_run_the_chain(root):

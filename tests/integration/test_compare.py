@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,8 +38,12 @@ def test_a_lora_of_equal_size(root, capsys):
 
 
 def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
+    assert run(root, "compare", "--dry-run", *SMALL) == 0
+    least, most = map(int, re.search(r"│ (\d+) to (\d+), each of so many steps", capsys.readouterr().out).groups())
+    assert (least, most) == (4 * (3 + 2), 4 * (4 + 2))
     assert run(root, "compare", *SMALL) == 0
     printed = capsys.readouterr().out
+    assert least <= len(re.findall(r"^compare: .*, rate .*, seed \d: ", printed, re.MULTILINE)) <= most
     out = root / "out"
     comparison = read_json(out / "comparison.json")
     names = ["shared+exclusive", "random", "lora", "full"]

@@ -1,15 +1,21 @@
 """Set algebra, matched random sets, and files that come back as they went."""
 
 import json
+import operator
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_llama
+from peft import get_peft_model
 from safetensors.torch import save_file
 
-from agnostic_train.decoder import find_decoder
+from agnostic_train.deactivation import deactivate
+from agnostic_train.decoder import Rotation, find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.perplexity import Perplexity
+from agnostic_train.training.compact import NeuronConfig, adapter_neurons
 
 A = NeuronSet({(0, "q"): [5, 1, 1], (1, "down"): [7]})
 B = NeuronSet({(0, "q"): [5, 9], (2, "v"): torch.tensor([0])})
@@ -36,6 +42,48 @@ def test_algebra():
 def test_impossible_neurons_are_refused(sites):
     with pytest.raises(ValueError):
         NeuronSet(sites)
+
+
+def test_a_shape_that_is_no_list_is_named():
+    with pytest.raises(ValueError, match="layer 0 q: expected a list of indices, got shape \\(2, 3\\) of torch.int64"):
+        NeuronSet({(0, "q"): torch.zeros(2, 3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="got shape \\(\\) of torch.int64"):
+        NeuronSet({(0, "q"): torch.tensor(1)})
+
+
+def test_what_a_set_gives_is_the_takers_own():
+    given = torch.tensor([1, 5])
+    neurons = NeuronSet({(0, "q"): given})
+    given[0] = neurons[(0, "q")][0] = 7
+    for _, indices in neurons.items():
+        indices[0] = 7
+    NeuronSet()[(0, "q")].resize_(1)
+    assert neurons == NeuronSet({(0, "q"): [1, 5]}) and not len(NeuronSet()[(0, "q")])
+
+
+@pytest.mark.parametrize("operation", [operator.or_, operator.and_, operator.sub])
+def test_a_set_and_something_else_do_not_mix(operation):
+    for other in (None, {(0, "q"): [1]}):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            operation(A, other)
+
+
+def test_a_mapping_stands_for_its_set(llama):
+    before = {name: it.clone() for name, it in llama.state_dict().items()}
+    with deactivate(llama, {(0, "q"): [1, 5]}):
+        rows = llama.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        assert not rows[[1, 5]].any() and rows[0].any()
+    assert all(torch.equal(it, before[name]) for name, it in llama.state_dict().items())
+    adapted = get_peft_model(llama, NeuronConfig(neurons={(0, "q"): [1, 5]}))
+    assert adapter_neurons(adapted) == NeuronSet({(0, "q"): [1, 5]})
+
+
+def test_what_holds_tensors_is_compared_as_itself(llama):
+    measured = Perplexity(torch.ones(2), torch.ones(2), None)
+    projection = replace(find_decoder(llama).layers[0].projections["q"], rows=torch.arange(4))
+    rotation = Rotation(None, torch.arange(4))
+    for it in (measured, projection, rotation):
+        assert it == it and it != replace(it) and len({it, replace(it)}) == 2
 
 
 def test_sets_of_different_models_do_not_mix():

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -72,3 +74,67 @@ def test_a_class_says_what_it_is_made_of_and_its_methods_what_they_raise(name):
         if is_constructor or not method.startswith("_"):
             assert text, f"{base.__name__}.{method} has no docstring"
             assert not unnamed(raised(function), text), f"{base.__name__}.{method}"
+
+
+def python(code):
+    """What a fresh Python prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SLOW = "import sys; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+
+
+def test_the_package_and_its_command_line_import_nothing_slow():
+    assert python(f"import agnostic_train, agnostic_train.cli; dir(agnostic_train); {SLOW}") == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, printed",
+    [
+        (["--help"], "usage: agnostic-train [-h]"),
+        (["--version"], f"agnostic-train {agnostic_train.__version__}"),
+        (["run", "--help"], "--detection.top_ratio VALUE"),
+        (["nonsense"], ""),
+        (["run", "nowhere.yaml"], ""),
+        (["run", "recipes/quickstart.yaml", "--detection.top_ratio=7"], ""),
+    ],
+)
+def test_help_and_a_mistake_wait_for_no_library(arguments, printed, pytestconfig):
+    """A recipe with TrainingArguments is one, too."""
+    arguments = [str(pytestconfig.rootpath / it) if it.startswith("recipes/") else it for it in arguments]
+    code = f"""
+from agnostic_train.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+{SLOW}"""
+    out = python(code)
+    assert printed in out and out.endswith("[]\n")
+
+
+def test_names_are_found_when_they_are_asked_for():
+    assert set(agnostic_train.__all__) <= set(dir(agnostic_train)) and agnostic_train._MODULES.keys() == set(
+        agnostic_train.__all__
+    )
+    assert not hasattr(agnostic_train, "nothing")
+    # A file of that name is a module of the package, but the name is the function's, whichever came first.
+    for first in ("import agnostic_train.perplexity", "from agnostic_train import perplexity", "import agnostic_train"):
+        code = f"{first}; import agnostic_train.perplexity; from agnostic_train import perplexity; print(perplexity)"
+        assert python(code).startswith("<function perplexity ")
+
+
+@pytest.mark.parametrize(
+    "first", ["import agnostic_train", "import peft, agnostic_train", "import agnostic_train.strategy"]
+)
+def test_peft_knows_the_adapter(first):
+    code = f"{first}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; print(types['NEURON'].__name__)"
+    assert python(code) == "NeuronConfig\n"
+
+
+def test_what_the_adapter_rests_on_does_not_import_peft():
+    """Otherwise PEFT's import, which imports the adapter, would meet it half imported."""
+    rest = "agnostic_train.neurons, agnostic_train.training.chosen, agnostic_train.decoder"
+    assert "peft" not in python(f"import {rest}; {SLOW}")

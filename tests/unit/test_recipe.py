@@ -39,8 +39,41 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert paths == tuple(f"/home/someone/{name}" for name in ("m", "t", "runs", "n.json"))
 
 
+@pytest.mark.parametrize("text", ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no"])
+def test_text_stays_as_it_was_typed(tmp_path, text):
+    recipe = load(tmp_path, model__revision=text, tracking__run_name=text, output_dir=text, training__hub_token=text)
+    told = (recipe.model.revision, recipe.tracking.run_name, recipe.output_dir, recipe.training.arguments["hub_token"])
+    assert told == (text,) * 4
+
+
+def test_quotes_and_null_are_yaml_in_text_too(tmp_path):
+    recipe = load(tmp_path, model__revision="'1e5'", tracking__run_name="null", model__name='"a b"')
+    assert (recipe.model.revision, recipe.tracking.run_name, recipe.model.name) == ("1e5", None, "a b")
+
+
+def test_lists_of_text_take_numbers_as_text_and_nothing_as_an_empty_list(tmp_path):
+    filled = load(tmp_path, model__checkpoints="1000", evaluation__checkpoints="[a, b]", training__label_names="[a]")
+    assert filled.model.checkpoints == ["1000"] and filled.evaluation.checkpoints == ["a", "b"]
+    assert filled.training.arguments["label_names"] == ["a"]
+    for text in (BASE + "evaluation: {tasks: [xnli]}", BASE + "evaluation:\n  tasks:\n"):
+        assert load(tmp_path, text, evaluation__tasks="").evaluation.tasks == []
+    assert load(tmp_path, comparison__learning_rates="").comparison.learning_rates is None
+
+
+@pytest.mark.parametrize("patterns", [("{lang}", ""), ("", "{lang}/*.{{a,b}}"), ("all", "{lang}.jsonl")])
+def test_languages_are_told_apart(tmp_path, patterns):
+    assert load(tmp_path, **streamed(*patterns)).corpus.tells_languages_apart
+    alone = load(tmp_path, **streamed("en"), corpus__languages="sw")
+    assert alone.corpus.languages == ["sw"] and not alone.corpus.tells_languages_apart
+
+
 def test_norwegian_is_a_language(tmp_path):
     assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
+
+
+def streamed(config_pattern, data_files=""):
+    source = {"corpus__path": "", "corpus__dataset": "some/data"}
+    return source | {"corpus__config_pattern": config_pattern, "corpus__data_files": data_files}
 
 
 @pytest.mark.parametrize(
@@ -67,8 +100,18 @@ def test_norwegian_is_a_language(tmp_path):
         ({"corpus__path": ""}, "corpus: needs either path or dataset"),
         ({"corpus__dataset": "some/data"}, "corpus: needs either path or dataset"),
         ({"corpus__dataset": "some/data", "corpus__path": ""}, "corpus: dataset needs config_pattern or data_files"),
+        (streamed("{language}"), "corpus.config_pattern: '{language}': {lang} alone is filled in"),
+        (streamed("{}"), "corpus.config_pattern: '{}': {lang} alone"),
+        (streamed("{lang.x}"), "corpus.config_pattern: '{lang.x}': {lang} alone"),
+        (streamed("{lang!r}"), "{lang} alone"),
+        (streamed("{lang"), "corpus.config_pattern: '{lang' has a brace without its other"),
+        (streamed("{lang}", data_files="{x}.jsonl"), "corpus.data_files: '{x}.jsonl': {lang} alone"),
+        (streamed("en"), "corpus: every language would read the same text; write {lang} in config_pattern or"),
+        (streamed("{{lang}}"), "corpus: every language would read the same text"),
+        (streamed("", data_files="a.jsonl"), "corpus: every language would read the same text"),
         ({"corpus": "text"}, "corpus must be a section of keys"),
-        ({"model__name": "[unclosed"}, "--model.name: not valid YAML"),
+        ({"corpus__languages": "[unclosed"}, "--corpus.languages: not valid YAML"),
+        ({"corpus__languages": ""}, "corpus.languages: "),
     ],
 )
 def test_mistakes_name_the_key(tmp_path, change, message):

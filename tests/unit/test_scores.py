@@ -347,3 +347,8 @@ def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped
     for rows in ([clipped], [clipped, undefined]):
         with pytest.raises(UserError, match=r"training\.strategy: .* clipped in b: "):
             choose(13.1, *rows)
+
+
+def test_languages_are_a_list_and_not_a_text():
+    with pytest.raises(UserError, match=r"training.languages: expected a list of languages, such as \['sw'\]"):
+        Strategy("shared", languages="sw")

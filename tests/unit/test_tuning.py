@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from agnostic_train.tuning import default_rates, tune
+from agnostic_train.tuning import default_rates, num_trainings, tune
 
 
 def around(best, diverges_above=math.inf):
@@ -54,3 +54,15 @@ def test_divergence():
     assert tuning.learning_rate == pytest.approx(1e-3 / 3) and tuning.tried[1e-3] is None and min(tried) < 2e-4
     nothing = tune(lambda rate: None, [1e-3, 3e-3], ["sw"])
     assert nothing.learning_rate is None and len(nothing.tried) == 4 and set(nothing.tried.values()) == {None}
+
+
+@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 3e-3], default_rates(1e-3)])
+def test_the_number_of_trainings(rates):
+    """As many as are tried: the fewest where the best rate lies within, the most where it lies far beyond."""
+    within, beyond = (len(tune(around(best)[0], rates, ["sw"]).tried) for best in (1e-3, 1.0))
+    least, most = num_trainings(num_strategies=7, num_rates=len(rates), num_seeds=3)
+    assert most == 7 * (beyond + 3) and least == 7 * (within + 3)
+
+
+def test_the_number_of_trainings_of_the_default():
+    assert num_trainings(7, 3, 3) == (42, 56)

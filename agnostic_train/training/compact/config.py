@@ -1,11 +1,13 @@
 """The configuration of a neuron adapter: which rows and columns learn, and of which shapes they are."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from peft import PeftConfig, PeftType
-from torch import nn
+from torch import Tensor, nn
 
+from agnostic_train.decoder import Site
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
@@ -19,12 +21,13 @@ class NeuronConfig(PeftConfig):
     `PeftModel.from_pretrained` and `load_adapter` then fill.
 
     Args:
-        neurons: a `NeuronSet`, or a file of one, as `NeuronSet.read` takes it. Not needed to load a saved adapter.
+        neurons: a `NeuronSet`, what makes one, or a file of one, as `NeuronSet.read` takes it. Not needed to load a
+            saved adapter.
         rows, columns: number of chosen rows and columns of each module's weight, by its name; filled from `neurons`.
         Others as for `PeftConfig`.
     """
 
-    neurons: NeuronSet | str | Path | None = field(
+    neurons: NeuronSet | Mapping[Site, Iterable[int] | Tensor] | str | Path | None = field(
         default=None, metadata={"help": "The neurons to train: a NeuronSet or its file. Not saved with the adapter."}
     )
     rows: dict[str, int] = field(
@@ -51,13 +54,15 @@ class NeuronConfig(PeftConfig):
         """Fills `rows` and `columns` from `neurons`, and returns the chosen entries by module name.
 
         Raises:
-            UserError: no neuron at all, or neurons of another model.
+            UserError: no neuron at all, or neurons of another model. ValueError: of a mapping, as by `NeuronSet`.
         """
         if self.neurons is None:
             if not self.rows and not self.columns:
                 raise UserError("neurons: give NeuronConfig a NeuronSet, or the file of one")
             return {}
-        if not isinstance(self.neurons, NeuronSet):
+        if isinstance(self.neurons, Mapping):
+            self.neurons = NeuronSet(self.neurons)
+        elif not isinstance(self.neurons, NeuronSet):
             self.neurons = NeuronSet.read(self.neurons, model)
         if not len(self.neurons):
             raise UserError("training.strategy: there is no neuron to train")

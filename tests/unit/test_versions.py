@@ -1,0 +1,25 @@
+"""The package runs from a folder, too, where nothing was installed."""
+
+import subprocess
+import sys
+
+from agnostic_train.versions import installed_version
+
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+original = metadata.version
+def version(name):
+    if name == "agnostic_train":
+        raise metadata.PackageNotFoundError(name)
+    return original(name)
+metadata.version = version
+import agnostic_train
+from agnostic_train.manifest import package_versions
+print(agnostic_train.__version__, package_versions()["agnostic_train"], package_versions()["torch"])
+"""
+
+
+def test_a_package_that_is_not_installed():
+    done = subprocess.run([sys.executable, "-c", NOT_INSTALLED], capture_output=True, text=True)
+    assert done.stdout.split() == ["0+unknown", "0+unknown", installed_version("torch")], done.stderr
+    assert installed_version("torch").startswith("2.")
