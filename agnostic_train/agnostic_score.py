@@ -191,7 +191,7 @@ def language_agnostic_score(
         for seed, control in controls.items():
             prefix = f"{kind} {seed} "
             sets |= _sets(prefix, control)
-            # What a language's random counterpart does to other languages is nobody's question.
+            # A language's control set is only measured on that language.
             only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:

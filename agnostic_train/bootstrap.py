@@ -1,4 +1,4 @@
-"""Resampled sentences: how far a number would move on other text of the same kind (percentile bootstrap)."""
+"""Percentile bootstrap over sentences: how much a number would vary on other text of the same kind."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,6 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
     """The middle `level` of resampled values (count,)."""
     tail = (1 - level) / 2
-    # A draw of sentences without a token to score has no perplexity.
+    # A resample may contain no token to score, and then has no perplexity.
     low, high = torch.nanquantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
     return low, high

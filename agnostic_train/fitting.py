@@ -25,7 +25,7 @@ def make_trainer(
         training: per language, the sentences to train on.
         held_out: per language, sentences whose loss `eval_strategy` follows.
 
-    The model in `materials` is used up by the training: `Materials.forget_model`.
+    Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
 
     Raises:
         UserError: a language without a training sentence.

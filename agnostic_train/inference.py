@@ -13,13 +13,12 @@ Batch = Mapping[str, Tensor]
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag and all random states are as before after it.
+    """Runs its body in evaluation mode without gradients, then restores every module's training flag and all random states.
 
     A model in training may hold modules that are kept in evaluation mode, so each module's own flag is restored.
 
     Raises:
-        UserError: weights split over processes. Where such models run at all, they wait for ever for a process that
-            has fewer batches.
+        UserError: weights split over processes. Such models deadlock when processes have unequal numbers of batches.
     """
     check_whole(model, "running a model to measure it")
     modes = [(module, module.training) for module in model.modules()]

@@ -66,7 +66,7 @@ class Manifest:
                 folder.rmdir()
 
     def start(self, stage: str, key: str, head: dict[str, Any]) -> None:
-        """Says that a run of the stage has begun. `head`: what stands above the stages."""
+        """Records that a run of the stage has begun. `head`: the manifest's top-level fields."""
         found = self.record(stage)
         run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
         self._write(stage, {"key": key, "run": run, "finished": False}, head)

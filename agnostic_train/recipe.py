@@ -60,7 +60,7 @@ Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
 EMBEDDED = "embedded:quickstart"
-"""As `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
+"""For `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -77,12 +77,12 @@ class ModelSection:
     revision: str | None = Field(default=None, description="A hub revision.")
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list,
-        description="Earlier states of the model to score too: folders or hub revisions, STEP= before a name without one.",
+        description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if the name has no step.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="float32", description="What the weights are loaded as; 'auto' is the checkpoint's own."
+        default="float32", description="Dtype of the loaded weights; 'auto' keeps the checkpoint's."
     )
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model.")
+    trust_remote_code: bool = Field(default=False, description="Run code that is shipped with the model.")
 
 
 @_section
@@ -91,37 +91,41 @@ class CorpusSection:
 
     path: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.train, {lang}.valid and, if there, {lang}.test as .txt, .jsonl or .parquet; "
+        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt, .jsonl or .parquet); "
         f"or {EMBEDDED}.",
     )
-    dataset: str | None = Field(default=None, description="Instead of a folder: a dataset of the hub, streamed.")
-    config_pattern: OfLanguage | None = Field(default=None, description="Its config for a language, such as '{lang}'.")
+    dataset: str | None = Field(default=None, description="A hub dataset to stream instead of a folder.")
+    config_pattern: OfLanguage | None = Field(
+        default=None, description="The dataset's config per language, such as '{lang}'."
+    )
     data_files: OfLanguage | None = Field(
-        default=None, description="Its files for a language, with {lang}, if no config."
+        default=None, description="The dataset's files per language, with {lang}, where configs don't separate them."
     )
     dataset_split: str = Field(default="train", description="The split to stream.")
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
-    split_sentences: bool = Field(default=False, description="Split also after . ! ? and not just at line breaks.")
-    languages: Languages = Field(description="Every language to look at; the names of the files.")
-    detection_sentences: int = Field(default=1000, ge=1, description="Train sentences per language to detect on.")
+    split_sentences: bool = Field(default=False, description="Also split after . ! ?, not only at line breaks.")
+    languages: Languages = Field(description="All languages to detect and measure, as in the file names.")
+    detection_sentences: int = Field(
+        default=1000, ge=1, description="Training sentences per language used for detection."
+    )
     training_sentences: int | None = Field(
-        default=None, ge=1, description="At most so many further train sentences to train on; without it, all."
+        default=None, ge=1, description="Maximum number of further training sentences to train on; default: all."
     )
     validation_sentences: int | None = Field(
-        default=None, ge=1, description="At most so many valid sentences; without it, all."
+        default=None, ge=1, description="Maximum number of validation sentences; default: all."
     )
     test_sentences: int | None = Field(
-        default=None, ge=1, description="At most so many test sentences; without it, all."
+        default=None, ge=1, description="Maximum number of test sentences; default: all."
     )
     max_length: int | None = Field(
-        default=None, ge=2, description="Cut sentences at so many tokens; without it, at the model's limit."
+        default=None, ge=2, description="Truncate sentences to this many tokens; default: the model's limit."
     )
     add_bos: bool | None = Field(
         default=None,
-        description="Begin sentences with the beginning-of-sequence token; without it, as the tokenizer does.",
+        description="Start sentences with the beginning-of-sequence token; default: as the tokenizer does.",
     )
     batch_size: int = Field(default=16, ge=1, description="Sentences per batch in detection, scores and evaluation.")
-    seed: int = Field(default=0, ge=0, description="Of the sample of sentences.")
+    seed: int = Field(default=0, ge=0, description="Seed for sampling sentences.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusSection":
@@ -145,13 +149,18 @@ class DetectionSection:
     """Which neurons matter for which language."""
 
     method: Literal["impact", "lape"] = Field(
-        default="impact", description="By impact, or by activation probability entropy (feed-forward units alone)."
+        default="impact", description="By impact, or by activation probability entropy (feed-forward units only)."
     )
-    lape_ratio: float = Field(default=0.01, gt=0, le=1, description="'lape': part of all units that are selected.")
+    lape_ratio: float = Field(default=0.01, gt=0, le=1, description="'lape': fraction of all units to select.")
     top_ratio: float = Field(
-        default=0.05, gt=0, le=1, description="Part of a site's neurons that are top in a sentence."
+        default=0.05, gt=0, le=1, description="Fraction of a site's neurons that count as top in a sentence."
     )
-    consistency: float = Field(default=1.0, gt=0, le=1, description="In which part of its sentences; the paper: all.")
+    consistency: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Fraction of a language's sentences in which a related neuron must be top (paper: 1.0).",
+    )
     attention: Literal["exact", "paper"] = Field(
         default="exact", description="Real deactivation, or Eq. 11 as printed."
     )
@@ -159,98 +168,100 @@ class DetectionSection:
         default="complement", description="Related minus shared, or minus every other language's related."
     )
     min_languages: int | None = Field(
-        default=None, ge=1, description="Shared: related to at least so many languages; without it, to all."
+        default=None, ge=1, description="Shared means related to at least this many languages; default: all."
     )
     skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
-    memory_gb: float = Field(default=2.0, gt=0, description="Bound on the temporaries of the q and k impacts, in GiB.")
+    memory_gb: float = Field(default=2.0, gt=0, description="Limit on temporary memory for q and k impacts, in GiB.")
     pruning: bool = Field(
-        default=True, description="Leave out q and k neurons that certainly aren't top: the same sets in less time."
+        default=True, description="Skip q and k neurons that are proven not to be top: the same sets in less time."
     )
     stability: bool = Field(
-        default=False, description="Also detect on other samples, and say how far the sets agree; 2.4 times the work."
+        default=False,
+        description="Also detect on other samples and report how well the sets agree; 2.4 times the work.",
     )
-    verify: bool = Field(default=True, description="First compare a few scores with real deactivation.")
+    verify: bool = Field(default=True, description="First compare a few impacts with real deactivation.")
 
 
 @_section
 class ScoreSection:
     """The language-agnostic score."""
 
-    controls: int = Field(default=3, ge=0, description="Random sets of the same sizes to score beside it.")
+    controls: int = Field(default=3, ge=0, description="Number of random control sets of the same sizes.")
 
 
 @_section
 class TrainingSection:
-    """What to train, and how. Every key of transformers' TrainingArguments is a key here too."""
+    """What to train, and how. Every key of transformers' TrainingArguments is accepted here too."""
 
-    languages: Languages = Field(description="The languages to enhance: whose text is trained on.")
+    languages: Languages = Field(description="The languages to enhance, by training on their text.")
     strategy: Literal[Trained, "auto", "pilot"] = Field(
         default="shared+exclusive",
-        description="Which neurons learn. 'auto' decides by the score, 'pilot' by short trainings; 'full' trains all "
-        "weights, 'lora' a LoRA of equal size, as baselines.",
+        description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: 'full' trains "
+        "all weights, 'lora' a LoRA of equal size.",
     )
     update: Literal["compact", "mask"] = Field(
         default="compact",
-        description="How they learn: an adapter of their rows and columns beside frozen weights, or masked gradients.",
+        description="An adapter of the chosen rows and columns beside frozen weights, or masked gradients of the full weights.",
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
-    high: float | None = Field(default=None, description="'auto': above this score, exclusive; has no default.")
+    high: float | None = Field(default=None, description="'auto': above this score, exclusive. Has no default.")
     pilot_strategies: Annotated[
         list[SetStrategy], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
     ] = Field(default_factory=lambda: list(get_args(SetStrategy)), description="'pilot': the strategies to try.")
     pilot_steps: int = Field(
-        default=50, ge=1, description="'pilot': steps of each, on text that the training proper doesn't see."
+        default=50,
+        ge=1,
+        description="'pilot': training steps per strategy, on text that the main training doesn't see.",
     )
     random_like: SetStrategy = Field(
-        default="shared+exclusive", description="'random', 'lora': the strategy whose numbers they match."
+        default="shared+exclusive", description="'random', 'lora': the strategy whose size they match."
     )
     neurons: LocalPath | None = Field(
-        default=None, description="Train the neurons of this file instead of a strategy's."
+        default=None, description="Train the neurons in this file instead of a strategy's."
     )
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @_section
 class EvaluationSection:
-    """Before and after, on test text."""
+    """Measurement before and after training, on held-out text."""
 
-    batch_size: int | None = Field(
-        default=None, ge=1, description="Sentences per batch; without it, corpus.batch_size."
-    )
+    batch_size: int | None = Field(default=None, ge=1, description="Sentences per batch; default: corpus.batch_size.")
     languages: Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)] = Field(
         default_factory=list,
-        description="Further languages to measure, which are neither detected nor trained: what is forgotten there?",
+        description="Further languages to measure, though neither detected nor trained, to see what is forgotten.",
     )
     max_forgetting: float = Field(
         default=0.03,
         ge=0,
-        description="The sweeps' objective is worse where another language's bits per byte rise by more.",
+        description="Sweeps penalise runs in which another language's bits per byte rise by more than this fraction.",
     )
     parallel: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.txt, aligned line by line: measured too, as text of equal content.",
+        description="A folder of {lang}.txt files aligned line by line, measured as text of equal content.",
     )
     parallel_sentences: int | None = Field(
-        default=None, ge=1, description="At most so many lines of it, drawn by corpus.seed; without it, all."
+        default=None, ge=1, description="Maximum number of parallel lines, drawn with corpus.seed; default: all."
     )
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        default_factory=list, description="Other checkpoints to measure beside the base and the enhanced one."
+        default_factory=list, description="Other checkpoints to measure besides the base and the enhanced one."
     )
     tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Tasks of lm-evaluation-harness, by name (needs the extra 'eval')."
     )
     task_paths: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        default_factory=list, description="Folders of further task files of the harness."
+        default_factory=list, description="Folders with further task files for the harness."
     )
     mgsm: LocalPath | None = Field(
-        default=None, description="A folder of {lang}.tsv (question, tab, answer): what the mgsm tasks read, offline."
+        default=None,
+        description="A folder of {lang}.tsv files (question, tab, answer) for the mgsm tasks to read offline.",
     )
     num_fewshot: int | None = Field(
-        default=None, ge=0, description="Examples before each item; a task's own by default."
+        default=None, ge=0, description="Few-shot examples per item; default: as the task defines."
     )
-    limit: int | None = Field(default=None, ge=1, description="At most so many items of each task.")
+    limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task.")
     max_new_tokens: int | None = Field(
-        default=None, ge=1, description="How much the model may write in a task; without it, as each task says, or 256."
+        default=None, ge=1, description="Maximum number of generated tokens; default: as the task defines, or 256."
     )
 
 
@@ -262,21 +273,19 @@ class ComparisonSection:
         Field(default_factory=lambda: list(get_args(Trained)), description="What to compare.")
     )
     seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] = Field(
-        default_factory=lambda: [1, 2, 3], description="Each is one training of every strategy."
+        default_factory=lambda: [1, 2, 3], description="Train every strategy once per seed."
     )
-    tuning_seed: Seed = Field(
-        default=0, description="Of the trainings that choose the learning rates; none of those that are compared."
-    )
+    tuning_seed: Seed = Field(default=0, description="Seed for choosing learning rates; must not be one of seeds.")
     learning_rates: (
         Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] | None
     ) = Field(
         default=None,
-        description="Tried for every strategy; without it, training.learning_rate and a third and three times of it. "
-        "While the best is at an end, one more is tried there, twice at most.",
+        description="Learning rates to try for every strategy; default: training.learning_rate, a third and three times "
+        "that. While the best one is at an end, another is tried beyond it, at most twice.",
     )
     select_by: Literal["target", "all"] = Field(
         default="target",
-        description="The best rate has the lowest bits per byte on validation text, of the enhanced languages or of all.",
+        description="Choose the rate with the lowest bits per byte on validation text, of the enhanced languages or of all.",
     )
 
     @model_validator(mode="after")
@@ -293,10 +302,10 @@ class ExportSection:
 
     to: Literal["merged", "lora", "delta"] = Field(
         default="merged",
-        description="'lora', 'delta': beside enhanced/ also an adapter folder of that name, for any PEFT or for ours.",
+        description="'lora', 'delta': also write an adapter folder of that name, for stock PEFT or for this package.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="Of the saved weights; without it, as trained."
+        default=None, description="Dtype of the saved weights; default: as trained."
     )
 
 
@@ -308,7 +317,7 @@ class TrackingSection:
     project: str = Field(default="agnostic_train", description="The wandb project.")
     run_name: str | None = Field(default=None, description="The wandb run's name.")
     results_dir: LocalPath | None = Field(
-        default=None, description="A folder that gets the tables and figures too, to be kept beside the recipe."
+        default=None, description="A further folder for the tables and figures, to keep beside the recipe."
     )
 
 
@@ -326,7 +335,7 @@ class Recipe:
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     output_dir: Annotated[LocalPath, AfterValidator(_filled_in)] = Field(
-        description="Where every file of the run goes; $NAME is filled in from the environment."
+        description="Folder for all files of the run; $NAME is replaced from the environment."
     )
 
     def to_dict(self) -> dict:
@@ -348,7 +357,7 @@ def training_argument_types() -> dict[str, Any]:
 
 
 class KeyRow(NamedTuple):
-    """What a recipe's key says, which values it has to choose from, and its default or `required`; empty for none."""
+    """One key of a recipe: its description, its choices, and its default or `required`; empty where there is none."""
 
     key: str
     description: str
@@ -357,18 +366,18 @@ class KeyRow(NamedTuple):
 
 
 def own_types() -> dict[str, Any]:
-    """Every key of the recipe's own, as `section.key` or `output_dir`, with its type."""
+    """Every key that isn't a TrainingArgument, as `section.key` or `output_dir`, with its type."""
     return {key: info.annotation for key, info in _own_infos().items()}
 
 
 def key_table() -> list[KeyRow]:
-    """Every key of the recipe's own, as `section.key` or `output_dir`, in the order of the recipe."""
+    """Every key that isn't a TrainingArgument, as `section.key` or `output_dir`, in the order of the recipe."""
     rows = _own_infos().items()
     return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in rows]
 
 
 def recipe_keys() -> dict[str, str]:
-    """Every key of the recipe's own with its help text."""
+    """Every key that isn't a TrainingArgument, with its help text."""
     texts = {}
     for row in key_table():
         parts = [f"one of {row.choices}"] if row.choices else []

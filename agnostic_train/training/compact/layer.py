@@ -20,7 +20,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
     For chosen rows (dim 0): `y[..., index] += x @ delta.T`, delta (rows, in). For chosen columns (dim 1):
     `y += x[..., index] @ delta.T`, delta (out, columns). The delta is float32, float64 beside a float64 base.
 
-    While an adapter learns on float32 or float64 weights, its rows stand in the base weight for the length of each product:
+    While an adapter learns on float32 or float64 weights, its delta is written into the base weight during each matrix product:
     evaluate or save such a model in the thread that trains it. A frozen adapter leaves the weight alone.
 
     Args:

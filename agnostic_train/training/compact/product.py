@@ -1,8 +1,8 @@
 """The product with a frozen weight of which some rows or columns learn, as one step of automatic differentiation.
 
-In full precision the sums of weight and delta stand in the weight itself for as long as one matrix product takes:
-forward and backward pass then multiply as often as without an adapter. In half precision that would round the delta
-away, and its products are added to the weight's in place.
+In full precision the delta is written into the weight for the duration of one matrix product, so that forward and backward
+pass multiply as often as without an adapter. In half precision that would round the delta away; there the product with the
+delta is computed on its own and added in place.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tenso
 
 
 def _hooked(module: nn.Module) -> bool:
-    # Accelerate's hooks replace `forward` itself.
+    # Accelerate's hooks overwrite `forward` on the instance.
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(kinds) or "forward" in vars(module) or _has_any_global_hook()
 
