@@ -80,7 +80,13 @@ class Projection:
 
     def output(self, output: Tensor) -> Tensor:
         """The projection's own part of its linear's output, (..., neurons)."""
-        return output if self.rows is None else output[..., self.rows.to(output.device)]
+        return output if self.rows is None else output[..., self._rows_beside_the_weight.to(output.device)]
+
+    @cached_property
+    def _rows_beside_the_weight(self) -> Tensor:
+        """The rows on the weight's device: a copy at every pass would wait for the device."""
+        assert self.rows is not None
+        return self.rows.to(self.linear.weight.device)
 
     def parts(self) -> list[tuple[nn.Parameter, int]]:
         """The parameters that deactivation zeroes where the linear is plain, each with its neuron dimension."""

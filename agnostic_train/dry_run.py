@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 from pathlib import Path
 from statistics import fmean
@@ -192,26 +192,30 @@ def _phases(
     tokens = recipe.corpus.batch_size * length
     layer = layout.layer_activations(tokens, length)
     judged = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
-    trained = arguments.per_device_train_batch_size * length
+    learning = arguments.per_device_train_batch_size * length
     strategy = recipe.training.strategy
     all_weights = strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
     learnt = layout.learnt(None if all_weights else num_entries)
-    activations = layout.activations(trained, length, arguments.gradient_checkpointing, all_weights)
-    logits = layout.trained_logits(trained)
-    # The base on one side; on the other the trained model, or the copies that an adapter's sums and another dtype make.
+    activations = layout.activations(learning, length, arguments.gradient_checkpointing, all_weights)
+    logits = layout.trained_logits(learning)
     itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
-    exported = layout.num_parameters * itemsize + all_weights * layout.weights
+    enhanced = replace(layout, weight_bytes=itemsize)
+    # A LoRA is merged in float32. Of an adapter's sums in float32 one is there at a time, which the slack covers.
+    trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
+    # One model at a time is evaluated, the base, the enhanced one and others.
+    widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
+    scored = layout.weights * (2 if recipe.model.checkpoints else 1)
     phases = [
         Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB)),
-        Phase("score", layout.weights, 0, layer, layout.scored_logits(tokens, length)),
+        Phase("score", scored, 0, layer, layout.scored_logits(tokens, length)),
         Phase("train", layout.weights, learnt, activations, logits),
-        Phase("export", layout.weights + exported),
+        Phase("export", layout.weights + trained + enhanced.weights),
         Phase(
             "evaluate",
-            2 * layout.weights,
+            widest.weights,
             0,
-            layout.layer_activations(judged, length),
-            layout.scored_logits(judged, length),
+            widest.layer_activations(judged, length),
+            widest.scored_logits(judged, length),
         ),
     ]
     if num_processes > 1:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agnostic_train.files import UserError, whole_directory, write_json
+from agnostic_train.files import UserError, check_replaceable, read_json, whole_directory, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck, check_frozen_weights
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.trained import Trained
@@ -22,6 +22,8 @@ from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
 
 TARGETS = ("merged", "lora", "delta")
+CARD = "README.md"
+MANIFEST = "manifest.json"
 
 
 def export_checkpoint(
@@ -40,7 +42,7 @@ def export_checkpoint(
     Args:
         model: a model trained by `NeuronTrainer` (`trainer.model`), any model with one active neuron adapter, or the
             folder of such an adapter; left as found.
-        directory: replaced if it is there.
+        directory: replaced if it is an earlier export.
         to: `merged`, a plain checkpoint that `AutoModelForCausalLM.from_pretrained` loads. `lora`, an adapter that
             PEFT loads without this package: R rows or columns are a LoRA of rank R with a one-hot factor. `delta`,
             the rows and columns alone, which PEFT loads once `agnostic_train` is imported.
@@ -57,12 +59,13 @@ def export_checkpoint(
     Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        UserError: an unknown target or dtype, a base of other shapes, quantised weights to merge into, or trained
-            weights that aren't finite in `dtype`.
+        UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
+            shapes, quantised weights to merge into, or trained weights that aren't finite in `dtype`.
     """
     if to not in TARGETS:
         raise UserError(f"export.to: {to!r} isn't one of {', '.join(TARGETS)}")
     dtype = _dtype(dtype)
+    check_replaceable(directory, is_exported)
     trained = Trained.of(model, base, neurons)
     if to == "merged" and trained.is_quantised:
         raise UserError(
@@ -72,7 +75,7 @@ def export_checkpoint(
     dtype = (dtype or trained.model.dtype) if to == "merged" else torch.float32
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
-    with whole_directory(directory) as temporary:
+    with whole_directory(directory, is_exported) as temporary:
         if to == "merged":
             _write_merged(temporary, trained, dtype)
         elif to == "lora":
@@ -82,19 +85,33 @@ def export_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model_card is not None:
-            (temporary / "README.md").write_text(model_card, encoding="utf-8")
+            (temporary / CARD).write_text(model_card, encoding="utf-8")
         write_json(
-            temporary / "manifest.json",
+            temporary / MANIFEST,
             {
                 "format": to,
                 "dtype": str(dtype).removeprefix("torch."),
                 "base": trained.base_name,
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
+                "files": sorted(file.name for file in temporary.iterdir()),
                 "versions": {name: version(name) for name in ("agnostic_train", "transformers", "peft", "torch")},
             },
         )
     return check
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a file or folder is part of an export, as the manifest beside it says."""
+    manifest = path.with_name(MANIFEST)
+    try:
+        content = read_json(manifest)
+    except UserError:  # none, or a broken one
+        return False
+    if not isinstance(content, dict) or content.get("format") not in TARGETS:
+        return False
+    # A card can be written later.
+    return path.name in (CARD, MANIFEST, *content.get("files", []))
 
 
 def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -37,6 +37,11 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def is_figure(path: Path, names: Collection[str]) -> bool:
+    """Whether it is a file that `write_figures` makes of a figure of one of these names."""
+    return path.is_file() and path.suffix in (".png", ".svg") and path.stem in names
 
 
 def _families(text: str) -> list[str]:

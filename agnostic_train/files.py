@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,48 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` that replaces `path` on success and is removed on failure."""
+def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
+    """Lets a folder pass that is absent, empty, or holds nothing but what this package writes there.
+
+    Args:
+        is_own: whether an entry of the folder is of our writing.
+
+    Raises:
+        UserError: something else is there, which replacing the folder would delete.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file, where a folder belongs; move it away")
+    for entry in sorted(path.iterdir()) if path.exists() else []:
+        if not is_own(entry):
+            raise UserError(
+                f"{path}: would be replaced, but holds {entry.name}, which isn't of what is written there; move that "
+                "away, or use another folder"
+            )
+
+
+def _is_never_own(entry: Path) -> bool:
+    return False
+
+
+@contextmanager
+def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never_own) -> Iterator[Path]:
+    """Yields a temporary directory beside `path` that replaces `path` on success and is removed on failure.
+
+    Args:
+        is_own: whether an entry of `path` is of our writing, and may go; by default only an empty folder is replaced.
+
+    Raises:
+        UserError: at the start or the end, `path` holds something else, or is a file.
+    """
+    path = Path(path)
+    check_replaceable(path, is_own)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
+        check_replaceable(path, is_own)
         if path.exists():
             # A non-empty directory can't be replaced in one step: the old one steps aside first.
             old = temporary.with_suffix(".old")

@@ -51,9 +51,14 @@ class Manifest:
         )
         return "finished" if intact else "stale"
 
+    def outputs(self, stage: str) -> list[str]:
+        """The files that the stage's last finished run wrote, also those that a later stage may write anew."""
+        record = self.record(stage)
+        return [*record.get("files", {}), *record.get("rewritten", [])]
+
     def remove_outputs(self, stage: str) -> None:
         """Deletes the files that the stage's last finished run wrote, and the folders that are empty then."""
-        files = [self.directory / name for name in self.record(stage).get("files", {})]
+        files = [self.directory / name for name in self.outputs(stage)]
         for file in files:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in files} - {self.directory}:

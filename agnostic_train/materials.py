@@ -127,6 +127,12 @@ class Materials:
             for language, lines in sentences.items()
         }
 
+    def take_model(self) -> PreTrainedModel:
+        """The model, for whoever asks to keep or drop: nothing here holds it any more."""
+        model = self.model
+        self.forget_model()
+        return model
+
     def forget_model(self) -> None:
         """After training the model is no base any more: whoever asks for one loads it again."""
         del self.__dict__["model"]

@@ -1,6 +1,7 @@
 """Sets of neurons: which rows and columns of which projections, per model and per language."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ FORMAT = "agnostic_train.neurons"
 _METADATA = "neurons"
 EXCLUSIVE_MODES = ("complement", "unique")
 ACTIVATIONS_FILE = "activations.safetensors"
+_OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetensors|summary\.json")
 
 _PUBLISHED_KEYS = {
     "fwd_up": "up", "fwd_down": "down", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_o": "o"
@@ -351,6 +353,9 @@ class LanguageNeurons:
         """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
 
         A directory that is there is replaced.
+
+        Raises:
+            UserError: it holds something else than neurons.
         """
         summary = {
             "languages": self.languages,
@@ -364,7 +369,7 @@ class LanguageNeurons:
             "stability": self.stability,
             "exact_share": self.exact_share,
         }
-        with whole_directory(directory) as temporary:
+        with whole_directory(directory, is_neuron_file) as temporary:
             self.shared.save(temporary / "shared.safetensors")
             for language in self.related:
                 self.related[language].save(temporary / f"related.{language}.safetensors")
@@ -396,6 +401,11 @@ class LanguageNeurons:
             load_activations(directory / ACTIVATIONS_FILE, languages, shared.sizes),
             summary.get("exact_share"),
         )
+
+
+def is_neuron_file(path: Path) -> bool:
+    """Whether a file's name is one of those that `LanguageNeurons.save` gives."""
+    return path.is_file() and _OWN_FILES.fullmatch(path.name) is not None
 
 
 def _order(site: Site) -> tuple[int, int]:

@@ -13,22 +13,25 @@ import torch
 from accelerate import PartialState
 
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
-from agnostic_train.files import UserError, fingerprint, hash_file, sole_user, whole_file
+from agnostic_train.export import is_exported
+from agnostic_train.files import UserError, check_replaceable, fingerprint, hash_file, sole_user, whole_file
 from agnostic_train.loading import model_identity
 from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
+from agnostic_train.neurons import is_neuron_file
 from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
+from agnostic_train.report import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.settings import check_inputs, check_trials, needs_neurons, training_arguments
 from agnostic_train.stages import STAGE_HELP, STAGES, TO_LOWER, OutOfMemory
-from agnostic_train.stages.compare import compare
+from agnostic_train.stages.compare import COMPARISON, compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
 from agnostic_train.stages.evaluate import evaluate
-from agnostic_train.stages.export import export
+from agnostic_train.stages.export import EXPORTS, export
 from agnostic_train.stages.report import report
-from agnostic_train.stages.score import checkpoint_identity, score
-from agnostic_train.stages.train import clear_checkpoints, train
+from agnostic_train.stages.score import EMERGENCE, checkpoint_identity, score
+from agnostic_train.stages.train import ADAPTER, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
 from agnostic_train.trials import learning_arguments, result_arguments
 from agnostic_train.versions import installed_version
@@ -124,6 +127,7 @@ class Pipeline:
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return
+        self._check_folders(stage)
         self.processes.wait_for_everyone()
         self.say(f"{stage}: {STAGE_HELP[stage]}")
         context = Context(
@@ -149,6 +153,27 @@ class Pipeline:
             outputs = [self.directory / name for name in result.pop("outputs")]
             self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
         self.processes.wait_for_everyone()
+
+    def _check_folders(self, stage: str) -> None:
+        """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
+        recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
+        exports: dict[str, Callable[[Path], bool]] = {
+            EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)
+        }
+        written: dict[str, dict[str, Callable[[Path], bool]]] = {
+            "detect": {"neurons": is_neuron_file},
+            "score": {EMERGENCE: is_emergence_file} if self.recipe.model.checkpoints else {},
+            "train": {ADAPTER: is_adapter_file},
+            "export": exports,
+            "report": {"figures": is_run_figure},
+            "compare": {COMPARISON: is_comparison_file},
+        }
+
+        def check(folder: str, is_own: Callable[[Path], bool]) -> None:
+            check_replaceable(self.directory / folder, lambda path: path in recorded or is_own(path))
+
+        for folder, is_own in written.get(stage, {}).items():
+            check(folder, is_own)
 
     def _what_to_lower(self, stage: str, problem: str) -> str:
         # Further sentences say which process holds how much, and how the allocator could be set.

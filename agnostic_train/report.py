@@ -15,6 +15,13 @@ from agnostic_train import figures as draw
 from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons import LanguageNeurons
 
+COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
+_EMERGENCE_FIGURES = frozenset(["emergence"])
+_COMPARISON_FIGURES = frozenset(["trade", "forgetting"])
+_RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
+    "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
+}  # fmt: skip
+
 
 def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
     """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
@@ -45,7 +52,8 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
         titles |= _comparison_figures(comparison)
     if any("loss" in entry for entry in history):
         titles["training"] = ("Training loss", partial(draw.draw_training, history))
-    with whole_directory(directory / "figures") as temporary:
+    assert titles.keys() <= _RUN_FIGURES
+    with whole_directory(directory / "figures", is_run_figure) as temporary:
         draw.write_figures(temporary, {name: figure for name, (_, figure) in titles.items()}, evaluation["languages"])
     page = (
         _environment()
@@ -69,6 +77,21 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
     )
     with whole_file(directory / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def is_run_figure(path: Path) -> bool:
+    """Whether it is a file that `write_report` writes in `figures/`."""
+    return draw.is_figure(path, _RUN_FIGURES)
+
+
+def is_emergence_file(path: Path) -> bool:
+    """Whether it is a file of `emergence/`."""
+    return draw.is_figure(path, _EMERGENCE_FIGURES)
+
+
+def is_comparison_file(path: Path) -> bool:
+    """Whether it is a file of `comparison/`."""
+    return draw.is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
 
 
 def draw_comparison(comparison: dict, folder: Path) -> None:

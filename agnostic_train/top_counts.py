@@ -1,4 +1,4 @@
-"""How often each neuron is among its sentence's top: what detection adds up, batch by batch, on the device."""
+"""Counts how often each neuron is among the top of its sentence, batch by batch, on the device."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 
 class TopCounts:
-    """How often each neuron of each site was among its sentence's top, how active it was, and over how much text."""
+    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text."""
 
     def __init__(self, top_ratio: float):
         self.top_ratio = top_ratio
@@ -58,10 +58,11 @@ class TopCounts:
         self.num_sentences, self.num_batches, self.num_tokens = sum_over_processes(totals).tolist()
         own = self._top.by_site(), self._not_finite.by_site(), self._activations.by_site()
         self._top, self._not_finite, self._activations = _Sums(), _Sums(), _Sums()
+        # Copied, for sums are in place and gate, up and down share a row.
         for site, size in sizes.items():
             none = (torch.zeros(size, dtype=torch.int32), torch.zeros((), dtype=torch.int32))
             for sums, values, zeros in zip((self._top, self._not_finite), own[:2], none, strict=True):
-                sums.add(((site,),), sum_over_processes(values.get(site, zeros).to(device))[None])
+                sums.add(((site,),), sum_over_processes(values.get(site, zeros).to(device, copy=True))[None])
             if self.num_tokens and site[1] in MEASURED:
                 values = own[2].get(site, torch.zeros(size, dtype=torch.float64))
                 self._activations.add(((site,),), sum_over_processes(values.to(device))[None])

@@ -269,7 +269,7 @@ class OutputChange:
             for start in range(0, num_neurons, at_once):
                 neurons = torch.arange(start, min(start + at_once, num_neurons), device=projected.device)
                 states = projected[sentence].repeat(len(neurons), 1, 1)
-                states[torch.arange(len(neurons)), :, neurons] = 0
+                states[neurons - start, :, neurons] = 0
                 states = norm(states).view(len(neurons), self.length, -1, self.head_dim).transpose(1, 2)
                 states = rotation.apply(states, cos[sentence, None], sin[sentence, None]).transpose(0, 1)
                 states = states.repeat_interleave(self.num_heads // len(states), 0)

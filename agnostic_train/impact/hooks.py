@@ -7,7 +7,6 @@ sees after rotation: for the length of the pass the model runs an attention func
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,27 +20,18 @@ from agnostic_train.decoder import (
     Decoder,
     Layer,
     Projection,
-    Rotation,
     Site,
     find_decoder,
 )
 from agnostic_train.files import UserError
-from agnostic_train.impact import attention as attention_impacts
-from agnostic_train.impact import kernels
+from agnostic_train.impact.attention import ATTENTION_MODES, AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
-from agnostic_train.impact.interval_sieve import interval_impacts
-from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
-from agnostic_train.impact.sieve import TopSieve
+from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
 from agnostic_train.impact.sites import Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 DEFAULT_MEMORY_GB = 2.0
-# On a CPU temporaries that stay in cache are several times faster than the largest that memory allows.
-_CPU_CHUNK_BYTES = 6 << 20
 _IMPLEMENTATION = "agnostic_train_impact"
-
-# By the id of the angles' tensor: itself, so that the id stays its own, and what rotation makes of unit vectors.
-UnitVectors = dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
 def neuron_impacts(
@@ -75,9 +65,9 @@ class ImpactMeter:
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        top_ratio: the q and k impacts need only tell which neurons are the `num_top` largest of their sentence
-            (certified pruning): 0 where one isn't for certain, and on a GPU as good as a proven interval where one
-            is; None: exact for every neuron.
+        top_ratio: prune q and k: only which neurons are the `num_top` largest of their sentence can be read from the
+            impacts. They are 0 for neurons proven outside, and on a GPU the middle of a proven interval for neurons
+            proven inside. None: every impact is exact.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 
@@ -93,8 +83,8 @@ class ImpactMeter:
         for name in projections:
             if name not in PROJECTIONS:
                 raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
-        if attention not in attention_impacts.ATTENTION_MODES:
-            raise ValueError(f"attention: {attention!r} isn't one of {', '.join(attention_impacts.ATTENTION_MODES)}")
+        if attention not in ATTENTION_MODES:
+            raise ValueError(f"attention: {attention!r} isn't one of {', '.join(ATTENTION_MODES)}")
         self.model = model
         self.decoder: Decoder = find_decoder(model)
         if any(part.linear.weight.is_meta for layer in self.decoder.layers for part in layer.projections.values()):
@@ -103,9 +93,9 @@ class ImpactMeter:
             )
         self.projections = projections
         self._stack = ExitStack()
-        self._units: UnitVectors = {}
+        self._angles = SharedAngles()
         self._observers = [
-            LayerObserver(layer, projections, attention, memory_gb, top_ratio, self._units)
+            LayerObserver(layer, projections, attention, memory_gb, top_ratio, self._angles)
             for layer in self.decoder.layers
         ]
 
@@ -124,17 +114,17 @@ class ImpactMeter:
     @property
     def work(self) -> dict[str, Work]:
         """By `q` and `k`, what was computed so far of all that there was; see `top_ratio`."""
-        return {name: sum((it.work[name] for it in self._observers), Work()) for name in ("q", "k")}
+        return {name: sum((it.query_key.work[name] for it in self._observers), Work()) for name in ("q", "k")}
 
     @property
     def unpruned(self) -> list[Layer]:
         """Layers to which the bounds don't apply: all their neurons are computed."""
-        return [it.layer for it in self._observers if it.unprunable]
+        return [it.layer for it in self._observers if it.query_key.unprunable]
 
     def measure(self, batch: Batch) -> dict[Site, Tensor]:
         """Runs the decoder on the batch: each site's impacts, float32 (sentences, neurons); sites may share a tensor."""
         real, counted = real_and_counted(self.model, batch)
-        self._units.clear()
+        self._angles.clear()
         for observer in self._observers:
             observer.begin(real, counted)
         self.decoder.backbone(**model_inputs(self.model, batch))
@@ -147,9 +137,11 @@ class ImpactMeter:
 
 
 class LayerObserver:
-    """What one layer shows during a pass: its hooks, and the arithmetic on what they see.
+    """What one layer shows during a pass: its hooks, which hand what they see to the arithmetic.
 
-    units: what layers that are given the same angles share in a pass.
+    Args:
+        angles: what the layers of a model share in a pass.
+    Others as for `ImpactMeter`.
     """
 
     def __init__(
@@ -159,23 +151,23 @@ class LayerObserver:
         attention: str,
         memory_gb: float,
         top_ratio: float | None = None,
-        units: UnitVectors | None = None,
+        angles: SharedAngles | None = None,
     ):
         self.layer = layer
-        self._units = {} if units is None else units
-        self.top_ratio = top_ratio
-        self.unprunable = False
-        self.work = {"q": Work(), "k": Work()}
         self.projections = set(projections) & set(layer.projections)
-        self.attention = attention
-        self.memory_gb = memory_gb
-        # What a pass brings: `begin` sets the first two, hooks the others, before anything reads them.
+        self.query_key = QueryKeyImpacts(
+            layer,
+            sorted(self.projections & {"q", "k"}),
+            attention,
+            memory_gb,
+            top_ratio,
+            SharedAngles() if angles is None else angles,
+        )
+        # What a pass brings: `begin` sets these three, hooks the others, before anything reads them.
         self.real = self.counted = torch.empty(0)
         self.impacts: dict[str, Tensor] = {}
         self._cos_sin: tuple[Tensor, Tensor]
         self._projected: dict[str, Tensor] = {}
-        self._found_rotation: Rotation | None = None
-        self._eps: dict[str, float | None] = {}
         with torch.no_grad():
             self._norms = {
                 name: weight_norms(layer.projections[name].effective_weight())
@@ -219,7 +211,7 @@ class LayerObserver:
     def _see_heads(self, module: nn.Module, args: tuple[Tensor]) -> None:
         norms = column_norms(args[0], self.counted)
         if "v" in self.projections:
-            self._report("v", attention_impacts.value_impacts(norms, self.layer.num_kv_heads, self.layer.head_dim))
+            self._report("v", value_impacts(norms, self.layer.num_kv_heads, self.layer.head_dim))
         if "o" in self.projections:
             # Rank one, as in the feed-forward network.
             self._report("o", norms * self._norms["o"])
@@ -242,131 +234,11 @@ class LayerObserver:
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
-        inputs = attention_impacts.AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
-        cos, sin = (angle.to(inputs.query.dtype).expand(len(query), -1, -1) for angle in self._cos_sin)
-        if self._found_rotation is None:
-            self._found_rotation = self.layer.rotation(cos, sin)
-        angles = self._cos_sin[0]
-        if id(angles) not in self._units:
-            self._units[id(angles)] = angles, self._rotation.coefficients(cos, sin)
-        own, other = self._units[id(angles)][1]
-        parts, outputs = [], []
-        at_once = self._sentences_at_once(inputs)
-        for start in range(0, len(query), at_once):
-            part = slice(start, start + at_once)
-            impacts, output = self._measure(
-                inputs.sentences(part), part, cos[part], sin[part], (own[part], other[part])
-            )
-            parts.append(impacts)
-            outputs.append(output)
-        for name in sorted(self.projections & {"q", "k"}):
-            self._report(name, torch.cat([impacts[name] for impacts in parts]))
+        inputs = AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
+        impacts, output = self.query_key.measure(inputs, self.counted, self._projected, self._cos_sin)
+        self.impacts |= impacts
         self._projected.clear()
-        return torch.cat(outputs).transpose(1, 2).to(query.dtype).contiguous()
-
-    @property
-    def _rotation(self) -> Rotation:
-        assert self._found_rotation is not None
-        return self._found_rotation
-
-    def _sentences_at_once(self, inputs: attention_impacts.AttentionInputs) -> int:
-        """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
-        _, num_heads, length, head_dim = inputs.query.shape
-        entries = num_heads * length * (14 * head_dim + 3 * length)
-        return max(1, int(self.memory_gb * 2**29) // (entries * inputs.query.element_size()))
-
-    def _measure(
-        self,
-        inputs: attention_impacts.AttentionInputs,
-        part: slice,
-        cos: Tensor,
-        sin: Tensor,
-        unit: tuple[Tensor, Tensor],
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The q and k impacts and attention's output (sentences, heads, length, head_dim) of some sentences."""
-        names = sorted(self.projections & {"q", "k"})
-        half = int(self.memory_gb * 2**29)
-        chunk_bytes = min(half, _CPU_CHUNK_BYTES) if inputs.query.device.type == "cpu" else half
-        projected = {name: self._projected[name][part] for name in names}
-        changes: dict[str, attention_impacts.LogitChange] = {}
-        if self.attention == "exact":
-            inputs, changes = self._closed_forms(inputs, projected, cos, sin, unit)
-        else:
-            changes = dict.fromkeys(names, attention_impacts.paper_change(inputs))
-        change = attention_impacts.OutputChange(inputs, self.counted[part], chunk_bytes)
-        # The bounds know changes in closed form, and no soft cap between them and the softmax.
-        if self.top_ratio is not None and len(changes) == len(names) and self._uncapped(inputs):
-            num_kv_heads = self.layer.num_kv_heads
-            if kernels.available(change.value):
-                impacts = interval_impacts(change, changes, num_kv_heads, self.top_ratio, self.work)
-            else:
-                sieve = TopSieve(change, changes, num_kv_heads, chunk_bytes, half)
-                impacts = sieve.impacts(self.top_ratio, self.work)
-        else:
-            impacts = {name: self._all_impacts(change, name, changes, projected[name], cos, sin) for name in names}
-            self.unprunable |= self.top_ratio is not None
-            for name, values in impacts.items():
-                self.work[name].add_all(values.numel(), change.length)
-        return impacts, change.output.view_as(inputs.query)
-
-    def _uncapped(self, inputs: attention_impacts.AttentionInputs) -> bool:
-        return inputs.softcap is None or self.attention == "paper"
-
-    def _closed_forms(
-        self,
-        inputs: attention_impacts.AttentionInputs,
-        projected: dict[str, Tensor],
-        cos: Tensor,
-        sin: Tensor,
-        unit: tuple[Tensor, Tensor],
-    ) -> tuple[attention_impacts.AttentionInputs, dict[str, attention_impacts.LogitChange]]:
-        """What each neuron makes of the logits, for the projections where that has a closed form.
-
-        The inputs returned hold queries and keys that were normalised and rotated in at least float32: growth would
-        multiply the difference between a half-precision model's rounding and what is taken from the logits here.
-        """
-        parts: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for name, output in projected.items():
-            norm = self.layer.norms.get(name)
-            if norm is not None and self.layer.norm_spans_heads(name):
-                continue
-            states, growth = inputs.project(output), None
-            if norm is not None:
-                if name not in self._eps:
-                    self._eps[name] = rms_eps(norm, self.layer.head_dim, states)
-                eps = self._eps[name]
-                growth = None if eps is None else growth_without(states, eps)
-                states = norm(states)
-                rotated = self._rotation.apply(states, cos, sin)
-                inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
-                if growth is None or growth.max() > LARGEST_GROWTH:
-                    continue
-            parts[name] = states, growth
-        return inputs, {
-            name: attention_impacts.rotated_change(inputs, name, states, self._rotation, unit, growth)
-            for name, (states, growth) in parts.items()
-        }
-
-    def _all_impacts(
-        self,
-        change: attention_impacts.OutputChange,
-        name: str,
-        changes: dict[str, attention_impacts.LogitChange],
-        projected: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
-        if name in changes:
-            squares = change.of_logits(changes[name], before_cap=self.attention == "exact")
-        elif self.layer.norm_spans_heads(name):
-            norm = self.layer.norms[name]
-            return change.replayed_over_heads(name, projected, norm, self._rotation, cos, sin).sqrt().float()
-        else:
-            squares = change.replayed(name, projected, self.layer.norms[name], self._rotation, cos, sin)
-        if name == "q":
-            return attention_impacts.query_impacts(squares)
-        return attention_impacts.key_impacts(squares, self.layer.num_kv_heads)
+        return output.transpose(1, 2).to(query.dtype).contiguous()
 
 
 _observer_of: WeakKeyDictionary[nn.Module, LayerObserver] = WeakKeyDictionary()

@@ -1,8 +1,8 @@
-"""Certified pruning on a GPU: every neuron's impact between two numbers, and exactly where these don't tell.
+"""Certified pruning on a GPU: intervals around all q and k impacts, and exact impacts where the intervals don't decide.
 
-The n-th largest lower end of a sentence is a threshold: what lies below it can't be among the n largest. What lies above
-the (n + 1)-th largest upper end is among them. Only the neurons between the two need the exact form. Nothing here waits
-for the device.
+A neuron whose upper end lies below the n-th largest lower end of its sentence can't be among the n largest impacts. One
+whose lower end lies above the (n + 1)-th largest upper end must be among them. Only the neurons between the two are computed
+exactly. Nothing here makes the host wait for the device.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,7 @@ from torch import Tensor
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
-from agnostic_train.impact.sites import Sites, Work, num_top
-
-# The exact form rounds differently in other company.
-_MARGIN = 1e-4
+from agnostic_train.impact.sites import ROUNDING_MARGIN, Sites, Work, num_top
 
 
 def interval_impacts(
@@ -26,17 +23,17 @@ def interval_impacts(
     top_ratio: float,
     work: Mapping[str, Work],
 ) -> dict[str, Tensor]:
-    """Impacts that tell the top q and k neurons of each sentence in one layer; where the kernels are available.
+    """Impacts of one layer from which each sentence's top q and k neurons can be read; needs the kernels.
 
     Args:
         change: the layer's attention for a batch.
         changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
-        top_ratio: the part of a site's neurons that is looked for. Of all of them, every impact is exact, and the
-            intervals are checked.
+        top_ratio: fraction of a site's neurons to find. At 1 every impact is exact, and the intervals are checked
+            against them.
         work: by `q` and `k`, added to.
 
-    Returns: by `q` and `k`, (batch, neurons), float32: the middle of the interval for what is in the top for certain, zero
-        for what isn't, exact for what had to be computed.
+    Returns: by `q` and `k`, (batch, neurons), float32: the middle of the interval for neurons that are certainly in the
+        top, zero for those that certainly aren't, exact for the others.
 
     Raises:
         RuntimeError: an exact impact outside its interval.
@@ -54,6 +51,7 @@ def interval_impacts(
     )
     low, high = (sites.by_site(end.view(len(change.value), -1)) for end in ends)
     counts = [num_top(top_ratio, size) for size in sites.sizes]
+    # By site, (batch, neurons) bool: in the top for certain; not decided.
     certain, unclear = [], []
     for lower, upper, count in zip(sites.split(low), sites.split(high), counts, strict=True):
         if count == lower.shape[1]:
@@ -62,8 +60,8 @@ def interval_impacts(
             continue
         beyond = upper.topk(count + 1, 1).values[:, -1:]
         threshold = lower.topk(count, 1).values[:, -1:]
-        certain.append(lower > beyond * (1 + _MARGIN))
-        unclear.append((upper * (1 + _MARGIN) >= threshold) & ~certain[-1])
+        certain.append(lower > beyond * (1 + ROUNDING_MARGIN))
+        unclear.append((upper * (1 + ROUNDING_MARGIN) >= threshold) & ~certain[-1])
     exact = sites.by_site(
         kernels.squared_changes(
             change.logits,
@@ -75,7 +73,7 @@ def interval_impacts(
             sites.growths,
         ).view(len(change.value), -1)
     )
-    if top_ratio == 1 and ((exact < low * (1 - _MARGIN)) | (exact > high * (1 + _MARGIN))).any():
+    if top_ratio == 1 and ((exact < low * (1 - ROUNDING_MARGIN)) | (exact > high * (1 + ROUNDING_MARGIN))).any():
         raise RuntimeError("impacts lie outside the intervals that were proven for them; set detection.pruning=false")
     # An upper end may be infinite where the lower one alone puts a neuron into the top.
     middle = torch.where(high.isfinite(), (low + high) / 2, low)

@@ -1,21 +1,21 @@
-"""A Triton kernel for intervals around the q and k impacts of all neurons, at a fraction of what exact ones cost.
+"""A Triton kernel that encloses the q and k impacts of all neurons in proven intervals, far cheaper than exact impacts.
 
-Deactivating a neuron takes `x_ij` from query i's logits. With `w_j = exp(-x_ij)` and the attention A_i, the output moves by
-exactly `sum_j A_ij (w_j - 1) (v_j - o_i) / sum_j A_ij w_j`, whatever constant is added to a row of x. Where x is small, so
-is each term, and half precision keeps as many digits of it as of any other number: the products with the values run on
-the tensor cores' fastest units, in one pass over the keys and with one exponential a logit, where the exact form needs two
-passes, four exponentials and three products of half their speed.
+Deactivating a neuron takes `x_ij` from the logits of query i. With `w_j = exp(-x_ij)` and the attention A_i, the output
+moves by exactly `sum_j A_ij (w_j - 1) (v_j - o_i) / sum_j A_ij w_j`, and adding a constant to a row of x changes nothing.
+Small changes give small terms, which half precision represents with the same relative error as large ones. So the products
+with the values run on the fastest tensor cores, in one pass over the keys with one exponential per logit; the exact form
+needs two passes, four exponentials, and three products at half the speed.
 
-What rounding can do is added up on the way, so that the intervals are certain:
+The kernel accumulates what rounding can do, which makes the intervals certain:
 
-- A term and a value each lose at most a part 2^-11 in half precision, so a row's sum at most 2^-10 of
-  `E_i = sum_j A_ij |w_j - 1|` times the largest value, which is 1 here; what is too small for half precision loses at
-  most 2^-25 a term; and the sum of n terms a part n 2^-23.
-- Logits and their changes, in float32, here and in the exact form: a part of their size, which becomes a part of the
-  weights `A_ij w_j`, whose sum is at most `1 + E_i`.
-- Where a change could be so large that a weight that was zero in float32 isn't any more, the interval has no upper end.
+- Half precision rounds each term and each value by at most 2^-11 of itself. A row's sum is therefore off by at most 2^-10
+  of `E_i = sum_j A_ij |w_j - 1|` times the longest value (scaled to 1), plus 2^-25 for each term too small for half
+  precision, plus `n 2^-23` of the sum of n terms.
+- Float32 rounds logits and their changes, here and in the exact form, by a part of their size. That is a relative error of
+  the weights `A_ij w_j`, which sum to at most `1 + E_i`.
+- Where a change is so large that a weight which float32 rounded to zero could matter, the upper end is infinite.
 
-x, v and the logits are centred first, on what the rows attend to on average: small terms are what this lives by.
+The accuracy rests on small terms, so x, v and the logits are first centred on what the rows attend to on average.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from agnostic_train.impact.kernels import BLOCK_ROWS, GROUP, launch_grid, triton
+from agnostic_train.impact import kernels
+from agnostic_train.impact.kernels import BLOCK_ROWS, launch_grid, triton
 
 if triton is not None:
     import triton.language as tl
 
-# A block's keys; `BLOCK_ROWS` is a multiple of it.
-BLOCK_KEYS, NUM_STAGES = 32, 2
-# Half precision has few digits below 6e-5; terms beyond 255 would overflow, and leave the interval without an upper end.
+# Half precision loses digits below 6e-5, so terms are scaled up. Beyond 255 they overflow: the upper end becomes infinite.
 _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
@@ -48,18 +47,18 @@ def squared_intervals(
     largest_logit: Tensor,
     growths: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Between what two numbers each neuron's `kernels.squared_changes` lies.
+    """Lower and upper ends of an interval around each neuron's `kernels.squared_changes`.
 
     Args:
         attention: A, the softmax of the logits.
-        largest_logit: (heads,), at least the largest absolute value of each head's visible logits.
+        largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits.
     Others as for `squared_changes`.
 
     Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ones may be infinite.
     """
     num_heads, length, head_dim = value.shape
     per_head = len(factors[0]) // num_heads
-    # What the counted rows attend to on average: (heads, 1, length).
+    # Average attention of the counted rows: (heads, 1, length).
     attended = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1) @ attention
 
     def centre(part: Tensor) -> Tensor:
@@ -97,28 +96,15 @@ def squared_intervals(
 
 
 def _padded(matrices: Tensor) -> Tensor:
-    """With rows and columns of zeros up to a multiple of `BLOCK_ROWS`: the kernel needn't ask where they end."""
+    """Pads rows and columns with zeros to a multiple of `BLOCK_ROWS`, so that the kernel needs no mask for them."""
     missing = -matrices.shape[-1] % BLOCK_ROWS
     return functional.pad(matrices, (0, missing, 0, missing)) if missing else matrices
 
 
-def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | bool]:
-    """What the kernel is compiled with for heads of a size."""
-    block_dim = max(16, triton.next_power_of_2(head_dim))
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": block_dim,
-        "BLOCK_ROWS": BLOCK_ROWS,
-        "BLOCK_KEYS": BLOCK_KEYS,
-        "GROUP": GROUP,
-        "GROWS": grows,
-        "SCALE": _SCALE,
-        "HALF": _HALF,
-        "EPS": _EPS,
-        "LOG2_E": log2(e),
-        "num_warps": 4 if block_dim <= 64 else 8,
-        "num_stages": NUM_STAGES,
-    }
+def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float | bool]:
+    """Compile-time options of the kernel for a head size."""
+    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e)}
+    return kernels.launch_options(head_dim, grows) | constants | {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -132,7 +118,7 @@ if triton is not None:
         LOG2_E: tl.constexpr,
     ):  # fmt: skip
         groups = tl.cdiv(neurons_per_head, GROUP)
-        # All offsets that follow from it have 64 bits too.
+        # In 64 bits, as are all offsets derived from it.
         head = (tl.program_id(0) // groups).to(tl.int64)
         block = tl.program_id(1)
         attention += head * padded * padded
@@ -150,11 +136,11 @@ if triton is not None:
         if GROWS:
             row_mean = tl.load(mean_logit + head * length + rows, mask=row_mask, other=0.0)
         span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
-        # From a multiple of the block on, so that loads are aligned.
+        # Start at a multiple of the block, so that loads are aligned.
         first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
         last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
         scale = row_weight * largest_value * largest_value
-        # The attention's own output, by the same product, so that both are in the same registers.
+        # The unchanged output, by the same kind of product, so that both have the same register layout.
         outputs = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         for key in range(first, last, BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
@@ -178,7 +164,7 @@ if triton is not None:
             if GROWS:
                 left_r = tl.load(r + offset + rows, mask=row_mask, other=1.0)
                 row_shift = row_mean * (left_r * tl.load(centre_s + neuron) - 1)
-            # Of powers of two, so that the exponential is one instruction.
+            # In powers of two, so that the exponential is one instruction.
             power_a = left_a * -LOG2_E
             power_c = left_c * -LOG2_E
             largest_b = tl.zeros([BLOCK_KEYS], tl.float32)
@@ -212,7 +198,7 @@ if triton is not None:
             spread = tl.sum(sizes, 1) * (1 / SCALE)
             moved -= total[:, None] * outputs
             distance = tl.sqrt(tl.sum(moved * moved, 1)) * (1 / SCALE)
-            # How far the logits move at most: centred, as here, and as in the exact form.
+            # Upper bounds on the change of the logits: centred, as here, and uncentred, as in the exact form.
             size_a = tl.abs(left_a)
             size_c = tl.abs(left_c)
             centred = size_a * tl.max(largest_b) + size_c * tl.max(largest_d)
@@ -225,11 +211,11 @@ if triton is not None:
             narrow = error + (spread + tl.abs(total) * (1 / SCALE)) * by_half + least
             inverse = 1 / (1 + total * (1 / SCALE))
             error *= inverse
-            # 2^-126 is the smallest weight that float32 keeps all digits of; a sum may have overflowed.
+            # Below exp(60) a weight under 2^-126, the smallest normal float32, stays negligible. A sum may have overflowed.
             certain = (centred < 60) & (inverse > 0) & (error < 0.5) & (distance < float("inf"))
             low = tl.maximum(distance - narrow, 0) * inverse * (1 - error)
             high = (distance + narrow) * inverse * (1 + 2 * error)
-            # A row that isn't certain must not raise the lower end, whatever became of its sums.
+            # An uncertain row must not raise the lower end, whatever its sums are.
             low = tl.where(certain, low * low * scale, 0)
             high = tl.where(certain, high * high, float("inf"))
             high = tl.where(row_mask, high * scale, 0)

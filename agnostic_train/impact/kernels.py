@@ -1,10 +1,10 @@
 """A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
 
-A program takes a few neurons of one head and a block of query rows. For each neuron it goes over the keys twice: for the
-highest logit and the sum of each row's softmax, then for the weights. It is as exact as float32: the tensor cores multiply
-in three parts (`tf32x3`), and attention is subtracted before the product with the values. Attention is computed here too,
-by the same instructions as the changed one: a neuron that changes no logit has an impact of zero, which never counts, and
-not one of rounding.
+A program handles a few neurons of one head and a block of query rows. For each neuron it passes over the keys twice: first
+for the highest logit and the sum of each row's softmax, then for the weights. Results are as exact as float32: the tensor
+cores multiply in three parts (`tf32x3`), and the unchanged attention is subtracted before the product with the values. That
+attention is recomputed here by the same instructions as the changed one, so that a neuron which changes no logit has an
+impact of exactly zero rather than of rounding noise.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ except ImportError:
 # little at 256; 64 keys would. Fewer keys would cost more in what is done once a block. Two stages of loads, because a
 # block's product takes longer than the next one's loads; their shared memory is there on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
-# Neurons of a head that a program takes one after another: they read the same logits, from the cache.
+# Neurons of a head that one program handles in turn: they read the same logits, from the cache.
 GROUP = 16
 LARGEST_HEAD = 256
 
@@ -58,7 +58,7 @@ def _driver_loads() -> bool:
 
 
 def key_spans(visible: Tensor) -> Tensor:
-    """The first key that some row of each block of `BLOCK_ROWS` rows sees, and the one behind the last.
+    """For each block of `BLOCK_ROWS` rows, the first key that any of its rows sees, and one past the last.
 
     visible: (batch, 1, length, length), bool; every row sees a key. Returns: (batch, blocks, 2), int32.
     """
@@ -115,8 +115,8 @@ def launch_grid(num_heads: int, neurons_per_head: int, spans: Tensor) -> tuple[i
     return num_heads * triton.cdiv(neurons_per_head, GROUP), spans.shape[1]
 
 
-def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | bool]:
-    """What the kernel is compiled with for heads of a size."""
+def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float | bool]:
+    """Compile-time options of the kernel for a head size."""
     block_dim = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim,
@@ -171,7 +171,7 @@ if triton is not None:
         GROUP: tl.constexpr, GROWS: tl.constexpr,
     ):  # fmt: skip
         groups = tl.cdiv(neurons_per_head, GROUP)
-        # All offsets that follow from it have 64 bits too.
+        # In 64 bits, as are all offsets derived from it.
         head = (tl.program_id(0) // groups).to(tl.int64)
         block = tl.program_id(1)
         logits += head * length * length
@@ -182,7 +182,7 @@ if triton is not None:
         row_offsets = rows.to(tl.int64) * length
         columns = tl.arange(0, BLOCK_DIM)
         span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
-        # From a multiple of the block on, so that loads are aligned.
+        # Start at a multiple of the block, so that loads are aligned.
         first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
         last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
         start = tl.program_id(0) % groups * GROUP

@@ -1,14 +1,14 @@
-"""What the loss of one entry does to the others in a root-mean-square norm: they all grow by the same factor.
+"""How zeroing one entry changes the others under a root-mean-square norm: they all grow by the same factor.
 
-That keeps the change of the logits in closed form where queries and keys are normalised by head (Qwen3, Gemma 3): they
-grow with the factor, less the lost entry's own rank-two part.
+So the change of the logits keeps a closed form where queries and keys are normalised per head (Qwen3, Gemma 3): the logits
+grow by that factor, minus the rank-two contribution of the zeroed entry.
 """
 
 import torch
 from torch import Tensor, nn
 
-# The closed form subtracts from logits that have grown, and their rounding with them: so many times, float32 loses a ten-
-# thousandth of an impact. Only where one entry is all but a millionth of a head's squares is it more.
+# The closed form subtracts from grown logits, so growth multiplies their rounding error: at 1000 times, float32 is off by
+# 1e-4 of an impact. Only a head with one entry that holds all but a millionth of the squares grows more.
 LARGEST_GROWTH = 1000.0
 _NAMES_OF_EPS = ("variance_epsilon", "eps")
 

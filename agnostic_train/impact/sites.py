@@ -1,4 +1,4 @@
-"""The q and k neurons of one layer side by side: by head, as the arithmetic takes them, and by site, as they are counted."""
+"""How the q and k neurons of one layer are laid out: by head for the arithmetic, by site for counting."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange, OutputChange
 
+# Relative slack on proven bounds: rounding depends on which neurons are computed together.
+ROUNDING_MARGIN = 1e-4
+
 
 def num_top(top_ratio: float, size: int) -> int:
     """How many of a site's neurons are top in a sentence: `max(1, floor(top_ratio * size))`."""
@@ -18,10 +21,10 @@ def num_top(top_ratio: float, size: int) -> int:
 
 @dataclass
 class Work:
-    """What pruning left to do: how many neurons and, for them, changed logits were computed, of how many.
+    """How much pruning left to compute exactly: neurons and their changed logits, out of all.
 
-    Tensors, which stay on the device, where the numbers are found there. `rough_logits`: changed logits that were
-    computed in half precision, for intervals.
+    rough_logits: changed logits that were computed in half precision, for intervals. Numbers found on a device are tensors
+    there until they are read.
     """
 
     neurons: int | Tensor = 0
@@ -31,11 +34,11 @@ class Work:
     rough_logits: int | Tensor = 0
 
     def __add__(self, other: "Work") -> "Work":
-        """Of both, as plain numbers."""
+        """Adds up as plain numbers."""
         return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
 
     def add_all(self, num_neurons: int, length: int) -> None:
-        """Adds neurons of sentences of one length that were all computed."""
+        """Counts neurons of sentences of one length that were all computed exactly."""
         self.neurons += num_neurons
         self.all_neurons += num_neurons
         self.logits += num_neurons * length**2
@@ -43,9 +46,9 @@ class Work:
 
 
 class Sites:
-    """How the q and k neurons of one layer lie.
+    """Converts between the two layouts of a layer's q and k neurons, and holds their factors.
 
-    By head: (batch * query heads, neurons of q, then of k, ...); by site: (batch, rows of q, then of k, ...).
+    By head: (batch * query heads, q neurons then k neurons, ...). By site: (batch, q rows then k rows, ...).
 
     Args:
         change: the layer's attention for a batch.
@@ -71,11 +74,11 @@ class Sites:
         return torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
 
     def split(self, by_site: Tensor) -> tuple[Tensor, ...]:
-        """The part of each site."""
+        """One tensor per site."""
         return by_site.split(self.sizes, 1)
 
     def by_site(self, by_head: Tensor) -> Tensor:
-        """Sums over the heads that a neuron acts through: a k row acts through its group's."""
+        """Sums over the heads through which a neuron acts: a k row acts through all query heads of its group."""
         sites = []
         for name, part in zip(self._names, by_head.split(self._head_dim, 1), strict=True):
             part = part.unflatten(0, (self._batch, -1))
@@ -85,7 +88,7 @@ class Sites:
         return torch.cat(sites, 1)
 
     def by_head(self, by_site: Tensor) -> Tensor:
-        """Every head that a neuron acts through gets what the neuron has."""
+        """Gives each head the values of the neurons that act through it."""
         heads = []
         for name, part in zip(self._names, self.split(by_site), strict=True):
             part = part.unflatten(1, (-1, self._head_dim))

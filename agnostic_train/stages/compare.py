@@ -7,7 +7,13 @@ from tqdm.auto import tqdm
 
 from agnostic_train.comparison import compare_strategies, relative_change
 from agnostic_train.files import whole_directory, write_json
-from agnostic_train.report import comparison_text, draw_comparison
+from agnostic_train.report import (
+    COMPARISON_TABLE,
+    COMPARISON_TEXT,
+    comparison_text,
+    draw_comparison,
+    is_comparison_file,
+)
 from agnostic_train.settings import make_strategy
 from agnostic_train.stages.context import Context
 from agnostic_train.strategy import Choice
@@ -94,10 +100,10 @@ def compare(context: Context) -> dict:
     text = comparison_text(comparison)
     if context.processes.is_main_process:
         write_json(context.directory / "comparison.json", comparison)
-        with whole_directory(context.directory / COMPARISON) as folder:
+        with whole_directory(context.directory / COMPARISON, is_comparison_file) as folder:
             draw_comparison(comparison, folder)
-            (folder / "comparison.md").write_text(text, encoding="utf-8")
-            write_csv(comparison_table(comparison), folder / "comparison.csv")
+            (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
+            write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
         files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
         files |= {"comparison.json": context.directory / "comparison.json"}
         with tracked(recipe, context.processes, "comparison", group) as context.tracker:

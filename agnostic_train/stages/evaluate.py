@@ -1,14 +1,19 @@
 """`evaluate`: every language before and after, on text that selected nothing."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from agnostic_train.emergence import Checkpoint
 from agnostic_train.evaluation import compare_languages, describe, evaluate_languages
 from agnostic_train.files import whole_file, write_json
 from agnostic_train.loading import load_checkpoint, load_model, model_identity
 from agnostic_train.model_card import model_card
+from agnostic_train.perplexity import Perplexity
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.export import EXPORTS
 from agnostic_train.stages.score import checkpoint_identity
@@ -17,28 +22,30 @@ from agnostic_train.task_evaluation import evaluate_tasks
 
 
 def evaluate(context: Context) -> dict:
+    """Measures the base, the enhanced checkpoint as it was exported, and the named ones, on text and on tasks."""
     recipe, progress = context.recipe, context.processes.is_local_main_process
     # Validation text is measured too, for what selects: sweeps.
     batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
-    enhanced = context.directory / EXPORTS["merged"]
-    before = {
-        kind: evaluate_languages(context.materials.model, its, "before", progress) for kind, its in batches.items()
-    }
-    model = load_model(recipe.model, enhanced)
-    after = {kind: evaluate_languages(model, its, "after", progress) for kind, its in batches.items()}
+    checkpoints = _checkpoints(context)
+    measured: dict[str, dict[str, dict[str, Perplexity]]] = {}
+    dtypes: dict[str, str] = {}
+    for name, load in checkpoints.items():
+        model = load()
+        dtypes[name] = str(model.dtype).removeprefix("torch.")
+        measured[name] = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
+        del model  # there may be no room for the next one beside it
+    before, after = measured["before"], measured["after"]
     compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
     evaluation: dict[str, Any] = {
         "languages": compared["test"],
         "parallel": compared.get("parallel"),
         "validation": compared["validation"],
     }
-    named = {}
-    for source in recipe.evaluation.checkpoints:
-        model = load_checkpoint(recipe.model, source, key="evaluation.checkpoints")
-        named[source] = {kind: evaluate_languages(model, its, source, progress) for kind, its in batches.items()}
     evaluation["checkpoints"] = {
-        source: {kind: {language: describe(it) for language, it in its.items()} for kind, its in of_source.items()}
-        for source, of_source in named.items()
+        source: {
+            kind: {language: describe(it) for language, it in its.items()} for kind, its in measured[source].items()
+        }
+        for source in recipe.evaluation.checkpoints
     }
     evaluation["pairs"] = [
         {
@@ -46,10 +53,10 @@ def evaluate(context: Context) -> dict:
             "second": second,
             "texts": {kind: compare_languages(one[kind], other[kind]) for kind in batches},
         }
-        for (first, one), (second, other) in combinations({"before": before, "after": after, **named}.items(), 2)
+        for (first, one), (second, other) in combinations(measured.items(), 2)
         if (first, second) != ("before", "after")
     ]
-    evaluation["tasks"] = _evaluate_tasks(context)
+    evaluation["tasks"] = _evaluate_tasks(context, checkpoints, dtypes)
     cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
         write_json(context.directory / "evaluation.json", evaluation)
@@ -67,28 +74,39 @@ def evaluate(context: Context) -> dict:
     return {"outputs": ["evaluation.json", *cards.values()]}
 
 
-def _evaluate_tasks(context: Context) -> dict | None:
+def _checkpoints(context: Context) -> dict[str, Callable[[], PreTrainedModel]]:
+    """What is evaluated: by name, what loads it."""
+    section = context.recipe.model
+    # As whoever uses the checkpoint has it: `model.dtype` would round what `export.dtype` has kept.
+    own_dtype = replace(section, dtype="auto")
+    return {
+        "before": context.materials.take_model,
+        "after": partial(load_model, own_dtype, context.directory / EXPORTS["merged"]),
+        **{
+            it: partial(load_checkpoint, section, it, "evaluation.checkpoints")
+            for it in context.recipe.evaluation.checkpoints
+        },
+    }
+
+
+def _evaluate_tasks(
+    context: Context, checkpoints: Mapping[str, Callable[[], PreTrainedModel]], dtypes: Mapping[str, str]
+) -> dict | None:
     """The harness's tasks on the base, the enhanced and the named checkpoints; None without tasks."""
     suite, section = context.materials.task_suite, context.recipe.model
     if suite is None:
         return None
-    enhanced, named = context.directory / EXPORTS["merged"], context.recipe.evaluation.checkpoints
-    models = {
-        "before": context.materials.model,
-        "after": lambda: load_model(section, enhanced),
-        **{it: partial(load_checkpoint, section, it) for it in named},
-    }
     identities = {
         "before": context.inputs("evaluate")["identity"],
-        "after": model_identity(section, enhanced),
-        **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in named},
+        "after": model_identity(section, context.directory / EXPORTS["merged"]),
+        **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in context.recipe.evaluation.checkpoints},
     }
     result = evaluate_tasks(
-        models,
+        checkpoints,
         context.materials.tokenizer,
         suite,
         directory=context.directory / ".tasks",
-        identity=lambda name: [identities[name], section.dtype],
+        identity=lambda name: [identities[name], dtypes[name]],
         write=context.processes.is_main_process,
         progress=context.processes.is_local_main_process,
     )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from agnostic_train.export import export_checkpoint
+from agnostic_train.export import CARD, export_checkpoint
 from agnostic_train.files import UserError, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck
 from agnostic_train.loading import load_model
@@ -40,7 +40,7 @@ def export(context: Context) -> dict:
             to=to,
             base=context.materials.model,
             tokenizer=context.materials.tokenizer,
-            dtype=context.recipe.export.dtype,
+            dtype=context.recipe.export.dtype or context.materials.model.dtype,
             neurons=neurons,
             model_card=model_card(context.recipe, record, to),
         )
@@ -67,16 +67,19 @@ def export(context: Context) -> dict:
     if to != "merged":
         write(to)
         context.say(f"export: {EXPORTS[to]}/ written")
-    # Evaluation writes its numbers into the cards.
+    folders = dict.fromkeys([EXPORTS["merged"], EXPORTS[to]])
     files = [
         f"{folder}/{path.name}"
-        for folder in dict.fromkeys([EXPORTS["merged"], EXPORTS[to]])
+        for folder in folders
         for path in sorted((context.directory / folder).iterdir())
-        if path.name != "README.md"
+        if path.name != CARD
     ]
-    return {"outputs": files, "frozen_weights": frozen}
+    # Evaluation writes its numbers into the cards.
+    return {"outputs": files, "rewritten": [f"{folder}/{CARD}" for folder in folders], "frozen_weights": frozen}
 
 
 def _merged_lora(context: Context) -> PreTrainedModel:
-    base = load_model(context.recipe.model, context.materials.model_path)
+    # The weights that it was trained beside, in float32 as what it adds to them: a sum in less would be rounded before
+    # `export.dtype` has a say.
+    base = load_model(context.recipe.model, context.materials.model_path).float()
     return PeftModel.from_pretrained(base, context.directory / ADAPTER).merge_and_unload()

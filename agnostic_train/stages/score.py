@@ -11,10 +11,12 @@ from agnostic_train.files import fingerprint, whole_directory, write_json
 from agnostic_train.loading import load_checkpoint, model_identity
 from agnostic_train.neurons import LanguageNeurons
 from agnostic_train.recipe import ModelSection
-from agnostic_train.report import draw_emergence
+from agnostic_train.report import draw_emergence, is_emergence_file
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect_in
 from agnostic_train.tables import ablation_table, emergence_table, score_table
+
+EMERGENCE = "emergence"
 
 
 def score(context: Context) -> dict:
@@ -100,8 +102,8 @@ def _follow_checkpoints(context: Context) -> list[str]:
     )  # fmt: skip
     if context.processes.is_main_process:
         write_json(context.directory / "emergence.json", rows)
-        with whole_directory(context.directory / "emergence") as folder:
+        with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
             draw_emergence(rows, folder)
-        figures = {file.name: file for file in (context.directory / "emergence").iterdir()}
+        figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
         context.publish({"emergence": emergence_table(rows)}, figures)
-    return ["emergence.json", "emergence"]
+    return ["emergence.json", EMERGENCE]

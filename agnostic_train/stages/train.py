@@ -20,6 +20,7 @@ from agnostic_train.training.guarded import is_complete
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
 
 ADAPTER = "adapter"
+_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
 def train(context: Context) -> dict:
@@ -77,6 +78,11 @@ def clear_checkpoints(context: Context, resume: bool) -> None:
             shutil.rmtree(path)
 
 
+def is_adapter_file(path: Path) -> bool:
+    """Whether it is a file of `adapter/`."""
+    return path.name in _ADAPTER_FILES
+
+
 def _choose(context: Context, name: str) -> Choice:
     file = context.recipe.training.neurons
     if file is not None:
@@ -94,7 +100,7 @@ def _choose(context: Context, name: str) -> Choice:
 def _copy_adapter(context: Context, checkpoint: Path) -> None:
     """What was trained at a name of its own, without optimizer and trainer state."""
     if context.processes.is_main_process:
-        with whole_directory(context.directory / ADAPTER) as temporary:
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE):
+        with whole_directory(context.directory / ADAPTER, is_adapter_file) as temporary:
+            for name in _ADAPTER_FILES:
                 if (checkpoint / name).exists():  # a LoRA has no neurons
                     shutil.copyfile(checkpoint / name, temporary / name)

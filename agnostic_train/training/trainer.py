@@ -91,6 +91,7 @@ class NeuronTrainer(GuardedTrainer):
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
+        self._in_float32: dict[str, torch.Tensor] = {}
         if isinstance(model, nn.Module):
             # As early as this, because a Trainer takes quantised models only with their adapter.
             model = self._with_adapter(model)
@@ -231,15 +232,8 @@ class NeuronTrainer(GuardedTrainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.is_deepspeed_enabled:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            # DeepSpeed's bf16 and fp16 round all of the model, the delta too; what learns is a float32 copy.
-            for name, parameter in self.model.named_parameters():
-                # Every process takes part in gathering it; only the first has a state to put it into.
-                value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-                if state_dict and value is not None:
-                    state_dict[name] = value
+        if state_dict:
+            state_dict.update(self._in_float32)
         super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -248,10 +242,26 @@ class NeuronTrainer(GuardedTrainer):
         Raises:
             NonFiniteLoss: a trained weight isn't finite, and nothing is written.
         """
+        if self.is_deepspeed_enabled:
+            # Here, for some versions of transformers call `_save` in the first process alone.
+            self._in_float32 = self._gathered_in_float32()
         super().save_model(output_dir, _internal_call)
+        self._in_float32 = {}
         neurons = self._read_neurons(self.model)
         if self.args.should_save and neurons is not None:
             neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
+
+    def _gathered_in_float32(self) -> dict[str, torch.Tensor]:
+        """What learns: DeepSpeed's bf16 and fp16 round all of the model, the delta too. Empty where nothing is saved."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered = {}
+        for name, parameter in self.model.named_parameters():
+            # Every process takes part in gathering it.
+            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if self.args.should_save and value is not None:
+                gathered[name] = value
+        return gathered
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:

@@ -76,17 +76,17 @@ def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, s
     monkeypatch.setattr(detection, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     original, measured = detection.ImpactMeter.measure, []
 
-    def interrupted(self, batch, sink):
+    def interrupted(self, batch):
         if sum(measured) == stop_after and len(self.projections) > 1:
             raise KeyboardInterrupt
-        original(self, batch, sink)
         measured.append(len(self.projections) > 1)
+        return original(self, batch)
 
     monkeypatch.setattr(detection.ImpactMeter, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detect(model, checkpoints=tmp_path)
     measured.clear()
-    monkeypatch.setattr(detection.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args)))
+    monkeypatch.setattr(detection.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args))[1])
     assert detect(model, checkpoints=tmp_path, verify=False) == LanguageNeurons(
         whole.related, whole.shared, whole.exclusive, {**whole.settings, "verified": False}
     )

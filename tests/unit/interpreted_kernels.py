@@ -134,7 +134,7 @@ def test_some_neurons_of_many():
 
 
 @pytest.mark.parametrize("mask", ["causal", "sliding window", "left padding", "right padding", "full"])
-@pytest.mark.parametrize("length", [1, 17, 123])
+@pytest.mark.parametrize("length", [1, 17, 70])
 def test_intervals(length, mask):
     """Logits and changes as trained models have them, as early ones have them, and in the noise; and growth."""
     for logits, change, growth in ((3.0, 1.0, 0.0), (0.5, 0.1, 0.0), (1.0, 1e-3, 0.0), (0.8, 0.3, 0.3)):
@@ -218,13 +218,13 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-@pytest.mark.parametrize("scale", [1e-3, 4.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_the_sieve_at_any_scale(scale, monkeypatch):
     """Where all impacts are in the noise, and where attention sees one key; and where all are asked for."""
     model = small_llama()
     with torch.no_grad():
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
-    batch = padded_batch([26, 33])
+    batch = padded_batch([26, 9])
     expected = neuron_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernels, "available", lambda value: True)
     unpruned = neuron_impacts(model, batch, ["q", "k"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, bounds, neuron_impacts, sieve
+from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, neuron_impacts
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.sites import num_top
 from agnostic_train.inference import left_as_found
@@ -46,7 +46,7 @@ def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0):
 def all_bounds_hold(model, batch, monkeypatch):
     """Every block's bound of every neuron against the exact change in that block; returns how many were compared."""
     compared = []
-    original = sieve.TopSieve.impacts
+    original = bound_sieve.BoundSieve.impacts
 
     def spied(self, top_ratio, work):
         every = self._tiles(torch.ones(self.change.batch, sum(self.sites.sizes), dtype=torch.bool))
@@ -57,7 +57,7 @@ def all_bounds_hold(model, batch, monkeypatch):
             compared.append(squares.numel())
         return original(self, top_ratio, work)
 
-    monkeypatch.setattr(sieve.TopSieve, "impacts", spied)
+    monkeypatch.setattr(bound_sieve.BoundSieve, "impacts", spied)
     pruned_impacts(model, batch, 0.05)
     return sum(compared)
 
@@ -133,7 +133,7 @@ def test_bounds_hold_with_a_large_common_part(name, monkeypatch):
 def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
     """The softmax doesn't see what all keys share, so neither may the bounds, beyond a little rounding."""
     ratios = []
-    original = sieve.TopSieve._bounds
+    original = bound_sieve.BoundSieve._bounds
 
     def spied(self):
         found = original(self)
@@ -144,7 +144,7 @@ def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
         ratios.append((original(self)[0] / found[0]).quantile(0.9))
         return found
 
-    monkeypatch.setattr(sieve.TopSieve, "_bounds", spied)
+    monkeypatch.setattr(bound_sieve.BoundSieve, "_bounds", spied)
     pruned_impacts(llama, padded_batch([40, 37]), 0.05)
     assert len(ratios) == 2 and max(ratios) < 1.05
 
@@ -199,7 +199,7 @@ def test_the_exact_form_stays_within_the_budget(llama, monkeypatch):
     original = torch.Tensor.softmax
 
     def spied(self, dim):
-        if self.dim() == 4 and self.shape[1] in sieve._TILE_SIZES:
+        if self.dim() == 4 and self.shape[1] in bound_sieve._TILE_SIZES:
             sizes.append((2 * self.numel() + self[..., 0].numel() * llama.config.head_dim) * self.element_size())
         return original(self, dim)
 

@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
-from agnostic_train.impact import hooks, neuron_impacts
+from agnostic_train.impact import neuron_impacts, query_key
 from agnostic_train.impact.rms_norm import growth_without, rms_eps
 from agnostic_train.self_check import verify_impacts
 
@@ -87,7 +87,7 @@ def test_growth_is_the_norms(norm, spread):
 def test_the_closed_form_is_the_replayed_one(family, monkeypatch):
     model, batch = family_model(family), padded_batch([1, 5, 11])
     closed = neuron_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(hooks, "LARGEST_GROWTH", 0)
+    monkeypatch.setattr(query_key, "LARGEST_GROWTH", 0)
     for site, expected in neuron_impacts(model, batch, ["q", "k"]).items():
         assert not torch.equal(closed[site], expected)
         torch.testing.assert_close(closed[site], expected, rtol=1e-4, atol=1e-5 * expected.max().item())

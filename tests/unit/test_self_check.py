@@ -5,7 +5,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train.decoder import PROJECTIONS
-from agnostic_train.impact import attention
+from agnostic_train.impact import attention, query_key
 from agnostic_train.self_check import ImpactMismatchError, comparison_table, verify_impacts
 
 
@@ -29,7 +29,7 @@ def test_a_wrong_formula_is_refused(llama, monkeypatch):
     def wrong_for_queries(inputs, name, *rest):
         return attention.paper_change(inputs) if name == "q" else right(inputs, name, *rest)
 
-    monkeypatch.setattr(attention, "rotated_change", wrong_for_queries)
+    monkeypatch.setattr(query_key, "rotated_change", wrong_for_queries)
     with pytest.raises(ImpactMismatchError, match="layer . q neuron .* this model can't be used"):
         verify_impacts(llama, padded_batch([7, 12]))
 

@@ -92,7 +92,14 @@ def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
     """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2."""
     torch._dynamo.reset()
     counters.clear()
-    ends = [end_of(tmp_path, update, torch.float64, torch_compile=compiled, max_steps=3) for compiled in (False, True)]
+    # Eager attention: torch 2.11 compiles SDPA's backward in float64 on a CPU with a part in float32, and stops.
+    ends = [
+        end_of(
+            tmp_path, update, torch.float64, model=tiny_llama(attn_implementation="eager"), torch_compile=compiled,
+            max_steps=3,
+        )
+        for compiled in (False, True)
+    ]  # fmt: skip
     assert counters["stats"]["unique_graphs"] > 0
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)

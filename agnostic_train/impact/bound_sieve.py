@@ -1,9 +1,9 @@
-"""Certified pruning: exact q and k impacts of only those neurons that can be among their sentence's largest.
+"""Certified pruning in plain torch: exact q and k impacts of only those neurons that can be among their sentence's largest.
 
-Bounds on every neuron's squared change come first. The neurons that look largest are done exactly: the n-th largest of
-them is a threshold. The others follow block by block of query rows, from the early ones, which see few keys and change
-most, to the late ones: a neuron leaves as soon as what its rows have shown, plus the bounds of those to come, stays
-below the threshold. Whatever is left at the end has its exact impact.
+First every neuron's squared change is bounded from above. The neurons that look largest are computed exactly; the n-th
+largest of them is the threshold. The others are computed one block of query rows at a time, early rows first, because these
+see few keys and change most. A neuron is dropped as soon as the sum over its rows so far plus the bounds of its remaining
+rows falls below the threshold. Those that remain at the end have exact impacts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,21 +15,19 @@ from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
-from agnostic_train.impact.sites import Sites, Work, num_top
+from agnostic_train.impact.sites import ROUNDING_MARGIN, Sites, Work, num_top
 
-# Neurons of a head that are computed side by side on one copy of its logits and values: few where few are left.
+# Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
 _TILE_SIZES = (4, 16)
-# How many neurons make the first threshold, as a multiple of those that are looked for.
+# Neurons computed exactly for the first threshold, as a multiple of those sought.
 _FIRST = 1.5
-# The exact form rounds differently in other company.
-_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Neurons of one head, a tile's worth at a time. head: (tiles,). neuron, target: (tiles, size), int64.
+    """Neurons grouped into tiles of one head each. head: (tiles,). neuron, target: (tiles, size), int64.
 
-    The last tile of a head repeats the head's first neuron, and its target is a place behind all results.
+    A head's last tile is filled up with the head's first neuron, whose target is a place behind all results.
     """
 
     head: Tensor
@@ -41,14 +39,14 @@ class _Tiles:
             yield _Tiles(*parts)
 
 
-class TopSieve:
-    """The exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
+class BoundSieve:
+    """Computes the exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
 
     Args:
         change: the layer's attention for a batch.
         changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
-        chunk_bytes: bound on the temporaries of the exact form.
-        bound_bytes: bound on those of the bounds.
+        chunk_bytes: limit on temporary memory while computing exactly.
+        bound_bytes: limit on temporary memory while computing bounds.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class TopSieve:
         """Exact impacts of every neuron that can be in its sentence's top; zero for the others.
 
         Args:
-            top_ratio: the part of a site's neurons that is looked for.
+            top_ratio: fraction of a site's neurons to find.
             work: by `q` and `k`, added to.
 
         Returns: by `q` and `k`, (batch, neurons), float32.
@@ -93,7 +91,7 @@ class TopSieve:
         alive, num_logits = ~first, [0] * len(counts)
         for number, block in enumerate(self.blocks):
             # Not `>=`: what isn't a number stays.
-            alive &= ~((done + rest[..., number]) * (1 + _MARGIN) < threshold)
+            alive &= ~((done + rest[..., number]) * (1 + ROUNDING_MARGIN) < threshold)
             tiles = self._tiles(alive)
             if not len(tiles.head):
                 break
@@ -131,7 +129,8 @@ class TopSieve:
         num_heads, num_neurons = marked.shape
         neurons = marked.flatten().nonzero().squeeze(1)
         counts = marked.sum(1)
-        size = _TILE_SIZES[len(neurons) >= 2 * _TILE_SIZES[1] * num_heads]
+        few, many = _TILE_SIZES
+        size = many if len(neurons) >= 2 * many * num_heads else few
         num_tiles = (counts + size - 1) // size
         heads = neurons // num_neurons
         place = torch.arange(len(neurons), device=neurons.device) - (counts.cumsum(0) - counts)[heads]

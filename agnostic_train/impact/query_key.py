@@ -1,0 +1,207 @@
+"""The q and k impacts of one layer: which form of the arithmetic applies, and how much of it at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from agnostic_train.decoder import Layer, Rotation
+from agnostic_train.impact import kernels
+from agnostic_train.impact.attention import (
+    AttentionInputs,
+    LogitChange,
+    OutputChange,
+    key_impacts,
+    paper_change,
+    query_impacts,
+    rotated_change,
+)
+from agnostic_train.impact.bound_sieve import BoundSieve
+from agnostic_train.impact.interval_sieve import interval_impacts
+from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
+from agnostic_train.impact.sites import Work
+
+# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
+_CPU_CHUNK_BYTES = 6 << 20
+
+
+@dataclass(frozen=True)
+class Angles:
+    """How the positions of a batch are rotated.
+
+    cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other: what the rotation makes
+    of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    own: Tensor
+    other: Tensor
+
+    def sentences(self, part: slice) -> "Angles":
+        """The same for some sentences of the batch."""
+        return Angles(self.cos[part], self.sin[part], self.own[part], self.other[part])
+
+
+class SharedAngles:
+    """The angles of a pass, computed once for all layers that are given the same tensors."""
+
+    def __init__(self) -> None:
+        # The tensor is kept with its angles: as long as it lives, no other has its id.
+        self._by_id: dict[int, tuple[Tensor, Angles]] = {}
+
+    def clear(self) -> None:
+        """Forgets the last pass."""
+        self._by_id.clear()
+
+    def get(self, rotation: Rotation, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
+        """Angles in a dtype, for every sentence of the batch."""
+        key = id(cos_sin[0])
+        if key not in self._by_id:
+            cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
+            self._by_id[key] = cos_sin[0], Angles(cos, sin, *rotation.coefficients(cos, sin))
+        return self._by_id[key][1]
+
+
+class QueryKeyImpacts:
+    """Measures the q and k impacts of one layer, batch after batch.
+
+    Args:
+        names: `q` and `k`, or one of them.
+        attention, memory_gb, top_ratio: as for `ImpactMeter`.
+        angles: shared with the other layers.
+
+    Attributes:
+        work: by `q` and `k`, how much was computed so far.
+        unprunable: whether some batch had to be computed in full although `top_ratio` asked for less.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        names: Sequence[str],
+        attention: str,
+        memory_gb: float,
+        top_ratio: float | None,
+        angles: SharedAngles,
+    ):
+        self.layer = layer
+        self.names = tuple(names)
+        self.work = {"q": Work(), "k": Work()}
+        self.unprunable = False
+        self._exact = attention == "exact"
+        self._half_bytes = int(memory_gb * 2**29)
+        self._top_ratio = top_ratio
+        self._angles = angles
+        self._rotation: Rotation
+        self._eps: dict[str, float | None] = {}
+
+    def measure(
+        self,
+        inputs: AttentionInputs,
+        counted: Tensor,
+        projected: dict[str, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Impacts and attention's output, a few sentences at a time.
+
+        Args:
+            counted: (batch, length), bool, the tokens whose change counts.
+            projected: by name, the projection's output, (batch, length, neurons).
+            cos_sin: the angles that the model passes to its attention.
+
+        Returns: by name (batch, neurons), float32; and (batch, query heads, length, head_dim).
+        """
+        if not hasattr(self, "_rotation"):
+            self._rotation = self.layer.rotation(*cos_sin)
+        angles = self._angles.get(self._rotation, cos_sin, len(counted), inputs.query.dtype)
+        impacts: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        outputs = []
+        at_once = self._sentences_at_once(inputs)
+        for start in range(0, len(counted), at_once):
+            part = slice(start, start + at_once)
+            found, output = self._measure_part(
+                inputs.sentences(part),
+                counted[part],
+                {name: projected[name][part] for name in self.names},
+                angles.sentences(part),
+            )
+            for name, values in found.items():
+                impacts[name].append(values)
+            outputs.append(output)
+        return {name: torch.cat(values) for name, values in impacts.items()}, torch.cat(outputs)
+
+    def _sentences_at_once(self, inputs: AttentionInputs) -> int:
+        """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
+        _, num_heads, length, head_dim = inputs.query.shape
+        entries = num_heads * length * (14 * head_dim + 3 * length)
+        return max(1, self._half_bytes // (entries * inputs.query.element_size()))
+
+    def _measure_part(
+        self, inputs: AttentionInputs, counted: Tensor, projected: dict[str, Tensor], angles: Angles
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        on_cpu = inputs.query.device.type == "cpu"
+        chunk_bytes = min(self._half_bytes, _CPU_CHUNK_BYTES) if on_cpu else self._half_bytes
+        if self._exact:
+            inputs, changes = self._closed_forms(inputs, projected, angles)
+        else:
+            changes = dict.fromkeys(self.names, paper_change(inputs))
+        change = OutputChange(inputs, counted, chunk_bytes)
+        # The bounds know changes in closed form, and no soft cap between them and the softmax.
+        covered = len(changes) == len(self.names) and (inputs.softcap is None or not self._exact)
+        if self._top_ratio is None or not covered:
+            impacts = {name: self._all_impacts(change, name, changes, projected[name], angles) for name in self.names}
+            self.unprunable |= self._top_ratio is not None
+            for name, values in impacts.items():
+                self.work[name].add_all(values.numel(), change.length)
+        elif kernels.available(change.value):
+            impacts = interval_impacts(change, changes, self.layer.num_kv_heads, self._top_ratio, self.work)
+        else:
+            sieve = BoundSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
+            impacts = sieve.impacts(self._top_ratio, self.work)
+        return impacts, change.output.view_as(inputs.query)
+
+    def _closed_forms(
+        self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles
+    ) -> tuple[AttentionInputs, dict[str, LogitChange]]:
+        """What each neuron makes of the logits, for the projections where that has a closed form.
+
+        The inputs returned hold queries and keys that were normalised and rotated in at least float32: growth would
+        multiply the difference between a half-precision model's rounding and what is taken from the logits here.
+        """
+        parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, output in projected.items():
+            norm = self.layer.norms.get(name)
+            if norm is not None and self.layer.norm_spans_heads(name):
+                continue
+            states, growth = inputs.project(output), None
+            if norm is not None:
+                if name not in self._eps:
+                    self._eps[name] = rms_eps(norm, self.layer.head_dim, states)
+                eps = self._eps[name]
+                growth = None if eps is None else growth_without(states, eps)
+                states = norm(states)
+                rotated = self._rotation.apply(states, angles.cos, angles.sin)
+                inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
+                if growth is None or growth.max() > LARGEST_GROWTH:
+                    continue
+            parts[name] = states, growth
+        return inputs, {
+            name: rotated_change(inputs, name, states, self._rotation, (angles.own, angles.other), growth)
+            for name, (states, growth) in parts.items()
+        }
+
+    def _all_impacts(
+        self, change: OutputChange, name: str, changes: dict[str, LogitChange], projected: Tensor, angles: Angles
+    ) -> Tensor:
+        """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
+        if name in changes:
+            squares = change.of_logits(changes[name], before_cap=self._exact)
+        else:
+            norm = self.layer.norms[name]
+            arguments = name, projected, norm, self._rotation, angles.cos, angles.sin
+            if self.layer.norm_spans_heads(name):
+                return change.replayed_over_heads(*arguments).sqrt().float()
+            squares = change.replayed(*arguments)
+        return query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)

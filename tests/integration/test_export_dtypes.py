@@ -1,0 +1,104 @@
+"""What is exported in a wider dtype keeps what training changed, and is measured as it was written."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModel
+from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from agnostic_train.dry_run import make_plan
+from agnostic_train.files import read_json
+from agnostic_train.recipe_file import load_recipe
+from agnostic_train.stages import evaluate
+
+HALF = ["--model.dtype=bfloat16", "--export.dtype=float32"]
+
+
+def weight_phases(recipe, **flags):
+    plan = make_plan(load_recipe(recipe, {name.replace("__", "."): it for name, it in flags.items()}), "run")
+    return {phase.name: phase.weights / plan.layout.num_parameters for phase in plan.phases}
+
+
+def test_after_is_the_exported_checkpoint_in_its_own_dtype(root, monkeypatch):
+    measured = {}
+    original = evaluate.evaluate_languages
+
+    def watched(model, corpora, label, *rest):
+        measured[label] = model.dtype
+        return original(model, corpora, label, *rest)
+
+    monkeypatch.setattr(evaluate, "evaluate_languages", watched)
+    assert run(root, "evaluate", *HALF) == 0
+    assert measured == {"before": torch.bfloat16, "after": torch.float32}
+    after = read_json(root / "out/evaluation.json")["languages"]["sw"]["after"]
+    # Rounded to model.dtype it is another model.
+    AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype=torch.bfloat16).save_pretrained(root / "rounded")
+    assert run(root, "evaluate", *HALF, f"--evaluation.checkpoints={root / 'rounded'}") == 0
+    rounded = read_json(root / "out/evaluation.json")["checkpoints"][str(root / "rounded")]["test"]["sw"]
+    assert rounded["perplexity"] != after["perplexity"]
+
+
+def test_kept_task_results_tell_dtypes_apart(root, monkeypatch):
+    """The same files in another dtype are another model, also for the harness's results that are kept."""
+    found = {}
+
+    def watched(models, *rest, identity, **settings):
+        found.update({name: identity(name) for name in models})
+        return {"tasks": {}}
+
+    monkeypatch.setattr(evaluate, "evaluate_tasks", watched)
+    monkeypatch.setattr("agnostic_train.materials.Materials.task_suite", SimpleNamespace(names=[]))
+    assert run(root, "evaluate", *HALF) == 0
+    assert found["before"][1] == "bfloat16" and found["after"][1] == "float32"
+
+
+def test_the_plan_counts_the_exported_dtype(root):
+    recipe = root / "recipe.yaml"
+    plain = weight_phases(recipe, model__dtype="bfloat16")
+    assert plain["evaluate"] == 2 and plain["score"] == 2
+    wide = weight_phases(recipe, model__dtype="bfloat16", export__dtype="float32")
+    assert wide["evaluate"] == 4 and wide["export"] == 6
+    narrow = weight_phases(recipe, export__dtype="bfloat16", model__checkpoints=str(root / "model"))
+    assert narrow["evaluate"] == 4 and narrow["score"] == 8
+    # The base, the LoRA's base in float32, and what is written.
+    lora = weight_phases(recipe, model__dtype="bfloat16", training__strategy="lora")
+    assert lora["export"] == 2 + 4 + 2
+
+
+def test_a_lora_is_merged_in_float32_before_it_is_rounded(root):
+    assert run(root, "export", "--training.strategy=lora", "--training.learning_rate=1e-4", *HALF) == 0
+    base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16).float()
+    exact = PeftModel.from_pretrained(base, root / "out/adapter").merge_and_unload().state_dict()
+    enhanced = AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype="auto")
+    assert enhanced.dtype == torch.float32
+    assert all(torch.equal(value, exact[name]) for name, value in enhanced.state_dict().items())
+    flags = ["--training.strategy=lora", "--training.learning_rate=1e-4", HALF[0]]
+    assert run(root, "export", *flags) == 0
+    enhanced = AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype="auto")
+    assert enhanced.dtype == torch.bfloat16  # the model's own, unless the recipe says otherwise
+    assert all(torch.equal(value, exact[name].bfloat16()) for name, value in enhanced.state_dict().items())
+
+
+def test_models_are_measured_one_at_a_time(root, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = []
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def watched(cls, *args, **settings):
+        gc.collect()
+        most.append(sum(it() is not None for it in alive))
+        found = original(cls, *args, **settings)
+        alive.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
+        return found
+
+    assert run(root, "export") == 0
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
+    entries = f"{root / 'model'},{root / 'out/enhanced'}"
+    assert run(root, "evaluate", f"--evaluation.checkpoints={entries}") == 0
+    assert most == [0, 0, 0, 0]
+    alive.clear(), most.clear()
+    assert run(root, "score", f"--model.checkpoints={root / 'model'},{root / 'out/enhanced'}") == 0
+    assert most == [0, 1, 1]  # the base is wanted again

@@ -1,0 +1,73 @@
+"""A folder is replaced where it is absent, empty or of our own writing; whatever else is in it is left alone."""
+
+import json
+
+import pytest
+from conftest import tiny_llama
+
+from agnostic_train.export import export_checkpoint
+from agnostic_train.files import UserError, whole_directory
+from agnostic_train.neurons import LanguageNeurons, NeuronSet
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save_neurons(folder):
+    LanguageNeurons.from_related({"a": NeuronSet({(0, "q"): [0, 1]}), "b.c": NeuronSet({(0, "q"): [0]})}).save(folder)
+
+
+def export(folder):
+    export_checkpoint(tiny_llama(), folder, model_card="# card\n")
+
+
+@pytest.mark.parametrize("write", [save_neurons, export])
+def test_what_others_put_there_is_never_deleted(tmp_path, write):
+    out = tmp_path / "out"
+    for make in (
+        lambda: (out / "thesis.txt").write_text("years of work"),
+        lambda: (out / "checkpoint-100").mkdir() or (out / "checkpoint-100/model.safetensors").write_text("hours"),
+        # As a run's output_dir has it.
+        lambda: (out / "manifest.json").write_text(json.dumps({"stages": {}})),
+        lambda: (out / "manifest.json").write_text("{"),
+    ):
+        out.mkdir()
+        make()
+        before = everything_below(tmp_path)
+        with pytest.raises(UserError, match=rf"{out}: would be replaced, but holds .*move that away") as caught:
+            write(out)
+        assert everything_below(tmp_path) == before and list(tmp_path.iterdir()) == [out]
+        assert "\n" not in str(caught.value)
+        for file in before:
+            file.unlink()
+        for folder in [it for it in out.rglob("*") if it.is_dir()]:
+            folder.rmdir()
+        out.rmdir()
+
+
+@pytest.mark.parametrize("write", [save_neurons, export])
+def test_our_own_is_replaced_until_something_else_is_beside_it(tmp_path, write):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    write(tmp_path / "out")
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.txt"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
+
+
+def test_another_kind_of_export_is_replaced(tmp_path):
+    model = tiny_llama()
+    model.trained_neurons = NeuronSet({(0, "q"): [1]})
+    for to in ("merged", "lora", "delta", "merged"):
+        export_checkpoint(model, tmp_path / "out", to=to, base=tiny_llama())
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+def test_what_appears_while_a_folder_is_written_is_kept(tmp_path):
+    with pytest.raises(UserError, match=r"holds late\.txt"), whole_directory(tmp_path / "out") as temporary:
+        (temporary / "ours.txt").write_text("ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/late.txt").write_text("late")
+    assert [it.name for it in (tmp_path / "out").iterdir()] == ["late.txt"] and len(list(tmp_path.iterdir())) == 1
