@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
     from agnostic_train.deactivation import deactivate
     from agnostic_train.detection import detect_neurons
+    from agnostic_train.encoding import batches_of
     from agnostic_train.export import export_checkpoint
     from agnostic_train.files import UserError
     from agnostic_train.impact import neuron_impacts
@@ -35,6 +36,7 @@ __all__ = [
     "Perplexity",
     "Strategy",
     "UserError",
+    "batches_of",
     "deactivate",
     "detect_neurons",
     "export_checkpoint",
@@ -54,6 +56,7 @@ _MODULES = {
     "Perplexity": "perplexity",
     "Strategy": "strategy",
     "UserError": "files",
+    "batches_of": "encoding",
     "deactivate": "deactivation",
     "detect_neurons": "detection",
     "export_checkpoint": "export",

@@ -1,6 +1,6 @@
 """From sentences to token ids and padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +35,7 @@ class Encoder:
             UserError: no token to pad with, no beginning-of-sequence token where one is asked for.
         """
         config = config.get_text_config()
-        pad_id = tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = tokenizer.eos_token_id
-            if pad_id is None:
-                raise UserError("model.name: its tokenizer has neither a pad nor an end-of-sequence token; set one")
-            logger.warning("the tokenizer has no pad token: padding with its end-of-sequence token, always masked")
+        pad_id = _pad_id(tokenizer)
         if section.add_bos and tokenizer.bos_token_id is None:
             raise UserError("corpus.add_bos: the tokenizer has no beginning-of-sequence token; set it to false")
         limits = [limit for limit in (section.max_length, getattr(config, "max_position_embeddings", None)) if limit]
@@ -128,3 +123,42 @@ class Encoder:
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
+
+
+def batches_of(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, max_length: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Makes padded batches of one language's texts, as `detect_neurons`, `perplexity` and the others take them.
+
+    Texts of like length come together, the longest first. A batch holds `input_ids` and `attention_mask`, int64
+    (texts, length), `num_bytes`, for bits per byte, and `sentence_index`, each text's place in `texts`, int64 (texts,).
+
+    Args:
+        texts: each is what detection calls a sentence, whatever it is; a sentence a text is what the paper has.
+        tokenizer: the model's own. Special tokens are added as it does by itself.
+        batch_size: texts per batch.
+        max_length: in tokens: what is longer is cut, and a log line counts how many were. Without it, the tokenizer's
+            own limit, if it has one.
+
+    Raises:
+        UserError: a text of which the tokenizer makes no token, or a tokenizer without a token to pad with.
+        TypeError: one text where several were expected.
+        ValueError: no text fits a batch or a token a text: `batch_size` or `max_length` is below 1.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected several texts, such as a list, not one")
+    if batch_size < 1 or (max_length is not None and max_length < 1):
+        raise ValueError(f"batch_size and max_length must be at least 1, not {batch_size} and {max_length}")
+    # A tokenizer without a limit gives a number that no text reaches.
+    limit = tokenizer.model_max_length if max_length is None else max_length
+    encoder = Encoder(tokenizer, None, limit, _pad_id(tokenizer), len(tokenizer))
+    return encoder.batches(list(texts), "texts", batch_size)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.name: its tokenizer has neither a pad nor an end-of-sequence token; set one")
+    logger.warning("the tokenizer has no pad token: padding with its end-of-sequence token, always masked")
+    return tokenizer.eos_token_id

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from accelerate import PartialState
 
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
 from agnostic_train.export import is_exported
-from agnostic_train.files import UserError, check_replaceable, hash_file, sole_user, whole_file
+from agnostic_train.files import UserError, check_replaceable, fingerprint, hash_file, sole_user, whole_file
 from agnostic_train.loading import model_identity
 from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
@@ -32,13 +33,18 @@ from agnostic_train.stages.report import report
 from agnostic_train.stages.score import EMERGENCE, checkpoint_identity, score
 from agnostic_train.stages.train import ADAPTER, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
-from agnostic_train.trials import result_arguments
+from agnostic_train.trials import learning_arguments, result_arguments
 from agnostic_train.versions import installed_version
 
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
     "compare": compare,
 }  # fmt: skip
+_READ_BY = {
+    "low": ["auto"], "high": ["auto"], "pilot_strategies": ["pilot"], "pilot_steps": ["pilot"],
+    "random_like": ["random", "lora"],
+}  # fmt: skip
+"""Keys of `training` that only some strategies read."""
 _REMOVED_FIRST = {
     "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
 }  # fmt: skip
@@ -199,14 +205,25 @@ class Pipeline:
 
     @cached_property
     def _common_inputs(self) -> dict:
-        recipe = self.recipe.to_dict()
         return {
-            "corpus": recipe["corpus"] | {"path": None},
-            "files": self.materials.corpus.hashes,
-            "model": recipe["model"] | {"checkpoints": []},
+            "model": self.recipe.to_dict()["model"] | {"checkpoints": []},
             "identity": self._model_identity,
             "version": installed_version("agnostic_train"),
         }
+
+    def _text(self, *purposes: str) -> dict:
+        """The sentences that serve some purposes, and what makes batches of them: other text may change unheeded."""
+        corpus = self.recipe.corpus
+        return {
+            "sentences": {purpose: self._sentence_hashes[purpose] for purpose in purposes},
+            **{key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
+        }
+
+    @cached_property
+    def _sentence_hashes(self) -> dict[str, list]:
+        texts = self.materials.corpus.texts.items()
+        purposes = ("detection", "training", "validation", "test")
+        return {it: [[language, fingerprint(getattr(text, it))] for language, text in texts] for it in purposes}
 
     def _inputs(self, stage: str) -> dict:
         """What a stage's result depends on, beside the stages before it."""
@@ -222,31 +239,45 @@ class Pipeline:
         return {**self._common_inputs, stage: own[stage]()}
 
     def _detection_inputs(self) -> dict:
-        return self.recipe.to_dict()["detection"]
+        section = self.recipe.detection
+        return {
+            # How much memory it may take changes only how long it takes.
+            **{key: value for key, value in asdict(section).items() if key != "memory_gb"},
+            # Earlier checkpoints are detected by these inputs and scored on validation text.
+            "text": self._text("detection", "validation", *(["training"] if section.stability else [])),
+        }
 
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self.recipe.model.checkpoints)
         identities = [[it.step, checkpoint_identity(self.recipe.model, it)] for it in checkpoints]
-        return {**self.recipe.to_dict()["score"], "checkpoints": identities}
+        return {
+            **self.recipe.to_dict()["score"],
+            "checkpoints": identities,
+            "text": self._text("detection", "validation"),
+        }
 
     def _training_inputs(self) -> dict:
-        neurons = self.recipe.training.neurons
-        if self.recipe.training.strategy == "pilot" and neurons is None:
+        section = self.recipe.training
+        if section.strategy == "pilot" and section.neurons is None:
             texts = self.materials.corpus.texts
-            training = {language: texts[language].training for language in self.recipe.training.languages}
+            training = {language: texts[language].training for language in section.languages}
             split_pilot_text(self.recipe, self.training_arguments, training)  # says if there is too little
+        unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
+        own = {key: value for key, value in asdict(section).items() if key not in unread}
         return {
-            "training": self.recipe.to_dict()["training"],
-            "neurons": hash_file(neurons) if neurons else None,
+            "training": own | {"neurons": None, "arguments": learning_arguments(section.arguments)},
+            "neurons": hash_file(section.neurons) if section.neurons else None,
             # With the batch per device goes the batch.
             "processes": self.processes.num_processes,
+            "text": self._text("training", "validation"),
         }
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self.materials.task_suite, self.recipe.evaluation.checkpoints
         return {
             "evaluation": self.recipe.to_dict()["evaluation"],
-            "files": self.materials.judged[1],
+            "text": self._text("validation"),
+            "judged": fingerprint(self.materials.judged[0]),
             "tasks": suite and {name: suite.identity(name) for name in suite.names},
             "checkpoints": [checkpoint_identity(self.recipe.model, Checkpoint(it, None)) for it in named],
         }
@@ -257,15 +288,19 @@ class Pipeline:
             "comparison": recipe["comparison"],
             "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")},
             "arguments": result_arguments(recipe["training"]["arguments"]),
-            "text": {key: recipe["evaluation"][key] for key in ("languages", "parallel_sentences")},
-            "files": self.materials.judged[1],
+            "text": self._text("training", "validation"),
+            "judged": fingerprint(self.materials.judged[0]),
             "processes": self.processes.num_processes,
         }
 
     def _report_inputs(self) -> dict:
+        shown = {"corpus": self.recipe.to_dict()["corpus"] | {"path": None}, "files": self.materials.corpus.hashes}
         if not self.manifest.record("compare"):
-            return {}
-        return {"comparison": self.manifest.record("compare")["run"] if self._state("compare") == "finished" else None}
+            return shown
+        return {
+            **shown,
+            "comparison": self.manifest.record("compare")["run"] if self._state("compare") == "finished" else None,
+        }
 
     @cached_property
     def _tracking_id(self) -> str | None:

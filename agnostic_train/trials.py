@@ -35,14 +35,24 @@ _UNSAVED = {
     "disable_tqdm": True,
     "include_num_input_tokens_seen": "non_padding",
 }
-_WITHOUT_EFFECT = ("save_", "logging_", "log_", "eval_", "hub_", "push_to_hub")
+_ONLY_TOLD = ("logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen")
+_WITHOUT_EFFECT = ("save_", "eval_", "hub_", "push_to_hub")
 BASE = "base"
 """Stands for the model before any training, where a strategy is asked for."""
+
+
+def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Those of a recipe's TrainingArguments that do more than say what is printed and logged of a training.
+
+    How often it is evaluated and saved is among them: the best checkpoint may be chosen by it.
+    """
+    return {key: it for key, it in arguments.items() if not key.startswith(_ONLY_TOLD)}
 
 
 def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """Those of a recipe's TrainingArguments that a trial's result depends on, beside its own seed and learning rate."""
     own = (*_UNSAVED, "seed", "learning_rate")
+    arguments = learning_arguments(arguments)
     return {key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT)}
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from conftest import tiny_llama
 from datasets import Dataset
 from tokenizers import processors
 from transformers import LlamaConfig
 
+from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus import load_corpus, training_examples
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError
@@ -263,3 +265,37 @@ def test_a_dataset_that_is_not_there_is_named(hub, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         load_corpus(streamed(hub, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_batches_of_texts(tokenizer):
+    texts = ["ñandú", *SENTENCES[:4], "习惯"]
+    batches = batches_of(iter(texts), tokenizer, batch_size=4)
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 2]
+    places = torch.cat([batch["sentence_index"] for batch in batches]).tolist()
+    assert sorted(places) == list(range(6))
+    for batch in batches:
+        for ids, mask, size, place in zip(
+            *(batch[name] for name in ("input_ids", "attention_mask", "num_bytes", "sentence_index")), strict=True
+        ):
+            assert ids[mask.bool()].tolist() == tokenizer(texts[place])["input_ids"]
+            assert size == len(texts[place].encode()) and (ids[~mask.bool()] == tokenizer.pad_token_id).all()
+    assert batches_of([], tokenizer) == []
+    assert {batch["input_ids"].shape[1] for batch in batches_of(texts, tokenizer, max_length=3)} == {3}
+    model = tiny_llama(vocab_size=len(tokenizer))
+    result = perplexity(model, batches)
+    assert result.bits_per_byte > 0 and len(result.sentence_nats) == 6
+    found = detect_neurons(
+        model, {"a": batches, "b": batches_of(SENTENCES[4:8], tokenizer)}, top_ratio=0.3, consistency=0.5
+    )
+    assert found.languages == ["a", "b"] and len(found.shared)
+
+
+def test_mistaken_texts_are_named(tokenizer):
+    with pytest.raises(TypeError, match="expected several texts"):
+        batches_of("one text", tokenizer)
+    with pytest.raises(ValueError, match="must be at least 1, not 0 and None"):
+        batches_of(["a"], tokenizer, batch_size=0)
+    without_special_tokens = build_tokenizer(SENTENCES, vocab_size=300)
+    without_special_tokens.backend_tokenizer.post_processor = processors.ByteLevel()
+    with pytest.raises(UserError, match="texts: the tokenizer makes no token of ''"):
+        batches_of([""], without_special_tokens)
