@@ -100,6 +100,7 @@ def detect_neurons(
     num_sentences: dict[str, int] = {}
     mean_activations: dict[str, Activations] = {}
     work = {"q": Work(), "k": Work()}
+    unpruned: set[int] = set()
     with left_as_found(model):
         for language, batches in corpora.items():
             batches = iter(batches)
@@ -119,6 +120,7 @@ def detect_neurons(
                 share = own_share(chain([first], batches))
                 counts = _count_top(meter, active, share, top_ratio, language, progress, file)
             work = {name: work[name] + done for name, done in meter.work.items()}
+            unpruned.update(layer.index for layer in meter.unpruned)
             counts.sum_over_processes(sizes, find_device(model))
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
@@ -137,9 +139,9 @@ def detect_neurons(
     if activations:
         found.activations = mean_activations
     if pruning:
-        if meter.unpruned:
+        if unpruned:
             logger.warning(
-                f"detection.pruning: {len(meter.unpruned)} of {len(meter.decoder.layers)} layers cap their logits, "
+                f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, "
                 "normalise queries or keys over all heads, or have heads of which one entry is nearly all; pruning doesn't "
                 "cover that, all their neurons were computed"
             )

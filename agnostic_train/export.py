@@ -118,9 +118,13 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
     # Cast once per storage: weights that are tied stay tied, and are written once.
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
-    for name, value in trained.weights(trained.model.state_dict().items()).items():
+    for name, value in trained.weights(trained.model.state_dict().items()):
         rounded = value.to(dtype) if value.is_floating_point() else value
-        state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+        if name.removesuffix(".weight") in trained.adapter:
+            state[name] = rounded  # the next sum may come to lie where this one was
+        else:
+            state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+        del value, rounded
     model = trained.model
     # With a native adapter, transformers would save that and drop the rest.
     native, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), False
@@ -170,11 +174,11 @@ def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
 def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
     for name, chosen in (trained.chosen or {}).items():
         weight = trained.model.get_submodule(name).weight
+        values = torch.zeros((), device=weight.device)
+        if weight.is_floating_point():  # a quantised weight takes no sum
+            values = weight.index_select(chosen.dim, chosen.index.to(weight.device))
         if trained.adapter:
-            plain = weight.is_floating_point()  # a quantised weight takes no sum
-            values = trained.adapter[name].added_to(weight) if plain else trained.adapter[name].values
-        else:
-            values = weight.index_select(chosen.dim, chosen.index)
+            values = values + trained.adapter[name].values.to(weight.device)
         if not values.to(dtype).isfinite().all():
             raise UserError(
                 f"{name}: trained weights aren't finite in {str(dtype).removeprefix('torch.')}; train with a lower "

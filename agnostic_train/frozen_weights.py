@@ -47,7 +47,7 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
     others = trained.base or trained.model
     others = {name.replace(".base_layer.", "."): value for name, value in others.named_parameters()}
     changed, num_compared, num_chosen, num_moved, num_surviving = [], 0, 0, 0, 0
-    for name, weight in trained.weights(trained.model.named_parameters()).items():
+    for name, weight in trained.weights(trained.model.named_parameters()):
         other = others.get(name)
         if other is None or other.shape != weight.shape:
             raise UserError(f"base: parameter {name} is missing there or has another shape; give the model's own base")
@@ -66,6 +66,7 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         num_compared += weight.numel()
         if differs.any():
             changed.append(name)
+        del weight, differs  # the next sum is made before the loop lets go of them
     return FrozenWeightCheck(
         "changed" if changed else "identical",
         "frozen weights" if trained.base is None else "base",

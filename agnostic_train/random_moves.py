@@ -1,5 +1,6 @@
 """Where a random control puts each neuron of a layer: to a random place, or to one of like activation."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 
 import torch
@@ -46,19 +47,56 @@ def matched_moves(
 
 def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
     """A map of all indices that takes each member to one of its `NUM_NEAREST` nearest free neurons, each used once."""
-    activation = activation.double()
     free = torch.ones(len(activation), dtype=torch.bool)
     if 2 * len(members) <= len(activation):
         free[members] = False
+    candidates = free.nonzero().flatten()
+    ordered, upward = activation.double()[candidates].sort(stable=True)
+    downward = activation.double()[candidates].argsort(stable=True, descending=True)
+    as_active, less_active = (_Line(candidates[order].tolist()) for order in (upward, downward))
     move = torch.arange(len(activation))
+    levels, sorted_levels = activation.double().tolist(), ordered.tolist()
     # The order is random, so that no member always has the first choice.
     for member in members[torch.randperm(len(members), generator=generator)].tolist():
-        candidates = free.nonzero().flatten()
-        nearest = (activation[candidates] - activation[member]).abs().argsort(stable=True)[:NUM_NEAREST]
-        choice = candidates[nearest[torch.randint(len(nearest), (), generator=generator)]]
+        level = levels[member]
+        num_less = bisect_left(sorted_levels, level)
+        found = as_active.first(num_less, NUM_NEAREST)
+        found += less_active.first(len(sorted_levels) - num_less, NUM_NEAREST)
+        nearest = sorted(found, key=lambda index: (abs(levels[index] - level), index))[:NUM_NEAREST]
+        choice = nearest[int(torch.randint(len(nearest), (), generator=generator))]
         move[member] = choice
-        free[choice] = False
+        as_active.take(choice)
+        less_active.take(choice)
     return move
+
+
+class _Line:
+    """Indices in a fixed order, of which some are taken; those that are left are found without a walk over the others."""
+
+    def __init__(self, order: list[int]):
+        self._order = order
+        self._place = {index: place for place, index in enumerate(order)}
+        # Where to look on from a place; a place that is left leads to itself.
+        self._next = list(range(len(order) + 1))
+
+    def first(self, place: int, count: int) -> list[int]:
+        """The first `count` that are left at or after a place, or as many as there are."""
+        found: list[int] = []
+        while len(found) < count and (place := self._left_from(place)) < len(self._order):
+            found.append(self._order[place])
+            place += 1
+        return found
+
+    def take(self, index: int) -> None:
+        place = self._place[index]
+        self._next[place] = place + 1
+
+    def _left_from(self, place: int) -> int:
+        while self._next[place] != place:
+            # Shortened on the way, so that the next look is quicker.
+            self._next[place] = self._next[self._next[place]]
+            place = self._next[place]
+        return place
 
 
 def channels_read(layer: Layer) -> Tensor:

@@ -5,7 +5,7 @@ takes single layers out of the model, in float32 so that rounding can't hide a w
 really enters them, with and without a neuron, through transformers' own eager attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ def verify_impacts(
 
     Raises:
         ImpactMismatchError: with the table, when a score is off by more than `TOLERANCE`.
-        UserError: a model whose attention can't be followed at all.
+        UserError: a model whose attention can't be followed at all, or that computes NaN.
     """
     # Short sentences would hide a wrong rotation or window: the longest tell most.
     longest = model_inputs(model, batch)["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
@@ -106,6 +106,8 @@ def _compare(
             neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
             neurons.append(int(scores[name][0].argmax()))
             before = excerpt.output(name)
+            if not before.isfinite().all():
+                raise UserError(f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}")
             for neuron in neurons:
                 with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
                     change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
@@ -115,6 +117,7 @@ def _compare(
                             layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max())
                         )
                     )
+        del excerpt, layer, scores  # the next layer is copied before the loop lets go of this one
     return comparisons
 
 
@@ -189,7 +192,8 @@ class _Excerpt:
         return [(self.layer.attention, self.attention), (self.layer.feed_forward, self.feed_forward)]
 
 
-def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> list[_Excerpt]:
+def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> Iterator[_Excerpt]:
+    """One layer after another: a float32 copy of each at once could take as much as the model."""
     decoder = find_decoder(model)
     calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
 
@@ -209,20 +213,12 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> list[_Excer
                 stack.callback(hook.remove)
         meter.measure(batch)
     real, counted = real_and_counted(model, batch)
-    excerpts = []
     for index in indices:
         layer = float32_copy(decoder.layers[index])
         device = layer.projections["down"].linear.weight.device
-        excerpts.append(
-            _Excerpt(
-                layer,
-                calls[(index, "attention")],
-                calls[(index, "feed_forward")],
-                real.to(device),
-                counted.to(device),
-            )
-        )
-    return excerpts
+        attention, feed_forward = (calls.pop((index, name)) for name in ("attention", "feed_forward"))
+        yield _Excerpt(layer, attention, feed_forward, real.to(device), counted.to(device))
+        del layer, attention, feed_forward
 
 
 def _in_float32(value):

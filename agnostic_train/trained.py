@@ -1,6 +1,6 @@
 """A trained model, whichever way it was trained: its base, and what was learnt."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,10 +85,11 @@ class Trained:
         modules = dict(self.model.named_modules())
         return {name: (modules[name].out_features, modules[name].in_features) for name in self.chosen or {}}
 
-    def weights(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """The model's own named parameters, or state, as the plain model that it stands for has them.
+    def weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The model's own named parameters, or state, as the plain model that it stands for has them, one by one.
 
-        What an adapter changes is the sum in the adapter's precision; all else is the same tensor.
+        What an adapter changes is the sum in the adapter's precision, which is the caller's to drop before the next;
+        all else is the same tensor.
         """
         plain = {name.replace(".base_layer.", "."): value for name, value in named if ".neuron_" not in name}
         return add_deltas(plain, self.adapter)

@@ -37,7 +37,9 @@ def detect(context: Context) -> dict:
             f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
             f"exclusive ({section.exclusive})"
         )
-    context.say(f"detect: {len(found.shared)} shared by all")
+    least = section.min_languages
+    by_whom = "all" if least in (None, len(found.languages)) else f"at least {least} language{'s' * (least > 1)}"
+    context.say(f"detect: {len(found.shared)} shared by {by_whom}")
     for name, share in (found.exact_share or {}).items():
         context.say(f"detect: {share:.0%} of {name}'s impacts needed the exact form")
     context.tracker.log_summary(

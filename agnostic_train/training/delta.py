@@ -1,6 +1,6 @@
 """What training changed: rows and columns to add to a base model's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,18 +124,19 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     return deltas, config.base_model_name_or_path
 
 
-def add_deltas(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
-    """The weights with the deltas added, by name; what has no delta is the same tensor.
+def add_deltas(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Tensor]]:
+    """The weights by name, with the deltas added; what has no delta is the same tensor.
+
+    A sum is made when it is asked for, and kept by nobody here: those of a large model take more than the model.
 
     Raises:
-        UserError: deltas of another model.
+        UserError: deltas of another model, before anything is yielded.
     """
-    changed = dict(weights)
-    for module, delta in deltas.items():
-        name = f"{module}.weight"
+    by_name = {f"{module}.weight": delta for module, delta in deltas.items()}
+    for name, delta in by_name.items():
         if name not in weights or not delta.fits(weights[name]):
             raise UserError(
                 f"base: {name} is missing there or has another shape; give the base that the adapter was trained on"
             )
-        changed[name] = delta.added_to(weights[name])
-    return changed
+    for name, weight in weights.items():
+        yield name, by_name[name].added_to(weight) if name in by_name else weight

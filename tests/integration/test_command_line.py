@@ -515,3 +515,10 @@ def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
     (finished / "other/figures/score.pdf").write_text("mine")
     assert_mistake(finished, "run", [f"--output_dir={finished / 'other'}"], "figures: would be replaced", capsys)
     assert (finished / "other/figures/score.pdf").read_text() == "mine"
+
+
+def test_it_says_how_many_languages_share_a_neuron(root, capsys):
+    assert run(root, "detect", "--detection.min_languages=1") == 0
+    assert "shared by at least 1 language" in capsys.readouterr().out
+    assert run(root, "detect", "--detection.min_languages=2") == 0  # there are no more
+    assert "shared by all" in capsys.readouterr().out

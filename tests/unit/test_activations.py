@@ -1,11 +1,13 @@
 """Mean absolute activations, against a loop over sentences; and the random sets that are drawn by them."""
 
+import time
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from agnostic_train import agnostic_score
+from agnostic_train import agnostic_score, random_moves
 from agnostic_train.activity import MEASURED, activation_ratio
 from agnostic_train.agnostic_score import language_agnostic_score
 from agnostic_train.decoder import find_decoder
@@ -244,3 +246,45 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
     again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
     num_passes = 2 * 4 + 4 * (2 + 2)
     assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
+
+
+def nearest_free_by_definition(activation, members, generator):
+    """Looks at every free neuron for every member."""
+    activation = activation.double()
+    free = torch.ones(len(activation), dtype=torch.bool)
+    if 2 * len(members) <= len(activation):
+        free[members] = False
+    move = torch.arange(len(activation))
+    for member in members[torch.randperm(len(members), generator=generator)].tolist():
+        candidates = free.nonzero().flatten()
+        nearest = (activation[candidates] - activation[member]).abs().argsort(stable=True)[: random_moves.NUM_NEAREST]
+        choice = candidates[nearest[torch.randint(len(nearest), (), generator=generator)]]
+        move[member] = choice
+        free[choice] = False
+    return move
+
+
+@pytest.mark.parametrize("num_nearest", [1, 2, 5])
+@pytest.mark.parametrize("num_levels", [1, 4, 10**6])
+def test_the_nearest_are_those_of_a_look_at_all(monkeypatch, num_nearest, num_levels):
+    """The same draws from the same seed; with few levels there are many ties, which go to the lower index."""
+    monkeypatch.setattr("agnostic_train.random_moves.NUM_NEAREST", num_nearest)
+    for seed, (size, count) in enumerate([(1, 1), (2, 1), (42, 6), (123, 61), (123, 62), (123, 123), (50, 0)]):
+        generator = torch.Generator().manual_seed(seed)
+        activation = torch.randint(num_levels, (size,), generator=generator) / num_levels
+        # A set holds the most active above all.
+        members = activation.argsort(descending=True)[: size // 2 + count // 2][-count:] if count else torch.arange(0)
+        members = members.sort().values
+        found, expected = (
+            draw(activation, members, torch.Generator().manual_seed(seed))
+            for draw in (random_moves._nearest_free, nearest_free_by_definition)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_drawing_takes_a_moment_at_the_size_of_a_large_model():
+    generator = torch.Generator().manual_seed(0)
+    activation, members = torch.rand(14336, generator=generator), torch.arange(0, 14336, 20)
+    start = time.process_time()
+    random_moves._nearest_free(activation, members, generator)
+    assert time.process_time() - start < 0.2  # a sort for every member takes most of a second

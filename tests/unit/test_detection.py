@@ -5,6 +5,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from agnostic_train import detection
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
@@ -128,3 +129,23 @@ def test_a_model_that_computes_nan_is_refused():
         model.model.layers[1].mlp.up_proj.weight[3] = torch.nan
     with pytest.raises(UserError, match="layer 1 .* aren't finite"):
         detect_neurons(model, corpora(), verify=False, progress=False)
+
+
+def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
+    """Whether heads have an entry that is nearly all depends on the text."""
+    languages = iter([[0], [1], []])
+    found = []
+
+    class Meter(detection.ImpactMeter):
+        def __enter__(self):
+            self.layers = next(languages)
+            return super().__enter__()
+
+        @property
+        def unpruned(self):
+            return [self.decoder.layers[index] for index in self.layers]
+
+    monkeypatch.setattr(detection, "ImpactMeter", Meter)
+    monkeypatch.setattr(detection.logger, "warning", found.append)
+    detect_neurons(llama, {name: [padded_batch([5, 8])] for name in "abc"}, verify=False, progress=False)
+    assert len(found) == 1 and "2 of 2 layers" in found[0]

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from agnostic_train.neurons import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.trained import Trained
 from agnostic_train.training.compact import NeuronConfig
+from agnostic_train.training.delta import Delta
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52]})
 
@@ -111,6 +113,7 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
 TO = ("merged", "lora", "delta")
 STRANGER = """
 import sys
+import weakref
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -305,3 +308,25 @@ def test_more_that_cannot_be_exported_is_named(tmp_path):
         with pytest.raises(UserError, match=message):
             export_checkpoint(model, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_a_single_sum_in_float32_is_there_at_a_time(tmp_path, monkeypatch, dtype):
+    """All of them take twice as much as a model in half precision."""
+    model = adapted(tiny_llama().bfloat16(), NeuronSet({(i, p): [0, 3] for i in (0, 1) for p in ("q", "up", "down")}))
+    sums, most = [], []
+    original = Delta.added_to
+
+    def watched(self, weight):
+        most.append(sum(it() is not None for it in sums))
+        result = original(self, weight)
+        sums.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(Delta, "added_to", watched)
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    del most[:], sums[:]
+    export_checkpoint(model, tmp_path / "out", dtype=dtype)
+    assert len(most) == 2 * 6 and max(most) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())

@@ -1,10 +1,15 @@
 """The self-check passes a right model, and refuses one whose scores are wrong."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
+from agnostic_train import self_check
 from agnostic_train.decoder import PROJECTIONS
+from agnostic_train.files import UserError
 from agnostic_train.impact import attention, query_key
 from agnostic_train.self_check import ImpactMismatchError, comparison_table, verify_impacts
 
@@ -40,3 +45,28 @@ def test_an_attention_that_does_more_than_we_know_is_refused(llama):
     projection.register_forward_hook(lambda module, args, output: torch.nn.functional.layer_norm(output, [60]))
     with pytest.raises(ImpactMismatchError, match="layer 1 q"):
         verify_impacts(llama, padded_batch([7, 12]))
+
+
+@pytest.mark.parametrize("poisoned", ["self_attn.k_proj", "mlp.down_proj"])
+def test_a_model_that_computes_nan_is_told_so(llama, poisoned):
+    with torch.no_grad():
+        llama.model.layers[1].get_submodule(poisoned).weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="the model computes NaN or Inf, in layer 1 at") as caught:
+        verify_impacts(llama, padded_batch([7, 12]))
+    assert not isinstance(caught.value, ImpactMismatchError)
+
+
+def test_one_layer_is_copied_at_a_time(monkeypatch):
+    copies, most = [], []
+    original = self_check.float32_copy
+
+    def watched(layer):
+        gc.collect()
+        most.append(sum(it() is not None for it in copies))
+        copied = original(layer)
+        copies.append(weakref.ref(copied.attention))
+        return copied
+
+    monkeypatch.setattr(self_check, "float32_copy", watched)
+    verify_impacts(tiny_llama(num_hidden_layers=5), padded_batch([7, 12]))
+    assert most == [0, 0, 0]
