@@ -11,8 +11,9 @@ The kernel accumulates what rounding can do, which makes the intervals certain:
 - Half precision rounds each term and each value by at most 2^-11 of itself. A row's sum is therefore off by at most 2^-10
   of `E_i = sum_j A_ij |w_j - 1|` times the longest value (scaled to 1), plus 2^-25 for each term too small for half
   precision, plus `n 2^-23` of the sum of n terms.
-- Float32 rounds logits and their changes, here and in the exact form, by a part of their size. That is a relative error of
-  the weights `A_ij w_j`, which sum to at most `1 + E_i`.
+- Float32 rounds logits and their changes, here and in the exact form, by a part of their size: the exact form subtracts twice
+  from a logit, and multiplies it twice where it grows. That is a relative error of the weights `A_ij w_j`, which sum to at
+  most `1 + E_i`. Sums of many terms are off by less than their worst case, about the square root of their number.
 - Where a change is so large that a weight which float32 rounded to zero could matter, the upper end is infinite.
 
 The accuracy rests on small terms, so x, v and the logits are first centred on what the rows attend to on average.
@@ -35,6 +36,7 @@ if triton is not None:
 _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
+_SMALLEST_VALUE = 1e-12
 
 
 def squared_intervals(
@@ -52,6 +54,7 @@ def squared_intervals(
     Args:
         attention: A, the softmax of the logits.
         largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits.
+        growths: at least 1.
     Others as for `squared_changes`.
 
     Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ones may be infinite.
@@ -68,6 +71,9 @@ def squared_intervals(
     longest = torch.linalg.vector_norm(value, dim=-1).amax(1).clamp(min=torch.finfo(value.dtype).tiny)
     value = (value / longest[:, None, None]).half()
     growth: list[Tensor] = []
+    # How often a logit is rounded on its way, here and in the exact form, each time by half an epsilon of its size.
+    num_roundings = 5 if growths else 2
+    rounding = _EPS / 2 * (32 + 4 * length**0.5 + length / 8 + num_roundings * largest_logit)
     if growths:
         visible_logits = logits.masked_fill(logits == -torch.inf, 0)
         mean_logit = (attention * visible_logits).sum(-1)
@@ -80,10 +86,10 @@ def squared_intervals(
             *(it.contiguous() for it in (attention, value, weight, *factors)),
             centre(factors[1]),
             centre(factors[3]),
-            *(growth or (attention,) * 5),
+            *(it.contiguous() for it in (growth or (attention,) * 5)),
             longest,
             largest_logit,
-            _EPS / 2 * (32 + 4 * length**0.5 + largest_logit),
+            rounding,
             spans,
             num_heads // len(spans),
             per_head,
@@ -91,8 +97,10 @@ def squared_intervals(
             attention.shape[-1],
             **launch_options(head_dim, bool(growths)),
         )
-    low, high = ends.sum(-1)
-    return torch.where(low.isnan(), 0, low), torch.where(high.isnan(), torch.inf, high)
+    low, high = ends.sum(-1).view(2, num_heads, per_head)
+    # The squares of what tiny values move may underflow.
+    unknown = high.isnan() | (longest < _SMALLEST_VALUE).unsqueeze(1)
+    return torch.where(low.isnan() | unknown, 0, low).flatten(), torch.where(unknown, torch.inf, high).flatten()
 
 
 def _padded(matrices: Tensor) -> Tensor:
@@ -207,7 +215,7 @@ if triton is not None:
                 growth = largest_logit * (left_r * tl.max(largest_s) - 1) + tl.abs(row_shift)
                 centred += growth
                 reach += growth
-            error = (own_rounding + 3 * EPS * reach) * (1 + spread)
+            error = (own_rounding + 4 * EPS * reach) * (1 + spread)
             narrow = error + (spread + tl.abs(total) * (1 / SCALE)) * by_half + least
             inverse = 1 / (1 + total * (1 / SCALE))
             error *= inverse

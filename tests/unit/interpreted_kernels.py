@@ -1,6 +1,7 @@
 """The kernel on a CPU. `test_kernels.py` runs this file, with Triton's interpreter switched on before Triton is loaded."""
 
 from dataclasses import replace
+from math import floor, log2
 
 import pytest
 import torch
@@ -160,6 +161,51 @@ def test_a_common_part_leaves_intervals_narrow(common):
     low, high = intervals_of(case)
     assert (low <= truth).all() and (truth <= high).all()
     assert ((high.sqrt() - low.sqrt()) / truth.sqrt()).mean() < 0.05
+
+
+def two_keys(logits, factors, growths=()):
+    """One head whose last row alone counts, and sees two keys with opposite values; factors by row or key."""
+    visible = torch.ones(1, 1, 2, 2).tril().bool()
+    return {
+        "logits": torch.tensor([[[0.0, 0.0], logits]]).masked_fill(~visible[0], -torch.inf),
+        "centred_value": torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]),
+        "weight": torch.tensor([[0.0, 1.0]]),
+        "factors": [torch.tensor(factor) for factor in factors],
+        "spans": kernels.key_spans(visible),
+    } | ({"growths": [torch.tensor(growth) for growth in growths]} if growths else {})
+
+
+@pytest.mark.parametrize("logit", [30.0, 257.0, 2000.0])
+@pytest.mark.parametrize("part", [0.99, 1.01])
+def test_intervals_know_that_the_exact_form_rounds_large_logits_twice(logit, part):
+    """Two changes, each a little below or above half a unit in the last place of the logits."""
+    change = part * 2.0 ** (floor(log2(logit)) - 24)
+    row, keys = [[0.0, change]], [[-1.0, 1.0]]
+    assert_intervals_hold(two_keys([logit, logit], [row, keys, row, keys]))
+
+
+@pytest.mark.parametrize("largest", [30.0, 257.0, 515.0])
+def test_intervals_know_how_growing_logits_are_rounded(largest):
+    """What is taken from the logits makes up for their growth, so that roundings alone move them: of many, the worst."""
+    generator = torch.Generator().manual_seed(0)
+    row = 1 + 0.01 * torch.rand(100_000, 1, generator=generator)
+    column = 1 + 1e-3 * torch.rand(100_000, 2, generator=generator)
+    logits = largest + torch.rand(100_000, 2, generator=generator)
+    off = (logits * row * column).double() - logits.double() * row.double() * column.double()
+    worst = (off[:, 0] - off[:, 1]).abs().argmax()
+    row, column, logits = row[worst], column[worst], logits[worst]
+    grown = logits.double() * (row.double() * column.double() - 1)
+    rest = (grown - grown.float().double()).float()
+    ones = [[0.0, 1.0]]
+    factors = [ones, [grown.float().tolist()], ones, [rest.tolist()]]
+    assert_intervals_hold(two_keys(logits.tolist(), factors, ([[1.0, float(row)]], [column.tolist()])))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-13])
+def test_intervals_of_values_whose_squares_underflow_have_no_upper_end(size):
+    case = two_keys([1.0, 1.0], [[[0.0, 0.01]], [[-1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
+    low, high = intervals_of(case | {"centred_value": size * case["centred_value"]})
+    assert low == 0 and high == torch.inf
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
