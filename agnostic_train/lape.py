@@ -39,7 +39,8 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
     decoder = find_decoder(model)
     counts: dict[int, Tensor] = {}
     counted = torch.empty(0)
-    num_tokens = num_sentences = 0
+    device = find_device(model)
+    num_tokens, num_sentences = torch.zeros((), dtype=torch.int64, device=device), 0
 
     def count(layer: Layer) -> Callable:
         projection = layer.projections.get("gate", layer.projections["up"])
@@ -61,11 +62,10 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
         for batch in own_share(batches):
             counted = real_and_counted(model, batch)[1]
             decoder.backbone(**model_inputs(model, batch))
-            num_tokens += int(counted.sum())
+            num_tokens += counted.sum()  # on the device: an int would wait for the batch to end
             num_sentences += len(counted)
             bar.update(len(counted))
-    device = find_device(model)
-    totals = sum_over_processes(torch.tensor([num_tokens, num_sentences], device=device))
+    totals = sum_over_processes(torch.stack([num_tokens, torch.tensor(num_sentences, device=device)]))
     units = [layer.projections["down"].num_neurons for layer in decoder.layers]
     fired = torch.stack(
         [counts.get(index, torch.zeros(size, dtype=torch.int64)).to(device) for index, size in enumerate(units)]

@@ -35,8 +35,9 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     if absent:
         # Transformers fills them with random numbers, and goes on.
         raise UserError(f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # Apple's has no float64, which detection sums in.
+    return model.to("cpu" if accelerator is None or accelerator.type == "mps" else accelerator).eval()
 
 
 def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:

@@ -26,6 +26,12 @@ class GuardedTrainer(Trainer):
         UserError: naming the file of a checkpoint that can't be resumed from.
     """
 
+    def __init__(self, *args, **kwargs):
+        self._unchecked: list[
+            tuple[Tensor, Tensor | None]
+        ] = []  # losses since the last look, and their batches' tokens
+        super().__init__(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
 
@@ -38,6 +44,7 @@ class GuardedTrainer(Trainer):
                 "fsdp_state_dict_type: a Trainer saves parts alone with this one, no adapter or model to load; set it to "
                 "FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
             )
+        self._unchecked.clear()
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -53,24 +60,34 @@ class GuardedTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
-        """As `Trainer.training_step`, for a batch whose loss is finite.
+        """As `Trainer.training_step`; before an optimizer step the losses that it is made of must be finite.
 
         Raises:
-            NonFiniteLoss: it isn't.
+            NonFiniteLoss: one isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # The processes must agree: one that goes on alone waits for the others for ever.
-        if sum_over_processes((~loss.isfinite()).any().int()):
-            ids = inputs.get("input_ids")
-            batch = "" if ids is None else (
-                f", on the batch of {len(ids)} sequences whose first begins with the tokens "
-                f"{ids[0, :_NUM_TOKENS_NAMED].tolist()}"
-            )  # fmt: skip
-            raise NonFiniteLoss(
-                f"training.learning_rate: the loss is {loss.mean().item()} at step {self.state.global_step + 1}{batch}; "
-                "earlier checkpoints are kept; try a lower rate or a wider model.dtype, or look at that text"
-            )
+        self._unchecked.append((loss, inputs.get("input_ids")))
+        # A look waits for the device and for all processes: once a step, not at every batch that is accumulated.
+        if self.accelerator.sync_gradients:
+            unchecked, self._unchecked = self._unchecked, []
+            self._check_losses(unchecked)
         return loss
+
+    def _check_losses(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
+        are_bad = torch.stack([(~loss.isfinite()).any() for loss, _ in batches])
+        # The processes must agree: one that goes on alone waits for the others for ever.
+        if not sum_over_processes(are_bad.any().int()):
+            return
+        # Where the batches of this process are fine, its last one stands for them.
+        loss, ids = next((batch for batch, is_bad in zip(batches, are_bad, strict=True) if is_bad), batches[-1])
+        batch = "" if ids is None else (
+            f", on the batch of {len(ids)} sequences whose first begins with the tokens "
+            f"{ids[0, :_NUM_TOKENS_NAMED].tolist()}"
+        )  # fmt: skip
+        raise NonFiniteLoss(
+            f"training.learning_rate: the loss is {loss.mean().item()} at step {self.state.global_step + 1}{batch}; "
+            "earlier checkpoints are kept; try a lower rate or a wider model.dtype, or look at that text"
+        )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         try:

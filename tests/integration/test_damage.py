@@ -16,6 +16,8 @@ from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer
 from agnostic_train.files import UserError
+from agnostic_train.perplexity import NonFiniteLoss
+from agnostic_train.training import guarded
 from agnostic_train.training.trainer import UPDATES
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -204,6 +206,29 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
     first_tokens = json.loads(str(caught.value).partition("tokens ")[2].partition(";")[0])
     assert first_tokens in [row["input_ids"].tolist() for row in rows]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("call", [4, 6])
+def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
+    """Of accumulated batches the first that failed is named, and the step isn't taken."""
+    model = tiny_llama()
+    model.lm_head = Poisoned(model.lm_head, call)
+    settings = arguments(tmp_path, update=update, gradient_accumulation_steps=3)
+    looks, batches = [], []
+    original = guarded.sum_over_processes
+    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: looks.append(1) or original(values))
+
+    class Watched(NeuronTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            batches.append(inputs["input_ids"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = Watched(model, settings, train_dataset=sentences(36), neurons=CHOSEN)
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 2, on the batch of 4") as caught:
+        trainer.train()
+    assert str(batches[call - 1][0].tolist()) in str(caught.value)
+    assert len(batches) == 6 and len(looks) == 2 and trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize("update", UPDATES)

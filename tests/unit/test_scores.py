@@ -13,6 +13,7 @@ from agnostic_train.ablation import Ablation
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
 from agnostic_train.deactivation import deactivate
 from agnostic_train.files import UserError, write_json
+from agnostic_train.lape import firing_rates
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 from agnostic_train.perplexity import Perplexity, perplexity
 from agnostic_train.strategy import Strategy
@@ -352,3 +353,27 @@ def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped
 def test_languages_are_a_list_and_not_a_text():
     with pytest.raises(UserError, match=r"training.languages: expected a list of languages, such as \['sw'\]"):
         Strategy("shared", languages="sw")
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "lape"])
+def test_no_batch_is_waited_for(llama, monkeypatch, measure):
+    """What the device has computed is fetched once a call, not once a batch: a fetch waits until it is done."""
+    fetches = []
+    for name in ("cpu", "item", "tolist", "__int__", "__float__"):  # __bool__ is how transformers looks at a mask
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *rest, it=original, name=name: fetches.append(name) or it(self, *rest)
+        )
+
+    def count(num_batches):
+        del fetches[:]
+        batches = [padded_batch([5, 8, 3 + index], seed=index) for index in range(num_batches)]
+        if measure == "perplexity":
+            perplexity(llama, batches)
+        else:
+            with torch.no_grad():
+                firing_rates(llama, batches, "a", progress=False)
+        return len(fetches)
+
+    few, many = count(1), count(6)
+    assert many == few

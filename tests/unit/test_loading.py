@@ -1,0 +1,16 @@
+"""Where a model is loaded to."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from agnostic_train.loading import load_model
+from agnostic_train.recipe import ModelSection
+
+
+@pytest.mark.parametrize("name, expected", [("mps", "cpu"), ("meta", "meta"), (None, "cpu")])
+def test_an_accelerator_without_float64_is_passed_over(tmp_path, monkeypatch, name, expected):
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: name is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(name))
+    assert load_model(ModelSection(name=str(tmp_path)), tmp_path).device.type == expected
