@@ -54,7 +54,7 @@ def squared_intervals(
     Args:
         attention: A, the softmax of the logits.
         largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits.
-        growths: at least 1.
+        growths: r and s, here at least 1.
     Others as for `squared_changes`.
 
     Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ones may be infinite.
