@@ -13,7 +13,7 @@ STAGES = {
 STAGE_HELP = {
     "run": f"every stage in order: {', '.join(STAGES)}",
     **STAGES,
-    "compare": "train every strategy and baseline on the same data and budget, and say what differs beyond noise",
+    "compare": "train every strategy and baseline on the same data and budget, and test the differences",
 }
 
 TO_LOWER = {
