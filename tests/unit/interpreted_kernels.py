@@ -135,7 +135,7 @@ def test_some_neurons_of_many():
 
 
 @pytest.mark.parametrize("mask", ["causal", "sliding window", "left padding", "right padding", "full"])
-@pytest.mark.parametrize("length", [1, 17, 70])
+@pytest.mark.parametrize("length", [17, 70])
 def test_intervals(length, mask):
     """Logits and changes as trained models have them, as early ones have them, and in the noise; and growth."""
     for logits, change, growth in ((3.0, 1.0, 0.0), (0.5, 0.1, 0.0), (1.0, 1e-3, 0.0), (0.8, 0.3, 0.3)):
@@ -245,7 +245,7 @@ def test_equals_the_torch_form(common, grows, monkeypatch):
 def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""
     model = small_llama() if family == "Llama" else family_model(family)
-    batch = padded_batch([1, 31], side)
+    batch = padded_batch([1, 17], side)
     expected = neuron_impacts(model, batch, ["q", "k"], attention)
     monkeypatch.setattr(kernels, "available", lambda value: True)
     unpruned = neuron_impacts(model, batch, ["q", "k"], attention)

@@ -126,9 +126,7 @@ def test_names_are_found_when_they_are_asked_for():
         assert python(code).startswith("<function perplexity ")
 
 
-@pytest.mark.parametrize(
-    "first", ["import agnostic_train", "import peft, agnostic_train", "import agnostic_train.strategy"]
-)
+@pytest.mark.parametrize("first", ["import agnostic_train", "import peft, agnostic_train"])
 def test_peft_knows_the_adapter(first):
     code = f"{first}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; print(types['NEURON'].__name__)"
     assert python(code) == "NeuronConfig\n"
