@@ -87,7 +87,8 @@ class Encoder:
                 )
             rows.append({"input_ids": ids, "special_tokens_mask": special, "num_bytes": num_bytes})
         if num_cut:
-            logger.warning(f"{purpose}: {num_cut} of {len(rows)} sentences cut at {self.max_length} tokens")
+            # Several stages read the same text: once is enough.
+            logger.warning_once(f"{purpose}: {num_cut} of {len(rows)} sentences cut at {self.max_length} tokens")
         return rows
 
     def batches(

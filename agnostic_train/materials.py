@@ -50,7 +50,7 @@ class Materials:
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
-                f"{len(text.validation)} to select by, {len(text.test)} to test on"
+                f"{len(text.validation)} for validation, {len(text.test)} to test on"
             )
         return corpus
 

@@ -32,6 +32,8 @@ from agnostic_train.impact.kernels import BLOCK_ROWS, launch_grid, triton
 if triton is not None:
     import triton.language as tl
 
+    from agnostic_train.impact.kernels import program_part
+
 # Half precision loses digits below 6e-5, so terms are scaled up. Beyond 255 they overflow: the upper end becomes infinite.
 _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
@@ -125,15 +127,12 @@ if triton is not None:
         GROUP: tl.constexpr, GROWS: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
         LOG2_E: tl.constexpr,
     ):  # fmt: skip
-        groups = tl.cdiv(neurons_per_head, GROUP)
-        # In 64 bits, as are all offsets derived from it.
-        head = (tl.program_id(0) // groups).to(tl.int64)
-        block = tl.program_id(1)
+        head, rows, row_weight, first, last, start, stop = program_part(
+            weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
+        )
         attention += head * padded * padded
         logits += head * padded * padded
         value += head * length * HEAD_DIM
-        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
         row_mask = row_weight != 0
         row_offsets = rows.to(tl.int64) * padded
         columns = tl.arange(0, BLOCK_DIM)
@@ -143,10 +142,6 @@ if triton is not None:
         row_mean = row_weight
         if GROWS:
             row_mean = tl.load(mean_logit + head * length + rows, mask=row_mask, other=0.0)
-        span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
-        # Start at a multiple of the block, so that loads are aligned.
-        first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
-        last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
         scale = row_weight * largest_value * largest_value
         # The unchanged output, by the same kind of product, so that both have the same register layout.
         outputs = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
@@ -159,8 +154,7 @@ if triton is not None:
         outputs *= 1 / SCALE
         by_half = HALF + (last - first) * EPS
         least = (last - first + HEAD_DIM) * (EPS / 4 / SCALE)
-        start = tl.program_id(0) % groups * GROUP
-        for place in range(start, tl.minimum(start + GROUP, neurons_per_head)):
+        for place in range(start, stop):
             neuron = head * neurons_per_head + place
             offset = neuron * length
             middle_b = tl.load(centre_b + neuron)
@@ -227,6 +221,6 @@ if triton is not None:
             low = tl.where(certain, low * low * scale, 0)
             high = tl.where(certain, high * high, float("inf"))
             high = tl.where(row_mask, high * scale, 0)
-            end = neuron * tl.num_programs(1) + block
+            end = neuron * tl.num_programs(1) + tl.program_id(1)
             tl.store(lows + end, tl.sum(low))
             tl.store(highs + end, tl.sum(high))

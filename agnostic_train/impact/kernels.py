@@ -135,6 +135,25 @@ def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float 
 if triton is not None:
 
     @triton.jit
+    def program_part(
+        weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """What a program of `launch_grid` works on: its head, rows and their weights, its keys, and its neurons."""
+        groups = tl.cdiv(neurons_per_head, GROUP)
+        # In 64 bits, as are all offsets derived from it.
+        head = (tl.program_id(0) // groups).to(tl.int64)
+        block = tl.program_id(1)
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
+        span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
+        # Start at a multiple of the block, so that loads are aligned.
+        first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
+        last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
+        start = tl.program_id(0) % groups * GROUP
+        return head, rows, row_weight, first, last, start, tl.minimum(start + GROUP, neurons_per_head)
+
+    @triton.jit
     def _with_keys(logits, highest, total):
         """Adds a block of keys to its rows' highest logits and their sums of exponentials."""
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -170,23 +189,15 @@ if triton is not None:
         HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
         GROUP: tl.constexpr, GROWS: tl.constexpr,
     ):  # fmt: skip
-        groups = tl.cdiv(neurons_per_head, GROUP)
-        # In 64 bits, as are all offsets derived from it.
-        head = (tl.program_id(0) // groups).to(tl.int64)
-        block = tl.program_id(1)
+        head, rows, row_weight, first, last, start, stop = program_part(
+            weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
+        )
         logits += head * length * length
         value += head * length * HEAD_DIM
-        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
         row_mask = row_weight != 0
         row_offsets = rows.to(tl.int64) * length
         columns = tl.arange(0, BLOCK_DIM)
-        span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
-        # Start at a multiple of the block, so that loads are aligned.
-        first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
-        last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
-        start = tl.program_id(0) % groups * GROUP
-        for place in range(start, tl.minimum(start + GROUP, neurons_per_head)):
+        for place in range(start, stop):
             neuron = head * neurons_per_head + place
             if tl.load(chosen + neuron):
                 offset = neuron * length
@@ -217,4 +228,4 @@ if triton is not None:
                     values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
                     moved = tl.dot(change, values, moved, input_precision="tf32x3")
                 squares = tl.sum(moved * moved, 1) * row_weight
-                tl.store(parts + neuron * tl.num_programs(1) + block, tl.sum(squares))
+                tl.store(parts + neuron * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))

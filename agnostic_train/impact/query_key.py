@@ -30,10 +30,11 @@ _CPU_CHUNK_BYTES = 6 << 20
 class Angles:
     """How the positions of a batch are rotated.
 
-    cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other: what the rotation makes
+    rotation: of the layers. cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other: what the rotation makes
     of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
     """
 
+    rotation: Rotation
     cos: Tensor
     sin: Tensor
     own: Tensor
@@ -41,27 +42,28 @@ class Angles:
 
     def sentences(self, part: slice) -> "Angles":
         """The same for some sentences of the batch."""
-        return Angles(self.cos[part], self.sin[part], self.own[part], self.other[part])
+        return Angles(self.rotation, self.cos[part], self.sin[part], self.own[part], self.other[part])
 
 
 class SharedAngles:
-    """The angles of a pass, computed once for all layers that are given the same tensors."""
+    """The angles of a pass, computed once for all layers of a kind that are given the same tensors."""
 
     def __init__(self) -> None:
         # The tensor is kept with its angles: as long as it lives, no other has its id.
-        self._by_id: dict[int, tuple[Tensor, Angles]] = {}
+        self._by_tensor: dict[tuple[int, type], tuple[Tensor, Angles]] = {}
 
     def clear(self) -> None:
         """Forgets the last pass."""
-        self._by_id.clear()
+        self._by_tensor.clear()
 
-    def get(self, rotation: Rotation, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
+    def get(self, layer: Layer, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
         """Angles in a dtype, for every sentence of the batch."""
-        key = id(cos_sin[0])
-        if key not in self._by_id:
+        key = id(cos_sin[0]), type(layer.attention)
+        if key not in self._by_tensor:
             cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
-            self._by_id[key] = cos_sin[0], Angles(cos, sin, *rotation.coefficients(cos, sin))
-        return self._by_id[key][1]
+            rotation = layer.rotation(cos, sin)
+            self._by_tensor[key] = cos_sin[0], Angles(rotation, cos, sin, *rotation.coefficients(cos, sin))
+        return self._by_tensor[key][1]
 
 
 class QueryKeyImpacts:
@@ -94,7 +96,6 @@ class QueryKeyImpacts:
         self._half_bytes = int(memory_gb * 2**29)
         self._top_ratio = top_ratio
         self._angles = angles
-        self._rotation: Rotation
         self._eps: dict[str, float | None] = {}
 
     def measure(
@@ -113,9 +114,7 @@ class QueryKeyImpacts:
 
         Returns: by name (batch, neurons), float32; and (batch, query heads, length, head_dim).
         """
-        if not hasattr(self, "_rotation"):
-            self._rotation = self.layer.rotation(*cos_sin)
-        angles = self._angles.get(self._rotation, cos_sin, len(counted), inputs.query.dtype)
+        angles = self._angles.get(self.layer, cos_sin, len(counted), inputs.query.dtype)
         impacts: dict[str, list[Tensor]] = {name: [] for name in self.names}
         outputs = []
         at_once = self._sentences_at_once(inputs)
@@ -182,13 +181,13 @@ class QueryKeyImpacts:
                 eps = self._eps[name]
                 growth = None if eps is None else growth_without(states, eps)
                 states = norm(states)
-                rotated = self._rotation.apply(states, angles.cos, angles.sin)
+                rotated = angles.rotation.apply(states, angles.cos, angles.sin)
                 inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
                 if growth is None or growth.max() > LARGEST_GROWTH:
                     continue
             parts[name] = states, growth
         return inputs, {
-            name: rotated_change(inputs, name, states, self._rotation, (angles.own, angles.other), growth)
+            name: rotated_change(inputs, name, states, angles.rotation, (angles.own, angles.other), growth)
             for name, (states, growth) in parts.items()
         }
 
@@ -200,7 +199,7 @@ class QueryKeyImpacts:
             squares = change.of_logits(changes[name], before_cap=self._exact)
         else:
             norm = self.layer.norms[name]
-            arguments = name, projected, norm, self._rotation, angles.cos, angles.sin
+            arguments = name, projected, norm, angles.rotation, angles.cos, angles.sin
             if self.layer.norm_spans_heads(name):
                 return change.replayed_over_heads(*arguments).sqrt().float()
             squares = change.replayed(*arguments)

@@ -58,9 +58,9 @@ def export(context: Context) -> dict:
         what = "all weights were trained" if record["strategy"] == "full" else "a LoRA touches whole matrices"
         context.say(f"export: enhanced/ written; {what}, so none was checked")
     else:
-        rounding = f", {check.chosen_surviving:.1%} of these outlived rounding" if check.chosen_moved else ""
+        rounding = f", {check.chosen_surviving:.1%} of these survived rounding" if check.chosen_moved else ""
         context.say(
-            f"export: enhanced/ written; {check.num_compared:,} weights are the base's bit for bit, "
+            f"export: enhanced/ written; {check.num_compared:,} weights are bit-identical to the base's, "
             f"{check.chosen_moved:.1%} of {check.num_chosen:,} chosen ones moved{rounding}"
         )
     to = context.recipe.export.to

@@ -30,13 +30,18 @@ def score(context: Context) -> dict:
     if found.interval:
         value += " (95% interval {:.3f} to {:.3f})".format(*found.interval)
     context.say(f"score: language-agnostic score {value}")
-    for kind, controls in (("random sets", found.controls), ("of like activation", found.matched_controls)):
+    for kind, controls in (
+        ("random sets of equal size", found.controls),
+        ("random sets of similar activation", found.matched_controls),
+    ):
         values = ", ".join(
-            "undefined" if it.value is None else f"{it.value:.3f}" + (" clipped" if it.clipped else "")
+            "undefined" if it.value is None else f"{it.value:.3f}" + (" (clipped)" if it.clipped else "")
             for it in controls.values()
         )
         if values:
-            context.say(f"score: {kind}: {values}")
+            context.say(f"score: for comparison, {kind}: {values}")
+    if any(it.clipped for it in (*found.controls.values(), *found.matched_controls.values())):
+        context.say("score: (clipped) is where a set switched off changed perplexity by less than 1e-6")
     for problem, languages in (
         ("undefined, the shared or exclusive set is empty", found.undefined),
         ("clipped, a set off changed perplexity by less than 1e-6", found.clipped),

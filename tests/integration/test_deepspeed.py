@@ -137,4 +137,4 @@ def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestcon
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert "0.1 M parameters" in trained.stdout
     assert run(root, "export") == 0
-    assert "weights are the base's bit for bit, 100.0% of" in capfd.readouterr().out
+    assert "weights are bit-identical to the base's, 100.0% of" in capfd.readouterr().out

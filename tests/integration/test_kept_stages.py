@@ -51,7 +51,7 @@ def inputs(root, flags=None, **lines):
         with (root / f"text/{name.replace('_', '.')}.txt").open("a") as file:
             file.write(f"\n{line}")
     pipeline = Pipeline(load_recipe(root / "recipe.yaml", flags), say=lambda line: None)
-    return {stage: pipeline._inputs(stage) for stage in ALL}
+    return {stage: pipeline.inputs.of(stage) for stage in ALL}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ ORDER = [
     "files", "versions", "peft_import", "recipe", "recipe_file", "sources", "encoding", "corpus", "decoder", "memory", "random_moves", "activity", "neurons", "deactivation", "processes", "inference",
     "impact", "self_check", "lape", "top_counts", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
     "trained", "frozen_weights", "export", "comparison", "tuning", "evaluation", "paired_comparison", "task_loading", "task_evaluation", "tables", "figures", "report", "model_card",
-    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "pipeline", "dry_run", "cli", "__main__",
+    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "pipeline", "dry_run", "cli", "__main__",
 ]  # fmt: skip
 ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
 ORDER_OF_STAGES = ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"]
