@@ -119,18 +119,8 @@ def load_measured(file: str | Path) -> dict[str, Perplexity]:
         raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); delete it, and run again") from None
 
 
-class _Losses(NamedTuple):
-    """A batch's tokens, where the model computed them: (sentences, length) of losses, 0 where a token isn't scored, and
-    (sentences,) of scored tokens. places: the sentences' in the corpus, if known."""
-
-    tokens: Tensor
-    num_tokens: Tensor
-    num_bytes: int | None
-    places: Tensor | None
-
-
 class _Scored(NamedTuple):
-    """A batch's sentences, on the CPU: nats float64, scored tokens int64, and their places in the corpus, if known."""
+    """A batch's sentences: nats float64, scored tokens int64, and their places in the corpus, if known."""
 
     nats: Tensor
     tokens: Tensor
@@ -138,31 +128,30 @@ class _Scored(NamedTuple):
     places: Tensor | None
 
 
-def _score_batch(model: nn.Module, batch: Batch) -> _Losses:
+def _score_batch(model: nn.Module, batch: Batch) -> _Scored:
     inputs = model_inputs(model, batch)
     logits = model(**inputs).logits
     losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
     scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
     scored = scored.to(losses.device)
     num_bytes, index = batch.get("num_bytes"), batch.get("sentence_index")
-    return _Losses(
-        losses.masked_fill(~scored, 0),
+    return _Scored(
+        losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64),
         scored.sum(1),
         None if num_bytes is None else int(torch.as_tensor(num_bytes).sum()),
         None if index is None else torch.as_tensor(index).cpu(),
     )
 
 
-def _on_cpu(batches: list[_Losses]) -> list[_Scored]:
-    """Sums each sentence's losses, in float64, which not every device has. One transfer for all: each waits for the device."""
+def _on_cpu(batches: list[_Scored]) -> list[_Scored]:
+    """Fetches what several batches gave, all at once: each transfer waits for the device."""
     if not batches:
         return []
-    shapes = [it.tokens.shape for it in batches]
-    losses = torch.cat([it.tokens.flatten() for it in batches]).cpu().split([shape.numel() for shape in shapes])
-    counts = torch.cat([it.num_tokens for it in batches]).cpu().split([shape[0] for shape in shapes])
+    sizes = [len(batch.tokens) for batch in batches]
+    nats, tokens = (torch.cat([getattr(it, name) for it in batches]).cpu().split(sizes) for name in ("nats", "tokens"))
     return [
-        _Scored(its.view(shape).sum(1, dtype=torch.float64), count, batch.num_bytes, batch.places)
-        for batch, shape, its, count in zip(batches, shapes, losses, counts, strict=True)
+        batch._replace(nats=its_nats, tokens=its_tokens)
+        for batch, its_nats, its_tokens in zip(batches, nats, tokens, strict=True)
     ]
 
 

@@ -27,9 +27,8 @@ class GuardedTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
-        self._unchecked: list[
-            tuple[Tensor, Tensor | None]
-        ] = []  # losses since the last look, and their batches' tokens
+        # Losses since the last look, and their batches' tokens.
+        self._unchecked: list[tuple[Tensor, Tensor | None]] = []
         super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
