@@ -14,7 +14,7 @@ from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agnostic_train import pipeline
+from agnostic_train import pipeline, stage_inputs
 from agnostic_train.cli import main
 from agnostic_train.files import sole_user
 from agnostic_train.frozen_weights import check_frozen_weights
@@ -454,8 +454,8 @@ def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monk
     batches = whole.materials.batches("validation")
     assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400
     monkeypatch.undo()
-    original, asked = pipeline.model_identity, []
-    monkeypatch.setattr(pipeline, "model_identity", lambda *its: asked.append(its) or original(*its))
+    original, asked = stage_inputs.model_identity, []
+    monkeypatch.setattr(stage_inputs, "model_identity", lambda *its: asked.append(its) or original(*its))
     assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
     assert len(asked) == 1
 
