@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from agnostic_train.neurons import NeuronSet
 from agnostic_train.trained import Trained
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
+from agnostic_train.versions import installed_version
 
 TARGETS = ("merged", "lora", "delta")
 CARD = "README.md"
@@ -95,7 +95,7 @@ def export_checkpoint(
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
                 "files": sorted(file.name for file in temporary.iterdir()),
-                "versions": {name: version(name) for name in ("agnostic_train", "transformers", "peft", "torch")},
+                "versions": {name: installed_version(name) for name in ("agnostic_train", "transformers", "peft", "torch")},
             },
         )
     return check
