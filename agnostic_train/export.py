@@ -95,7 +95,9 @@ def export_checkpoint(
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
                 "files": sorted(file.name for file in temporary.iterdir()),
-                "versions": {name: installed_version(name) for name in ("agnostic_train", "transformers", "peft", "torch")},
+                "versions": {
+                    name: installed_version(name) for name in ("agnostic_train", "transformers", "peft", "torch")
+                },
             },
         )
     return check

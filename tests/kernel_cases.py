@@ -5,6 +5,16 @@ import torch
 from agnostic_train.impact import kernels
 from agnostic_train.impact.intervals import squared_intervals
 
+if kernels.triton is not None:
+    import triton.language as tl
+
+    @kernels.triton.jit
+    def _tanh_of(source, target, size, BLOCK: tl.constexpr):
+        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(source + places, mask=places < size)
+        tl.store(target + places, kernels.tanh(values), mask=places < size)
+
+
 HEADS, NEURONS = 3, 2
 
 
@@ -24,7 +34,9 @@ def visible_keys(mask, length):
     return visible | torch.eye(length, dtype=torch.bool)
 
 
-def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu", growth=0.0, neurons=NEURONS):
+def random_case(
+    length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu", growth=0.0, neurons=NEURONS, softcap=None
+):
     """Keywords of `squared_changes` for every neuron, with rows that aren't counted.
 
     logits, change: how large the logits are, and each factor of what is taken from them. growth: by how much they grow.
@@ -43,23 +55,30 @@ def random_case(length, head_dim, mask="causal", logits=3.0, change=1.0, device=
     }
     if growth:
         case["growths"] = [1 + growth * torch.rand(HEADS * neurons, length) for _ in range(2)]
-    return {
+    case = {
         name: [it.to(device) for it in part] if isinstance(part, list) else part.to(device)
         for name, part in case.items()
     }
+    return case | ({"softcap": softcap} if softcap else {})
 
 
-def reference(logits, centred_value, weight, factors, spans=None, chosen=None, growths=()):
+def capped(logits, softcap):
+    """Logits as the softmax sees them; -inf stays."""
+    return logits if softcap is None else (softcap * (logits / softcap).tanh()).where(logits > -torch.inf, logits)
+
+
+def reference(logits, centred_value, weight, factors, spans=None, chosen=None, growths=(), softcap=None):
     """In float64, neuron by neuron, over all rows and keys."""
     logits, value, weight = logits.double(), centred_value.double(), weight.double()
-    attention, squares = logits.softmax(-1), []
+    attention, squares = capped(logits, softcap).softmax(-1), []
     for neuron in range(len(factors[0])):
         a, b, c, d = (factor[neuron].double() for factor in factors)
         head = neuron * len(logits) // len(factors[0])
         grown = logits[head]
         if growths:
             grown = grown * growths[0][neuron].double()[:, None] * growths[1][neuron].double()
-        change = (grown - a[:, None] * b - c[:, None] * d).softmax(-1) - attention[head]
+        changed = capped(grown - a[:, None] * b - c[:, None] * d, softcap)
+        change = changed.softmax(-1) - attention[head]
         squares.append((weight[head] * (change @ value[head]).square().sum(-1)).sum())
     return torch.stack(squares)
 
@@ -74,11 +93,10 @@ def assert_equals_the_reference(case, rtol=1e-5):
 def intervals_of(case):
     """Lower and upper ends for the same arguments."""
     logits = case["logits"]
-    arguments = {name: part for name, part in case.items() if name != "centred_value"}
     largest = logits.masked_fill(logits == -torch.inf, 0).abs().amax((1, 2))
-    return squared_intervals(
-        attention=logits.softmax(-1), value=case["centred_value"], largest_logit=largest, **arguments
-    )
+    logits = capped(logits, case.get("softcap"))
+    arguments = {name: part for name, part in case.items() if name not in ("centred_value", "logits")}
+    return squared_intervals(logits, logits.softmax(-1), case["centred_value"], largest_logit=largest, **arguments)
 
 
 def assert_intervals_hold(case):
@@ -102,3 +120,18 @@ def assert_nan_is_not_lost(where, device="cpu"):
     assert found[0].isnan() and found[NEURONS:].isfinite().all()
     low, high = intervals_of(case)
     assert low[0] == 0 and high[0] == torch.inf and (low[NEURONS:] > 0).all() and high[NEURONS:].isfinite().all()
+
+
+def tanh(z, result):
+    """The kernels' hyperbolic tangent of each number."""
+    _tanh_of[(-(-len(z) // 1024),)](z, result, len(z), BLOCK=1024)
+
+
+def assert_tanh_is_close(device="cpu"):
+    """To a few units in the last place of the result, near zero too: the intervals count on it."""
+    z = torch.cat([torch.logspace(-6, 2, 20_001), torch.linspace(0.3, 0.4, 20_001)])
+    z = torch.cat([z, -z]).to(device)
+    found = torch.empty_like(z)
+    tanh(z, found)
+    expected = z.double().tanh()
+    assert ((found - expected) / expected).abs().max() < 6 * torch.finfo(torch.float32).eps

@@ -162,11 +162,13 @@ class OutputChange:
 
     logits, attention: (batch * heads, length, length); value, centred_value, output: (batch * heads, length, head_dim);
     weight: (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length,
-    length) tensor stays within `chunk_bytes`.
+    length) tensor stays within `chunk_bytes`. softcap: bends the logits after they are changed; None where nothing does,
+    or where, not `before_cap`, changes are those of capped logits.
     """
 
-    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int):
+    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int, before_cap: bool = True):
         self.inputs = inputs
+        self.softcap = inputs.softcap if before_cap else None
         self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
         self.value = inputs.value.flatten(0, 1)
         self.logits = inputs.logits().flatten(0, 1)
@@ -192,19 +194,22 @@ class OutputChange:
         query, key = (torch.linalg.vector_norm(it, dim=-1).amax(-1) for it in (self.inputs.query, self.inputs.key))
         return (query * key * abs(self.inputs.scaling)).flatten()
 
-    def of_logits(self, change: LogitChange, before_cap: bool = True) -> Tensor:
-        """For every neuron of every query head, with the products (or, not `before_cap`, the logits) changed.
+    @cached_property
+    def changed_logits(self) -> Tensor:
+        """What a neuron's deactivation changes: the logits, before the `softcap` if there is one; -inf at unseen keys."""
+        if self.softcap is None:
+            return self.logits
+        return self.inputs.products().masked_fill_(~self.inputs.visible, -torch.inf).flatten(0, 1)
 
-        Returns: (batch, query heads, head_dim).
-        """
-        capped = self.inputs.softcap is not None and before_cap
-        start = self.inputs.products().flatten(0, 1) if capped else self.logits
+    def of_logits(self, change: LogitChange) -> Tensor:
+        """For every neuron of every query head: (batch, query heads, head_dim)."""
+        start = self.changed_logits
         a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
-        if not capped and kernels.available(self.value):
+        if kernels.available(self.value):
             factors = [part.flatten(0, 1) for part in (a, b, c, d)]
             growths = [_by_neuron(part).flatten(0, 1) for part in change.growths()]
             squares = kernels.squared_changes(
-                self.logits, self.centred_value, self.weight, factors, self.key_spans, growths=growths
+                start, self.centred_value, self.weight, factors, self.key_spans, growths=growths, softcap=self.softcap
             )
             return squares.view(self.batch, self.num_heads, self.head_dim)
         row_growth, column_growth = (
@@ -222,7 +227,7 @@ class OutputChange:
                 changed = changed * column_growth[heads, neurons, None]
             changed = torch.addcmul(changed, left_a, right_b, value=-1)
             changed.addcmul_(left_c, right_d, value=-1)
-            if capped:
+            if self.softcap is not None:
                 changed = self.inputs.finish(changed, visible[heads, None])
             result[heads, neurons] = self._squares(heads, changed)
         return result.view(self.batch, self.num_heads, self.head_dim)

@@ -48,6 +48,7 @@ def interval_impacts(
         change.key_spans,
         change.largest_logits,
         sites.growths,
+        change.softcap,
     )
     low, high = (sites.by_site(end.view(len(change.value), -1)) for end in ends)
     counts = [num_top(top_ratio, size) for size in sites.sizes]
@@ -64,13 +65,14 @@ def interval_impacts(
         unclear.append((upper * (1 + ROUNDING_MARGIN) >= threshold) & ~certain[-1])
     exact = sites.by_site(
         kernels.squared_changes(
-            change.logits,
+            change.changed_logits,
             change.centred_value,
             change.weight,
             sites.factors,
             change.key_spans,
             sites.by_head(torch.cat(unclear, 1)).flatten(),
             sites.growths,
+            change.softcap,
         ).view(len(change.value), -1)
     )
     if top_ratio == 1 and ((exact < low * (1 - ROUNDING_MARGIN)) | (exact > high * (1 + ROUNDING_MARGIN))).any():

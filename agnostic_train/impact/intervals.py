@@ -14,6 +14,8 @@ The kernel accumulates what rounding can do, which makes the intervals certain:
 - Float32 rounds logits and their changes, here and in the exact form, by a part of their size: the exact form subtracts twice
   from a logit, and multiplies it twice where it grows. That is a relative error of the weights `A_ij w_j`, which sum to at
   most `1 + E_i`. Sums of many terms are off by less than their worst case, about the square root of their number.
+- A soft cap bends x: `tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t)` with `t = tanh(y)` and `T = tanh(u)`. That is off by
+  a part of y that grows with `1 / (1 - T)`, the largest T deciding.
 - Where a change is so large that a weight which float32 rounded to zero could matter, the upper end is infinite.
 
 The accuracy rests on small terms, so x, v and the logits are first centred on what the rows attend to on average.
@@ -32,7 +34,7 @@ from agnostic_train.impact.kernels import BLOCK_ROWS, launch_grid, triton
 if triton is not None:
     import triton.language as tl
 
-    from agnostic_train.impact.kernels import program_part
+    from agnostic_train.impact.kernels import program_part, tanh
 
 # Half precision loses digits below 6e-5, so terms are scaled up. Beyond 255 they overflow: the upper end becomes infinite.
 _SCALE = 256.0
@@ -50,13 +52,15 @@ def squared_intervals(
     spans: Tensor,
     largest_logit: Tensor,
     growths: Sequence[Tensor] = (),
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lower and upper ends of an interval around each neuron's `kernels.squared_changes`.
 
     Args:
+        logits: as the softmax sees them: with a `softcap`, capped.
         attention: A, the softmax of the logits.
-        largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits.
-        growths: r and s, here at least 1.
+        largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits, before a cap.
+        growths: r and s, here at least 1; none with a `softcap`.
     Others as for `squared_changes`.
 
     Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ones may be infinite.
@@ -72,14 +76,22 @@ def squared_intervals(
     value = value - attended @ value
     longest = torch.linalg.vector_norm(value, dim=-1).amax(1).clamp(min=torch.finfo(value.dtype).tiny)
     value = (value / longest[:, None, None]).half()
-    growth: list[Tensor] = []
-    # How often a logit is rounded on its way, here and in the exact form, each time by half an epsilon of its size.
-    num_roundings = 5 if growths else 2
+    assert not (growths and softcap)
+    # How often a logit is rounded on its way, here and in the exact form, each time by half an epsilon of its size. A
+    # hyperbolic tangent is off by as much as twelve roundings, and there are three of a logit, one of them torch's.
+    num_roundings = 5 if growths else 38 if softcap else 2
     rounding = _EPS / 2 * (32 + 4 * length**0.5 + length / 8 + num_roundings * largest_logit)
-    if growths:
+    change_rounding = torch.full_like(rounding, 4 * _EPS)
+    # Arguments of a kernel that doesn't read them.
+    logits_of, growth = attention, [attention] * 4
+    if growths or softcap:
         visible_logits = logits.masked_fill(logits == -torch.inf, 0)
-        mean_logit = (attention * visible_logits).sum(-1)
-        growth = [_padded(visible_logits), *growths, centre(growths[1]), mean_logit]
+        logits_of = _padded(visible_logits)
+    if growths:
+        growth = [*growths, centre(growths[1]), (attention * visible_logits).sum(-1)]
+    if softcap:
+        # See the kernel: what 1 - T t loses, at the largest T.
+        change_rounding = 40 * _EPS / (1 - visible_logits.abs().amax((1, 2)) / softcap).clamp(min=0)
     attention = _padded(attention)
     ends = logits.new_zeros(2, len(factors[0]), spans.shape[1])
     with torch.cuda.device_of(logits):
@@ -88,16 +100,18 @@ def squared_intervals(
             *(it.contiguous() for it in (attention, value, weight, *factors)),
             centre(factors[1]),
             centre(factors[3]),
-            *(it.contiguous() for it in (growth or (attention,) * 5)),
+            *(it.contiguous() for it in (logits_of, *growth)),
             longest,
             largest_logit,
             rounding,
+            change_rounding,
             spans,
             num_heads // len(spans),
             per_head,
             length,
             attention.shape[-1],
-            **launch_options(head_dim, bool(growths)),
+            softcap or 1.0,
+            **launch_options(head_dim, bool(growths), softcap is not None),
         )
     low, high = ends.sum(-1).view(2, num_heads, per_head)
     # The squares of what tiny values move may underflow.
@@ -111,10 +125,10 @@ def _padded(matrices: Tensor) -> Tensor:
     return functional.pad(matrices, (0, missing, 0, missing)) if missing else matrices
 
 
-def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size."""
+def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
+    """Compile-time options of the kernel for a head size, and for logits that grow or are capped."""
     constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e)}
-    return kernels.launch_options(head_dim, grows) | constants | {"enable_fp_fusion": True}
+    return kernels.launch_options(head_dim, grows, capped) | constants | {"enable_fp_fusion": True}
 
 
 if triton is not None:
@@ -122,10 +136,10 @@ if triton is not None:
     @triton.jit
     def _squared_intervals(
         lows, highs, attention, value, weight, a, b, c, d, centre_b, centre_d, logits, r, s, centre_s,
-        mean_logit, longest, largest_logits, rounding, spans, heads_per_sentence, neurons_per_head, length, padded,
-        HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-        GROUP: tl.constexpr, GROWS: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-        LOG2_E: tl.constexpr,
+        mean_logit, longest, largest_logits, rounding, change_rounding, spans, heads_per_sentence, neurons_per_head,
+        length, padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr, SCALE: tl.constexpr,
+        HALF: tl.constexpr, EPS: tl.constexpr, LOG2_E: tl.constexpr,
     ):  # fmt: skip
         head, rows, row_weight, first, last, start, stop = program_part(
             weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
@@ -139,6 +153,7 @@ if triton is not None:
         largest_value = tl.load(longest + head)
         largest_logit = tl.load(largest_logits + head)
         own_rounding = tl.load(rounding + head)
+        by_change = tl.load(change_rounding + head)
         row_mean = row_weight
         if GROWS:
             row_mean = tl.load(mean_logit + head * length + rows, mask=row_mask, other=0.0)
@@ -166,6 +181,8 @@ if triton is not None:
             if GROWS:
                 left_r = tl.load(r + offset + rows, mask=row_mask, other=1.0)
                 row_shift = row_mean * (left_r * tl.load(centre_s + neuron) - 1)
+            if CAPPED:
+                row_shift = softcap * tanh((left_a * middle_b + left_c * middle_d) / softcap)
             # In powers of two, so that the exponential is one instruction.
             power_a = left_a * -LOG2_E
             power_c = left_c * -LOG2_E
@@ -179,9 +196,18 @@ if triton is not None:
                 keys = key + tl.arange(0, BLOCK_KEYS)
                 key_mask = keys < length
                 seen = tl.load(attention + row_offsets[:, None] + keys[None, :]) * SCALE
-                right_b = tl.load(b + offset + keys, mask=key_mask, other=middle_b) - middle_b
-                right_d = tl.load(d + offset + keys, mask=key_mask, other=middle_d) - middle_d
-                power = power_a[:, None] * right_b[None, :] + power_c[:, None] * right_d[None, :]
+                whole_b = tl.load(b + offset + keys, mask=key_mask, other=middle_b)
+                whole_d = tl.load(d + offset + keys, mask=key_mask, other=middle_d)
+                right_b = whole_b - middle_b
+                right_d = whole_d - middle_d
+                if CAPPED:
+                    # tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t), with T = tanh(u) and t = tanh(y).
+                    before = tl.load(logits + row_offsets[:, None] + keys[None, :]) / softcap
+                    bent = tanh((left_a[:, None] * whole_b[None, :] + left_c[:, None] * whole_d[None, :]) / softcap)
+                    bent *= softcap * (1 - before * before) / (1 - before * bent)
+                    power = (row_shift[:, None] - bent) * LOG2_E
+                else:
+                    power = power_a[:, None] * right_b[None, :] + power_c[:, None] * right_d[None, :]
                 if GROWS:
                     right_s = tl.load(s + offset + keys, mask=key_mask, other=1.0)
                     before = tl.load(logits + row_offsets[:, None] + keys[None, :])
@@ -209,7 +235,10 @@ if triton is not None:
                 growth = largest_logit * (left_r * tl.max(largest_s) - 1) + tl.abs(row_shift)
                 centred += growth
                 reach += growth
-            error = (own_rounding + 4 * EPS * reach) * (1 + spread)
+            if CAPPED:
+                # A cap makes changes smaller, but not by a constant.
+                centred = reach + tl.abs(row_shift)
+            error = (own_rounding + by_change * reach) * (1 + spread)
             narrow = error + (spread + tl.abs(total) * (1 / SCALE)) * by_half + least
             inverse = 1 / (1 + total * (1 / SCALE))
             error *= inverse

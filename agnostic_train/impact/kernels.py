@@ -78,8 +78,11 @@ def squared_changes(
     spans: Tensor,
     chosen: Tensor | None = None,
     growths: Sequence[Tensor] = (),
+    softcap: float | None = None,
 ) -> Tensor:
     """`sum_i weight_i ||sum_j (softmax_j(S_ij r_i s_j - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
+
+    With a `softcap`, `softcap * tanh(. / softcap)` bends what both softmaxes are taken of.
 
     Args:
         logits: S, (heads, length, length), float32, -inf where a key isn't seen. Every row sees a key.
@@ -105,7 +108,8 @@ def squared_changes(
             num_heads // len(spans),
             per_head,
             length,
-            **launch_options(head_dim, bool(growths)),
+            softcap or 1.0,
+            **launch_options(head_dim, bool(growths), softcap is not None),
         )
     return parts.sum(1)
 
@@ -115,8 +119,8 @@ def launch_grid(num_heads: int, neurons_per_head: int, spans: Tensor) -> tuple[i
     return num_heads * triton.cdiv(neurons_per_head, GROUP), spans.shape[1]
 
 
-def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size."""
+def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
+    """Compile-time options of the kernel for a head size, and for logits that grow or are capped."""
     block_dim = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim,
@@ -125,6 +129,7 @@ def launch_options(head_dim: int, grows: bool = False) -> dict[str, int | float 
         "BLOCK_KEYS": BLOCK_KEYS,
         "GROUP": GROUP,
         "GROWS": grows,
+        "CAPPED": capped,
         "num_warps": 4 if block_dim <= 64 else 8,
         "num_stages": NUM_STAGES,
         # Fused with a subtraction, one of two equal products isn't rounded, and their difference isn't zero.
@@ -154,6 +159,17 @@ if triton is not None:
         return head, rows, row_weight, first, last, start, tl.minimum(start + GROUP, neurons_per_head)
 
     @triton.jit
+    def tanh(z):
+        """Off by less than six epsilons of the result, also near zero, where a quotient of exponentials loses digits."""
+        square = z * z
+        # Taylor's series, to z^13.
+        inner = -17 / 315 + square * (62 / 2835 + square * (-1382 / 155925 + square * (21844 / 6081075)))
+        near = z + z * square * (-1 / 3 + square * (2 / 15 + square * inner))
+        decay = tl.exp(-2 * tl.abs(z))
+        far = (1 - decay) / (1 + decay)
+        return tl.where(square < 0.125, near, tl.where(z < 0, -far, far))
+
+    @triton.jit
     def _with_keys(logits, highest, total):
         """Adds a block of keys to its rows' highest logits and their sums of exponentials."""
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -169,9 +185,10 @@ if triton is not None:
 
     @triton.jit
     def _both_logits(
-        logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, GROWS: tl.constexpr
+        logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, softcap, GROWS: tl.constexpr,
+        CAPPED: tl.constexpr,
     ):  # fmt: skip
-        """A block of logits as they are and as they are changed."""
+        """A block of logits as they are and as they are changed, both as the softmax sees them."""
         key_mask = keys < length
         mask = row_mask[:, None] & key_mask[None, :]
         before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=mask, other=float("-inf"))
@@ -181,13 +198,17 @@ if triton is not None:
         if GROWS:
             after = before * left_r[:, None] * tl.load(s + keys, mask=key_mask, other=1.0)[None, :]
         after = after - left_a[:, None] * right_b[None, :] - left_c[:, None] * right_d[None, :]
-        return before, tl.where(before == float("-inf"), before, after)
+        hidden = before == float("-inf")
+        if CAPPED:
+            before = tl.where(hidden, before, softcap * tanh(before / softcap))
+            after = softcap * tanh(after / softcap)
+        return before, tl.where(hidden, before, after)
 
     @triton.jit
     def _squared_changes(
         parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, heads_per_sentence, neurons_per_head, length,
-        HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-        GROUP: tl.constexpr, GROWS: tl.constexpr,
+        softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+        GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
     ):  # fmt: skip
         head, rows, row_weight, first, last, start, stop = program_part(
             weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
@@ -212,7 +233,7 @@ if triton is not None:
                 for key in range(first, last, BLOCK_KEYS):
                     before, after = _both_logits(
                         logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
-                        key + tl.arange(0, BLOCK_KEYS), length, GROWS,
+                        key + tl.arange(0, BLOCK_KEYS), length, softcap, GROWS, CAPPED,
                     )  # fmt: skip
                     highest, total = _with_keys(before, highest, total)
                     changed_highest, changed_total = _with_keys(after, changed_highest, changed_total)
@@ -221,7 +242,7 @@ if triton is not None:
                     keys = key + tl.arange(0, BLOCK_KEYS)
                     before, after = _both_logits(
                         logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
-                        keys, length, GROWS,
+                        keys, length, softcap, GROWS, CAPPED,
                     )  # fmt: skip
                     change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
                     value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]

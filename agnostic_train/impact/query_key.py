@@ -134,7 +134,7 @@ class QueryKeyImpacts:
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
         """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
         _, num_heads, length, head_dim = inputs.query.shape
-        entries = num_heads * length * (14 * head_dim + 3 * length)
+        entries = num_heads * length * (14 * head_dim + 4 * length)
         return max(1, self._half_bytes // (entries * inputs.query.element_size()))
 
     def _measure_part(
@@ -146,15 +146,19 @@ class QueryKeyImpacts:
             inputs, changes = self._closed_forms(inputs, projected, angles)
         else:
             changes = dict.fromkeys(self.names, paper_change(inputs))
-        change = OutputChange(inputs, counted, chunk_bytes)
-        # The bounds know changes in closed form, and no soft cap between them and the softmax.
-        covered = len(changes) == len(self.names) and (inputs.softcap is None or not self._exact)
+        change = OutputChange(inputs, counted, chunk_bytes, before_cap=self._exact)
+        on_kernels = kernels.available(change.value)
+        # Both ways of pruning need changes in closed form. Of a soft cap the bounds know nothing, and the intervals not
+        # beside a norm.
+        covered = len(changes) == len(self.names)
+        if change.softcap is not None:
+            covered &= on_kernels and not any(it.grows for it in changes.values())
         if self._top_ratio is None or not covered:
             impacts = {name: self._all_impacts(change, name, changes, projected[name], angles) for name in self.names}
             self.unprunable |= self._top_ratio is not None
             for name, values in impacts.items():
                 self.work[name].add_all(values.numel(), change.length)
-        elif kernels.available(change.value):
+        elif on_kernels:
             impacts = interval_impacts(change, changes, self.layer.num_kv_heads, self._top_ratio, self.work)
         else:
             sieve = BoundSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
@@ -196,7 +200,7 @@ class QueryKeyImpacts:
     ) -> Tensor:
         """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
         if name in changes:
-            squares = change.of_logits(changes[name], before_cap=self._exact)
+            squares = change.of_logits(changes[name])
         else:
             norm = self.layer.norms[name]
             arguments = name, projected, norm, angles.rotation, angles.cos, angles.sin

@@ -11,6 +11,7 @@ from kernel_cases import (
     assert_equals_the_reference,
     assert_intervals_hold,
     assert_nan_is_not_lost,
+    assert_tanh_is_close,
     intervals_of,
     random_case,
 )
@@ -41,22 +42,22 @@ def test_it_is_used():
     assert not kernels.available(torch.zeros(1, 4, kernels.LARGEST_HEAD + 1, device="cuda"))
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.5])
+@pytest.mark.parametrize("more", [{}, {"growth": 0.5}, {"softcap": 5.0}])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [6, 42, 64, 96, 123, 128, 256])
-def test_equals_the_reference(head_dim, mask, growth):
+def test_equals_the_reference(head_dim, mask, more):
     """As exact as float32: tensor cores that multiplied in one part would be ten times off and more."""
     for length in (1, 6, 17, 42, 64, 123, 300):
-        assert_equals_the_reference(random_case(length, head_dim, mask, device="cuda", growth=growth))
+        assert_equals_the_reference(random_case(length, head_dim, mask, device="cuda", **more))
 
 
-@pytest.mark.parametrize("growth", [0.0, 0.3])
+@pytest.mark.parametrize("more", [{}, {"growth": 0.3}, {"softcap": 50.0}, {"softcap": 3.0}])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [6, 42, 64, 96, 123, 128, 256])
-def test_intervals_hold(head_dim, mask, growth):
+def test_intervals_hold(head_dim, mask, more):
     for length in (1, 6, 17, 42, 64, 123, 300):
         for logits, change in ((3.0, 1.0), (0.5, 0.1), (1.0, 1e-3), (3.0, 4.0)):
-            assert_intervals_hold(random_case(length, head_dim, mask, logits, change, "cuda", growth))
+            assert_intervals_hold(random_case(length, head_dim, mask, logits, change, "cuda", **more))
 
 
 @pytest.mark.parametrize("head_dim", [6, 64, 123, 256])
@@ -64,14 +65,19 @@ def test_intervals_are_narrow(head_dim):
     assert assert_intervals_hold(random_case(300, head_dim, change=0.5, device="cuda")) < 0.05
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("head_dim", [42, 64, 128, 256])
-def test_no_change_is_none_and_every_run_the_same(head_dim):
-    case = random_case(300, head_dim, device="cuda", neurons=kernels.GROUP + 3)
+def test_no_change_is_none_and_every_run_the_same(head_dim, softcap):
+    case = random_case(300, head_dim, device="cuda", neurons=kernels.GROUP + 3, softcap=softcap)
     found = [kernels.squared_changes(**case) for _ in range(3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     a, b, c, d = case["factors"]
     case["factors"] = [torch.zeros_like(a), b, torch.zeros_like(c), d]
     assert not kernels.squared_changes(**case).any()
+
+
+def test_the_hyperbolic_tangent():
+    assert_tanh_is_close("cuda")
 
 
 @pytest.mark.parametrize("where", ["logits", "a", "b", "centred_value"])
@@ -105,7 +111,7 @@ def _last_of_many(part, per_head, num_heads):
 @pytest.mark.parametrize("attention", ["exact", "paper"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("family", ["Llama with biases", "Qwen3", "Gemma 3 text"])
+@pytest.mark.parametrize("family", ["Llama with biases", "Qwen3", "Gemma 2", "Gemma 3 text"])
 def test_models(family, dtype, side, attention, monkeypatch):
     """The impacts are the CPU's and, much more closely, the torch form's; pruned, the top is the same."""
     model, batch = family_model(family).to(dtype), padded_batch(LENGTHS, side)

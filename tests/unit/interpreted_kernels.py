@@ -12,9 +12,11 @@ from kernel_cases import (
     assert_equals_the_reference,
     assert_intervals_hold,
     assert_nan_is_not_lost,
+    assert_tanh_is_close,
     intervals_of,
     random_case,
     reference,
+    tanh,
 )
 from test_families import family_model
 from test_pruning import pruned_impacts
@@ -50,6 +52,20 @@ def test_logits_that_grow(mask):
     assert_equals_the_reference(random_case(42, 42, mask, growth=0.5))
 
 
+@pytest.mark.parametrize("mask", ["causal", "right padding"])
+@pytest.mark.parametrize(("logits", "softcap"), [(3.0, 50.0), (3.0, 3.0), (60.0, 50.0)])
+def test_capped_logits(logits, softcap, mask):
+    assert_equals_the_reference(random_case(42, 42, mask, logits, softcap=softcap), rtol=1e-4)
+
+
+def test_capped_logits_that_grow():
+    assert_equals_the_reference(random_case(42, 42, growth=0.5, softcap=5.0))
+
+
+def test_the_hyperbolic_tangent():
+    assert_tanh_is_close()
+
+
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_heads_of_large_models(head_dim):
     assert_equals_the_reference(random_case(42, head_dim))
@@ -63,9 +79,11 @@ def test_large_logits():
     assert_equals_the_reference(case | {"logits": case["logits"] - 1000}, rtol=3e-4)
 
 
-def test_keys_that_only_the_change_brings_up():
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("softcap", [None, 1000.0])
+def test_keys_that_only_the_change_brings_up(softcap):
     """Their block has no weight before it, in the only row that is counted."""
-    case = random_case(123, 42)
+    case = random_case(123, 42, softcap=softcap)
     case["weight"][:, :-1] = 0
     case["weight"][:, -1] = 1
     case["logits"][:, -1, 64:] -= 500
@@ -79,13 +97,14 @@ def without_change(case):
     return case | {"factors": [torch.zeros_like(a), b, torch.zeros_like(c), d]}
 
 
-def test_small_changes_and_none():
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_small_changes_and_none(softcap):
     """Changes of a few ten-thousandths keep the digits that a weight has left; no change is none to the last bit."""
-    assert_equals_the_reference(random_case(42, 42, change=0.02), rtol=1e-3)
-    case = without_change(random_case(70, 42))
+    assert_equals_the_reference(random_case(42, 42, change=0.02, softcap=softcap), rtol=1e-3)
+    case = without_change(random_case(70, 42, softcap=softcap))
     assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS * NEURONS))
     low, high = intervals_of(case)
-    assert not low.any() and (high < 1e-6).all()
+    assert not low.any() and (high < (2e-6 if softcap else 1e-6)).all()
 
 
 @pytest.mark.parametrize("counted", ["none", "last"])
@@ -142,10 +161,28 @@ def test_intervals(length, mask):
         assert_intervals_hold(random_case(length, 42, mask, logits, change, growth=growth))
 
 
+@pytest.mark.parametrize("mask", ["causal", "right padding"])
+def test_intervals_of_capped_logits(mask):
+    """From a cap that hardly bends anything to one that most logits reach."""
+    for logits, change, softcap in ((3.0, 1.0, 50.0), (3.0, 0.1, 3.0), (3.0, 2.0, 3.0), (1.0, 1e-3, 5.0)):
+        assert_intervals_hold(random_case(70, 42, mask, logits, change, softcap=softcap))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:divide by zero")
+@pytest.mark.parametrize("softcap", [1.0, 50.0])
+def test_intervals_of_logits_at_their_cap(softcap):
+    """Where a float no longer tells the logits apart, there is no upper end."""
+    case = random_case(70, 42, logits=12 * softcap, change=3.0, softcap=softcap)
+    low, high = intervals_of(case)
+    exact = kernels.squared_changes(**case)
+    assert low.isfinite().all() and not high.isnan().any()
+    assert (low <= exact * (1 + 1e-4)).all() and (exact <= high * (1 + 1e-4)).all()
+
+
 @pytest.mark.parametrize("head_dim", [6, 64, 123, 256])
-@pytest.mark.parametrize("growth", [0.0, 0.2])
-def test_intervals_are_narrow(head_dim, growth):
-    assert assert_intervals_hold(random_case(70, head_dim, change=0.5, growth=growth)) < 0.03
+@pytest.mark.parametrize("more", [{}, {"growth": 0.2}, {"softcap": 50.0}, {"softcap": 5.0}])
+def test_intervals_are_narrow(head_dim, more):
+    assert assert_intervals_hold(random_case(70, head_dim, change=0.5, **more)) < 0.03
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
@@ -201,6 +238,20 @@ def test_intervals_know_how_growing_logits_are_rounded(largest):
     assert_intervals_hold(two_keys(logits.tolist(), factors, ([[1.0, float(row)]], [column.tolist()])))
 
 
+def test_intervals_know_how_capped_logits_are_rounded():
+    """A change too small to matter moves the hyperbolic tangent's rounding: of many logits, the two that it moves most."""
+    softcap, change = 3900.0, 2.0**-13
+    logits = 1400 + torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    found = torch.empty(2, len(logits))
+    for row, z in zip(found, (logits / softcap, (logits - change) / softcap), strict=True):
+        tanh(z, row)
+    moved = (found[1] * softcap).double() - (found[0] * softcap).double()
+    moved -= softcap * (((logits.double() - change) / softcap).tanh() - (logits.double() / softcap).tanh())
+    worst = [float(logits[moved.argmin()]), float(logits[moved.argmax()])]
+    case = two_keys(worst, [[[0.0, change]], [[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
+    assert_intervals_hold(case | {"softcap": softcap})
+
+
 @pytest.mark.parametrize("size", [1e-20, 1e-13])
 def test_intervals_of_values_whose_squares_underflow_have_no_upper_end(size):
     case = two_keys([1.0, 1.0], [[[0.0, 0.01]], [[-1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
@@ -219,16 +270,25 @@ def test_intervals_where_half_precision_overflows(logits, change):
     assert (low <= exact * (1 + 1e-4)).all() and (exact <= high * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("grows", [None, "row_growth", "column_growth"])
+@pytest.mark.parametrize(
+    ("grows", "softcap", "before_cap"),
+    [
+        (None, None, True),
+        ("row_growth", None, True),
+        ("column_growth", None, True),
+        (None, 2.0, True),
+        (None, 2.0, False),
+    ],
+)
 @pytest.mark.parametrize("common", [0.0, 1e4])
-def test_equals_the_torch_form(common, grows, monkeypatch):
+def test_equals_the_torch_form(common, grows, softcap, before_cap, monkeypatch):
     """Through `OutputChange`, from tensors that aren't contiguous, and whatever all values share."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(3))
     value += common
     real, visible = torch.ones(2, 21, dtype=torch.bool), torch.ones(2, 1, 21, 21).tril().bool()
-    inputs = AttentionInputs.clean(query, key, value, visible, real, 0.7)
-    change = OutputChange(inputs, torch.rand(2, 21) < 0.8, 1 << 20)
+    inputs = AttentionInputs.clean(query, key, value, visible, real, 0.7, softcap)
+    change = OutputChange(inputs, torch.rand(2, 21) < 0.8, 1 << 20, before_cap)
     logit_change = LogitChange(*(torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(4)))
     if grows:
         logit_change = replace(logit_change, **{grows: 1 + torch.rand(2, 3, 21, 10)})
@@ -240,7 +300,13 @@ def test_equals_the_torch_form(common, grows, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "side", "attention"),
-    [("Llama", "left", "exact"), ("Llama", "right", "paper"), ("Qwen3", "right", "exact")],
+    [
+        ("Llama", "left", "exact"),
+        ("Llama", "right", "paper"),
+        ("Qwen3", "right", "exact"),
+        ("Gemma 2", "right", "exact"),
+        ("Gemma 2", "left", "paper"),
+    ],
 )
 def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""

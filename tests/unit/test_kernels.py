@@ -42,7 +42,7 @@ POINTERS = {
     intervals: {
         "*fp32": (
             "lows", "highs", "attention", "weight", "a", "b", "c", "d", "centre_b", "centre_d", "logits", "r", "s",
-            "centre_s", "mean_logit", "longest", "largest_logits", "rounding",
+            "centre_s", "mean_logit", "longest", "largest_logits", "rounding", "change_rounding",
         ),
         "*fp16": ("value",),
         "*i32": ("spans",),
@@ -50,14 +50,14 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compiled(module, kernel, capability, head_dim, length, grows):
+def compiled(module, kernel, capability, head_dim, length, grows, capped):
     """A kernel as it is launched for these sizes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    options = module.launch_options(head_dim, grows)
+    options = module.launch_options(head_dim, grows, capped)
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
     types |= {name: type for type, names in POINTERS[module].items() for name in names}
     aligned = {name for name, type in types.items() if "*" in type}
     # Triton compiles anew for a length of 1, and for one that divides by 16.
@@ -71,15 +71,16 @@ def compiled(module, kernel, capability, head_dim, length, grows):
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("head_dim", "length", "grows"),
-    [(6, 1, False), (256, 42, True)],
+    ("head_dim", "length", "more"),
+    [(6, 1, None), (256, 42, "grows"), (256, 64, "capped")],
 )
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles(capability, head_dim, length, grows, tmp_path, monkeypatch):
+def test_compiles(capability, head_dim, length, more, tmp_path, monkeypatch):
     """For an A100 and an H100, as they are launched: the interpreter sees neither types nor sizes that a GPU refuses."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    exact = compiled(kernels, kernels._squared_changes, capability, head_dim, length, grows)
-    rough = compiled(intervals, intervals._squared_intervals, capability, head_dim, length, grows)
+    sizes = capability, head_dim, length, more == "grows", more == "capped"
+    exact = compiled(kernels, kernels._squared_changes, *sizes)
+    rough = compiled(intervals, intervals._squared_intervals, *sizes)
     for kernel in (exact, rough):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SHARED_MEMORY[capability]
