@@ -75,7 +75,7 @@ def detect_neurons(
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
-            goes on from them, to the identical result; use another folder for other settings, text or weights.
+            goes on from them, to identical sets; use another folder for other settings, text or weights.
             `lape`, which costs no more than a forward pass, starts anew.
 
     Several processes share the batches and add up their counts: each gets the whole of `corpora`.
@@ -108,7 +108,7 @@ def detect_neurons(
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             if verify and not related:
-                verify_impacts(model, first, pruning=pruning)
+                verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
             file = None
             if checkpoints is not None:
                 file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"

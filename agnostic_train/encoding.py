@@ -18,14 +18,15 @@ logger = logging.get_logger(__name__)
 class Encoder:
     """Turns sentences into token ids, by the recipe's corpus keys and the model's limits.
 
-    add_bos: None leaves it to the tokenizer. max_length: in tokens; longer sentences are cut, and counted.
+    add_bos: None leaves it to the tokenizer. max_length: in tokens; longer sentences are cut, and counted. vocab_size: of
+    the model, None if that isn't known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     add_bos: bool | None
     max_length: int | None
     pad_id: int
-    vocab_size: int
+    vocab_size: int | None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, section: CorpusSection, config) -> "Encoder":
@@ -80,7 +81,7 @@ class Encoder:
                 num_bytes = len(sentence.encode())
             if not ids:
                 raise UserError(f"{purpose}: the tokenizer makes no token of {sentence[:60]!r}; take the line out")
-            if max(ids) >= self.vocab_size:
+            if self.vocab_size is not None and max(ids) >= self.vocab_size:
                 raise UserError(
                     f"model.name: its tokenizer gives token {max(ids)}, the model's vocabulary has {self.vocab_size}; "
                     "the two don't belong together"
@@ -144,7 +145,7 @@ def batches_of(
     Raises:
         UserError: a text of which the tokenizer makes no token, or a tokenizer without a token to pad with.
         TypeError: one text where several were expected.
-        ValueError: no text fits a batch or a token a text: `batch_size` or `max_length` is below 1.
+        ValueError: `batch_size` or `max_length` is below 1.
     """
     if isinstance(texts, str):
         raise TypeError("texts: expected several texts, such as a list, not one")
@@ -152,7 +153,7 @@ def batches_of(
         raise ValueError(f"batch_size and max_length must be at least 1, not {batch_size} and {max_length}")
     # A tokenizer without a limit gives a number that no text reaches.
     limit = tokenizer.model_max_length if max_length is None else max_length
-    encoder = Encoder(tokenizer, None, limit, _pad_id(tokenizer), len(tokenizer))
+    encoder = Encoder(tokenizer, None, limit, _pad_id(tokenizer), vocab_size=None)
     return encoder.batches(list(texts), "texts", batch_size)
 
 

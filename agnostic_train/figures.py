@@ -163,7 +163,7 @@ def draw_ablation(rows: dict) -> Figure:
 def draw_emergence(rows: list[dict]) -> Figure:
     """Shared ratio, set sizes and score against the training step."""
     figure, axes = _grid(3, height=9, sharex=True)
-    numeric = all(row["step"] for row in rows)
+    numeric = all(row["step"] is not None for row in rows)
     steps = [row["step"] for row in rows] if numeric else list(range(len(rows)))
     styles = [dict(marker=marker, linestyle=_LINES[index % len(_LINES)]) for index, marker in enumerate(_MARKERS)]
 
@@ -191,7 +191,8 @@ def draw_emergence(rows: list[dict]) -> Figure:
         axis.set_ylabel(title)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if numeric:
-        axes[2].set_xscale("log")
+        # Below the first step the axis is linear: a model before any has a place on no logarithmic one.
+        axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
         axes[2].set_xticks(steps, [str(step) for step in steps])
         axes[2].minorticks_off()
     else:

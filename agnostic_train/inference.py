@@ -46,16 +46,21 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
     """
     device = find_device(model)
-    input_ids = batch["input_ids"].to(device)
+    # A GPU that is still busy with the last batch needn't be waited for.
+    ahead = device.type == "cuda"
+    input_ids = batch["input_ids"].to(device, non_blocking=ahead)
     mask = batch.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(device)
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=ahead)
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
 
 
-def real_and_counted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which tokens are real, and which of them count in a norm: both (batch, length) bool, on the input device."""
-    real = model_inputs(model, batch)["attention_mask"].bool()
+def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens are real, and which of them count in a norm: both (batch, length) bool, on the input device.
+
+    inputs: what `model_inputs` made of the batch.
+    """
+    real = inputs["attention_mask"].bool()
     if "special_tokens_mask" not in batch:
         return real, real
     return real, real & ~batch["special_tokens_mask"].to(real.device).bool()

@@ -60,8 +60,9 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
             linear = layer.projections.get("gate", layer.projections["up"]).linear
             stack.callback(linear.register_forward_hook(count(layer)).remove)
         for batch in own_share(batches):
-            counted = real_and_counted(model, batch)[1]
-            decoder.backbone(**model_inputs(model, batch))
+            inputs = model_inputs(model, batch)
+            counted = real_and_counted(inputs, batch)[1]
+            decoder.backbone(**inputs)
             num_tokens += counted.sum()  # on the device: an int would wait for the batch to end
             num_sentences += len(counted)
             bar.update(len(counted))

@@ -35,9 +35,14 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     if absent:
         # Transformers fills them with random numbers, and goes on.
         raise UserError(f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}")
+    return model.to(find_accelerator() or "cpu").eval()
+
+
+def find_accelerator() -> torch.device | None:
+    """What models are loaded and trained on; None for the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    # Apple's has no float64, which detection sums in.
-    return model.to("cpu" if accelerator is None or accelerator.type == "mps" else accelerator).eval()
+    # Apple's has no float64, which detection and perplexity sum in.
+    return None if accelerator is not None and accelerator.type == "mps" else accelerator
 
 
 def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:

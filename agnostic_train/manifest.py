@@ -15,7 +15,7 @@ class Manifest:
     """The record of a run's stages in its `output_dir`.
 
     A stage's key is a hash of all that its result depends on: its own inputs, and which run of each stage before it.
-    Only `start` and `finish` write; with several processes only the main one calls them.
+    Only `start`, `finish` and `refuse` write; with several processes only the main one calls them.
     """
 
     def __init__(self, directory: Path):
@@ -77,6 +77,10 @@ class Manifest:
         sizes = {str(path.relative_to(self.directory)): path.stat().st_size for path in files if path.is_file()}
         started = self.record(stage)
         self._write(stage, {**started, "finished": True, **result, "files": sizes}, head)
+
+    def refuse(self, frozen_weights: dict[str, Any]) -> None:
+        """Notes which weights moved that weren't to: the export that found it isn't finished."""
+        write_json(self._file, {**self.read(), "frozen_weights": frozen_weights})
 
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
         stages = self.read()["stages"] | {stage: record}

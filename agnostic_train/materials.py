@@ -54,9 +54,18 @@ class Materials:
             )
         return corpus
 
+    @property
+    def judged_texts(self) -> dict[str, dict[str, list[str]]]:
+        """The text that only judges: per kind (`test`, `parallel`) and language the sentences."""
+        return self._judged[0]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file of text that was read so far."""
+        return self.corpus.hashes | (self._judged[1] if "_judged" in vars(self) else {})
+
     @cached_property
-    def judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
-        """The text that only judges: per kind (`test`, `parallel`) and language the sentences; and its files' SHA-256."""
+    def _judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
         recipe = self.recipe
         texts = {"test": {language: text.test for language, text in self.corpus.texts.items()}}
         hashes: dict[str, str] = {}
@@ -74,7 +83,7 @@ class Materials:
     def judging_batches(self) -> dict[str, dict[str, list]]:
         """The batches of the text that only judges, per kind and language."""
         size = self.recipe.evaluation.batch_size
-        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged[0].items()}
+        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged_texts.items()}
 
     @cached_property
     def task_suite(self) -> TaskSuite | None:

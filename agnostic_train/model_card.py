@@ -35,6 +35,20 @@ def model_card(recipe: Recipe, training: dict, to: str = "merged", evaluation: d
             f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
             "other weight was compared with the base's, bit for bit: see `manifest.json`."
         )
+    detection = recipe.detection
+    details = [f"strategy: {training['strategy']} ({training['reason']})", f"neurons trained: {neurons}"]
+    if recipe.training.needs_detection:
+        how = (
+            f"by LAPE, ratio {detection.lape_ratio}"
+            if detection.method == "lape"
+            else f"by impact, top ratio {detection.top_ratio}, consistency {detection.consistency}"
+        )
+        details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
+    arguments = [f"{key} {value}" for key, value in recipe.training.arguments.items()]
+    details.append(
+        "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
+    )
+    listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
     return f"""---
 library_name: {library}
@@ -49,11 +63,7 @@ tags:
 
 {what} {use}
 
-- languages detected on: {", ".join(recipe.corpus.languages)}
-- strategy: {training["strategy"]} ({training["reason"]})
-- neurons trained: {neurons}
-- top ratio {recipe.detection.top_ratio}, consistency {recipe.detection.consistency}
-- update: {recipe.training.update}; {", ".join(f"{key} {value}" for key, value in recipe.training.arguments.items())}
+{listed}
 {_numbers(evaluation, recipe.training.languages)}"""
 
 

@@ -53,7 +53,7 @@ class Perplexity:
     def value(self) -> float:
         """The perplexity, exp(nats per scored token); infinite where that overflows."""
         nats_per_token = self.nats / self.num_tokens
-        return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+        return math.exp(nats_per_token) if nats_per_token < _MOST_NATS else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:

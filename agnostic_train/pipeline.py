@@ -1,6 +1,7 @@
 """The stages of a run in their order: a stage whose inputs are unchanged isn't run again."""
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -38,6 +39,11 @@ _FUNCTIONS = {
 _REMOVED_FIRST = {
     "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
 }  # fmt: skip
+_KEPT_WORK = {
+    "detect": [".detection-*"], "score": [".score-*", ".emergence"], "train": [".pilot"], "evaluate": [".tasks"],
+    "compare": [".trials"],
+}  # fmt: skip
+"""What an interrupted or a changed stage goes on from; run anew by force, it doesn't."""
 
 
 class Pipeline:
@@ -103,6 +109,9 @@ class Pipeline:
             # What these write depends on their options: nothing of other ones may stay.
             for written in _REMOVED_FIRST.get(stage, []):
                 self.manifest.remove_outputs(written)
+            for pattern in _KEPT_WORK.get(stage, []) if forced else []:
+                for folder in self.directory.glob(pattern):
+                    shutil.rmtree(folder)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
             self.manifest.start(stage, key, self._head())
@@ -180,7 +189,7 @@ class Pipeline:
                 "name": self.recipe.model.name,
                 "revision": self.recipe.model.revision,
             },
-            "corpus": self.materials.corpus.hashes,
+            "corpus": self.materials.hashes,
             "recipe": self.recipe.to_dict(),
             "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
             "versions": package_versions(),

@@ -1,6 +1,7 @@
 """Sharing work over the processes of a run, if there are several.
 
-Batches are made before they are shared out, so that no result depends on how many processes there are.
+Batches are made before they are shared out, so that a result depends on how many processes there are only by the order
+in which floats are added up.
 """
 
 from collections.abc import Iterable, Iterator

@@ -221,6 +221,11 @@ class TrainingSection:
     )
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs_detection(self) -> bool:
+        """Whether it rests on detected neurons: not where they come from a file or all weights learn."""
+        return self.neurons is None and self.strategy != "full"
+
 
 @_section
 class EvaluationSection:

@@ -5,7 +5,7 @@ takes single layers out of the model, in float32 so that rounding can't hide a w
 really enters them, with and without a neuron, through transformers' own eager attention.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from agnostic_train.deactivation import switched_off
 from agnostic_train.decoder import ATTENTION_PROJECTIONS, PROJECTIONS, Layer, find_decoder, float32_copy
 from agnostic_train.files import UserError
-from agnostic_train.impact.hooks import ImpactMeter, LayerObserver, observed_attention
+from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 TOLERANCE = 1e-3
@@ -54,6 +54,8 @@ def verify_impacts(
     num_sentences: int = 2,
     seed: int = 0,
     pruning: bool = True,
+    projections: Sequence[str] = PROJECTIONS,
+    memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> list[Comparison]:
     """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
 
@@ -65,6 +67,8 @@ def verify_impacts(
         batch: real sentences, as for `neuron_impacts`; the `num_sentences` longest are used.
         neurons_per_site: random neurons per projection; the one of largest score is added.
         pruning: check the scores that certified pruning computes, of all neurons here, or those of the plain form.
+        projections: which to check.
+        memory_gb: as for `ImpactMeter`.
 
     Returns: all comparisons.
 
@@ -77,7 +81,11 @@ def verify_impacts(
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
     try:
         with left_as_found(model):
-            comparisons = _compare(model, batch, neurons_per_site, torch.Generator().manual_seed(seed), pruning)
+            comparisons = []
+            generator = torch.Generator().manual_seed(seed)
+            for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers), projections):
+                comparisons += _compare(excerpt, neurons_per_site, generator, pruning, memory_gb)
+                del excerpt  # the next layer is copied before the loop lets go of this one
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
@@ -97,27 +105,23 @@ def verify_impacts(
 
 
 def _compare(
-    model: nn.Module, batch: Batch, neurons_per_site: int, generator: torch.Generator, pruning: bool
+    excerpt: "_Excerpt", neurons_per_site: int, generator: torch.Generator, pruning: bool, memory_gb: float
 ) -> list[Comparison]:
     comparisons = []
-    for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers)):
-        layer, scores = excerpt.layer, excerpt.scores(pruning)
-        for name in layer.projections:
-            neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
-            neurons.append(int(scores[name][0].argmax()))
-            before = excerpt.output(name)
-            if not before.isfinite().all():
-                raise UserError(f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}")
-            for neuron in neurons:
-                with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
-                    change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
-                for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
-                    comparisons.append(
-                        Comparison(
-                            layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max())
-                        )
-                    )
-        del excerpt, layer, scores  # the next layer is copied before the loop lets go of this one
+    layer, scores = excerpt.layer, excerpt.scores(pruning, memory_gb)
+    for name in excerpt.projections:
+        neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
+        neurons.append(int(scores[name][0].argmax()))
+        before = excerpt.output(name)
+        if not before.isfinite().all():
+            raise UserError(f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}")
+        for neuron in neurons:
+            with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
+                change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
+            for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
+                comparisons.append(
+                    Comparison(layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max()))
+                )
     return comparisons
 
 
@@ -148,18 +152,20 @@ def comparison_table(comparisons: list[Comparison]) -> str:
 class _Excerpt:
     """One layer taken out of the model, in float32, with what enters its two modules in the batch.
 
-    attention, feed_forward: positional and keyword arguments. real, counted: (batch, length) bool.
+    projections: those to check. attention, feed_forward: positional and keyword arguments. real, counted: (batch, length)
+    bool.
     """
 
     layer: Layer
+    projections: Sequence[str]
     attention: tuple[tuple, dict]
     feed_forward: tuple[tuple, dict]
     real: Tensor
     counted: Tensor
 
-    def scores(self, pruning: bool) -> dict[str, Tensor]:
+    def scores(self, pruning: bool, memory_gb: float) -> dict[str, Tensor]:
         """The impacts of the layer by projection, each (batch, neurons)."""
-        observer = LayerObserver(self.layer, PROJECTIONS, "exact", memory_gb=1.0, top_ratio=1.0 if pruning else None)
+        observer = LayerObserver(self.layer, self.projections, "exact", memory_gb, 1.0 if pruning else None)
         observer.begin(self.real, self.counted)
         with observer.installed(), observed_attention([observer]):
             for module, (args, kwargs) in self._calls():
@@ -192,7 +198,7 @@ class _Excerpt:
         return [(self.layer.attention, self.attention), (self.layer.feed_forward, self.feed_forward)]
 
 
-def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> Iterator[_Excerpt]:
+def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: Sequence[str]) -> Iterator[_Excerpt]:
     """One layer after another: a float32 copy of each at once could take as much as the model."""
     decoder = find_decoder(model)
     calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
@@ -203,21 +209,26 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int]) -> Iterator[_E
 
         return keep
 
+    inputs = model_inputs(model, batch)
+    real, counted = real_and_counted(inputs, batch)
     with ExitStack() as stack:
-        # While it is measured, the model writes its attention mask out, sliding windows included.
-        meter = stack.enter_context(ImpactMeter(model, ["k"]))
+        # Its attention masks are written out for the observers, who measure nothing, sliding windows included.
+        observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB) for layer in decoder.layers]
+        for observer in observers:
+            observer.begin(real, counted)
+        stack.enter_context(observed_attention(observers, decoder.backbone))
         for index in indices:
             layer = decoder.layers[index]
             for name, module in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
                 hook = module.register_forward_pre_hook(keep_call((index, name)), with_kwargs=True)
                 stack.callback(hook.remove)
-        meter.measure(batch)
-    real, counted = real_and_counted(model, batch)
+        decoder.backbone(**inputs)
     for index in indices:
         layer = float32_copy(decoder.layers[index])
         device = layer.projections["down"].linear.weight.device
         attention, feed_forward = (calls.pop((index, name)) for name in ("attention", "feed_forward"))
-        yield _Excerpt(layer, attention, feed_forward, real.to(device), counted.to(device))
+        present = [name for name in layer.projections if name in projections]
+        yield _Excerpt(layer, present, attention, feed_forward, real.to(device), counted.to(device))
         del layer, attention, feed_forward
 
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import parse_flag_from_env
 
 from agnostic_train.files import UserError
-from agnostic_train.loading import check_checkpoint
+from agnostic_train.loading import check_checkpoint, find_accelerator
 from agnostic_train.recipe import Recipe
 from agnostic_train.strategy import BASELINES, Strategy
 from agnostic_train.training.mask import OPTIMIZERS
@@ -22,16 +21,9 @@ def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
     return Strategy(name, training.languages, training.low, training.high, training.random_like, seed)
 
 
-def needs_neurons(recipe: Recipe) -> bool:
-    """Whether training rests on detected neurons: not where they come from a file or all weights learn."""
-    return recipe.training.neurons is None and recipe.training.strategy != "full"
-
-
 def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     """The recipe's `TrainingArguments`, with some of them changed."""
     os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
-    accelerator = torch.accelerator.is_available()
-    # On a CPU several processes need to be told so, and pinned memory warns.
     best = f"eval_{recipe.training.languages[0]}_loss"
     metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
     named = recipe.training.arguments.get("metric_for_best_model")
@@ -40,6 +32,8 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     defaults: dict[str, Any] = (
         {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
     )
+    # On a CPU several processes need to be told so, and pinned memory warns.
+    accelerator = find_accelerator() is not None
     defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         # Of the launcher's mixed precision a Trainer takes note itself under every other engine.
@@ -101,7 +95,7 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
             raise UserError(
                 f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
             )
-    if needs_neurons(recipe) and len(recipe.corpus.languages) < 2:
+    if recipe.training.needs_detection and len(recipe.corpus.languages) < 2:
         raise UserError("corpus.languages: one language shares nothing with others; name at least two")
     if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
         raise UserError(

@@ -98,11 +98,18 @@ def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             raise UserError(f"{source}: not readable ({_one_line(error)})") from None
         if row is None:
             return
-        text = row.get(column)
+        if column not in row:
+            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(row)}")
+        text = row[column]
         if isinstance(text, list):  # mOSCAR keeps a document as a list of its parts
-            text = "\n".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in text)
+            parts = (part.get("text") if isinstance(part, dict) else part for part in text)
+            text = "\n".join(str(part) for part in parts if part is not None)
+        if text is None:
+            continue
         if not isinstance(text, str):
-            raise UserError(f"{source}: no text in column {column!r}; corpus.text_column is one of {', '.join(row)}")
+            raise UserError(
+                f"{source}: column {column!r} holds {type(text).__name__}, not text; see corpus.text_column"
+            )
         yield text
 
 

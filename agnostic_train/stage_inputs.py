@@ -10,11 +10,11 @@ from agnostic_train.manifest import Manifest
 from agnostic_train.materials import Materials
 from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
-from agnostic_train.settings import needs_neurons
 from agnostic_train.stages import STAGES
 from agnostic_train.stages.score import checkpoint_identity
 from agnostic_train.training.trainer import NeuronTrainingArguments
 from agnostic_train.trials import learning_arguments, result_arguments
+from agnostic_train.tuning import default_rates
 from agnostic_train.versions import installed_version
 
 _READ_BY = {
@@ -51,7 +51,7 @@ class StageInputs:
 
     @property
     def _training_depends(self) -> list[str]:
-        if not needs_neurons(self._recipe):
+        if not self._recipe.training.needs_detection:
             return []
         return ["detect", "score"] if self._recipe.training.strategy == "auto" else ["detect"]
 
@@ -150,19 +150,20 @@ class StageInputs:
         return {
             "evaluation": self._recipe.to_dict()["evaluation"],
             "text": self._text("validation"),
-            "judged": fingerprint(self._materials.judged[0]),
+            "judged": fingerprint(self._materials.judged_texts),
             "tasks": suite and {name: suite.identity(name) for name in suite.names},
             "checkpoints": [checkpoint_identity(self._recipe.model, Checkpoint(it, None)) for it in named],
         }
 
     def _comparison_inputs(self) -> dict:
         recipe = self._recipe.to_dict()
+        rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
-            "comparison": recipe["comparison"],
+            "comparison": recipe["comparison"] | {"learning_rates": rates},
             "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")},
             "arguments": result_arguments(recipe["training"]["arguments"]),
             "text": self._text("training", "validation"),
-            "judged": fingerprint(self._materials.judged[0]),
+            "judged": fingerprint(self._materials.judged_texts),
             "processes": self._materials.processes.num_processes,
         }
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from agnostic_train.activity import MEASURED
 from agnostic_train.decoder import Layer, Projection, Site, find_decoder
-from agnostic_train.inference import Batch, real_and_counted
+from agnostic_train.inference import Batch, model_inputs, real_and_counted
 
 
 class ActivationMeter:
@@ -26,7 +26,7 @@ class ActivationMeter:
 
     def begin(self, batch: Batch) -> None:
         """Forgets the last batch, and says which tokens of the next one count."""
-        self._counted = real_and_counted(self.model, batch)[1]
+        self._counted = real_and_counted(model_inputs(self.model, batch), batch)[1]
         self._sums = {}
 
     @property

@@ -75,6 +75,10 @@ class AttentionInputs:
         """What the softmax sees: capped, and -inf where a key isn't seen."""
         return self.finish(self.products(), self.visible)
 
+    def output(self) -> Tensor:
+        """What attention makes of the values: (batch, query heads, length, head_dim)."""
+        return self.logits().softmax(-1) @ self.value
+
     def finish(self, products: Tensor, visible: Tensor) -> Tensor:
         """Caps and masks products, in place where that is possible."""
         if self.softcap is not None:

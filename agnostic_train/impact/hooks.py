@@ -123,11 +123,12 @@ class ImpactMeter:
 
     def measure(self, batch: Batch) -> dict[Site, Tensor]:
         """Runs the decoder on the batch: each site's impacts, float32 (sentences, neurons); sites may share a tensor."""
-        real, counted = real_and_counted(self.model, batch)
+        inputs = model_inputs(self.model, batch)
+        real, counted = real_and_counted(inputs, batch)
         self._angles.clear()
         for observer in self._observers:
             observer.begin(real, counted)
-        self.decoder.backbone(**model_inputs(self.model, batch))
+        self.decoder.backbone(**inputs)
         return {
             (observer.layer.index, name): observer.impacts[name]
             for observer in self._observers
@@ -235,6 +236,8 @@ class LayerObserver:
     ) -> Tensor:
         """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
         inputs = AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
+        if not self.query_key.names:
+            return inputs.output().transpose(1, 2).to(query.dtype)
         impacts, output = self.query_key.measure(inputs, self.counted, self._projected, self._cos_sin)
         self.impacts |= impacts
         self._projected.clear()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from agnostic_train.files import UserError
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
@@ -36,7 +37,7 @@ def interval_impacts(
         top, zero for those that certainly aren't, exact for the others.
 
     Raises:
-        RuntimeError: an exact impact outside its interval.
+        UserError: an exact impact outside its interval.
     """
     sites = Sites(change, changes, num_kv_heads)
     ends = squared_intervals(
@@ -76,7 +77,9 @@ def interval_impacts(
         ).view(len(change.value), -1)
     )
     if top_ratio == 1 and ((exact < low * (1 - ROUNDING_MARGIN)) | (exact > high * (1 + ROUNDING_MARGIN))).any():
-        raise RuntimeError("impacts lie outside the intervals that were proven for them; set detection.pruning=false")
+        raise UserError(
+            "detection.pruning: impacts lie outside the intervals that were proven for them; set it to false"
+        )
     # An upper end may be infinite where the lower one alone puts a neuron into the top.
     middle = torch.where(high.isfinite(), (low + high) / 2, low)
     found = torch.where(torch.cat(certain, 1), middle, torch.where(torch.cat(unclear, 1), exact, 0))

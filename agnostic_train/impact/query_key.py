@@ -174,6 +174,7 @@ class QueryKeyImpacts:
         multiply the difference between a half-precision model's rounding and what is taken from the logits here.
         """
         parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        largest: dict[str, Tensor] = {}
         for name, output in projected.items():
             norm = self.layer.norms.get(name)
             if norm is not None and self.layer.norm_spans_heads(name):
@@ -187,9 +188,15 @@ class QueryKeyImpacts:
                 states = norm(states)
                 rotated = angles.rotation.apply(states, angles.cos, angles.sin)
                 inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
-                if growth is None or growth.max() > LARGEST_GROWTH:
+                if growth is None:
                     continue
+                largest[name] = growth.max()
             parts[name] = states, growth
+        if largest:
+            # Read together, for a GPU is waited for.
+            for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
+                if value > LARGEST_GROWTH:
+                    del parts[name]
         return inputs, {
             name: rotated_change(inputs, name, states, angles.rotation, (angles.own, angles.other), growth)
             for name, (states, growth) in parts.items()

@@ -6,11 +6,11 @@ It is trained at first use and cached under a hash of all that it depends on. No
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 
 from agnostic_train.files import whole_directory
 from agnostic_train.quickstart.phrasebook import LANGUAGES, phrasebook, write_phrasebook
+from agnostic_train.versions import installed_version
 
 SEED = 0
 NUM_STEPS = 700
@@ -45,34 +46,41 @@ def cache_directory() -> Path:
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for package in ("torch", "transformers", "tokenizers"):
-        digest.update(f"{package} {version(package)}".encode())
+        digest.update(f"{package} {installed_version(package)}".encode())
     return Path(root) / f"quickstart-{digest.hexdigest()[:16]}"
 
 
 def quickstart_corpus() -> Path:
     """The folder of the phrasebook's text files, written at first use."""
-    directory = cache_directory() / "corpus"
-    if not directory.exists():
-        with whole_directory(directory) as temporary:
-            write_phrasebook(temporary, SEED)
-    return directory
+    return _made_once("corpus", lambda folder: write_phrasebook(folder, SEED))
 
 
 def quickstart_model() -> Path:
     """The folder of the tiny model's checkpoint, trained at first use (about a minute on two cores)."""
-    directory = cache_directory() / "model"
+    return _made_once("model", _write_model)
+
+
+def _write_model(folder: Path) -> None:
+    texts = phrasebook(SEED)["train"]
+    sentences = [
+        sentence
+        for language in LANGUAGES
+        for sentence in texts[language][: int(SHARE_OF_SENTENCES[language] * len(texts[language]))]
+    ]
+    tokenizer = build_tokenizer(sentences)
+    train_model(tokenizer, sentences).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the cache, made at first use; of several processes the first makes it and the others wait."""
+    directory = cache_directory() / name
     if not directory.exists():
-        texts = phrasebook(SEED)["train"]
-        sentences = [
-            sentence
-            for language in LANGUAGES
-            for sentence in texts[language][: int(SHARE_OF_SENTENCES[language] * len(texts[language]))]
-        ]
-        tokenizer = build_tokenizer(sentences)
-        model = train_model(tokenizer, sentences)
-        with whole_directory(directory) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_suffix(".lock")):
+            if not directory.exists():
+                with whole_directory(directory) as temporary:
+                    make(temporary)
     return directory
 
 

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from agnostic_train.export import CARD, export_checkpoint
-from agnostic_train.files import UserError, write_json
+from agnostic_train.files import UserError
 from agnostic_train.frozen_weights import FrozenWeightCheck
 from agnostic_train.loading import load_model
 from agnostic_train.model_card import model_card
@@ -49,7 +49,7 @@ def export(context: Context) -> dict:
     frozen = asdict(check) | {"changed": list(check.changed)}
     if check.status == "changed":
         shutil.rmtree(context.directory / EXPORTS["merged"])
-        write_json(context.directory / "manifest.json", {**context.manifest.read(), "frozen_weights": frozen})
+        context.manifest.refuse(frozen)
         raise UserError(
             f"enhanced: not written, because {len(check.changed)} parameters moved that weren't chosen "
             f"({check.changed[0]}, ...); report this with {context.directory / 'manifest.json'}"

@@ -43,11 +43,14 @@ def train(context: Context) -> dict:
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     context.materials.forget_model()
     last = context.directory / f"checkpoint-{trainer.state.global_step}"
-    if not (last / TRAINER_STATE_NAME).exists():
+    is_saved = (last / TRAINER_STATE_NAME).exists()
+    context.processes.wait_for_everyone()
+    if not is_saved:
         trainer.save_model(str(last))
-        trainer.state.save_to_json(str(last / TRAINER_STATE_NAME))
+        if arguments.should_save:
+            trainer.state.save_to_json(str(last / TRAINER_STATE_NAME))
     best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-    outputs = [Path(best or last).name]
+    outputs = list(dict.fromkeys([Path(best or last).name, last.name]))
     adapted = choice.lora is not None or (choice.neurons is not None and recipe.training.update == "compact")
     if adapted:
         _copy_adapter(context, context.directory / outputs[0])
@@ -61,6 +64,7 @@ def train(context: Context) -> dict:
     return {
         "outputs": outputs,
         "checkpoint": outputs[0],
+        "last": last.name,
         "adapter": ADAPTER if adapted else None,
         "strategy": choice.strategy,
         "reason": choice.reason,

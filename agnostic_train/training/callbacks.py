@@ -56,7 +56,9 @@ class DetectionCallback(TrainerCallback):
         if unknown:
             raise TypeError(f"detect_neurons has no option {sorted(unknown)[0]!r}")
         self.corpora = {language: list(batches) for language, batches in corpora.items()}
-        self.score_corpora = self.corpora if score_corpora is None else score_corpora
+        self.score_corpora = self.corpora
+        if score_corpora is not None:
+            self.score_corpora = {language: list(batches) for language, batches in score_corpora.items()}
         self.strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy or "shared+exclusive")
         self.every_n_steps = every_n_steps
         self.control_seeds = control_seeds
@@ -117,6 +119,10 @@ class DetectionCallback(TrainerCallback):
         if self.every_n_steps and state.global_step % self.every_n_steps == 0:
             self.run(kwargs["model"], state.global_step)
             self._report(args, state, control, kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """What was found stays; another training, perhaps of another model and by another trainer, detects anew."""
+        self._last_step = self.log = None
 
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
         metrics = self.metrics()

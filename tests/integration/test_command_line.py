@@ -220,6 +220,7 @@ def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
         torch.testing.assert_close(adapted(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         card = (out / name / "README.md").read_text()
         assert "library_name: peft" in card and "| sw * |" in card and f"- update: {update};" in card
+        assert "- neurons detected in en, sw: by impact, top ratio 0.2, consistency 0.5\n" in card
         assert (out / name / "tokenizer.json").exists()
     assert "train: unchanged, kept" in capsys.readouterr().out
     assert not (out / "lora").exists()  # what was exported for other options doesn't stay

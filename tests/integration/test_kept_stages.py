@@ -5,6 +5,8 @@ import shutil
 import pytest
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 
+from agnostic_train import figures
+from agnostic_train.files import read_json
 from agnostic_train.pipeline import Pipeline
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.stages import STAGES
@@ -20,7 +22,8 @@ CHANGES = [
     ({"detection.memory_gb": "0.5"}, set()),
     ({"tracking.run_name": "x"}, set()),
     ({"training.random_like": "shared"}, {"compare"}),
-    ({"training.learning_rate": "5e-2"}, {"train"}),
+    # A comparison tries multiples of it.
+    ({"training.learning_rate": "5e-2"}, {"train", "compare"}),
     ({"training.seed": "5"}, {"train"}),
     ({"training.save_steps": "2"}, {"train"}),
     ({"training.eval_strategy": "epoch"}, {"train"}),
@@ -89,3 +92,48 @@ def test_stages_are_kept(root, capsys):
     flags = ["--training.logging_steps=1", "--detection.memory_gb=1", "--evaluation.max_forgetting=0.1"]
     assert run(root, "export", *flags, "--corpus.test_sentences=5") == 0
     assert capsys.readouterr().out.count("unchanged, kept") == 3
+
+
+def test_rates_of_its_own_are_all_that_a_comparison_reads(root):
+    own = {"comparison.learning_rates": "1e-3"}
+    one, other = (inputs(root, own | {"training.learning_rate": rate})["compare"] for rate in ("1e-2", "5e-2"))
+    assert one == other
+
+
+def test_force_goes_on_from_nothing(root):
+    work = {"score": [".emergence", ".score-1"], "train": [".pilot"], "compare": [".trials"]}
+    folders = [root / "out" / name for names in work.values() for name in names]
+
+    def left_after(*flags):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        assert run(root, "train", *flags) == 0
+        return [folder.name for folder in folders if folder.exists()]
+
+    assert left_after() == left_after("--training.max_steps=5") == [folder.name for folder in folders]
+    assert left_after("--force") == [".emergence", ".score-1", ".trials"]
+
+
+def test_the_manifest_names_all_text_that_was_read(root):
+    (root / "aligned").mkdir()
+    for language in ("en", "sw"):
+        (root / f"aligned/{language}.txt").write_text("One sentence.\nAnother one.\n")
+    assert run(root, "detect", f"--evaluation.parallel={root / 'aligned'}") == 0
+    own = {"en.train.txt", "en.valid.txt", "sw.train.txt", "sw.valid.txt"}
+    assert read_json(root / "out/manifest.json")["corpus"].keys() == own
+    assert run(root, "evaluate", f"--evaluation.parallel={root / 'aligned'}") == 0
+    assert read_json(root / "out/manifest.json")["corpus"].keys() == own | {"parallel/en.txt", "parallel/sw.txt"}
+
+
+def test_the_loss_figure_goes_to_the_end_of_training(root, monkeypatch):
+    """Also where an earlier checkpoint was the best."""
+    flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.eval_steps=3"]
+    flags += ["--training.greater_is_better=true", "--training.logging_steps=1"]  # the worst is the best
+    drawn = []
+    original = figures.draw_training
+    monkeypatch.setattr(figures, "draw_training", lambda history: drawn.append(history) or original(history))
+    assert run(root, "report", *flags) == 0
+    record = read_json(root / "out/manifest.json")["stages"]["train"]
+    assert (record["checkpoint"], record["last"]) == ("checkpoint-3", "checkpoint-6")
+    assert {name.split("/")[0] for name in record["files"]} == {"checkpoint-3", "checkpoint-6", "adapter"}
+    assert max(entry["step"] for entry in drawn[0] if "loss" in entry) == 6

@@ -104,3 +104,28 @@ def test_a_misspelt_option_is_refused_at_once():
 def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_path, name):
     with pytest.raises(UserError, match=f"strategy: '{name}' trains no neurons; .* shared, exclusive"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), callbacks=[DetectionCallback(corpora(), name)])
+
+
+def test_another_training_of_the_same_callback_detects_anew(tmp_path):
+    """Of another model, by another kind of trainer: nothing is left of the first."""
+    callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
+    NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), callbacks=[callback]).train()
+    first = callback.neurons
+    plain = TrainingArguments(
+        output_dir=str(tmp_path / "plain"), report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True
+    )  # fmt: skip
+    trainer = Trainer(tiny_llama(initializer_range=0.1), plain, train_dataset=sentences(), callbacks=[callback])
+    trainer.train()
+    assert callback.neurons is not first and callback.neurons.related != first.related
+    assert "neurons/shared" in trainer.state.log_history[0]
+
+
+def test_batches_that_can_be_read_once_are_kept(tmp_path):
+    batches = {language: iter(its) for language, its in corpora().items()}
+    score_on = {language: iter(its) for language, its in corpora().items()}
+    callback = DetectionCallback(
+        batches, score_corpora=score_on, every_n_steps=1, top_ratio=0.2, consistency=0.6, progress=False
+    )
+    for step in range(2):
+        callback.run(tiny_llama(), step)
+    assert callback.score.value is not None

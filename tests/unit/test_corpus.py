@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
-from tokenizers import processors
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus import load_corpus, training_examples
@@ -193,7 +193,7 @@ def test_json_lines_and_parquet_hold_documents(folder, ending):
     table(folder, f"en.train.{ending}", [{"content": document, "id": 1} for document in documents])
     table(folder, f"en.valid.{ending}", [{"content": sentence, "id": 1} for sentence in SENTENCES[30:]])
     assert load_corpus(section(text_column="content"), folder).texts["en"] == expected
-    with pytest.raises(UserError, match=rf"en\.train\.{ending}: no text in column 'text'; .* content, id"):
+    with pytest.raises(UserError, match=rf"en\.train\.{ending}: no column 'text'; .* content, id"):
         load_corpus(section(), folder)
     (folder / f"en.train.{ending}").write_text("{broken")
     with pytest.raises(UserError, match=rf"en\.train\.{ending}: not readable"):
@@ -208,6 +208,22 @@ def test_documents_in_parts_are_joined(folder):
     rows = [{"text": [{"text": sentence}, {"text": f"{sentence} again"}]} for sentence in SENTENCES[:30]]
     table(folder, "en.train.jsonl", rows)
     assert len(load_corpus(section(), folder).texts["en"].training) == 50
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rows_without_text_are_passed_over(folder, ending):
+    (folder / "en.train.txt").unlink()
+    rows = [{"text": sentence} for sentence in SENTENCES[:30]]
+    table(folder, f"en.train.{ending}", [rows[0], {"text": None}, *rows[1:], {"text": None}])
+    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    (folder / f"en.train.{ending}").unlink()
+    parts = [{"text": [{"text": sentence}, {"text": None}]} for sentence in SENTENCES[:30]]
+    table(folder, f"en.train.{ending}", parts)
+    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    (folder / f"en.train.{ending}").unlink()
+    table(folder, f"en.train.{ending}", [{"text": 5}])
+    with pytest.raises(UserError, match="column 'text' holds int, not text"):
+        load_corpus(section(), folder)
 
 
 def test_sentences_are_split_further_if_asked(folder):
@@ -255,7 +271,7 @@ def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
     [
         ({"languages": ["xx"]}, r"corpus\.dataset: can't stream .*config xx"),
         ({"dataset": "/nowhere/at/all"}, r"corpus\.dataset: can't stream /nowhere"),
-        ({"text_column": "content"}, "no text in column 'content'; corpus.text_column is one of text"),
+        ({"text_column": "content"}, "no column 'content'; corpus.text_column is one of text"),
         ({"training_sentences": None}, r"corpus\.training_sentences: a streamed dataset has no end"),
         ({"training_sentences": 500}, r"corpus\.training_sentences: 500 asked for, .* has only"),
         ({"data_files": "{lang}/none.jsonl", "config_pattern": None}, "can't stream"),
@@ -265,6 +281,13 @@ def test_a_dataset_that_is_not_there_is_named(hub, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         load_corpus(streamed(hub, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_may_leave_ids_out():
+    gap = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 7}, unk_token="<pad>"))
+    gap.pre_tokenizer = pre_tokenizers.Whitespace()
+    batches = batches_of(["a b"], PreTrainedTokenizerFast(tokenizer_object=gap, pad_token="<pad>"))
+    assert batches[0]["input_ids"].tolist() == [[1, 7]]
 
 
 def test_batches_of_texts(tokenizer):

@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from typing import get_args
 
 import pytest
 
-from agnostic_train.quickstart import lexicon
+from agnostic_train.quickstart import lexicon, tiny_model
 from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.grammar.meaning import Phrase
 from agnostic_train.quickstart.grammar.swahili import concord
@@ -113,6 +115,21 @@ def test_too_few_meanings_is_an_error_that_names_the_split(monkeypatch):
     monkeypatch.setattr("agnostic_train.quickstart.phrasebook.PATTERNS", few)
     with pytest.raises(ValueError, match=r"valid: 1234 meanings wanted, but its share has only \d+"):
         phrasebook(seed=0, num_train=42, num_valid=1234, num_test=6)
+
+
+def test_of_several_that_need_it_first_one_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGNOSTIC_TRAIN_CACHE", str(tmp_path))
+    made = []
+
+    def slowly(folder, seed):
+        sleep(0.2)
+        (folder / "en.train.txt").write_text("a")
+        made.append(folder)
+
+    monkeypatch.setattr(tiny_model, "write_phrasebook", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: tiny_model.quickstart_corpus(), range(4)))
+    assert len(made) == 1 and len(set(folders)) == 1 and (folders[0] / "en.train.txt").read_text() == "a"
 
 
 def test_files_hold_one_sentence_a_line(tmp_path):

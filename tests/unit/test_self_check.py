@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
-from agnostic_train import self_check
+from agnostic_train import detect_neurons, self_check
 from agnostic_train.decoder import PROJECTIONS
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention, query_key
@@ -70,3 +70,33 @@ def test_one_layer_is_copied_at_a_time(monkeypatch):
     monkeypatch.setattr(self_check, "float32_copy", watched)
     verify_impacts(tiny_llama(num_hidden_layers=5), padded_batch([7, 12]))
     assert most == [0, 0, 0]
+
+
+def test_it_measures_the_layers_it_checks_alone_and_within_the_memory_given(monkeypatch):
+    measured = []
+    original = query_key.QueryKeyImpacts.measure
+
+    def watched(self, *args):
+        measured.append((self.layer.index, self._half_bytes))
+        return original(self, *args)
+
+    monkeypatch.setattr(query_key.QueryKeyImpacts, "measure", watched)
+    verify_impacts(tiny_llama(num_hidden_layers=5), padded_batch([7, 12]), memory_gb=0.5)
+    assert measured == [(index, 2**28) for index in (0, 2, 4)]
+
+
+def test_what_is_not_asked_for_is_not_checked(llama, monkeypatch):
+    """A model whose q and k nobody asks for may have an attention that can't be followed."""
+
+    def fail(*args):
+        raise LookupError("no rotation")
+
+    monkeypatch.setattr(query_key.QueryKeyImpacts, "measure", fail)
+    batches = {language: [padded_batch([7, 12], seed=seed)] for seed, language in enumerate(("en", "sw"))}
+    projections = ("gate", "up", "down", "v", "o")
+    found = detect_neurons(llama, batches, top_ratio=0.2, projections=projections, progress=False)
+    assert len(found.related["en"])
+    comparisons = verify_impacts(llama, batches["en"][0], projections=projections)
+    assert {c.projection for c in comparisons} == set(projections)
+    with pytest.raises(UserError, match="can't be followed"):
+        detect_neurons(llama, batches, top_ratio=0.2, progress=False)
