@@ -2,20 +2,25 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from agnostic_train.encoding import Encoder
-from agnostic_train.files import UserError, hash_file
+from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
 from agnostic_train.recipe import CorpusSection
 from agnostic_train.sources import find_file, hub_documents, local_sentences, read_text, split_documents
 
 STREAMED_DEFAULT = 1000
 """Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
+
+
+_NOT_OF_THE_TEXT = ("path", "languages", "max_length", "add_bos", "batch_size")
+"""Keys of the section on which the sentences of a streamed language don't depend."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,17 @@ class Corpus:
         return list(self.texts)
 
 
-def load_corpus(section: CorpusSection, path: str | Path | None = None, progress: bool = False) -> Corpus:
+def load_corpus(
+    section: CorpusSection, path: str | Path | None = None, progress: bool = False, keep: Path | None = None
+) -> Corpus:
     """Reads the text of every language, from `path` or, without one, from the hub's `corpus.dataset`.
 
     Local text is `{lang}.train`, `{lang}.valid` and, if there, `{lang}.test` as `.txt` (a document a line), `.jsonl`
     or `.parquet`. Without a test file every second sentence of valid is the test text, and only the others ever select
     anything. Documents are split at line breaks; repeated sentences are dropped; `corpus.seed` draws the order.
+
+    Args:
+        keep: a folder for what is streamed. What is there already isn't streamed again, nor looked for on the hub.
 
     Raises:
         UserError: a missing, empty or unreadable file, fewer sentences than asked for, or text in two splits.
@@ -57,7 +67,8 @@ def load_corpus(section: CorpusSection, path: str | Path | None = None, progress
     texts, hashes = {}, {}
     for language in section.languages:
         if path is None:
-            texts[language] = _streamed(section, language, progress)
+            parts = _kept(keep, section, language, "corpus", partial(_streamed, section, language, progress))
+            texts[language] = LanguageText(language, **parts)
             content = "\n".join(sentence for part in vars(texts[language]).values() for sentence in part)
             hashes[f"{section.dataset} {language}"] = hashlib.sha256(content.encode()).hexdigest()
         else:
@@ -85,7 +96,24 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
     return _by_purpose(section, language, splits, folder), [file for file in files.values() if file is not None]
 
 
-def _streamed(section: CorpusSection, language: str, progress: bool) -> LanguageText:
+def _kept(
+    folder: Path | None,
+    section: CorpusSection,
+    language: str,
+    name: str,
+    read: Callable[[], dict[str, list[str]]],
+) -> dict[str, list[str]]:
+    """Sentences by purpose, from a file of the folder or from `read`, which fills it."""
+    if folder is None:
+        return read()
+    own = {key: value for key, value in asdict(section).items() if key not in _NOT_OF_THE_TEXT}
+    file = folder / f"{name}-{language}-{fingerprint(own)[:16]}.json"
+    if not file.exists():
+        write_json(file, read())
+    return read_json(file)
+
+
+def _streamed(section: CorpusSection, language: str, progress: bool) -> dict[str, list[str]]:
     """Fills one purpose after the other from whole documents, so that no document serves two."""
     if section.training_sentences is None:
         raise UserError("corpus.training_sentences: a streamed dataset has no end; say how many to train on")
@@ -112,7 +140,7 @@ def _streamed(section: CorpusSection, language: str, progress: bool) -> Language
                 found = list(islice(new, count - len(taken[purpose])))
                 taken[purpose] += found
                 bar.update(len(found))
-    return LanguageText(language, **taken)
+    return taken
 
 
 def _unseen(sentences: Iterator[str], seen: set[str]) -> Iterator[str]:
@@ -170,7 +198,9 @@ def training_examples(encoder: Encoder, sentences: Mapping[str, Sequence[str]]) 
     return examples
 
 
-def held_out_text(section: CorpusSection, language: str, path: str | Path | None = None) -> tuple[list[str], dict]:
+def held_out_text(
+    section: CorpusSection, language: str, path: str | Path | None = None, keep: Path | None = None
+) -> tuple[list[str], dict]:
     """The test sentences of a language that serves no other purpose, and the SHA-256 of each file they came from.
 
     Local text needs `{lang}.valid` or `{lang}.test`; a hub's dataset is streamed, as by `load_corpus`.
@@ -181,8 +211,8 @@ def held_out_text(section: CorpusSection, language: str, path: str | Path | None
     count = section.test_sentences
     if path is None:
         count = count or STREAMED_DEFAULT
-        documents = split_documents(hub_documents(section, language), section.split_sentences)
-        sentences, hashes = list(islice(_unseen(documents, set()), count)), {}
+        read = partial(_held_out, section, language, count)
+        sentences, hashes = _kept(keep, section, language, "held-out", read)["test"], {}
         source = str(section.dataset)
     else:
         files = {split: find_file(Path(path), language, split) for split in ("test", "valid")}
@@ -196,6 +226,11 @@ def held_out_text(section: CorpusSection, language: str, path: str | Path | None
     if count is not None and len(sentences) < count:
         raise UserError(f"corpus.test_sentences: {count} asked for, {source} has {len(sentences)} of {language!r}")
     return sentences[:count], hashes
+
+
+def _held_out(section: CorpusSection, language: str, count: int) -> dict[str, list[str]]:
+    documents = split_documents(hub_documents(section, language), section.split_sentences)
+    return {"test": list(islice(_unseen(documents, set()), count))}
 
 
 def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], count: int | None, seed: int) -> dict:

@@ -1,6 +1,7 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -44,9 +45,17 @@ class Materials:
     def _corpus_path(self) -> str | Path | None:
         return quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
 
+    @property
+    def _kept_text(self) -> Path | None:
+        """Where text from the hub is kept: later commands do without a network, and read the same text."""
+        return Path(self.recipe.output_dir) / ".corpus" if self.recipe.corpus.dataset else None
+
     @cached_property
     def corpus(self) -> Corpus:
-        corpus = load_corpus(self.recipe.corpus, self._corpus_path, self.processes.is_local_main_process)
+        # Of several processes one streams what the others then find.
+        with self.processes.local_main_process_first() if self._kept_text else nullcontext():
+            hidden = not self.processes.is_local_main_process
+            corpus = load_corpus(self.recipe.corpus, self._corpus_path, not hidden, self._kept_text)
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
@@ -70,8 +79,10 @@ class Materials:
         texts = {"test": {language: text.test for language, text in self.corpus.texts.items()}}
         hashes: dict[str, str] = {}
         for language in recipe.evaluation.languages:
-            texts["test"][language], found = held_out_text(recipe.corpus, language, self._corpus_path)
-            hashes |= found
+            with self.processes.local_main_process_first() if self._kept_text else nullcontext():
+                found = held_out_text(recipe.corpus, language, self._corpus_path, self._kept_text)
+            texts["test"][language] = found[0]
+            hashes |= found[1]
         folder = recipe.evaluation.parallel
         if folder is not None:
             languages = [*recipe.corpus.languages, *recipe.evaluation.languages]

@@ -94,7 +94,12 @@ class CorpusSection:
         description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt, .jsonl or .parquet); "
         f"or {EMBEDDED}.",
     )
-    dataset: str | None = Field(default=None, description="A hub dataset to stream instead of a folder.")
+    dataset: str | None = Field(
+        default=None, description="A hub dataset to stream instead of a folder, once: output_dir keeps its text."
+    )
+    revision: str | None = Field(
+        default=None, description="The dataset's branch, tag or commit; default: its main branch."
+    )
     config_pattern: OfLanguage | None = Field(
         default=None, description="The dataset's config per language, such as '{lang}'."
     )

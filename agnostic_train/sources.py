@@ -53,7 +53,12 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
     try:
         stream = load_dataset(
-            section.dataset, config, data_files=files, split=section.dataset_split, streaming=True
+            section.dataset,
+            config,
+            data_files=files,
+            revision=section.revision,
+            split=section.dataset_split,
+            streaming=True,
         ).shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
     except Exception as error:
         raise UserError(f"corpus.dataset: can't stream {wanted}: {_one_line(error)}") from None

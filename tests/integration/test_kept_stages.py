@@ -1,5 +1,6 @@
 """What a change of the recipe or of the text makes a stage run again, and what it leaves alone."""
 
+import json
 import shutil
 
 import pytest
@@ -137,3 +138,26 @@ def test_the_loss_figure_goes_to_the_end_of_training(root, monkeypatch):
     assert (record["checkpoint"], record["last"]) == ("checkpoint-3", "checkpoint-6")
     assert {name.split("/")[0] for name in record["files"]} == {"checkpoint-3", "checkpoint-6", "adapter"}
     assert max(entry["step"] for entry in drawn[0] if "loss" in entry) == 6
+
+
+def test_a_hubs_text_is_read_once(root):
+    """By a local folder of the same layout, which is gone when the run goes on."""
+    hub = root / "hub"
+    for language in ("en", "sw", "th"):
+        (hub / language).mkdir(parents=True)
+        source = "en" if language == "en" else "sw"
+        lines = (root / f"text/{source}.train.txt").read_text().splitlines()
+        (hub / language / "part.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    flags = [
+        "--corpus.path=",
+        f"--corpus.dataset={hub}",
+        "--corpus.data_files={lang}/*.jsonl",
+        "--evaluation.languages=th",
+    ]
+    flags += [f"--corpus.{purpose}_sentences=10" for purpose in ("training", "validation", "test")]
+    assert run(root, "detect", *flags) == 0
+    assert run(root, "detect", *flags, "--corpus.seed=1") == 0
+    assert run(root, "evaluate", *flags) == 0
+    shutil.rmtree(hub)
+    assert run(root, "report", *flags) == 0
+    assert run(root, "detect", *flags, "--corpus.seed=2") == 2

@@ -1,5 +1,7 @@
 """Text to sentences to batches, and a clear line for every broken file."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -8,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from agnostic_train import batches_of, detect_neurons, perplexity
-from agnostic_train.corpus import load_corpus, training_examples
+from agnostic_train.corpus import held_out_text, load_corpus, training_examples
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError
 from agnostic_train.quickstart.tiny_model import build_tokenizer
@@ -264,6 +266,22 @@ def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
     assert load_corpus(streamed(hub)) == corpus and load_corpus(streamed(hub, seed=1)) != corpus
     by_files = load_corpus(streamed(hub, config_pattern=None, data_files="{lang}/*.jsonl"))
     assert by_files.texts == corpus.texts
+
+
+def test_what_was_streamed_is_kept(hub, tmp_path):
+    """It is read without the dataset; for another choice of text it is streamed anew."""
+    keep = tmp_path / "out/.corpus"
+    corpus = load_corpus(streamed(hub), keep=keep)
+    held_out = held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep)
+    assert len(list(keep.iterdir())) == 3
+    shutil.rmtree(hub)
+    same = streamed(hub, languages=["en"], max_length=5, batch_size=3)
+    assert load_corpus(same, keep=keep).texts == {"en": corpus.texts["en"]}
+    assert load_corpus(streamed(hub), keep=keep) == corpus
+    assert held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep) == held_out
+    for changes in ({"seed": 1}, {"training_sentences": 21}, {"revision": "v2"}, {"text_column": "content"}):
+        with pytest.raises(UserError, match="can't stream"):
+            load_corpus(streamed(hub, **changes), keep=keep)
 
 
 @pytest.mark.parametrize(
