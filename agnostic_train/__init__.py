@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from agnostic_train.files import UserError
     from agnostic_train.impact import neuron_impacts
     from agnostic_train.neurons import LanguageNeurons, NeuronSet
-    from agnostic_train.perplexity import Perplexity, perplexity
+    from agnostic_train.perplexity import NonFiniteLossError, Perplexity, perplexity
+    from agnostic_train.self_check import ImpactMismatchError
     from agnostic_train.strategy import Strategy
     from agnostic_train.training.callbacks import DetectionCallback
     from agnostic_train.training.compact import NeuronConfig
@@ -28,11 +29,13 @@ __version__ = installed_version("agnostic_train")
 __all__ = [
     "AgnosticScore",
     "DetectionCallback",
+    "ImpactMismatchError",
     "LanguageNeurons",
     "NeuronConfig",
     "NeuronSet",
     "NeuronTrainer",
     "NeuronTrainingArguments",
+    "NonFiniteLossError",
     "Perplexity",
     "Strategy",
     "UserError",
@@ -48,11 +51,13 @@ __all__ = [
 _MODULES = {
     "AgnosticScore": "agnostic_score",
     "DetectionCallback": "training.callbacks",
+    "ImpactMismatchError": "self_check",
     "LanguageNeurons": "neurons",
     "NeuronConfig": "training.compact",
     "NeuronSet": "neurons",
     "NeuronTrainer": "training.trainer",
     "NeuronTrainingArguments": "training.trainer",
+    "NonFiniteLossError": "perplexity",
     "Perplexity": "perplexity",
     "Strategy": "strategy",
     "UserError": "files",

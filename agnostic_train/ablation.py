@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agnostic_train.deactivation import deactivate
 from agnostic_train.inference import Batch
 from agnostic_train.neurons import NeuronSet
-from agnostic_train.perplexity import Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
 from agnostic_train.processes import process_index
 
 NOTHING = "none"
@@ -65,7 +65,7 @@ def ablate(
     batches: Mapping[str, Sequence[Batch]],
     languages: Mapping[str, Sequence[str]] | None = None,
     measured: Callable[[], object] = lambda: None,
-    checkpoints: str | Path | None = None,
+    resume_dir: str | Path | None = None,
 ) -> Ablation:
     """Measures every language with every set off. Each state of the weights is entered once, and none is copied.
 
@@ -75,17 +75,17 @@ def ablate(
         batches: per language, as for `perplexity`.
         languages: by set, the languages to measure if not all.
         measured: called after each language of each set.
-        checkpoints: a folder that keeps each set's measurements. What is found there isn't measured again; use another
+        resume_dir: a folder that keeps each set's measurements. What is found there isn't measured again; use another
             folder for other sets, text or weights.
 
     Raises:
-        UserError: neurons of another model.
+        UserError: neurons of another model. NonFiniteLossError: a set without which the model computes NaN.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
     for name, neurons in sets.items():
         wanted = (languages or {}).get(name, batches)
-        file = None if checkpoints is None else Path(checkpoints) / f"{name}.safetensors"
+        file = None if resume_dir is None else Path(resume_dir) / f"{name}.safetensors"
         if file is not None and file.exists():
             rows[name] = load_measured(file)
             for _ in wanted:
@@ -94,8 +94,20 @@ def ablate(
         rows[name] = {}
         with deactivate(model, neurons):
             for language in wanted:
-                rows[name][language] = perplexity(model, batches[language])
+                rows[name][language] = _perplexity(model, batches[language], name, language)
                 measured()
         if file is not None and process_index() == 0:
             save_measured(rows[name], file)
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})
+
+
+def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: str) -> Perplexity:
+    try:
+        return perplexity(model, batches)
+    except NonFiniteLossError:
+        if off == NOTHING:
+            raise
+        raise NonFiniteLossError(
+            f"model.dtype: with the {off} neurons off, the loss of {language!r} is NaN, infinite, or hundreds of nats a "
+            "token; half precision may overflow, try float32"
+        ) from None

@@ -155,7 +155,7 @@ def language_agnostic_score(
     control_seeds: Sequence[int] = (),
     num_resamples: int = 1000,
     progress: bool = False,
-    checkpoints: str | Path | None = None,
+    resume_dir: str | Path | None = None,
 ) -> AgnosticScore:
     """Scores how language-agnostic a model is (Chen et al. 2025, Eq. 4-5).
 
@@ -171,7 +171,7 @@ def language_agnostic_score(
             also one of like activation.
         num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
-        checkpoints: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
+        resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
 
     Raises:
         ValueError: a language without a corpus.
@@ -195,7 +195,7 @@ def language_agnostic_score(
             only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
-        ablation = ablate(model, sets, batches, only, bar.update, checkpoints)
+        ablation = ablate(model, sets, batches, only, bar.update, resume_dir)
     scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
     scored = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
     return replace(

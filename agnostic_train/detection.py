@@ -47,7 +47,7 @@ def detect_neurons(
     pruning: bool = True,
     verify: bool = True,
     progress: bool = True,
-    checkpoints: str | Path | None = None,
+    resume_dir: str | Path | None = None,
 ) -> LanguageNeurons:
     """Finds the neurons that matter whenever a language is processed (Chen et al. 2025, section 2 and Appendix A).
 
@@ -74,7 +74,7 @@ def detect_neurons(
             full.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
-        checkpoints: a folder for the counts so far, written every half minute. A detection that finds its own there
+        resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there
             goes on from them, to identical sets; use another folder for other settings, text or weights.
             `lape`, which costs no more than a forward pass, starts anew.
 
@@ -110,8 +110,8 @@ def detect_neurons(
             if verify and not related:
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
             file = None
-            if checkpoints is not None:
-                file = Path(checkpoints) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
+            if resume_dir is not None:
+                file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ExitStack() as stack:
                 meter = stack.enter_context(
                     ImpactMeter(model, projections, attention, memory_gb, top_ratio if pruning else None)

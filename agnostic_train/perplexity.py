@@ -17,7 +17,7 @@ from agnostic_train.inference import Batch, left_as_found, model_inputs
 from agnostic_train.processes import in_order, own_share
 
 
-class NonFiniteLoss(UserError):
+class NonFiniteLossError(UserError):
     """The model computes NaN or Inf: it was broken, or a training diverged."""
 
 
@@ -73,7 +73,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
             `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is ordered.
 
     Raises:
-        UserError: no token to score. NonFiniteLoss: a loss that isn't finite.
+        UserError: no token to score. NonFiniteLossError: a loss that isn't finite.
     """
     with left_as_found(model):
         parts = in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
@@ -89,7 +89,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
     counted = [it.num_bytes for it in parts if it.num_bytes is not None]
     result = Perplexity(nats, tokens, sum(counted) if len(counted) == len(parts) else None)
     if not math.isfinite(result.nats) or result.nats / result.num_tokens > _MOST_NATS:
-        raise NonFiniteLoss(
+        raise NonFiniteLossError(
             "model.name: its loss is NaN, infinite, or hundreds of nats a token; the model is broken, or its training "
             "diverged (try a lower training.learning_rate)"
         )

@@ -16,7 +16,7 @@ from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.fitting import make_trainer
 from agnostic_train.inference import Batch
 from agnostic_train.materials import Materials
-from agnostic_train.perplexity import NonFiniteLoss, Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
 from agnostic_train.settings import training_arguments
 from agnostic_train.strategy import Choice
 from agnostic_train.tracking import Tracker, tracked
@@ -154,7 +154,7 @@ class Trials:
             try:
                 trainer.train()
                 measured = self._perplexities(trainer.model)
-            except NonFiniteLoss:
+            except NonFiniteLossError:
                 measured = None
             finally:
                 self.materials.forget_model()

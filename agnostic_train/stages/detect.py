@@ -14,10 +14,10 @@ from agnostic_train.tables import neuron_table
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    checkpoints = context.directory / f".detection-{fingerprint(context.inputs('detect'))[:16]}"
+    resume_dir = context.directory / f".detection-{fingerprint(context.inputs('detect'))[:16]}"
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
-    found = detect_in(context, model, sample, verify=section.verify, checkpoints=checkpoints)
+    found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
     if section.stability:
         others = {language: text.training for language, text in texts.items()}
         found.stability = detection_stability(
@@ -31,7 +31,7 @@ def detect(context: Context) -> dict:
             context.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
     if context.processes.is_main_process:
         found.save(context.directory / "neurons")
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(resume_dir, ignore_errors=True)
     for language in found.languages:
         context.say(
             f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "

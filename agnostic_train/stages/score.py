@@ -20,12 +20,12 @@ EMERGENCE = "emergence"
 
 
 def score(context: Context) -> dict:
-    checkpoints = context.directory / f".score-{fingerprint([context.inputs('score'), context.neuron_hashes])[:16]}"
-    found = _score_of(context, context.materials.model, context.found, checkpoints)
+    resume_dir = context.directory / f".score-{fingerprint([context.inputs('score'), context.neuron_hashes])[:16]}"
+    found = _score_of(context, context.materials.model, context.found, resume_dir)
     outputs = ["score.json"]
     if context.processes.is_main_process:
         write_json(context.directory / "score.json", found.to_json())
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(resume_dir, ignore_errors=True)
     value = "undefined" if found.value is None else f"{found.value:.3f}"
     if found.interval:
         value += " (95% interval {:.3f} to {:.3f})".format(*found.interval)
@@ -68,7 +68,7 @@ def checkpoint_identity(section: ModelSection, checkpoint: Checkpoint) -> dict:
 
 
 def _score_of(
-    context: Context, model: PreTrainedModel, found: LanguageNeurons, checkpoints: Path | None = None
+    context: Context, model: PreTrainedModel, found: LanguageNeurons, resume_dir: Path | None = None
 ) -> AgnosticScore:
     return language_agnostic_score(
         model,
@@ -76,7 +76,7 @@ def _score_of(
         context.materials.batches("validation"),
         control_seeds=range(1, context.recipe.score.controls + 1),
         progress=context.processes.is_local_main_process,
-        checkpoints=checkpoints,
+        resume_dir=resume_dir,
     )
 
 

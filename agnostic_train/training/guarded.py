@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError, read_json
-from agnostic_train.perplexity import NonFiniteLoss
+from agnostic_train.perplexity import NonFiniteLossError
 from agnostic_train.processes import own_part, sum_over_processes
 
 _NUM_TOKENS_NAMED = 12
@@ -22,7 +22,7 @@ class GuardedTrainer(Trainer):
     """A `Trainer` that stops at the first loss that isn't finite, and never saves weights that aren't.
 
     Raises (from `train`):
-        NonFiniteLoss: naming the step and the batch, with the last good checkpoint left as it is.
+        NonFiniteLossError: naming the step and the batch, with the last good checkpoint left as it is.
         UserError: naming the file of a checkpoint that can't be resumed from.
     """
 
@@ -35,7 +35,7 @@ class GuardedTrainer(Trainer):
         """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
 
         Raises:
-            NonFiniteLoss: a loss that isn't finite. UserError: a damaged checkpoint, a disk that takes none, or FSDP
+            NonFiniteLossError: a loss that isn't finite. UserError: a damaged checkpoint, a disk that takes none, or FSDP
                 with checkpoints of parts.
         """
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
@@ -62,7 +62,7 @@ class GuardedTrainer(Trainer):
         """As `Trainer.training_step`; before an optimizer step the losses that it is made of must be finite.
 
         Raises:
-            NonFiniteLoss: one isn't.
+            NonFiniteLossError: one isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._unchecked.append((loss, inputs.get("input_ids")))
@@ -83,7 +83,7 @@ class GuardedTrainer(Trainer):
             f", on the batch of {len(ids)} sequences whose first begins with the tokens "
             f"{ids[0, :_NUM_TOKENS_NAMED].tolist()}"
         )  # fmt: skip
-        raise NonFiniteLoss(
+        raise NonFiniteLossError(
             f"training.learning_rate: the loss is {loss.mean().item()} at step {self.state.global_step + 1}{batch}; "
             "earlier checkpoints are kept; try a lower rate or a wider model.dtype, or look at that text"
         )
@@ -103,7 +103,7 @@ class GuardedTrainer(Trainer):
         """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one.
 
         Raises:
-            NonFiniteLoss: it isn't, and nothing is written.
+            NonFiniteLossError: it isn't, and nothing is written.
         """
         bad = [
             name
@@ -116,7 +116,7 @@ class GuardedTrainer(Trainer):
         if _internal_call:
             num_bad = sum_over_processes(num_bad)
         if num_bad:
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"training.learning_rate: {bad[0] if bad else 'a weight'} isn't finite after step "
                 f"{self.state.global_step}, and isn't saved; earlier checkpoints are kept; try a lower rate or a wider "
                 "model.dtype"

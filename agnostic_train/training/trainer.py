@@ -116,7 +116,7 @@ class NeuronTrainer(GuardedTrainer):
         Raises:
             UserError: the checkpoint is damaged or of other neurons, an engine splits the weights that `mask` needs
                 whole, detection found nothing to train, or a disk takes no checkpoint.
-            NonFiniteLoss: a loss that isn't finite.
+            NonFiniteLossError: a loss that isn't finite.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
@@ -240,7 +240,7 @@ class NeuronTrainer(GuardedTrainer):
         """As `Trainer.save_model`, with the neurons beside the weights.
 
         Raises:
-            NonFiniteLoss: a trained weight isn't finite, and nothing is written.
+            NonFiniteLossError: a trained weight isn't finite, and nothing is written.
         """
         if self.is_deepspeed_enabled:
             # Here, for some versions of transformers call `_save` in the first process alone.

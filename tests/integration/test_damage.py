@@ -16,7 +16,7 @@ from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer
 from agnostic_train.files import UserError
-from agnostic_train.perplexity import NonFiniteLoss
+from agnostic_train.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
 from agnostic_train.training.trainer import UPDATES
 
@@ -225,7 +225,7 @@ def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
             return super().training_step(model, inputs, *args, **kwargs)
 
     trainer = Watched(model, settings, train_dataset=sentences(36), neurons=CHOSEN)
-    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 2, on the batch of 4") as caught:
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 2, on the batch of 4") as caught:
         trainer.train()
     assert str(batches[call - 1][0].tolist()) in str(caught.value)
     assert len(batches) == 6 and len(looks) == 2 and trainer.state.global_step == 1

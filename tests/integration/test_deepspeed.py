@@ -20,7 +20,7 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.cli import main  # noqa: F401 - what the processes run
 from agnostic_train.files import UserError
-from agnostic_train.perplexity import NonFiniteLoss
+from agnostic_train.perplexity import NonFiniteLossError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed (pip install deepspeed)"
@@ -72,7 +72,7 @@ def train_by_zero(directory: Path, stage):
     zero_trainer(directory / "bf16", stage, bf16=True).train()
     with pytest.raises(UserError, match="'mask' needs whole weights"):
         zero_trainer(directory / "refused", stage, "mask").train()
-    with pytest.raises(NonFiniteLoss, match="isn't finite after step 1, and isn't saved"):
+    with pytest.raises(NonFiniteLossError, match="isn't finite after step 1, and isn't saved"):
         zero_trainer(directory / "lost", stage, learning_rate=1e39, max_steps=1, save_steps=1).train()
 
 

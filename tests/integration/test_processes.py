@@ -84,10 +84,10 @@ def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(detection.ImpactMeter, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        detect(model, checkpoints=tmp_path)
+        detect(model, resume_dir=tmp_path)
     measured.clear()
     monkeypatch.setattr(detection.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args))[1])
-    assert detect(model, checkpoints=tmp_path, verify=False) == LanguageNeurons(
+    assert detect(model, resume_dir=tmp_path, verify=False) == LanguageNeurons(
         whole.related, whole.shared, whole.exclusive, {**whole.settings, "verified": False}
     )
     assert len(measured) == 4 - stop_after

@@ -241,9 +241,9 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
 
     monkeypatch.setattr(ablation, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
+        language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     calls[:] = [1] * 9
-    again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], checkpoints=tmp_path)
+    again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     num_passes = 2 * 4 + 4 * (2 + 2)
     assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
 

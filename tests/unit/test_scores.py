@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
-from agnostic_train import agnostic_score
+from agnostic_train import ablation, agnostic_score
 from agnostic_train.ablation import Ablation
 from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
 from agnostic_train.deactivation import deactivate
+from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError, write_json
 from agnostic_train.lape import firing_rates
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.perplexity import Perplexity, perplexity
+from agnostic_train.perplexity import NonFiniteLossError, Perplexity, perplexity
 from agnostic_train.strategy import Strategy
 from agnostic_train.tables import score_table
 
@@ -175,6 +176,23 @@ def test_every_set_off_is_measured_on_every_language(llama):
             with deactivate(llama, neurons):
                 expected = perplexity(llama, corpora[language]).value
             assert rows[off]["languages"][language]["perplexity"] == expected
+
+
+def test_a_set_without_which_the_model_breaks_is_named(llama, monkeypatch):
+    found = language_neurons()
+    (layer, projection), indices = next(iter(found.shared.items()))
+    weight = find_decoder(llama).projection((layer, projection)).linear.weight
+
+    def overflowing(model, batches):
+        rows = weight[:, indices] if projection in ("o", "down") else weight[indices]
+        if not rows.any():
+            raise NonFiniteLossError("its loss is NaN")
+        return perplexity(model, batches)
+
+    monkeypatch.setattr(ablation, "perplexity", overflowing)
+    corpora = {name: [padded_batch([9, 12])] for name in "abc"}
+    with pytest.raises(NonFiniteLossError, match="model.dtype: with the shared neurons off, the loss of 'a' is NaN"):
+        language_agnostic_score(llama, found, corpora)
 
 
 def test_variants_and_intervals_by_brute_force(llama):
