@@ -16,7 +16,7 @@ from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
-from agnostic_train.impact.sites import Work
+from agnostic_train.impact.pruning import Work
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
 from agnostic_train.neurons import LanguageNeurons, NeuronSet

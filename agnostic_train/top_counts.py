@@ -11,7 +11,7 @@ from torch import Tensor
 from agnostic_train.activity import MEASURED, Activations
 from agnostic_train.decoder import Site
 from agnostic_train.files import UserError, whole_file
-from agnostic_train.impact.sites import num_top
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.processes import num_processes, sum_over_processes
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
-from agnostic_train.impact.sites import ROUNDING_MARGIN, Sites, Work, num_top
+from agnostic_train.impact.layout import QueryKeyLayout
+from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
 
 # Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
 _TILE_SIZES = (4, 16)
@@ -60,7 +61,7 @@ class BoundSieve:
         self.change = change
         self.changes = changes
         self.blocks = row_blocks(change.inputs.visible)
-        self.sites = Sites(change, changes, num_kv_heads)
+        self.layout = QueryKeyLayout(change, changes, num_kv_heads)
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
 
@@ -75,19 +76,19 @@ class BoundSieve:
         """
         bounds, estimates = self._bounds()
         # By site from here on, q's and k's neurons side by side: (batch, neurons[, blocks]).
-        rest = self.sites.by_site(bounds).flip(-1).cumsum(-1).flip(-1)
-        estimates = self.sites.by_site(estimates)
-        counts = [num_top(top_ratio, size) for size in self.sites.sizes]
+        rest = self.layout.by_site(bounds).flip(-1).cumsum(-1).flip(-1)
+        estimates = self.layout.by_site(estimates)
+        counts = [num_top(top_ratio, size) for size in self.layout.sizes]
         first = torch.zeros_like(estimates, dtype=torch.bool)
-        for part, estimate, count in zip(self.sites.split(first), self.sites.split(estimates), counts, strict=True):
+        for part, estimate, count in zip(self.layout.split(first), self.layout.split(estimates), counts, strict=True):
             likely = estimate.topk(min(ceil(_FIRST * count), estimate.shape[1]), 1).indices
             part.scatter_(1, likely, True)
         tiles = self._tiles(first)
-        done = self.sites.by_site(sum(self._squares(tiles, block) for block in self.blocks))
+        done = self.layout.by_site(sum(self._squares(tiles, block) for block in self.blocks))
         thresholds = [
-            part.topk(count, 1).values[:, -1:] for part, count in zip(self.sites.split(done), counts, strict=True)
+            part.topk(count, 1).values[:, -1:] for part, count in zip(self.layout.split(done), counts, strict=True)
         ]
-        threshold = torch.cat([it.expand(-1, size) for it, size in zip(thresholds, self.sites.sizes, strict=True)], 1)
+        threshold = torch.cat([it.expand(-1, size) for it, size in zip(thresholds, self.layout.sizes, strict=True)], 1)
         alive, num_logits = ~first, [0] * len(counts)
         for number, block in enumerate(self.blocks):
             # Not `>=`: what isn't a number stays.
@@ -95,19 +96,19 @@ class BoundSieve:
             tiles = self._tiles(alive)
             if not len(tiles.head):
                 break
-            done += self.sites.by_site(self._squares(tiles, block))
-            for index, part in enumerate(self.sites.split(alive)):
+            done += self.layout.by_site(self._squares(tiles, block))
+            for index, part in enumerate(self.layout.split(alive)):
                 num_logits[index] += int(part.sum()) * block.num_logits
         found = torch.where(alive | first, done, 0).sqrt().float()
         per_neuron = sum(block.num_logits for block in self.blocks)
         for name, part, likely, logits in zip(
-            self.changes, self.sites.split(alive), self.sites.split(first), num_logits, strict=True
+            self.changes, self.layout.split(alive), self.layout.split(first), num_logits, strict=True
         ):
             work[name].neurons += int(part.sum() + likely.sum())
             work[name].all_neurons += part.numel()
             work[name].logits += logits + int(likely.sum()) * per_neuron
             work[name].all_logits += part.numel() * self.change.length**2
-        return dict(zip(self.changes, self.sites.split(found), strict=True))
+        return dict(zip(self.changes, self.layout.split(found), strict=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Bounds on squared changes and estimates of them: (batch * heads, neurons, blocks), without the last."""
@@ -125,7 +126,7 @@ class BoundSieve:
 
     def _tiles(self, by_site: Tensor) -> _Tiles:
         """The neurons marked in (batch, neurons of all heads), bool, as every head that they act through sees them."""
-        marked = self.sites.by_head(by_site)
+        marked = self.layout.by_head(by_site)
         num_heads, num_neurons = marked.shape
         neurons = marked.flatten().nonzero().squeeze(1)
         counts = marked.sum(1)
@@ -146,14 +147,14 @@ class BoundSieve:
         change, rows, keys = self.change, block.rows, block.keys
         logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
-        a, b, c, d = (part[:, seen] for part, seen in zip(self.sites.factors, (rows, keys) * 2, strict=True))
-        growth = [part[:, seen] for part, seen in zip(self.sites.growths, (rows, keys), strict=False)]
+        a, b, c, d = (part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True))
+        growth = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]
         num_rows, num_keys = logits.shape[1:]
         size = tiles.neuron.shape[1]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
         entries = size * num_rows * (2 * num_keys + change.head_dim) + (2 * num_rows + change.head_dim) * num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))
-        squares = value.new_zeros(len(self.sites.factors[0]) + 1)
+        squares = value.new_zeros(len(self.layout.factors[0]) + 1)
         for part in tiles.chunks(at_once):
             shape = (len(part.head), size, num_rows, num_keys)
             neurons = part.neuron.flatten()

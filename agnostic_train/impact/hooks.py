@@ -26,8 +26,8 @@ from agnostic_train.decoder import (
 from agnostic_train.files import UserError
 from agnostic_train.impact.attention import ATTENTION_MODES, AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
+from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
-from agnostic_train.impact.sites import Work
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 DEFAULT_MEMORY_GB = 2.0

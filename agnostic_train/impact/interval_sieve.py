@@ -14,7 +14,8 @@ from agnostic_train.files import UserError
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
-from agnostic_train.impact.sites import ROUNDING_MARGIN, Sites, Work, num_top
+from agnostic_train.impact.layout import QueryKeyLayout
+from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
 
 
 def interval_impacts(
@@ -39,23 +40,23 @@ def interval_impacts(
     Raises:
         UserError: an exact impact outside its interval.
     """
-    sites = Sites(change, changes, num_kv_heads)
+    layout = QueryKeyLayout(change, changes, num_kv_heads)
     ends = squared_intervals(
         change.logits,
         change.attention,
         change.value,
         change.weight,
-        sites.factors,
+        layout.factors,
         change.key_spans,
         change.largest_logits,
-        sites.growths,
+        layout.growths,
         change.softcap,
     )
-    low, high = (sites.by_site(end.view(len(change.value), -1)) for end in ends)
-    counts = [num_top(top_ratio, size) for size in sites.sizes]
+    low, high = (layout.by_site(end.view(len(change.value), -1)) for end in ends)
+    counts = [num_top(top_ratio, size) for size in layout.sizes]
     # By site, (batch, neurons) bool: in the top for certain; not decided.
     certain, unclear = [], []
-    for lower, upper, count in zip(sites.split(low), sites.split(high), counts, strict=True):
+    for lower, upper, count in zip(layout.split(low), layout.split(high), counts, strict=True):
         if count == lower.shape[1]:
             certain.append(torch.zeros_like(lower, dtype=torch.bool))
             unclear.append(~certain[-1])
@@ -64,15 +65,15 @@ def interval_impacts(
         threshold = lower.topk(count, 1).values[:, -1:]
         certain.append(lower > beyond * (1 + ROUNDING_MARGIN))
         unclear.append((upper * (1 + ROUNDING_MARGIN) >= threshold) & ~certain[-1])
-    exact = sites.by_site(
+    exact = layout.by_site(
         kernels.squared_changes(
             change.changed_logits,
             change.centred_value,
             change.weight,
-            sites.factors,
+            layout.factors,
             change.key_spans,
-            sites.by_head(torch.cat(unclear, 1)).flatten(),
-            sites.growths,
+            layout.by_head(torch.cat(unclear, 1)).flatten(),
+            layout.growths,
             change.softcap,
         ).view(len(change.value), -1)
     )
@@ -93,4 +94,4 @@ def interval_impacts(
         work[name].logits += (part.sum(1) * per_neuron).sum()
         work[name].all_logits += part.numel() * change.length**2
         work[name].rough_logits += part.shape[1] * per_neuron.sum()
-    return dict(zip(changes, sites.split(found.sqrt().float()), strict=True))
+    return dict(zip(changes, layout.split(found.sqrt().float()), strict=True))

@@ -19,8 +19,8 @@ from agnostic_train.impact.attention import (
 )
 from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
+from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
-from agnostic_train.impact.sites import Work
 
 # Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20

@@ -25,7 +25,7 @@ from agnostic_train.corpus import load_corpus
 from agnostic_train.decoder import find_decoder
 from agnostic_train.encoding import Encoder
 from agnostic_train.impact import ImpactMeter, kernels
-from agnostic_train.impact.sites import Work
+from agnostic_train.impact.pruning import Work
 from agnostic_train.inference import left_as_found
 from agnostic_train.recipe import CorpusSection
 from agnostic_train.top_counts import TopCounts

@@ -18,7 +18,7 @@ from kernel_cases import (
 from test_families import family_model
 
 from agnostic_train.impact import ImpactMeter, kernels, neuron_impacts
-from agnostic_train.impact.sites import num_top
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.inference import left_as_found
 from agnostic_train.top_counts import TopCounts, in_top
 

@@ -26,7 +26,7 @@ from agnostic_train.files import UserError
 from agnostic_train.impact import interval_sieve, kernels, neuron_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
-from agnostic_train.impact.sites import num_top
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.self_check import verify_impacts
 from agnostic_train.top_counts import in_top
 

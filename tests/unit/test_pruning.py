@@ -13,7 +13,7 @@ from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, neuron_impacts
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.sites import num_top
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.inference import left_as_found
 from agnostic_train.top_counts import in_top
 
@@ -49,7 +49,7 @@ def all_bounds_hold(model, batch, monkeypatch):
     original = bound_sieve.BoundSieve.impacts
 
     def spied(self, top_ratio, work):
-        every = self._tiles(torch.ones(self.change.batch, sum(self.sites.sizes), dtype=torch.bool))
+        every = self._tiles(torch.ones(self.change.batch, sum(self.layout.sizes), dtype=torch.bool))
         limits, _ = self._bounds()
         for number, block in enumerate(self.blocks):
             squares = self._squares(every, block)
