@@ -11,11 +11,10 @@ from agnostic_train.versions import installed_version
 if TYPE_CHECKING:
     from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
     from agnostic_train.deactivation import deactivate
-    from agnostic_train.detection import detect_neurons
+    from agnostic_train.detection import detect_neurons, neuron_impacts
     from agnostic_train.encoding import batches_of
     from agnostic_train.export import export_checkpoint
     from agnostic_train.files import UserError
-    from agnostic_train.impact import neuron_impacts
     from agnostic_train.neurons import LanguageNeurons, NeuronSet
     from agnostic_train.perplexity import NonFiniteLossError, Perplexity, perplexity
     from agnostic_train.self_check import ImpactMismatchError
@@ -66,7 +65,7 @@ _MODULES = {
     "detect_neurons": "detection",
     "export_checkpoint": "export",
     "language_agnostic_score": "agnostic_score",
-    "neuron_impacts": "impact",
+    "neuron_impacts": "detection",
     "perplexity": "perplexity",
 }
 """Where each public name is: its file is read when the name is first asked for, for torch and PEFT take seconds."""

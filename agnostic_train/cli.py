@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from agnostic_train import __version__
 from agnostic_train.files import UserError
-from agnostic_train.recipe import recipe_keys, training_argument_types
+from agnostic_train.recipe import OWN_KEYS, recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.stages import STAGE_HELP, OutOfMemory
 
@@ -127,6 +127,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _explain_unknown(argument: str) -> str:
     name = argument.partition("=")[0]
+    own = OWN_KEYS.get(name.removeprefix("--training."))
+    if own is not None:
+        return f"unknown flag {name}; it comes from the recipe's own key, --{own}"
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
     nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.5)
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")

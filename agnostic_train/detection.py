@@ -1,13 +1,17 @@
-"""From impacts to each language's related neurons, streamed: per batch only counts leave the hooks."""
+"""Impacts that have passed the self-check, and from them each language's related neurons.
+
+Detection is streamed: per batch only counts leave the hooks.
+"""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -15,7 +19,7 @@ from agnostic_train.activity import Activations
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.impact.activations import ActivationMeter
-from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter
+from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
@@ -28,6 +32,47 @@ METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 logger = logging.get_logger(__name__)
+
+
+_verified: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Projections of a model whose impacts were once compared with real deactivation."""
+
+
+def neuron_impacts(
+    model: nn.Module,
+    batch: Batch,
+    projections: Sequence[str] | None = None,
+    attention: str = "exact",
+    *,
+    verify: bool = True,
+) -> dict[Site, Tensor]:
+    """Impact of every neuron of every site on its own layer's output, per sentence.
+
+    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating
+    the neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
+    `gate up down` (Chen et al. 2025, Appendix A).
+
+    Args:
+        model: a Hugging Face causal language model; left as found (mode, gradients, random states).
+        batch: `input_ids` and `attention_mask`, (sentences, length), padded on either side. An optional
+            `special_tokens_mask` (1 at special tokens) leaves those tokens out of the norms.
+        projections: some of `q k v o gate up down`; all by default.
+        attention: `exact` equals real deactivation; `paper` is Eq. 11 on the rotated queries and keys.
+        verify: the first time that a model is measured, compare a few of its neurons with real deactivation, see
+            `verify_impacts`.
+
+    Returns: (layer, projection) -> float32 (sentences, neurons), on the model's device.
+
+    Raises:
+        UserError: a model whose projections can't be found, or whose attention can't be followed.
+        ImpactMismatchError: impacts that don't equal real deactivation.
+        ValueError: an unknown projection or attention mode.
+    """
+    wanted = set(PROJECTIONS if projections is None else projections)
+    if verify and not wanted <= _verified.get(model, set()):
+        verify_impacts(model, batch, pruning=False, projections=[it for it in PROJECTIONS if it in wanted])
+        _verified[model] = _verified.get(model, set()) | wanted
+    return unverified_impacts(model, batch, projections, attention)
 
 
 def detect_neurons(

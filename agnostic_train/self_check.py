@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from agnostic_train.deactivation import switched_off
 from agnostic_train.decoder import ATTENTION_PROJECTIONS, PROJECTIONS, Layer, find_decoder, float32_copy
@@ -22,11 +21,13 @@ from agnostic_train.inference import Batch, left_as_found, model_inputs, real_an
 TOLERANCE = 1e-3
 """Largest accepted difference, as a part of the largest impact of the site in that sentence."""
 
-logger = logging.get_logger(__name__)
-
 
 class ImpactMismatchError(UserError):
-    """The scores of this model don't equal real deactivation."""
+    """The scores of this model don't equal real deactivation. message: one line; table: the comparisons, as lines of text."""
+
+    def __init__(self, message: str, table: str = ""):
+        super().__init__(message)
+        self.table = table
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def verify_impacts(
     Returns: all comparisons.
 
     Raises:
-        ImpactMismatchError: with the table, when a score is off by more than `TOLERANCE`.
+        ImpactMismatchError: a score is off by more than `TOLERANCE`.
         UserError: a model whose attention can't be followed at all, or that computes NaN.
     """
     # Short sentences would hide a wrong rotation or window: the longest tell most.
@@ -95,11 +96,11 @@ def verify_impacts(
         ) from error
     worst = max(comparisons, key=lambda comparison: comparison.error)
     if worst.error > TOLERANCE:
-        logger.error("%s", comparison_table(comparisons))
         raise ImpactMismatchError(
-            f"detection.verify: scores of {type(model).__name__} don't equal real deactivation (layer {worst.layer} "
-            f"{worst.projection} neuron {worst.neuron}: score {worst.score:.5g}, deactivated {worst.deactivated:.5g});"
-            " this model can't be used"
+            f"model.name: {type(model).__name__} isn't supported: scores don't equal real deactivation (layer "
+            f"{worst.layer} {worst.projection} neuron {worst.neuron}: score {worst.score:.5g}, deactivated "
+            f"{worst.deactivated:.5g}); use a model of another family",
+            comparison_table(comparisons),
         )
     return comparisons
 

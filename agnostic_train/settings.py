@@ -1,11 +1,16 @@
 """What a recipe asks of a training, made ready and checked before any work begins."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+from transformers.training_args import ParallelMode
 
 from agnostic_train.files import UserError
 from agnostic_train.loading import check_checkpoint, find_accelerator
@@ -44,6 +49,8 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         # -1 is how transformers spells 'not by steps'.
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
             raise UserError(f"training.{key}: must be above 0, not {value}")
+    if recipe.training.arguments.get("resume_from_checkpoint") is not None:
+        raise UserError("training.resume_from_checkpoint: an interrupted training goes on by itself; take the key out")
     for key in ("seed", "data_seed"):
         value = recipe.training.arguments.get(key)
         if value is not None and not 0 <= value < 2**32:
@@ -58,7 +65,48 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
             update=recipe.training.update,
         )
     except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
+        raise UserError(f"training: {error}") from None
+
+
+def check_learning(arguments: NeuronTrainingArguments) -> None:
+    """Makes what a Trainer makes of its arguments once training begins, of next to nothing: what fails there fails here.
+
+    Raises:
+        UserError: they don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
+    """
+    if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
+    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    probe = torch.nn.Linear(1, 1)
+    with _refused(f"training.optim: {optim} can't be made of learning_rate, weight_decay, adam_* and optim_*"):
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, probe)
+        # Others want modules of the very model, or the model itself.
+        plain = not settings.keys() & {"params", "model", "optimizer_dict"}
+        optimizer = kind([probe.weight], **settings) if plain else torch.optim.SGD([probe.weight], lr=1.0)
+    schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+    with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    with _refused("training.dataloader_num_workers: no loader can be made of the dataloader_* keys"):
+        DataLoader(
+            [0],
+            num_workers=arguments.dataloader_num_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            persistent_workers=arguments.dataloader_persistent_workers,
+        )
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has kinds of its own for a setting that it refuses
+        raise UserError(f"{what} ({type(error).__name__}: {error})") from None
 
 
 def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: Path) -> None:
@@ -105,6 +153,7 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     if recipe.training.neurons is None and name == "pilot":
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])
+    check_learning(arguments)
 
 
 def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str], what: str) -> None:

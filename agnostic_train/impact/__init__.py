@@ -1,5 +1,5 @@
 """How much each neuron matters to its own layer's output."""
 
-from agnostic_train.impact.hooks import ImpactMeter, neuron_impacts
+from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 
-__all__ = ["ImpactMeter", "neuron_impacts"]
+__all__ = ["ImpactMeter", "unverified_impacts"]

@@ -34,28 +34,10 @@ DEFAULT_MEMORY_GB = 2.0
 _IMPLEMENTATION = "agnostic_train_impact"
 
 
-def neuron_impacts(
+def unverified_impacts(
     model: nn.Module, batch: Batch, projections: Sequence[str] | None = None, attention: str = "exact"
 ) -> dict[Site, Tensor]:
-    """Impact of every neuron of every site on its own layer's output, per sentence.
-
-    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating
-    the neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
-    `gate up down` (Chen et al. 2025, Appendix A).
-
-    Args:
-        model: a Hugging Face causal language model; left as found (mode, gradients, random states).
-        batch: `input_ids` and `attention_mask`, (sentences, length), padded on either side. An optional
-            `special_tokens_mask` (1 at special tokens) leaves those tokens out of the norms.
-        projections: some of `q k v o gate up down`; all by default.
-        attention: `exact` equals real deactivation; `paper` is Eq. 11 on the rotated queries and keys.
-
-    Returns: (layer, projection) -> float32 (sentences, neurons), on the model's device.
-
-    Raises:
-        UserError: a model whose projections can't be found.
-        ValueError: an unknown projection or attention mode.
-    """
+    """`neuron_impacts`, right for the families that the self-check passes."""
     with left_as_found(model), ImpactMeter(model, projections, attention) as meter:
         return meter.measure(batch)
 

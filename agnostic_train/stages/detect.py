@@ -5,11 +5,17 @@ import shutil
 from transformers import PreTrainedModel
 
 from agnostic_train.detection import detect_neurons
-from agnostic_train.files import fingerprint
+from agnostic_train.files import UserError, fingerprint, whole_file
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.neurons import LanguageNeurons
+from agnostic_train.self_check import ImpactMismatchError
 from agnostic_train.stability import detection_stability
 from agnostic_train.stages.context import Context
 from agnostic_train.tables import neuron_table
+
+MISMATCHES = "self_check.txt"
+# Of the neurons that are top in a sentence.
+_FEW = 0.05
 
 
 def detect(context: Context) -> dict:
@@ -17,7 +23,14 @@ def detect(context: Context) -> dict:
     resume_dir = context.directory / f".detection-{fingerprint(context.inputs('detect'))[:16]}"
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
-    found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+    try:
+        found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+    except ImpactMismatchError as error:
+        file = context.directory / MISMATCHES
+        if context.processes.is_main_process:
+            with whole_file(file) as temporary:
+                temporary.write_text(error.table + "\n", encoding="utf-8")
+        raise UserError(f"{error}, or open an issue with {file}") from None
     if section.stability:
         others = {language: text.training for language, text in texts.items()}
         found.stability = detection_stability(
@@ -40,8 +53,10 @@ def detect(context: Context) -> dict:
     least = section.min_languages
     by_whom = "all" if least in (None, len(found.languages)) else f"at least {least} language{'s' * (least > 1)}"
     context.say(f"detect: {len(found.shared)} shared by {by_whom}")
+    if section.method == "impact" and found.shared.sizes:
+        _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
     for name, share in (found.exact_share or {}).items():
-        context.say(f"detect: {share:.0%} of {name}'s impacts needed the exact form")
+        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly, pruning ruled the others out")
     context.tracker.log_summary(
         {"neurons/shared": len(found.shared)}
         | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
@@ -49,6 +64,16 @@ def detect(context: Context) -> dict:
     )
     context.publish({"neurons": neuron_table(found)})
     return {"outputs": ["neurons"], "shared": len(found.shared)}
+
+
+def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
+    """Says so where hardly any neuron is among the top often enough: little can be learnt with those."""
+    few = [language for language, its in found.related.items() if len(its) < _FEW * num_possible]
+    if few:
+        context.say(
+            f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "
+            "sentences; a lower detection.consistency gives more"
+        )
 
 
 def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:

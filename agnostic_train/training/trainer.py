@@ -33,6 +33,9 @@ class NeuronTrainingArguments(TrainingArguments):
             with masked gradients. Without weight decay the optimizers that both take end at the same weights, to
             rounding.
         Others as for `TrainingArguments`.
+
+    Raises:
+        UserError: another `update`.
     """
 
     update: str = field(
@@ -42,6 +45,15 @@ class NeuronTrainingArguments(TrainingArguments):
             "frozen weights, 'mask' the full weights with masked gradients."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_update(self.update)
+
+
+def _check_update(update: str | None) -> None:
+    if update not in UPDATES:
+        raise UserError(f"training.update: {update!r} isn't one of {', '.join(UPDATES)}")
 
 
 class NeuronTrainer(GuardedTrainer):
@@ -85,8 +97,7 @@ class NeuronTrainer(GuardedTrainer):
     ):
         arguments = args[0] if args else kwargs.get("args")
         self.update = update or getattr(arguments, "update", UPDATES[0])
-        if self.update not in UPDATES:
-            raise UserError(f"training.update: {self.update!r} isn't one of {', '.join(UPDATES)}")
+        _check_update(self.update)
         self.neurons: NeuronSet | str | Path | None = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.corpus import load_corpus
 from agnostic_train.encoding import Encoder
-from agnostic_train.impact import neuron_impacts
+from agnostic_train.impact import unverified_impacts
 from agnostic_train.recipe import CorpusSection
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     found: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for language, text in load_corpus(section, options.corpus).texts.items():
         for batch in encoder.batches(text.detection, language, batch_size=16):
-            exact = neuron_impacts(model, batch, ["q", "k"])
-            paper = neuron_impacts(model, batch, ["q", "k"], attention="paper")
+            exact = unverified_impacts(model, batch, ["q", "k"])
+            paper = unverified_impacts(model, batch, ["q", "k"], attention="paper")
             for site, values in exact.items():
                 found.setdefault(site, []).append(
                     (spearman(values, paper[site]), top_overlap(values, paper[site], options.top_ratio))

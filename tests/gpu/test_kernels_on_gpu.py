@@ -17,7 +17,7 @@ from kernel_cases import (
 )
 from test_families import family_model
 
-from agnostic_train.impact import ImpactMeter, kernels, neuron_impacts
+from agnostic_train.impact import ImpactMeter, kernels, unverified_impacts
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.inference import left_as_found
 from agnostic_train.top_counts import TopCounts, in_top
@@ -116,12 +116,12 @@ def test_models(family, dtype, side, attention, monkeypatch):
     """The impacts are the CPU's and, much more closely, the torch form's; pruned, the top is the same."""
     model, batch = family_model(family).to(dtype), padded_batch(LENGTHS, side)
     on_gpu = copy.deepcopy(model).cuda()
-    by_cpu = neuron_impacts(model, batch, ["q", "k"], attention)
-    by_kernel = neuron_impacts(on_gpu, batch, ["q", "k"], attention)
+    by_cpu = unverified_impacts(model, batch, ["q", "k"], attention)
+    by_kernel = unverified_impacts(on_gpu, batch, ["q", "k"], attention)
     with left_as_found(on_gpu), ImpactMeter(on_gpu, ["q", "k"], attention, top_ratio=0.1) as meter:
         pruned = meter.measure(batch)
     monkeypatch.setattr(kernels, "available", lambda value: False)
-    by_torch = neuron_impacts(on_gpu, batch, ["q", "k"], attention)
+    by_torch = unverified_impacts(on_gpu, batch, ["q", "k"], attention)
     for site, values in by_kernel.items():
         assert values.is_cuda and values.dtype == torch.float32
         largest = by_cpu[site].max().item()

@@ -9,7 +9,7 @@ from transformers import PrinterCallback
 
 from agnostic_train.detection import detect_neurons
 from agnostic_train.frozen_weights import check_frozen_weights
-from agnostic_train.impact import neuron_impacts
+from agnostic_train.impact import unverified_impacts
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.perplexity import perplexity
 from agnostic_train.self_check import verify_impacts
@@ -27,8 +27,8 @@ LENGTHS = [1, 6, 13, 42]
 def test_impacts_perplexity_and_sets(side):
     model, batch = tiny_llama(attention_bias=True), padded_batch(LENGTHS, side)
     on_gpu = copy.deepcopy(model).cuda()
-    expected = neuron_impacts(model, batch)
-    for site, values in neuron_impacts(on_gpu, batch).items():
+    expected = unverified_impacts(model, batch)
+    for site, values in unverified_impacts(on_gpu, batch).items():
         assert values.is_cuda and values.dtype == torch.float32
         torch.testing.assert_close(values.cpu(), expected[site], rtol=0, atol=1e-3 * expected[site].max().item())
     assert perplexity(on_gpu, [batch]).nats == pytest.approx(perplexity(model, [batch]).nats, rel=1e-4)

@@ -23,7 +23,7 @@ from test_pruning import pruned_impacts
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.impact import interval_sieve, kernels, neuron_impacts
+from agnostic_train.impact import interval_sieve, kernels, unverified_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.pruning import num_top
@@ -312,9 +312,9 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""
     model = small_llama() if family == "Llama" else family_model(family)
     batch = padded_batch([1, 17], side)
-    expected = neuron_impacts(model, batch, ["q", "k"], attention)
+    expected = unverified_impacts(model, batch, ["q", "k"], attention)
     monkeypatch.setattr(kernels, "available", lambda value: True)
-    unpruned = neuron_impacts(model, batch, ["q", "k"], attention)
+    unpruned = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, 0.1, attention)
     for site, values in expected.items():
         torch.testing.assert_close(unpruned[site], values, rtol=1e-4, atol=1e-5 * values.max().item())
@@ -337,9 +337,9 @@ def test_the_sieve_at_any_scale(scale, monkeypatch):
     with torch.no_grad():
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
     batch = padded_batch([26, 9])
-    expected = neuron_impacts(model, batch, ["q", "k"])
+    expected = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernels, "available", lambda value: True)
-    unpruned = neuron_impacts(model, batch, ["q", "k"])
+    unpruned = unverified_impacts(model, batch, ["q", "k"])
     for top_ratio in (0.05, 0.3, 1.0):
         impacts, _ = pruned_impacts(model, batch, top_ratio)
         for site, values in unpruned.items():

@@ -9,7 +9,7 @@ from agnostic_train import detection
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
-from agnostic_train.impact import neuron_impacts
+from agnostic_train.impact import unverified_impacts
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.top_counts import TopCounts, in_top
 
@@ -59,7 +59,7 @@ def test_detection_by_its_definition(llama, top_ratio, consistency):
     found = detect_neurons(llama, corpora(), top_ratio, consistency, exclusive="unique", progress=False)
     related = {}
     for name, batches in corpora().items():
-        impacts = [neuron_impacts(llama, batch) for batch in batches]
+        impacts = [unverified_impacts(llama, batch) for batch in batches]
         sites = {}
         for site, size in find_decoder(llama).sizes.items():
             rows = torch.cat([values[site] for values in impacts]).tolist()

@@ -8,7 +8,7 @@ from test_impact import brute_force, sentences_of
 
 from agnostic_train.decoder import PROJECTIONS, find_decoder
 from agnostic_train.frozen_weights import check_frozen_weights
-from agnostic_train.impact import neuron_impacts
+from agnostic_train.impact import unverified_impacts
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.self_check import verify_impacts
 from agnostic_train.trained import Trained
@@ -72,7 +72,7 @@ def test_impacts_equal_real_deactivation(name):
     names = [name for name in PROJECTIONS if (0, name) in find_decoder(model).sizes]
     assert names == list(PROJECTIONS) or (name == "GPT-NeoX" and "gate" not in names)
     for side in ("right", "left"):
-        impacts = neuron_impacts(model, padded_batch(LENGTHS, side))
+        impacts = unverified_impacts(model, padded_batch(LENGTHS, side))
         assert list(impacts) == [(layer, projection) for layer in range(2) for projection in names]
         for site, values in impacts.items():
             assert values.shape == expected[site].shape
@@ -90,9 +90,9 @@ def test_the_sliding_window_and_the_cap_matter():
     """Otherwise the two tests above would pass without either."""
     for name, change in (("Mistral", {"sliding_window": 64}), ("Gemma 2", {"attn_logit_softcapping": 1e6})):
         family, settings = FAMILIES[name]
-        before = neuron_impacts(family_model(name), padded_batch([11]), ["q"])
+        before = unverified_impacts(family_model(name), padded_batch([11]), ["q"])
         FAMILIES["changed"] = (family, settings | change)
-        after = neuron_impacts(family_model("changed"), padded_batch([11]), ["q"])
+        after = unverified_impacts(family_model("changed"), padded_batch([11]), ["q"])
         del FAMILIES["changed"]
         assert not torch.allclose(before[(1, "q")], after[(1, "q")], rtol=1e-2)
 

@@ -7,7 +7,7 @@ from conftest import padded_batch, tiny_llama
 from agnostic_train.deactivation import deactivate
 from agnostic_train.decoder import PROJECTIONS, find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, neuron_impacts
+from agnostic_train.impact import ImpactMeter, unverified_impacts
 from agnostic_train.impact.attention import OutputChange
 from agnostic_train.neurons import NeuronSet
 
@@ -52,7 +52,7 @@ def test_impacts_equal_real_deactivation(bias):
     model = tiny_llama(attention_bias=bias, mlp_bias=bias)
     expected = brute_force(model, sentences_of(padded_batch(LENGTHS)))
     for side in ("right", "left"):
-        impacts = neuron_impacts(model, padded_batch(LENGTHS, side))
+        impacts = unverified_impacts(model, padded_batch(LENGTHS, side))
         assert list(impacts) == [(layer, name) for layer in range(2) for name in PROJECTIONS]
         for site, values in impacts.items():
             assert values.dtype == torch.float32 and values.shape == expected[site].shape
@@ -63,15 +63,15 @@ def test_impacts_equal_real_deactivation(bias):
 def test_multi_head_and_multi_query(heads, kv_heads):
     model = tiny_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
     expected = brute_force(model, sentences_of(padded_batch([7])))
-    for site, values in neuron_impacts(model, padded_batch([7])).items():
+    for site, values in unverified_impacts(model, padded_batch([7])).items():
         torch.testing.assert_close(values, expected[site], rtol=0, atol=1e-4 * expected[site].max().item())
 
 
 def test_a_batch_scores_as_its_sentences_do(llama):
     batch = padded_batch(LENGTHS, "left")
-    together = neuron_impacts(llama, batch)
+    together = unverified_impacts(llama, batch)
     for row, sentence in enumerate(sentences_of(batch)):
-        alone = neuron_impacts(llama, {"input_ids": sentence[None]})
+        alone = unverified_impacts(llama, {"input_ids": sentence[None]})
         for site in together:
             torch.testing.assert_close(together[site][row], alone[site][0], rtol=1e-4, atol=1e-5)
 
@@ -82,22 +82,22 @@ def test_padding_leaves_a_large_common_part_of_the_values_harmless():
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.bias.fill_(1_000)
     batch = padded_batch([5, 40])
-    together = neuron_impacts(model, batch, ["q", "k"])
-    alone = neuron_impacts(model, {"input_ids": sentences_of(batch)[0][None]}, ["q", "k"])
+    together = unverified_impacts(model, batch, ["q", "k"])
+    alone = unverified_impacts(model, {"input_ids": sentences_of(batch)[0][None]}, ["q", "k"])
     for site, values in alone.items():
         torch.testing.assert_close(together[site][0], values[0], rtol=0, atol=3e-6 * values.max().item())
 
 
 def test_padding_may_hold_anything_even_nan(llama):
     batch = padded_batch(LENGTHS)
-    expected = neuron_impacts(llama, batch)
+    expected = unverified_impacts(llama, batch)
     padding = ~batch["attention_mask"].bool()
 
     def poison(module, args, output):
         return output.masked_fill(padding.unsqueeze(-1), torch.nan)
 
     handle = llama.get_input_embeddings().register_forward_hook(poison)
-    poisoned = neuron_impacts(llama, batch)
+    poisoned = unverified_impacts(llama, batch)
     handle.remove()
     for site in expected:
         torch.testing.assert_close(poisoned[site], expected[site])
@@ -105,7 +105,7 @@ def test_padding_may_hold_anything_even_nan(llama):
 
 def test_chunks_do_not_change_the_result(llama):
     batch = padded_batch(LENGTHS)
-    expected = neuron_impacts(llama, batch, ["q", "k"])
+    expected = unverified_impacts(llama, batch, ["q", "k"])
     with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=1e-6) as meter:
         seen = meter.measure(batch)
     for site in expected:
@@ -118,7 +118,7 @@ def test_special_tokens_are_left_out_of_the_norms(llama):
     linear = find_decoder(llama).layers[1].projections["down"].linear
     seen = {}
     handle = linear.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0]))
-    impacts = neuron_impacts(llama, batch)
+    impacts = unverified_impacts(llama, batch)
     handle.remove()
     expected = seen["hidden"][0, 1:].norm(dim=0) * linear.weight.norm(dim=0)
     torch.testing.assert_close(impacts[(1, "up")][0], expected)
@@ -127,10 +127,10 @@ def test_special_tokens_are_left_out_of_the_norms(llama):
 def test_paper_mode_is_equation_11_on_the_rotated_states(llama):
     """Without rotation (all positions 0) the paper's form and the exact one are the same."""
     batch = padded_batch([9])
-    exact, paper = (neuron_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
+    exact, paper = (unverified_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
     assert not torch.allclose(exact[(0, "q")], paper[(0, "q")], rtol=1e-2)
     llama.model.rotary_emb.inv_freq.zero_()
-    exact, paper = (neuron_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
+    exact, paper = (unverified_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
     for site in exact:
         torch.testing.assert_close(exact[site], paper[site])
 
@@ -140,7 +140,7 @@ def test_the_model_is_left_as_found(llama):
     llama.model.layers[0].mlp.eval()
     state, implementation = torch.get_rng_state(), llama.config._attn_implementation
     weights = {name: value.clone() for name, value in llama.state_dict().items()}
-    neuron_impacts(llama, padded_batch(LENGTHS))
+    unverified_impacts(llama, padded_batch(LENGTHS))
     assert torch.equal(torch.get_rng_state(), state)
     assert llama.config._attn_implementation == implementation
     assert llama.training and not llama.model.layers[0].mlp.training and torch.is_grad_enabled()
@@ -151,8 +151,8 @@ def test_the_model_is_left_as_found(llama):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_accumulate_in_float32(llama, dtype):
     batch = padded_batch(LENGTHS)
-    expected = neuron_impacts(llama, batch)
-    for site, values in neuron_impacts(llama.to(dtype), batch).items():
+    expected = unverified_impacts(llama, batch)
+    for site, values in unverified_impacts(llama.to(dtype), batch).items():
         assert values.dtype == torch.float32
         assert (values - expected[site]).abs().max() < 0.05 * expected[site].max()
 
@@ -186,6 +186,6 @@ def test_offloaded_weights_are_refused():
 
 def test_unknown_names_are_refused(llama):
     with pytest.raises(ValueError, match="unknown projection 'query'"):
-        neuron_impacts(llama, padded_batch([3]), ["query"])
+        unverified_impacts(llama, padded_batch([3]), ["query"])
     with pytest.raises(ValueError, match="attention"):
-        neuron_impacts(llama, padded_batch([3]), attention="papers")
+        unverified_impacts(llama, padded_batch([3]), attention="papers")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
 from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, neuron_impacts
+from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, unverified_impacts
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.inference import left_as_found
@@ -30,7 +30,7 @@ def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
 
 def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0):
     """Returns the meter. Neurons that pruning left in have their exact impact, the others none."""
-    everything = neuron_impacts(model, batch, ["q", "k"], attention)
+    everything = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, top_ratio, attention, memory_gb)
     assert impacts.keys() == everything.keys()
     for site, expected in everything.items():

@@ -10,7 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.detection import detect_neurons
-from agnostic_train.impact import neuron_impacts, query_key
+from agnostic_train.impact import query_key, unverified_impacts
 from agnostic_train.impact.rms_norm import growth_without, rms_eps
 from agnostic_train.self_check import verify_impacts
 
@@ -86,9 +86,9 @@ def test_growth_is_the_norms(norm, spread):
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma 3 text"])
 def test_the_closed_form_is_the_replayed_one(family, monkeypatch):
     model, batch = family_model(family), padded_batch([1, 5, 11])
-    closed = neuron_impacts(model, batch, ["q", "k"])
+    closed = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(query_key, "LARGEST_GROWTH", 0)
-    for site, expected in neuron_impacts(model, batch, ["q", "k"]).items():
+    for site, expected in unverified_impacts(model, batch, ["q", "k"]).items():
         assert not torch.equal(closed[site], expected)
         torch.testing.assert_close(closed[site], expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
@@ -112,8 +112,8 @@ def dominated(family, times, alone=False):
 def test_growth_does_not_multiply_a_models_rounding(family, times, dtype, error):
     """In the first layer, where the rounding of others hasn't come in yet; as a part of the site's largest impact."""
     model, batch = dominated(family, times).to(dtype), padded_batch([1, 5, 11])
-    found = neuron_impacts(model, batch, ["q", "k"])
-    expected = neuron_impacts(model.double(), batch, ["q", "k"])
+    found = unverified_impacts(model, batch, ["q", "k"])
+    expected = unverified_impacts(model.double(), batch, ["q", "k"])
     for site in [(0, "q"), (0, "k")]:
         assert (found[site] - expected[site]).abs().max() < error * expected[site].max()
 

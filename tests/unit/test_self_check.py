@@ -5,9 +5,11 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from conftest import padded_batch, tiny_llama
+from transformers import AutoModelForCausalLM
 
-from agnostic_train import detect_neurons, self_check
+from agnostic_train import detect_neurons, detection, neuron_impacts, self_check
 from agnostic_train.decoder import PROJECTIONS
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention, query_key
@@ -35,8 +37,11 @@ def test_a_wrong_formula_is_refused(llama, monkeypatch):
         return attention.paper_change(inputs) if name == "q" else right(inputs, name, *rest)
 
     monkeypatch.setattr(query_key, "rotated_change", wrong_for_queries)
-    with pytest.raises(ImpactMismatchError, match="layer . q neuron .* this model can't be used"):
+    with pytest.raises(
+        ImpactMismatchError, match="Llama.* isn't supported: .*layer . q neuron .* another family"
+    ) as caught:
         verify_impacts(llama, padded_batch([7, 12]))
+    assert len(caught.value.table.splitlines()) == 1 + 2 * 7 * 3 * 2
 
 
 def test_an_attention_that_does_more_than_we_know_is_refused(llama):
@@ -100,3 +105,49 @@ def test_what_is_not_asked_for_is_not_checked(llama, monkeypatch):
     assert {c.projection for c in comparisons} == set(projections)
     with pytest.raises(UserError, match="can't be followed"):
         detect_neurons(llama, batches, top_ratio=0.2, progress=False)
+
+
+OTHERS = {
+    "no rotation in some layers": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "a norm after the rotation": ("HunYuanDenseV1", {"head_dim": 12}),
+    "norms before o and down": ("BitNet", {}),
+    "heads of another shape": ("Persimmon", {}),
+    "differences of attentions": ("DiffLlama", {}),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_impacts_of_a_family_that_computes_something_else_are_refused(family):
+    """By name, whatever would have come out, and at the first call: nothing is guessed."""
+    name, changes = OTHERS[family]
+    sizes = dict(
+        vocab_size=61, hidden_size=48, intermediate_size=53, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for _ in range(2):
+        with pytest.raises(UserError, match=name):
+            neuron_impacts(model, padded_batch([12, 9]))
+
+
+def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
+    checked = []
+    original = detection.verify_impacts
+
+    def watched(*args, **keywords):
+        checked.append(keywords["projections"])
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(detection, "verify_impacts", watched)
+    batch = padded_batch([7, 12])
+    neuron_impacts(llama, batch, ["up", "v"])
+    neuron_impacts(llama, batch, ["v"])
+    neuron_impacts(llama, batch, ["k"], verify=False)
+    assert checked == [["v", "up"]]
+    neuron_impacts(llama, batch)
+    neuron_impacts(llama, batch, ["q"], attention="paper")
+    assert checked[1:] == [list(PROJECTIONS)]
+    neuron_impacts(tiny_llama(), batch)
+    assert len(checked) == 3
