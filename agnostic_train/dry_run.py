@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agnostic_train.corpus import STREAMED_DEFAULT, LanguageText, load_corpus
+from agnostic_train.corpus import STREAMED_DEFAULT, LanguageText, held_out_text, load_corpus, parallel_text
 from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     arguments = training_arguments(recipe)
     check_inputs(recipe, arguments, Path(recipe.output_dir))
     model_path, corpus_path = _local_paths(recipe)
-    texts = load_corpus(recipe.corpus, corpus_path).texts if corpus_path is not None else {}
+    texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
     num_sentences = _count_sentences(recipe.corpus, texts)
     model = load_empty_model(recipe.model, model_path)
     decoder = find_decoder(model)
@@ -134,6 +134,19 @@ def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
         _local_path("model.name", recipe.model.name, "model"),
         None if corpus is None else _local_path("corpus.path", corpus, "corpus"),
     )
+
+
+def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
+    """The text of every language; that which only judges is read too, for what is wrong with it."""
+    corpus = load_corpus(recipe.corpus, path)
+    for language in recipe.evaluation.languages:
+        held_out_text(recipe.corpus, language, path)
+    if recipe.evaluation.parallel is not None:
+        languages = [*recipe.corpus.languages, *recipe.evaluation.languages]
+        parallel_text(
+            recipe.evaluation.parallel, corpus, languages, recipe.evaluation.parallel_sentences, recipe.corpus.seed
+        )
+    return corpus.texts
 
 
 def _local_path(key: str, name: str, folder: str) -> str:

@@ -80,7 +80,9 @@ class Encoder:
             else:
                 num_bytes = len(sentence.encode())
             if not ids:
-                raise UserError(f"{purpose}: the tokenizer makes no token of {sentence[:60]!r}; take the line out")
+                raise UserError(
+                    f"{purpose}: the tokenizer makes no token of number {index + 1}, {sentence[:60]!r}; take it out"
+                )
             if self.vocab_size is not None and max(ids) >= self.vocab_size:
                 raise UserError(
                     f"model.name: its tokenizer gives token {max(ids)}, the model's vocabulary has {self.vocab_size}; "

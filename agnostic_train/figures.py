@@ -130,7 +130,7 @@ def draw_score(score: dict) -> Figure:
     axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
     if score["value"] is not None:
         axis.axhline(score["value"], color="black", label=f"score {score['value']:.3f}")
-    kinds = {"controls": ("random sets", "--"), "matched_controls": ("random sets of like activation", "-.")}
+    kinds = {"controls": ("random sets", "--"), "matched_controls": ("random sets of similar activation", "-.")}
     for key, (label, line) in kinds.items():
         values = [value for value in score[key]["values"].values() if value is not None]
         for index, value in enumerate(values):
@@ -177,7 +177,7 @@ def draw_emergence(rows: list[dict]) -> Figure:
         draw(axes[0], [row["shared_ratio"][language] for row in rows], language, dict(style))
         draw(axes[1], [row["exclusive"][language] for row in rows], f"exclusive {language}", dict(style))
     draw(axes[1], [row["shared"] for row in rows], "shared", dict(linewidth=3, marker="o"))
-    kinds = {"controls": ("random sets", "--", "."), "matched_controls": ("random, like activation", ":", "+")}
+    kinds = {"controls": ("random sets", "--", "."), "matched_controls": ("random, similar activation", ":", "+")}
     for key, (label, line, marker) in kinds.items():
         for index in range(len(rows[0][key])):
             style = dict(color="0.6", linestyle=line, marker=marker)

@@ -114,6 +114,9 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
 
 
 def _load(auto_class, section: ModelSection, name: str | Path, **settings):
+    if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
+        # No name of the hub, which would be asked again and again.
+        raise UserError(f"model.name: no such folder {name}")
     try:
         return auto_class.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings

@@ -29,7 +29,7 @@ from agnostic_train.stages.evaluate import evaluate
 from agnostic_train.stages.export import EXPORTS, export
 from agnostic_train.stages.report import report
 from agnostic_train.stages.score import EMERGENCE, score
-from agnostic_train.stages.train import ADAPTER, clear_checkpoints, is_adapter_file, train
+from agnostic_train.stages.train import ADAPTER, check_checkpoints, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
 
 _FUNCTIONS = {
@@ -67,6 +67,8 @@ class Pipeline:
         assert self.training_arguments.device is not None
         self.processes = PartialState()
         self.say = say if self.processes.is_main_process else lambda line: None
+        if self.processes.num_processes > 1:
+            self.say(f"processes: {self.processes.num_processes}")
         self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
         check_inputs(recipe, self.training_arguments, self.directory)
@@ -83,6 +85,8 @@ class Pipeline:
         assert self.materials.tokenizer is not None
         for name in stages:
             self.inputs.of(name)
+            if self.force or self.inputs.state(name) != "finished":
+                self._check_folders(name)
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
             if stage == "compare":
                 # Each of its trainings is a tracked run of its own, in one group.
@@ -90,17 +94,25 @@ class Pipeline:
                     self._run_stage(name, self.force and name == stage, Tracker(None))
                 return
             with tracked(self.recipe, self.processes, run_id=self._tracking_id) as tracker:
-                for name in stages:
-                    self._run_stage(name, self.force and stage in ("run", name), tracker)
+                ran = [name for name in stages if self._run_stage(name, self.force and stage in ("run", name), tracker)]
+        older = [
+            name
+            for name in STAGES
+            if name not in stages and self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
+        ]
+        if older:
+            self.say(f"{', '.join(older)}: what is there comes from an earlier run; `run` brings it up to date")
 
-    def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> None:
+    def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
+        """Returns whether it had to run."""
         key, state = self.inputs.key(stage), self.inputs.state(stage)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
-            return
+            return False
         self._check_folders(stage)
         self.processes.wait_for_everyone()
-        self.say(f"{stage}: {STAGE_HELP[stage]}")
+        replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
+        self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
             self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
             tracker,
@@ -127,9 +139,12 @@ class Pipeline:
             outputs = [self.directory / name for name in result.pop("outputs")]
             self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
         self.processes.wait_for_everyone()
+        return True
 
     def _check_folders(self, stage: str) -> None:
         """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
+        if stage == "train":
+            check_checkpoints(self.directory, self.manifest)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
         exports: dict[str, Callable[[Path], bool]] = {
             EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)

@@ -62,7 +62,14 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         if not isinstance(values.setdefault(section, {}), dict):
             raise UserError(f"{source}: {section} must be a section of keys")
         values[section][name] = parsed
-    return make_recipe(values, source)
+    try:
+        return make_recipe(values, source)
+    except UserError as error:
+        # What a flag says is no fault of the file.
+        for key in flags or {}:
+            if str(error).startswith(f"{source}: {key}:"):
+                raise UserError(f"--{str(error).removeprefix(f'{source}: ')}") from None
+        raise
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:

@@ -57,6 +57,8 @@ def evaluate(context: Context) -> dict:
         if (first, second) != ("before", "after")
     ]
     evaluation["tasks"] = _evaluate_tasks(context, checkpoints, dtypes)
+    found = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
+    evaluation["objectives"] = found
     cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
         write_json(context.directory / "evaluation.json", evaluation)
@@ -64,7 +66,7 @@ def evaluate(context: Context) -> dict:
             card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
             with whole_file(context.directory / name) as temporary:
                 temporary.write_text(card, encoding="utf-8")
-    context.tracker.log_summary(objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting))
+    context.tracker.log_summary(found)
     tables = {"evaluation": evaluation_table(evaluation)}
     if evaluation["tasks"] is not None:
         tables["tasks"], tables["task_comparisons"] = (

@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from agnostic_train.agnostic_score import AgnosticScore
 from agnostic_train.files import UserError, whole_directory
 from agnostic_train.fitting import make_trainer
+from agnostic_train.manifest import Manifest
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.pilot import Sentences, split_pilot_text
 from agnostic_train.settings import make_strategy
@@ -72,12 +73,16 @@ def train(context: Context) -> dict:
     }
 
 
+def check_checkpoints(directory: Path, manifest: Manifest) -> None:
+    """Refuses a folder in which someone else's training has saved."""
+    found = saved_checkpoints(directory)
+    if found and not manifest.record("train"):
+        raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
+
+
 def clear_checkpoints(context: Context, resume: bool) -> None:
     """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
-    found = saved_checkpoints(context.directory)
-    if found and not context.manifest.record("train"):
-        raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
-    for path in found:
+    for path in saved_checkpoints(context.directory):
         if not resume or not is_complete(path):
             shutil.rmtree(path)
 

@@ -75,7 +75,7 @@ def test_the_whole_chain(root, capsys):
         "<h1>Enhancing sw" in page and 'src="http' not in page and (out / "figures/neurons.png").stat().st_size > 1000
     )
     likeness = score["matched_controls"]["activation_ratio"]
-    assert f"<td>of like activation, all</td><td>{likeness['shared']['all']:.2f}</td>" in page
+    assert f"<td>of similar activation, all</td><td>{likeness['shared']['all']:.2f}</td>" in page
     low, high = score["variant_table"]["per_neuron"]["intervals"]["sw"]
     assert f"({low:.3f} to {high:.3f})" in page
     assert not list(out.rglob("*.tmp"))
@@ -351,6 +351,19 @@ MISTAKES = [
     (["--corpus.detection_sentences=500"], "corpus.detection_sentences: 500 asked for, 'en' has 200"),
     (["--corpus.path=nowhere"], "corpus.path: nowhere isn't a folder"),
     (["--model.name=nowhere"], "model.name: can't load nowhere: no such folder"),
+    (["--model.name=./no/where"], "model.name: no such folder ./no/where"),
+    (["--model.dtype=bf16"], "--model.dtype: "),
+    (
+        ["--training.output_dir=x"],
+        "unknown flag --training.output_dir; it comes from the recipe's own key, --output_dir",
+    ),
+    (["--training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: "),
+    (["--training.learning_rate=-1"], "training.optim: adamw_torch_fused can't be made of learning_rate"),
+    (["--training.adam_beta1=2"], "Invalid beta parameter"),
+    (["--training.optim=lomo"], "training.optim: lomo"),
+    (["--training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_type: cosine_with_min_lr"),
+    (["--training.dataloader_num_workers=-1"], "training.dataloader_num_workers"),
+    (["--training.fsdp=full_shard"], "training.fsdp: needs several processes"),
     (["--training.strategy=auto"], "training.high"),
     (["--training.optim=adamx"], "training: "),
     (["--training.update=mask", "--training.optim=adafactor"], "training.optim"),

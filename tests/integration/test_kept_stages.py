@@ -161,3 +161,31 @@ def test_a_hubs_text_is_read_once(root):
     shutil.rmtree(hub)
     assert run(root, "report", *flags) == 0
     assert run(root, "detect", *flags, "--corpus.seed=2") == 2
+
+
+def test_what_is_of_an_earlier_run_is_said(root, capsys):
+    assert run(root, "run") == 0
+    printed = capsys.readouterr().out
+    assert "an earlier" not in printed
+    assert run(root, "train", "--training.max_steps=4") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "train: train the chosen neurons on the text of the languages to enhance; this replaces an earlier result"
+        in printed
+    )
+    assert "export, evaluate, report: what is there comes from an earlier run" in printed
+    assert run(root, "run", "--training.max_steps=4") == 0
+    assert "comes from" not in capsys.readouterr().out
+
+
+def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
+    (root / "out/checkpoint-10").mkdir(parents=True)
+    (root / "out/enhanced").mkdir()
+    for foreign in ("checkpoint-10/x", "enhanced/mine.txt"):
+        (root / "out" / foreign).write_text("mine")
+    for message, folder in (("checkpoint-10 isn't of this run", "checkpoint-10"), ("mine.txt", "enhanced")):
+        assert run(root, "run") == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and "detect:" not in printed.out
+        shutil.rmtree(root / "out" / folder)
+    assert run(root, "detect") == 0

@@ -117,6 +117,9 @@ def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, ca
         (["--training.neurons=none.json"], "training.neurons: no such file"),
         (["--corpus.path=", "--corpus.dataset=x", "--corpus.config_pattern='{lang}'", "--corpus.training_sentences="],
          "corpus.training_sentences"),
+        (["--evaluation.languages=xx"], "evaluation.languages: 'xx' has no file"),
+        (["--evaluation.parallel=none"], "evaluation.parallel: none isn't a folder"),
+        (["--training.learning_rate=-1"], "training.optim"),
     ],
 )  # fmt: skip
 def test_mistakes_show_in_a_dry_run(stand_ins, tmp_path, capsys, flags, message):

@@ -338,5 +338,5 @@ def test_mistaken_texts_are_named(tokenizer):
         batches_of(["a"], tokenizer, batch_size=0)
     without_special_tokens = build_tokenizer(SENTENCES, vocab_size=300)
     without_special_tokens.backend_tokenizer.post_processor = processors.ByteLevel()
-    with pytest.raises(UserError, match="texts: the tokenizer makes no token of ''"):
+    with pytest.raises(UserError, match=r"texts: the tokenizer makes no token of number \d, ''"):
         batches_of([""], without_special_tokens)
