@@ -152,7 +152,7 @@ def language_agnostic_score(
     neurons: LanguageNeurons,
     corpora: Mapping[str, Iterable[Batch]],
     *,
-    control_seeds: Sequence[int] = (),
+    control_seeds: Sequence[int] = (1, 2, 3),
     num_resamples: int = 1000,
     progress: bool = False,
     resume_dir: str | Path | None = None,
@@ -168,7 +168,7 @@ def language_agnostic_score(
         corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
             kept in memory.
         control_seeds: also score random sets of the same sizes, one for each seed; where `neurons` has activations,
-            also one of like activation.
+            also one of like activation. Without any the score takes a fraction of the time, and nothing to read it by.
         num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
         resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.

@@ -1,13 +1,17 @@
 """What a run found, for people: a self-contained HTML page with its figures, the final table, the comparison's text."""
 
 import base64
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -108,6 +112,13 @@ def draw_emergence(rows: list[dict], folder: Path) -> None:
 def comparison_text(comparison: dict) -> str:
     """The comparison as Markdown: the tables, what differs beyond noise, and how the learning rates were chosen."""
     return _environment().get_template("comparison.md").render(**comparison)
+
+
+def in_terminal(text: str) -> str:
+    """Markdown as a terminal shows it."""
+    console = Console(width=None if sys.stdout.isatty() else 140, file=StringIO())
+    console.print(Markdown(text))
+    return console.file.getvalue()
 
 
 def summary_table(directory: Path, enhanced: list[str]) -> Table:

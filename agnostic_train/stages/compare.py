@@ -12,6 +12,7 @@ from agnostic_train.report import (
     COMPARISON_TEXT,
     comparison_text,
     draw_comparison,
+    in_terminal,
     is_comparison_file,
 )
 from agnostic_train.settings import make_strategy
@@ -58,7 +59,8 @@ def compare(context: Context) -> dict:
             bar.update()
             changes = _changes(base, result)
             bar.clear()
-            context.say(f"compare: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
+            place = f"{bar.n:.0f} of at least {total}"
+            context.say(f"compare: {place}: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
             return result
 
         def measure(name: str, rate: float) -> dict[str, float] | None:
@@ -109,7 +111,8 @@ def compare(context: Context) -> dict:
         with tracked(recipe, context.processes, "comparison", group) as context.tracker:
             context.tracker.log_figures(context.directory / COMPARISON)
             context.publish({"comparison": comparison_table(comparison)}, files)
-    context.say(text)
+    context.say(in_terminal(text))
+    context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
     return {"outputs": ["comparison.json", COMPARISON]}
 
 

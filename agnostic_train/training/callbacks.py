@@ -29,7 +29,7 @@ class DetectionCallback(TrainerCallback):
         strategy: a name or a `Strategy`, which a `NeuronTrainer` follows; shared+exclusive of all languages by default.
         every_n_steps: detect and score again after every so many optimizer steps; never by default.
         score_corpora: per language, batches to score on; `corpora` by default.
-        control_seeds: see `language_agnostic_score`.
+        control_seeds: see `language_agnostic_score`; none by default, for they take several times as long as the score.
         detect_keywords: passed on to `detect_neurons` (`top_ratio`, `consistency`, ...).
 
     Attributes, afterwards:
