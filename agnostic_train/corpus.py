@@ -84,8 +84,8 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
     for split in ("train", "valid"):
         if files[split] is None:
             raise UserError(
-                f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'}; add it or take the "
-                "language out"
+                f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'} (nor .jsonl, .parquet); "
+                "add it or take the language out"
             )
     splits = {split: local_sentences(section, file) for split, file in files.items() if file is not None}
     if "test" not in splits:

@@ -188,6 +188,8 @@ def _explain(error: dict) -> str:
         return f"{key} is missing"
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key} must be a section of keys, not {_short(error['input'])}"
+    if error["type"] == "too_short":
+        return f"{key}: needs at least {error['ctx']['min_length']}, not {_short(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
     # Our own validators say what was given.
     own = error["type"] == "value_error"

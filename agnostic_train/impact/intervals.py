@@ -83,10 +83,10 @@ def squared_intervals(
     rounding = _EPS / 2 * (32 + 4 * length**0.5 + length / 8 + num_roundings * largest_logit)
     change_rounding = torch.full_like(rounding, 4 * _EPS)
     # Arguments of a kernel that doesn't read them.
-    logits_of, growth = attention, [attention] * 4
+    read_logits, growth = attention, [attention] * 4
     if growths or softcap:
         visible_logits = logits.masked_fill(logits == -torch.inf, 0)
-        logits_of = _padded(visible_logits)
+        read_logits = _padded(visible_logits)
     if growths:
         growth = [*growths, centre(growths[1]), (attention * visible_logits).sum(-1)]
     if softcap:
@@ -100,7 +100,7 @@ def squared_intervals(
             *(it.contiguous() for it in (attention, value, weight, *factors)),
             centre(factors[1]),
             centre(factors[3]),
-            *(it.contiguous() for it in (logits_of, *growth)),
+            *(it.contiguous() for it in (read_logits, *growth)),
             longest,
             largest_logit,
             rounding,

@@ -43,7 +43,7 @@ def test_the_model_is_trained_once_and_loads(cache, monkeypatch):
 
 def test_the_cache_depends_on_what_made_it(cache, monkeypatch):
     before = tiny_model.cache_directory()
-    monkeypatch.setattr(tiny_model, "version", lambda package: "0")
+    monkeypatch.setattr(tiny_model, "installed_version", lambda package: "0")
     assert tiny_model.cache_directory() != before
 
 
