@@ -54,8 +54,8 @@ class Materials:
     def corpus(self) -> Corpus:
         # Of several processes one streams what the others then find.
         with self.processes.local_main_process_first() if self._kept_text else nullcontext():
-            hidden = not self.processes.is_local_main_process
-            corpus = load_corpus(self.recipe.corpus, self._corpus_path, not hidden, self._kept_text)
+            shown = self.processes.is_local_main_process
+            corpus = load_corpus(self.recipe.corpus, self._corpus_path, shown, self._kept_text)
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
