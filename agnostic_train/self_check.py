@@ -206,7 +206,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
 
     def keep_call(key: tuple[int, str]) -> Callable:
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            calls[key] = (_in_float32(args), _in_float32(kwargs))
+            calls[key] = (_in_float32(args, real), _in_float32(kwargs, real))
 
         return keep
 
@@ -233,9 +233,13 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
         del layer, attention, feed_forward
 
 
-def _in_float32(value):
+def _in_float32(value, real: Tensor):
+    """Arguments of a module, with zeros at padding: what stands there may be NaN, and eager attention adds it up."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        if not value.is_floating_point():
+            return value
+        by_token = value.dim() == 3 and value.shape[:2] == real.shape
+        return value.float().masked_fill(~real.to(value.device).unsqueeze(-1), 0) if by_token else value.float()
     if isinstance(value, dict):
-        return {name: _in_float32(item) for name, item in value.items()}
-    return tuple(_in_float32(item) for item in value) if isinstance(value, tuple) else value
+        return {name: _in_float32(item, real) for name, item in value.items()}
+    return tuple(_in_float32(item, real) for item in value) if isinstance(value, tuple) else value

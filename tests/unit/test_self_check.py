@@ -151,3 +151,19 @@ def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
     assert checked[1:] == [list(PROJECTIONS)]
     neuron_impacts(tiny_llama(), batch)
     assert len(checked) == 3
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_stands_at_padding_is_not_the_models(llama, side, implementation):
+    """NaN there reaches neither the impacts nor the check of them."""
+    llama.set_attn_implementation(implementation)
+    batch = padded_batch([5, 9], side)
+    expected = neuron_impacts(llama, batch)
+    poisoned = tiny_llama()
+    poisoned.set_attn_implementation(implementation)
+    with torch.no_grad():
+        poisoned.get_input_embeddings().weight[0] = torch.nan
+    found = neuron_impacts(poisoned, batch)
+    for site, values in expected.items():
+        torch.testing.assert_close(found[site], values, rtol=1e-5, atol=1e-6)
