@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
-from agnostic_train.recipe import CorpusSection
+from agnostic_train.recipe import CorpusSection, EvaluationSection
 from agnostic_train.sources import find_file, hub_documents, local_sentences, read_text, split_documents
 
 STREAMED_DEFAULT = 1000
@@ -231,6 +231,35 @@ def held_out_text(
 def _held_out(section: CorpusSection, language: str, count: int) -> dict[str, list[str]]:
     documents = split_documents(hub_documents(section, language), section.split_sentences)
     return {"test": list(islice(_unseen(documents, set()), count))}
+
+
+def judging_text(
+    corpus: Corpus,
+    section: CorpusSection,
+    evaluation: EvaluationSection,
+    path: str | Path | None = None,
+    keep: Path | None = None,
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    """The text that only judges, per kind (`test`, `parallel`) and language, and the SHA-256 of files read for it.
+
+    Args:
+        path, keep: as for `load_corpus`.
+
+    Raises:
+        UserError: as `held_out_text` and `parallel_text`.
+    """
+    texts = {"test": {language: text.test for language, text in corpus.texts.items()}}
+    hashes: dict[str, str] = {}
+    for language in evaluation.languages:
+        texts["test"][language], found = held_out_text(section, language, path, keep)
+        hashes |= found
+    if evaluation.parallel is not None:
+        languages = [*section.languages, *evaluation.languages]
+        texts["parallel"] = parallel_text(
+            evaluation.parallel, corpus, languages, evaluation.parallel_sentences, section.seed
+        )
+        hashes |= {f"parallel/{it}.txt": hash_file(Path(evaluation.parallel) / f"{it}.txt") for it in texts["parallel"]}
+    return texts, hashes
 
 
 def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], count: int | None, seed: int) -> dict:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agnostic_train.corpus import STREAMED_DEFAULT, LanguageText, held_out_text, load_corpus, parallel_text
+from agnostic_train.corpus import STREAMED_DEFAULT, LanguageText, judging_text, load_corpus
 from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.encoding import Encoder
 from agnostic_train.files import UserError
@@ -139,13 +139,7 @@ def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
 def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
     """The text of every language; that which only judges is read too, for what is wrong with it."""
     corpus = load_corpus(recipe.corpus, path)
-    for language in recipe.evaluation.languages:
-        held_out_text(recipe.corpus, language, path)
-    if recipe.evaluation.parallel is not None:
-        languages = [*recipe.corpus.languages, *recipe.evaluation.languages]
-        parallel_text(
-            recipe.evaluation.parallel, corpus, languages, recipe.evaluation.parallel_sentences, recipe.corpus.seed
-        )
+    judging_text(corpus, recipe.corpus, recipe.evaluation, path)
     return corpus.texts
 
 

@@ -1,16 +1,16 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agnostic_train.corpus import Corpus, held_out_text, load_corpus, parallel_text
+from agnostic_train.corpus import Corpus, judging_text, load_corpus
 from agnostic_train.encoding import Encoder
-from agnostic_train.files import UserError, hash_file
+from agnostic_train.files import UserError
 from agnostic_train.loading import load_config, load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
@@ -50,10 +50,13 @@ class Materials:
         """Where text from the hub is kept: later commands do without a network, and read the same text."""
         return Path(self.recipe.output_dir) / ".corpus" if self.recipe.corpus.dataset else None
 
+    def _streamed_once(self) -> AbstractContextManager:
+        """Of several processes one streams what the others then find."""
+        return self.processes.local_main_process_first() if self._kept_text else nullcontext()
+
     @cached_property
     def corpus(self) -> Corpus:
-        # Of several processes one streams what the others then find.
-        with self.processes.local_main_process_first() if self._kept_text else nullcontext():
+        with self._streamed_once():
             shown = self.processes.is_local_main_process
             corpus = load_corpus(self.recipe.corpus, self._corpus_path, shown, self._kept_text)
         for language, text in corpus.texts.items():
@@ -75,21 +78,10 @@ class Materials:
 
     @cached_property
     def _judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
-        recipe = self.recipe
-        texts = {"test": {language: text.test for language, text in self.corpus.texts.items()}}
-        hashes: dict[str, str] = {}
-        for language in recipe.evaluation.languages:
-            with self.processes.local_main_process_first() if self._kept_text else nullcontext():
-                found = held_out_text(recipe.corpus, language, self._corpus_path, self._kept_text)
-            texts["test"][language] = found[0]
-            hashes |= found[1]
-        folder = recipe.evaluation.parallel
-        if folder is not None:
-            languages = [*recipe.corpus.languages, *recipe.evaluation.languages]
-            count, seed = recipe.evaluation.parallel_sentences, recipe.corpus.seed
-            texts["parallel"] = parallel_text(folder, self.corpus, languages, count, seed)
-            hashes |= {f"parallel/{it}.txt": hash_file(Path(folder) / f"{it}.txt") for it in texts["parallel"]}
-        return texts, hashes
+        with self._streamed_once():
+            return judging_text(
+                self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
+            )
 
     def judging_batches(self) -> dict[str, dict[str, list]]:
         """The batches of the text that only judges, per kind and language."""

@@ -39,11 +39,6 @@ _FUNCTIONS = {
 _REMOVED_FIRST = {
     "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
 }  # fmt: skip
-_KEPT_WORK = {
-    "detect": [".detection-*"], "score": [".score-*", ".emergence"], "train": [".pilot"], "evaluate": [".tasks"],
-    "compare": [".trials"],
-}  # fmt: skip
-"""What an interrupted or a changed stage goes on from; run anew by force, it doesn't."""
 
 
 class Pipeline:
@@ -114,16 +109,15 @@ class Pipeline:
         replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
-            self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
+            stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
             tracker,
         )  # fmt: skip
         if self.processes.is_main_process:
             # What these write depends on their options: nothing of other ones may stay.
             for written in _REMOVED_FIRST.get(stage, []):
                 self.manifest.remove_outputs(written)
-            for pattern in _KEPT_WORK.get(stage, []) if forced else []:
-                for folder in self.directory.glob(pattern):
-                    shutil.rmtree(folder)
+            if forced:
+                shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
             self.manifest.start(stage, key, self._head())

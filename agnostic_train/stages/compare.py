@@ -41,7 +41,7 @@ def compare(context: Context) -> dict:
         choose,
         {language: context.materials.corpus.texts[language].training for language in enhanced},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
-        context.directory / ".trials",
+        context.work,
         [_key(context), context.set_hashes],
         group=group,
     )

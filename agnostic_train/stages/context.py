@@ -18,12 +18,13 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 
 @dataclass
 class Context:
-    """One recipe's run in its `output_dir`.
+    """One stage of a recipe's run in its `output_dir`.
 
     arguments: of the training. inputs: what a stage's result depends on beside the stages before it, plain JSON values.
     state: of a stage, for this recipe, as by `Manifest.state`. say: where a stage's result goes, a line at a time.
     """
 
+    stage: str
     recipe: Recipe
     arguments: NeuronTrainingArguments
     materials: Materials
@@ -36,6 +37,11 @@ class Context:
     @property
     def directory(self) -> Path:
         return self.manifest.directory
+
+    @property
+    def work(self) -> Path:
+        """What the stage keeps to go on from, under names of what it depends on: interrupted, or run with other keys."""
+        return self.directory / ".work" / self.stage
 
     @property
     def processes(self) -> PartialState:

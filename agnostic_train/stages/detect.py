@@ -20,7 +20,7 @@ _FEW = 0.05
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    resume_dir = context.directory / f".detection-{fingerprint(context.inputs('detect'))[:16]}"
+    resume_dir = context.work / fingerprint(context.inputs("detect"))[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     try:

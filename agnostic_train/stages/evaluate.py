@@ -107,7 +107,7 @@ def _evaluate_tasks(
         checkpoints,
         context.materials.tokenizer,
         suite,
-        directory=context.directory / ".tasks",
+        directory=context.work,
         identity=lambda name: [identities[name], dtypes[name]],
         write=context.processes.is_main_process,
         progress=context.processes.is_local_main_process,

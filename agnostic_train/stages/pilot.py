@@ -18,7 +18,7 @@ def run_pilot(context: Context, text: Sentences) -> str:
         lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
         text,
         {"validation": context.materials.batches("validation")},
-        context.directory / ".pilot",
+        context.work,
         [context.inputs("train"), context.set_hashes],
         # A warm-up as long as the whole pilot would leave nothing to rank.
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},

@@ -20,7 +20,7 @@ EMERGENCE = "emergence"
 
 
 def score(context: Context) -> dict:
-    resume_dir = context.directory / f".score-{fingerprint([context.inputs('score'), context.neuron_hashes])[:16]}"
+    resume_dir = context.work / fingerprint([context.inputs("score"), context.neuron_hashes])[:16]
     found = _score_of(context, context.materials.model, context.found, resume_dir)
     outputs = ["score.json"]
     if context.processes.is_main_process:
@@ -102,7 +102,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         lambda it: [
             context.inputs("detect"), context.recipe.score.controls, it.step, checkpoint_identity(section, it)
         ],
-        context.directory / ".emergence",
+        context.work / "emergence",
         write=context.processes.is_main_process,
     )  # fmt: skip
     if context.processes.is_main_process:

@@ -183,11 +183,11 @@ def test_killed_detection_goes_on_from_its_counts(root, tmp_path):
     )
     done = subprocess.run([sys.executable, str(killer), "detect", str(root / "recipe.yaml"), *flags], timeout=300)
     assert done.returncode == -9 and not (root / "out/neurons").exists()
-    counts = sorted(path.name for path in next((root / "out").glob(".detection-*")).iterdir())
+    counts = sorted(path.name for path in next((root / "out/.work/detect").iterdir()).iterdir())
     assert counts == ["en.0-of-1.safetensors", "sw.0-of-1.safetensors"]
     assert run(root, "detect", *flags) == 0
     assert LanguageNeurons.load(root / "out/neurons") == LanguageNeurons.load(root / "whole/neurons")
-    assert not list((root / "out").glob(".detection-*"))
+    assert not list((root / "out/.work/detect").iterdir())
 
 
 def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints(root, monkeypatch):

@@ -68,7 +68,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     assert f"compare: {out}/comparison/comparison.md" in printed and "2 of at least" in printed
     for name in ("trade", "forgetting"):
         assert (out / f"comparison/{name}.png").stat().st_size > 1000 and (out / f"comparison/{name}.svg").exists()
-    assert not list(out.glob("checkpoint-*")) and not list((out / ".trials").glob(".*"))
+    assert not list(out.glob("checkpoint-*")) and not list((out / ".work/compare").glob(".*"))
 
     assert run(root, "compare", *SMALL) == 0 and "compare: unchanged, kept" in capsys.readouterr().out
     # The report takes up what was compared, whenever that was.
@@ -213,6 +213,23 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
     assert run(root, "train", *flags[:1], "--training.pilot_steps=30") == 2
     assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
+
+
+def test_force_trains_again(root, monkeypatch):
+    from agnostic_train import fitting
+
+    read = []
+    original = fitting.training_examples
+    monkeypatch.setattr(
+        fitting, "training_examples", lambda encoder, text: read.append(text) or original(encoder, text)
+    )
+    flags = ["--comparison.strategies=shared,related", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
+    assert run(root, "compare", *flags, "--comparison.seeds=1") == 0
+    trained = len(read)
+    assert run(root, "compare", *flags, "--comparison.seeds=1,2") == 0
+    assert len(read) == trained + 2
+    assert run(root, "compare", *flags, "--comparison.seeds=1", "--force") == 0
+    assert len(read) == 2 * trained + 2
 
 
 def test_the_pilot_reads_text_of_its_own(root, monkeypatch):

@@ -102,8 +102,7 @@ def test_rates_of_its_own_are_all_that_a_comparison_reads(root):
 
 
 def test_force_goes_on_from_nothing(root):
-    work = {"score": [".emergence", ".score-1"], "train": [".pilot"], "compare": [".trials"]}
-    folders = [root / "out" / name for names in work.values() for name in names]
+    folders = [root / "out/.work" / stage for stage in ("score", "train", "compare")]
 
     def left_after(*flags):
         for folder in folders:
@@ -111,8 +110,8 @@ def test_force_goes_on_from_nothing(root):
         assert run(root, "train", *flags) == 0
         return [folder.name for folder in folders if folder.exists()]
 
-    assert left_after() == left_after("--training.max_steps=5") == [folder.name for folder in folders]
-    assert left_after("--force") == [".emergence", ".score-1", ".trials"]
+    assert left_after() == left_after("--training.max_steps=5") == ["score", "train", "compare"]
+    assert left_after("--force") == ["score", "compare"]
 
 
 def test_the_manifest_names_all_text_that_was_read(root):
