@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from agnostic_train.activity import Activations
+from agnostic_train.choices import Attention, Exclusive
 from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.impact.activations import ActivationMeter
@@ -42,7 +43,7 @@ def neuron_impacts(
     model: nn.Module,
     batch: Batch,
     projections: Sequence[str] | None = None,
-    attention: str = "exact",
+    attention: Attention = "exact",
     *,
     verify: bool = True,
 ) -> dict[Site, Tensor]:
@@ -80,8 +81,8 @@ def detect_neurons(
     corpora: Mapping[str, Iterable[Batch]],
     top_ratio: float = 0.05,
     consistency: float = 1.0,
-    attention: str = "exact",
-    exclusive: str = "complement",
+    attention: Attention = "exact",
+    exclusive: Exclusive = "complement",
     *,
     min_languages: int | None = None,
     method: str = "impact",
@@ -207,7 +208,7 @@ def _detect_by_lape(
     model: nn.Module,
     corpora: Mapping[str, Iterable[Batch]],
     ratio: float,
-    exclusive: str,
+    exclusive: Exclusive,
     min_languages: int | None,
     sizes: Mapping[Site, int],
     progress: bool,

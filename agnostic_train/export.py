@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 from peft import LoraConfig, TaskType
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from agnostic_train.choices import ExportTarget, check_choice
 from agnostic_train.files import UserError, check_replaceable, read_json, whole_directory, write_json
 from agnostic_train.frozen_weights import FrozenWeightCheck, check_frozen_weights
 from agnostic_train.neurons import NeuronSet
@@ -21,7 +23,6 @@ from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
 from agnostic_train.versions import installed_version
 
-TARGETS = ("merged", "lora", "delta")
 CARD = "README.md"
 MANIFEST = "manifest.json"
 
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 def export_checkpoint(
     model: PreTrainedModel | str | Path,
     directory: str | Path,
-    to: str = "merged",
+    to: ExportTarget = "merged",
     base: PreTrainedModel | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
@@ -62,8 +63,7 @@ def export_checkpoint(
         UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
             shapes, quantised weights to merge into, or trained weights that aren't finite in `dtype`.
     """
-    if to not in TARGETS:
-        raise UserError(f"export.to: {to!r} isn't one of {', '.join(TARGETS)}")
+    check_choice("export.to", to, ExportTarget)
     dtype = _dtype(dtype)
     check_replaceable(directory, is_exported)
     trained = Trained.of(model, base, neurons)
@@ -110,7 +110,7 @@ def is_exported(path: Path) -> bool:
         content = read_json(manifest)
     except UserError:  # none, or a broken one
         return False
-    if not isinstance(content, dict) or content.get("format") not in TARGETS:
+    if not isinstance(content, dict) or content.get("format") not in get_args(ExportTarget):
         return False
     # A card can be written later.
     return path.name in (CARD, MANIFEST, *content.get("files", []))

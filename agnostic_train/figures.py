@@ -107,7 +107,7 @@ def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
     for position, language in zip(positions, languages, strict=True):
         row = evaluation[language]
         height = max(row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
-        axis.text(position, height + 0.02 * top, f"{row['bits_per_byte_change']:+.1%}", ha="center", fontsize=10)
+        axis.text(position, height + 0.02 * top, f"{row['bits_per_byte_change']:+z.1%}", ha="center", fontsize=10)
     axis.set_xticks(positions, [name + (" (enhanced)" if name in enhanced else "") for name in languages])
     axis.set_ylabel("bits per byte, test text")
     axis.set_ylim(0, top * 1.15)
@@ -255,7 +255,7 @@ def draw_forgetting(compared: dict) -> Figure:
     figure, (axis,) = _grid(height=1.2 + 0.45 * len(strategies))
     # One training of all weights may cost a hundred times what the others do: the scale is logarithmic beyond 1%.
     shades = np.log1p(changes.clip(min=0))
-    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+.1f}%")(changes))
+    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+z.1f}%")(changes))
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(strategies)), list(strategies))
     return figure

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from agnostic_train.choices import ExportTarget
 from agnostic_train.recipe import Recipe
 from agnostic_train.strategy import BASELINES
 
 
-def model_card(recipe: Recipe, training: dict, to: str = "merged", evaluation: dict | None = None) -> str:
+def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", evaluation: dict | None = None) -> str:
     """The README.md of an enhanced checkpoint or adapter.
 
     Args:
@@ -44,7 +45,10 @@ def model_card(recipe: Recipe, training: dict, to: str = "merged", evaluation: d
             else f"by impact, top ratio {detection.top_ratio}, consistency {detection.consistency}"
         )
         details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
-    arguments = [f"{key} {value}" for key, value in recipe.training.arguments.items()]
+    arguments = [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in recipe.training.arguments.items()
+    ]
     details.append(
         "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
     )
@@ -90,5 +94,5 @@ def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:
     for language, row in evaluation.items():
         before, after = row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]
         name = language + (" *" if language in enhanced else "")
-        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {row['bits_per_byte_change']:+.1%} |")
+        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {row['bits_per_byte_change']:+z.1%} |")
     return "\n".join([*lines, ""])

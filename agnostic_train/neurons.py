@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agnostic_train.activity import Activations, load_activations, mean_over_languages, save_activations
+from agnostic_train.choices import Exclusive, check_choice
 from agnostic_train.decoder import PROJECTIONS, Layer, Site, find_decoder
 from agnostic_train.files import UserError, read_json, whole_directory, whole_file, write_json
 from agnostic_train.random_moves import matched_moves, random_moves
 
 FORMAT = "agnostic_train.neurons"
 _METADATA = "neurons"
-EXCLUSIVE_MODES = ("complement", "unique")
 ACTIVATIONS_FILE = "activations.safetensors"
 _OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetensors|summary\.json")
 
@@ -298,7 +298,7 @@ class LanguageNeurons:
     def from_related(
         cls,
         related: dict[str, NeuronSet],
-        exclusive: str = "complement",
+        exclusive: Exclusive = "complement",
         min_languages: int | None = None,
         settings: dict | None = None,
     ) -> "LanguageNeurons":
@@ -314,8 +314,7 @@ class LanguageNeurons:
         Raises:
             ValueError: an unknown `exclusive`, or no language.
         """
-        if exclusive not in EXCLUSIVE_MODES:
-            raise ValueError(f"exclusive: {exclusive!r} isn't one of {', '.join(EXCLUSIVE_MODES)}")
+        check_choice("exclusive", exclusive, Exclusive)
         if not related:
             raise ValueError("no languages: corpora is empty")
         shared = _in_at_least(min_languages or len(related), related)

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
+from agnostic_train.choices import Attention, Exclusive, ExportTarget, Update
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _section(cls: type) -> type:
@@ -166,10 +168,8 @@ class DetectionSection:
         le=1,
         description="Fraction of a language's sentences in which a related neuron must be top (paper: 1.0).",
     )
-    attention: Literal["exact", "paper"] = Field(
-        default="exact", description="Real deactivation, or Eq. 11 as printed."
-    )
-    exclusive: Literal["complement", "unique"] = Field(
+    attention: Attention = Field(default="exact", description="Real deactivation, or Eq. 11 as printed.")
+    exclusive: Exclusive = Field(
         default="complement", description="Related minus shared, or minus every other language's related."
     )
     min_languages: int | None = Field(
@@ -204,7 +204,7 @@ class TrainingSection:
         description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: 'full' trains "
         "all weights, 'lora' a LoRA of equal size.",
     )
-    update: Literal["compact", "mask"] = Field(
+    update: Update = Field(
         default="compact",
         description="An adapter of the chosen rows and columns beside frozen weights, or masked gradients of the full weights.",
     )
@@ -310,7 +310,7 @@ class ComparisonSection:
 class ExportSection:
     """The enhanced checkpoint."""
 
-    to: Literal["merged", "lora", "delta"] = Field(
+    to: ExportTarget = Field(
         default="merged",
         description="'lora', 'delta': also write an adapter folder of that name, for stock PEFT or for this package.",
     )

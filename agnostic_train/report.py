@@ -149,7 +149,7 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
             f"{after['perplexity']:.2f}",
             f"{before['bits_per_byte']:.4f}",
             f"{after['bits_per_byte']:.4f}",
-            f"{row['bits_per_byte_change']:+.1%}",
+            f"{row['bits_per_byte_change']:+z.1%}",
         )
     return table
 
@@ -172,5 +172,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["percent"] = lambda value: f"{100 * value:+.1f}%"
+    environment.filters["percent"] = lambda value: f"{100 * value:+z.1f}%"
     return environment

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from agnostic_train.decoder import Rotation
 from agnostic_train.impact import kernels
 
-ATTENTION_MODES = ("exact", "paper")
-
 
 @dataclass(frozen=True)
 class AttentionInputs:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from agnostic_train.choices import Attention, check_choice
 from agnostic_train.decoder import (
     FEED_FORWARD_PROJECTIONS,
     PROJECTIONS,
@@ -24,7 +25,7 @@ from agnostic_train.decoder import (
     find_decoder,
 )
 from agnostic_train.files import UserError
-from agnostic_train.impact.attention import ATTENTION_MODES, AttentionInputs, value_impacts
+from agnostic_train.impact.attention import AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
@@ -35,7 +36,7 @@ _IMPLEMENTATION = "agnostic_train_impact"
 
 
 def unverified_impacts(
-    model: nn.Module, batch: Batch, projections: Sequence[str] | None = None, attention: str = "exact"
+    model: nn.Module, batch: Batch, projections: Sequence[str] | None = None, attention: Attention = "exact"
 ) -> dict[Site, Tensor]:
     """`neuron_impacts`, right for the families that the self-check passes."""
     with left_as_found(model), ImpactMeter(model, projections, attention) as meter:
@@ -57,7 +58,7 @@ class ImpactMeter:
         self,
         model: nn.Module,
         projections: Sequence[str] | None = None,
-        attention: str = "exact",
+        attention: Attention = "exact",
         memory_gb: float = DEFAULT_MEMORY_GB,
         top_ratio: float | None = None,
     ):
@@ -65,8 +66,7 @@ class ImpactMeter:
         for name in projections:
             if name not in PROJECTIONS:
                 raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
-        if attention not in ATTENTION_MODES:
-            raise ValueError(f"attention: {attention!r} isn't one of {', '.join(ATTENTION_MODES)}")
+        check_choice("attention", attention, Attention)
         self.model = model
         self.decoder: Decoder = find_decoder(model)
         if any(part.linear.weight.is_meta for layer in self.decoder.layers for part in layer.projections.values()):
@@ -131,7 +131,7 @@ class LayerObserver:
         self,
         layer: Layer,
         projections: Sequence[str],
-        attention: str,
+        attention: Attention,
         memory_gb: float,
         top_ratio: float | None = None,
         angles: SharedAngles | None = None,

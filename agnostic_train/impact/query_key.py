@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from agnostic_train.choices import Attention
 from agnostic_train.decoder import Layer, Rotation
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import (
@@ -83,7 +84,7 @@ class QueryKeyImpacts:
         self,
         layer: Layer,
         names: Sequence[str],
-        attention: str,
+        attention: Attention,
         memory_gb: float,
         top_ratio: float | None,
         angles: SharedAngles,

@@ -131,7 +131,7 @@ def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:
 
 
 def _in_words(changes: Mapping[str, float]) -> str:
-    return "  ".join(f"{language} {change:+.1%}" for language, change in changes.items()) + "  (validation)"
+    return "  ".join(f"{language} {change:+z.1%}" for language, change in changes.items()) + "  (validation)"
 
 
 def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from agnostic_train.choices import ExportTarget
 from agnostic_train.export import CARD, export_checkpoint
 from agnostic_train.files import UserError
 from agnostic_train.frozen_weights import FrozenWeightCheck
@@ -33,7 +34,7 @@ def export(context: Context) -> dict:
     else:
         trained = load_model(context.recipe.model, checkpoint)
 
-    def write(to: str) -> FrozenWeightCheck:
+    def write(to: ExportTarget) -> FrozenWeightCheck:
         return export_checkpoint(
             trained,
             context.directory / EXPORTS[to],

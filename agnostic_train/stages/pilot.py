@@ -37,5 +37,5 @@ def describe(row: dict, languages: Sequence[str]) -> str:
     if row["change"] is None:
         return "diverged"
     return (
-        f"{row['change']:+.2%} bits per byte in {', '.join(languages)}, validation text, {row['trainable']:,} weights"
+        f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}, validation text, {row['trainable']:,} weights"
     )

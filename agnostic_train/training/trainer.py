@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from agnostic_train.choices import Update, check_choice
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.strategy import BASELINES, STRATEGIES
@@ -20,7 +21,6 @@ from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
 
-UPDATES = ("compact", "mask")
 NEURONS_FILE = "neurons.safetensors"
 
 
@@ -38,8 +38,8 @@ class NeuronTrainingArguments(TrainingArguments):
         UserError: another `update`.
     """
 
-    update: str = field(
-        default=UPDATES[0],
+    update: Update = field(
+        default="compact",
         metadata={
             "help": "How the chosen neurons learn: 'compact' trains a small adapter of their rows and columns beside "
             "frozen weights, 'mask' the full weights with masked gradients."
@@ -48,12 +48,7 @@ class NeuronTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_update(self.update)
-
-
-def _check_update(update: str | None) -> None:
-    if update not in UPDATES:
-        raise UserError(f"training.update: {update!r} isn't one of {', '.join(UPDATES)}")
+        check_choice("training.update", self.update, Update)
 
 
 class NeuronTrainer(GuardedTrainer):
@@ -92,12 +87,12 @@ class NeuronTrainer(GuardedTrainer):
         model: nn.Module | None = None,
         *args,
         neurons: NeuronSet | Mapping | str | Path | None = None,
-        update: str | None = None,
+        update: Update | None = None,
         **kwargs,
     ):
         arguments = args[0] if args else kwargs.get("args")
-        self.update = update or getattr(arguments, "update", UPDATES[0])
-        _check_update(self.update)
+        self.update = update or getattr(arguments, "update", "compact")
+        check_choice("training.update", self.update, Update)
         self.neurons: NeuronSet | str | Path | None = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None

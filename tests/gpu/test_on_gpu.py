@@ -7,6 +7,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 from transformers import PrinterCallback
 
+from agnostic_train.choices import UPDATES
 from agnostic_train.detection import detect_neurons
 from agnostic_train.frozen_weights import check_frozen_weights
 from agnostic_train.impact import unverified_impacts
@@ -14,7 +15,7 @@ from agnostic_train.neurons import NeuronSet
 from agnostic_train.perplexity import perplexity
 from agnostic_train.self_check import verify_impacts
 from agnostic_train.trained import Trained
-from agnostic_train.training.trainer import UPDATES, NeuronTrainer, NeuronTrainingArguments
+from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from transformers import AutoModelForCausalLM
 
 from agnostic_train import NeuronSet, NeuronTrainer, export_checkpoint
+from agnostic_train.choices import UPDATES
 from agnostic_train.equal_lora import equal_lora
 from agnostic_train.training.guarded import GuardedTrainer
-from agnostic_train.training.trainer import UPDATES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,10 +15,10 @@ from small_run import RECIPE, run, write_inputs
 from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer
+from agnostic_train.choices import UPDATES
 from agnostic_train.files import UserError
 from agnostic_train.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
-from agnostic_train.training.trainer import UPDATES
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 
 from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
+from agnostic_train.choices import UPDATES
 from agnostic_train.files import UserError
-from agnostic_train.training.trainer import UPDATES
 
 SEQUENTIAL = dict(
     max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",

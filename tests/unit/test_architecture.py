@@ -3,7 +3,7 @@
 import ast
 
 ORDER = [
-    "files", "versions", "peft_import", "recipe", "recipe_file", "sources", "encoding", "corpus", "decoder", "memory", "random_moves", "activity", "neurons", "deactivation", "processes", "inference",
+    "files", "choices", "versions", "peft_import", "recipe", "recipe_file", "sources", "encoding", "corpus", "decoder", "memory", "random_moves", "activity", "neurons", "deactivation", "processes", "inference",
     "impact", "self_check", "lape", "top_counts", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
     "trained", "frozen_weights", "export", "comparison", "tuning", "evaluation", "paired_comparison", "task_loading", "task_evaluation", "tables", "figures", "report", "model_card",
     "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "pipeline", "dry_run", "cli", "__main__",

@@ -10,8 +10,9 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
+from agnostic_train.choices import UPDATES
 from agnostic_train.quickstart.tiny_model import build_tokenizer
-from agnostic_train.training.trainer import UPDATES, NeuronTrainer
+from agnostic_train.training.trainer import NeuronTrainer
 
 both_updates = pytest.mark.parametrize("update", UPDATES)
 

@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
 from transformers import Trainer, TrainerCallback, get_scheduler
 
+from agnostic_train.choices import UPDATES
 from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
-from agnostic_train.training.trainer import NEURONS_FILE, UPDATES, NeuronTrainer
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer
 
 both_updates = pytest.mark.parametrize("update", UPDATES)
 

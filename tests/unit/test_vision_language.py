@@ -7,10 +7,10 @@ from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from agnostic_train import NeuronTrainer, export_checkpoint
+from agnostic_train.choices import UPDATES
 from agnostic_train.decoder import find_decoder
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.self_check import verify_impacts
-from agnostic_train.training.trainer import UPDATES
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "k"): [3], (1, "o"): [5, 41], (0, "up"): [2, 52], (1, "down"): [0, 7]})
 
