@@ -187,9 +187,9 @@ def detect_neurons(
     if pruning:
         if unpruned:
             logger.warning(
-                f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, "
-                "normalise queries or keys over all heads, or have heads of which one entry is nearly all; pruning doesn't "
-                "cover that, all their neurons were computed"
+                f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, normalise "
+                "queries or keys by something else than their mean square, or have heads of which one entry is nearly all; "
+                "pruning doesn't cover that, all their neurons were computed"
             )
         found.exact_share = _exact_share(work, find_device(model))
     return found

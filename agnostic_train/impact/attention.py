@@ -83,12 +83,14 @@ class AttentionInputs:
             products = products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products.masked_fill_(~visible, -torch.inf)
 
-    def project(self, projected: Tensor) -> Tensor:
-        """A projection's output (batch, length, heads * head_dim) per query head, padding zeroed."""
-        batch, num_heads, length, head_dim = self.query.shape
-        heads = projected.view(batch, length, -1, head_dim).transpose(1, 2).to(self.query.dtype)
-        heads = heads.masked_fill(~self.real[:, None, :, None], 0)
-        return _repeated(heads, num_heads // heads.shape[1])
+    def clean_projection(self, projected: Tensor) -> Tensor:
+        """A projection's output, (batch, length, heads * head_dim), in the queries' dtype, padding zeroed."""
+        return projected.to(self.query.dtype).masked_fill(~self.real.unsqueeze(-1), 0)
+
+    def per_query_head(self, projected: Tensor) -> Tensor:
+        """From (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
+        heads = projected.unflatten(-1, (-1, self.query.shape[-1])).transpose(1, 2)
+        return _repeated(heads, self.query.shape[1] // heads.shape[1])
 
 
 def _repeated(heads: Tensor, times: int) -> Tensor:
@@ -239,9 +241,9 @@ class OutputChange:
     ) -> Tensor:
         """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
 
-        Returns: (batch, query heads, head_dim).
+        projected: (batch, length, neurons), padding zeroed. Returns: (batch, query heads, head_dim).
         """
-        heads_of = self.inputs.project(projected).flatten(0, 1)
+        heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
         visible = self._visible_by_head()
         result = query.new_empty(len(query), self.head_dim)
@@ -259,30 +261,43 @@ class OutputChange:
         return result.view(self.batch, self.num_heads, self.head_dim)
 
     def replayed_over_heads(
-        self, name: str, projected: Tensor, norm: nn.Module, rotation: Rotation, cos: Tensor, sin: Tensor
+        self,
+        name: str,
+        projected: Tensor,
+        norm: nn.Module,
+        rotation: Rotation,
+        cos: Tensor,
+        sin: Tensor,
+        marked: Tensor | None = None,
     ) -> Tensor:
         """As `replayed`, for a norm over all heads: zeroing one entry rescales every head, so every head is done anew.
 
-        Returns: (batch, neurons), the squares summed over the query heads.
+        Args:
+            projected: (batch, length, neurons), padding zeroed.
+            marked: (batch, neurons), bool, which to compute; all by default.
+
+        Returns: (batch, neurons), the squares summed over the query heads; zero where not marked.
         """
-        projected = projected.to(self.inputs.query.dtype).masked_fill(~self.inputs.real.unsqueeze(-1), 0)
-        num_neurons = projected.shape[-1]
+        shape = self.inputs.query.shape
+        attention, value = self.attention.view(*shape[:3], -1), self.centred_value.view(shape)
+        weight = self.weight.view(shape[:3])
+        result = projected.new_zeros(self.batch, projected.shape[-1])
+        places = torch.ones_like(result, dtype=torch.bool) if marked is None else marked
         at_once = max(1, self._num_at_once // self.num_heads)
-        visible = self._visible_by_head()
-        result = projected.new_empty(self.batch, num_neurons)
-        for sentence in range(self.batch):
-            heads = slice(sentence * self.num_heads, (sentence + 1) * self.num_heads)
-            query, key = self.inputs.query[sentence, :, None], self.inputs.key[sentence, :, None]
-            for start in range(0, num_neurons, at_once):
-                neurons = torch.arange(start, min(start + at_once, num_neurons), device=projected.device)
-                states = projected[sentence].repeat(len(neurons), 1, 1)
-                states[neurons - start, :, neurons] = 0
-                states = norm(states).view(len(neurons), self.length, -1, self.head_dim).transpose(1, 2)
-                states = rotation.apply(states, cos[sentence, None], sin[sentence, None]).transpose(0, 1)
-                states = states.repeat_interleave(self.num_heads // len(states), 0)
-                products = states @ key.transpose(-1, -2) if name == "q" else query @ states.transpose(-1, -2)
-                changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
-                result[sentence, neurons] = self._squares(heads, changed).sum(0)
+        for sentences, neurons in zip(*(it.split(at_once) for it in places.nonzero().unbind(1)), strict=True):
+            states = projected[sentences]
+            states.scatter_(2, neurons[:, None, None].expand(-1, self.length, 1), 0)
+            states = norm(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            states = _repeated(
+                rotation.apply(states, cos[sentences], sin[sentences]), self.num_heads // states.shape[1]
+            )
+            if name == "q":
+                products = states @ self.inputs.key[sentences].transpose(-1, -2)
+            else:
+                products = self.inputs.query[sentences] @ states.transpose(-1, -2)
+            changed = self.inputs.finish(products.mul_(self.inputs.scaling), self.inputs.visible[sentences])
+            change = changed.softmax(-1).sub_(attention[sentences]) @ value[sentences]
+            result[sentences, neurons] = (change.square_().sum(-1) * weight[sentences]).sum((1, 2))
         return result
 
     def _visible_by_head(self) -> Tensor:

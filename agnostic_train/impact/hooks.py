@@ -49,8 +49,8 @@ class ImpactMeter:
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
         top_ratio: prune q and k: only which neurons are the `num_top` largest of their sentence can be read from the
-            impacts. They are 0 for neurons proven outside, and on a GPU the middle of a proven interval for neurons
-            proven inside. None: every impact is exact.
+            impacts. They are 0 for neurons proven outside, and, on a GPU or beside a norm over all heads, the middle of a
+            proven interval for neurons proven inside. None: every impact is exact.
     Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
     """
 

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from agnostic_train.files import UserError
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.layout import QueryKeyLayout
-from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
+from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 
 
 def interval_impacts(
@@ -53,18 +52,9 @@ def interval_impacts(
         change.softcap,
     )
     low, high = (layout.by_site(end.view(len(change.value), -1)) for end in ends)
-    counts = [num_top(top_ratio, size) for size in layout.sizes]
-    # By site, (batch, neurons) bool: in the top for certain; not decided.
-    certain, unclear = [], []
-    for lower, upper, count in zip(layout.split(low), layout.split(high), counts, strict=True):
-        if count == lower.shape[1]:
-            certain.append(torch.zeros_like(lower, dtype=torch.bool))
-            unclear.append(~certain[-1])
-            continue
-        beyond = upper.topk(count + 1, 1).values[:, -1:]
-        threshold = lower.topk(count, 1).values[:, -1:]
-        certain.append(lower > beyond * (1 + ROUNDING_MARGIN))
-        unclear.append((upper * (1 + ROUNDING_MARGIN) >= threshold) & ~certain[-1])
+    by_site = zip(layout.split(low), layout.split(high), layout.sizes, strict=True)
+    decided = [decide(lower, upper, num_top(top_ratio, size)) for lower, upper, size in by_site]
+    certain, unclear = (torch.cat(parts, 1) for parts in zip(*decided, strict=True))
     exact = layout.by_site(
         kernels.squared_changes(
             change.changed_logits,
@@ -72,23 +62,19 @@ def interval_impacts(
             change.weight,
             layout.factors,
             change.key_spans,
-            layout.by_head(torch.cat(unclear, 1)).flatten(),
+            layout.by_head(unclear).flatten(),
             layout.growths,
             change.softcap,
         ).view(len(change.value), -1)
     )
-    if top_ratio == 1 and ((exact < low * (1 - ROUNDING_MARGIN)) | (exact > high * (1 + ROUNDING_MARGIN))).any():
-        raise UserError(
-            "detection.pruning: impacts lie outside the intervals that were proven for them; set it to false"
-        )
-    # An upper end may be infinite where the lower one alone puts a neuron into the top.
-    middle = torch.where(high.isfinite(), (low + high) / 2, low)
-    found = torch.where(torch.cat(certain, 1), middle, torch.where(torch.cat(unclear, 1), exact, 0))
+    if top_ratio == 1:
+        check_enclosed(exact, low, high)
+    found = settle(low, high, certain, unclear, exact)
     spans = change.key_spans.diff(dim=-1).squeeze(-1)
     rows = torch.full_like(spans[0], kernels.BLOCK_ROWS)
     rows[-1] = change.length - kernels.BLOCK_ROWS * (len(rows) - 1)
     per_neuron = (spans * rows).sum(1)
-    for name, part in zip(changes, unclear, strict=True):
+    for name, part in zip(changes, layout.split(unclear), strict=True):
         work[name].neurons += part.sum()
         work[name].all_neurons += part.numel()
         work[name].logits += (part.sum(1) * per_neuron).sum()

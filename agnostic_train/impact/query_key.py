@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
 from agnostic_train.decoder import Layer, Rotation
-from agnostic_train.impact import kernels
+from agnostic_train.impact import kernels, norm_over_heads
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
@@ -135,7 +136,9 @@ class QueryKeyImpacts:
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
         """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
         _, num_heads, length, head_dim = inputs.query.shape
-        entries = num_heads * length * (14 * head_dim + 4 * length)
+        # A norm over all heads takes some more products of the logits.
+        spanning = any(self.layer.norm_spans_heads(name) for name in self.names if name in self.layer.norms)
+        entries = num_heads * length * (14 * head_dim + (14 if spanning else 4) * length)
         return max(1, self._half_bytes // (entries * inputs.query.element_size()))
 
     def _measure_part(
@@ -143,76 +146,107 @@ class QueryKeyImpacts:
     ) -> tuple[dict[str, Tensor], Tensor]:
         on_cpu = inputs.query.device.type == "cpu"
         chunk_bytes = min(self._half_bytes, _CPU_CHUNK_BYTES) if on_cpu else self._half_bytes
+        projected = {name: inputs.clean_projection(output) for name, output in projected.items()}
+        changes = dict.fromkeys(self.names, paper_change(inputs))
+        growths: dict[str, Tensor] = {}
         if self._exact:
-            inputs, changes = self._closed_forms(inputs, projected, angles)
-        else:
-            changes = dict.fromkeys(self.names, paper_change(inputs))
+            inputs, changes, growths = self._closed_forms(inputs, projected, angles)
         change = OutputChange(inputs, counted, chunk_bytes, before_cap=self._exact)
+        impacts: dict[str, Tensor] = {}
+        if self._top_ratio is not None and change.softcap is None:
+            for name, growth in growths.items():
+                num_groups = self.layer.num_query_heads if name == "q" else self.layer.num_kv_heads
+                replayed = partial(self._replayed_over_heads, change, name, projected[name], angles)
+                impacts[name] = norm_over_heads.pruned_impacts(
+                    change, changes[name], growth, num_groups, replayed, self._top_ratio, self.work[name]
+                )
+        rest = [name for name in self.names if name not in impacts]
+        closed = {name: changes[name] for name in rest if name in changes and name not in growths}
         on_kernels = kernels.available(change.value)
-        # Both ways of pruning need changes in closed form. Of a soft cap the bounds know nothing, and the intervals not
+        # Both other ways of pruning need changes in closed form. Of a soft cap the bounds know nothing, and the intervals not
         # beside a norm.
-        covered = len(changes) == len(self.names)
+        covered = len(closed) == len(rest)
         if change.softcap is not None:
-            covered &= on_kernels and not any(it.grows for it in changes.values())
+            covered &= on_kernels and not any(it.grows for it in closed.values())
         if self._top_ratio is None or not covered:
-            impacts = {name: self._all_impacts(change, name, changes, projected[name], angles) for name in self.names}
             self.unprunable |= self._top_ratio is not None
-            for name, values in impacts.items():
-                self.work[name].add_all(values.numel(), change.length)
-        elif on_kernels:
-            impacts = interval_impacts(change, changes, self.layer.num_kv_heads, self._top_ratio, self.work)
-        else:
-            sieve = BoundSieve(change, changes, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
-            impacts = sieve.impacts(self._top_ratio, self.work)
+            for name in rest:
+                impacts[name] = self._all_impacts(change, name, closed, projected[name], angles)
+                self.work[name].add_all(impacts[name].numel(), change.length)
+        elif closed and on_kernels:
+            impacts |= interval_impacts(change, closed, self.layer.num_kv_heads, self._top_ratio, self.work)
+        elif closed:
+            sieve = BoundSieve(change, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
+            impacts |= sieve.impacts(self._top_ratio, self.work)
         return impacts, change.output.view_as(inputs.query)
 
     def _closed_forms(
         self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles
-    ) -> tuple[AttentionInputs, dict[str, LogitChange]]:
+    ) -> tuple[AttentionInputs, dict[str, LogitChange], dict[str, Tensor]]:
         """What each neuron makes of the logits, for the projections where that has a closed form.
 
-        The inputs returned hold queries and keys that were normalised and rotated in at least float32: growth would
-        multiply the difference between a half-precision model's rounding and what is taken from the logits here.
+        Args:
+            projected: by name, (batch, length, neurons), padding zeroed.
+
+        Returns:
+            The inputs, with queries and keys that were normalised and rotated in at least float32: growth would multiply
+            the difference between a half-precision model's rounding and what is taken from the logits here.
+            The changes; where a norm spans all heads, of the logits of a neuron's own heads.
+            For these norms, by what the other entries grow, float64, (batch, length, neurons).
         """
         parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        growths: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         for name, output in projected.items():
-            norm = self.layer.norms.get(name)
-            if norm is not None and self.layer.norm_spans_heads(name):
-                continue
-            states, growth = inputs.project(output), None
+            norm, states, growth = self.layer.norms.get(name), output, None
             if norm is not None:
-                if name not in self._eps:
-                    self._eps[name] = rms_eps(norm, self.layer.head_dim, states)
-                eps = self._eps[name]
-                growth = None if eps is None else growth_without(states, eps)
-                states = norm(states)
-                rotated = angles.rotation.apply(states, angles.cos, angles.sin)
+                spans_heads = self.layer.norm_spans_heads(name)
+                entries = output if spans_heads else output.unflatten(-1, (-1, self.layer.head_dim))
+                eps = self._eps_of(name, norm, entries)
+                states = norm(entries).flatten(2) if not spans_heads else norm(entries)
+                rotated = angles.rotation.apply(inputs.per_query_head(states), angles.cos, angles.sin)
                 inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
-                if growth is None:
+                if eps is None:
                     continue
-                largest[name] = growth.max()
-            parts[name] = states, growth
+                if spans_heads:
+                    growths[name] = growth_without(entries.double(), eps)
+                    growth = growths[name].to(states.dtype)
+                else:
+                    growth = growth_without(entries, eps).flatten(2)
+                    largest[name] = growth.max()
+                growth = inputs.per_query_head(growth)
+            parts[name] = inputs.per_query_head(states), growth
         if largest:
             # Read together, for a GPU is waited for.
             for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
                 if value > LARGEST_GROWTH:
                     del parts[name]
-        return inputs, {
+        changes = {
             name: rotated_change(inputs, name, states, angles.rotation, (angles.own, angles.other), growth)
             for name, (states, growth) in parts.items()
         }
+        return inputs, changes, growths
+
+    def _eps_of(self, name: str, norm: nn.Module, entries: Tensor) -> float | None:
+        if name not in self._eps:
+            self._eps[name] = rms_eps(norm, entries.shape[-1], entries)
+        return self._eps[name]
 
     def _all_impacts(
-        self, change: OutputChange, name: str, changes: dict[str, LogitChange], projected: Tensor, angles: Angles
+        self, change: OutputChange, name: str, closed: dict[str, LogitChange], projected: Tensor, angles: Angles
     ) -> Tensor:
         """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
-        if name in changes:
-            squares = change.of_logits(changes[name])
+        norm = self.layer.norms.get(name)
+        if name in closed:
+            squares = change.of_logits(closed[name])
+        elif self.layer.norm_spans_heads(name):
+            return self._replayed_over_heads(change, name, projected, angles).sqrt().float()
         else:
-            norm = self.layer.norms[name]
-            arguments = name, projected, norm, angles.rotation, angles.cos, angles.sin
-            if self.layer.norm_spans_heads(name):
-                return change.replayed_over_heads(*arguments).sqrt().float()
-            squares = change.replayed(*arguments)
+            squares = change.replayed(name, projected, norm, angles.rotation, angles.cos, angles.sin)
         return query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
+
+    def _replayed_over_heads(
+        self, change: OutputChange, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None
+    ) -> Tensor:
+        norm = self.layer.norms[name]
+        return change.replayed_over_heads(name, projected, norm, angles.rotation, angles.cos, angles.sin, marked)

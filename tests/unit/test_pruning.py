@@ -19,7 +19,7 @@ from agnostic_train.top_counts import in_top
 
 TRAINED = Path(__file__).parents[3] / "shared/models/small-multilingual"
 LENGTHS = [1, 42, 23, 6]
-UNPRUNED = {"Gemma 2", "OLMo 2"}
+UNPRUNED = {"Gemma 2"}
 
 
 def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
@@ -28,18 +28,22 @@ def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
         return meter.measure(batch), meter
 
 
-def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0):
-    """Returns the meter. Neurons that pruning left in have their exact impact, the others none."""
+def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0, values=True):
+    """Returns the meter. Neurons that pruning left in have their exact impact, the others none.
+
+    values: whether to compare the impacts, too; where intervals put a neuron into the top, it has no exact one.
+    """
     everything = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, top_ratio, attention, memory_gb)
     assert impacts.keys() == everything.keys()
     for site, expected in everything.items():
         count = num_top(top_ratio, expected.shape[1])
-        values = impacts[site]
-        assert values.dtype == torch.float32 and values.shape == expected.shape
-        assert torch.equal(in_top(values, count), in_top(expected, count)), site
-        exact = torch.where(values > 0, expected, 0)
-        torch.testing.assert_close(values, exact, rtol=1e-3, atol=1e-5 * expected.max().item())
+        found = impacts[site]
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        assert torch.equal(in_top(found, count), in_top(expected, count)), site
+        if values:
+            exact = torch.where(found > 0, expected, 0)
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5 * expected.max().item())
     return meter
 
 
@@ -66,7 +70,7 @@ def all_bounds_hold(model, batch, monkeypatch):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_family_has_the_same_top(name, side):
     model = family_model(name)
-    meter = assert_same_top(model, padded_batch(LENGTHS, side), 0.1)
+    meter = assert_same_top(model, padded_batch(LENGTHS, side), 0.1, values=name != "OLMo 2")
     assert bool(meter.unpruned) == (name in UNPRUNED)
     for work in meter.work.values():
         assert (work.neurons == work.all_neurons) == (name in UNPRUNED)

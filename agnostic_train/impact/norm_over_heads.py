@@ -1,0 +1,170 @@
+"""Certified pruning where a norm spans all heads (OLMo 2), so that a neuron of q or k acts through every head.
+
+Where one entry goes, the others grow by one factor r (`rms_norm`). In the neuron's own heads, the change of the logits has its
+closed form. In the others the logits S_ij become `r_i S_ij` (q) or `r_j S_ij` (k), with r close to 1, because one entry is a
+small part of all heads. With `u = r - 1` and `y_ij = u_i S_ij` or `u_j S_ij`, a query's output changes by `Cov(y, v)`, under its
+attention, and a rest. `Cov(y, v)` is linear in u: one vector (q) or one matrix (k) gives its square for all neurons. The rest
+is half the joint cumulant of y, y and v under some attention between the old one and the new, at most
+`max ||v|| exp(max y - min y) E[(y - E y)^2]`.
+
+This encloses every squared impact in an interval. Neurons whose interval doesn't decide whether they are among their
+sentence's largest are computed exactly, with the norm done anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
+from agnostic_train.impact.rms_norm import LARGEST_GROWTH
+
+
+@dataclass(frozen=True)
+class _OtherHeads:
+    """What growth of the logits does to the output of some heads, in terms of `u = growth - 1` by token.
+
+    linear: of the linear part's square, the coefficients of u^2, (..., length), for q, of u u^T, (..., length, length), for k.
+    rest: of the rest's squared bound, before the exponential, the coefficients of u^4, (..., length). error: of what rounding
+    adds to the linear part, squared, the coefficients of u^2, (..., length).
+    """
+
+    linear: Tensor
+    rest: Tensor
+    error: Tensor
+
+
+def pruned_impacts(
+    change: OutputChange,
+    own_change: LogitChange,
+    growth: Tensor,
+    num_groups: int,
+    replayed: Callable[[Tensor], Tensor],
+    top_ratio: float,
+    work: Work,
+) -> Tensor:
+    """Impacts of one layer's q or k from which each sentence's top neurons can be read.
+
+    Args:
+        change: the layer's attention for a batch.
+        own_change: what each neuron makes of the logits of its own heads; its row growth tells q from k.
+        growth: by what the other entries grow without each neuron, (batch, length, neurons).
+        num_groups: into how many groups of neurons that act through the same heads the site falls: the query heads for
+            q, the KV heads for k.
+        replayed: exact squared changes of the neurons marked in (batch, neurons), bool; zero for the others.
+        top_ratio: fraction of the site's neurons to find. At 1 every impact is exact, and the intervals are checked.
+        work: added to.
+
+    Returns: (batch, neurons), float32: the middle of the interval for neurons that are certainly in the top, zero for
+        those that certainly aren't, exact for the others.
+
+    Raises:
+        UserError: an exact impact outside its interval.
+    """
+    own = change.of_logits(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
+    excess = (growth - 1).to(own.dtype).unflatten(-1, (num_groups, -1)).transpose(1, 2)
+    others = _key_growth(change) if own_change.row_growth is None else _query_growth(change)
+    noise = _noise(change)
+    low, high = ((own + it.flatten(1)).sqrt() for it in _intervals(change, others, excess))
+    low, high = (low - noise).clamp(min=0).square(), (high + noise).square()
+    unknown = ~high.isfinite() | (growth.amax(1) > LARGEST_GROWTH)
+    low, high = low.masked_fill(unknown, 0), high.masked_fill(unknown, torch.inf)
+    certain, unclear = decide(low, high, num_top(top_ratio, own.shape[1]))
+    exact = replayed(unclear)
+    if top_ratio == 1:
+        check_enclosed(exact, low, high)
+    # A replayed neuron changes the logits of all heads, any other those of its own.
+    per_neuron, num_replayed = change.length**2, unclear.sum()
+    work.neurons += num_replayed
+    work.all_neurons += unclear.numel()
+    work.logits += (num_replayed * num_groups + (unclear.numel() - num_replayed)) * per_neuron
+    work.all_logits += unclear.numel() * num_groups * per_neuron
+    return settle(low, high, certain, unclear, exact).sqrt().float()
+
+
+def _intervals(change: OutputChange, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Around each neuron's squared change of the output of all heads but its own.
+
+    excess: u by group, (batch, groups, length, head_dim). Returns low, high: (batch, groups, head_dim).
+    """
+    num_groups = excess.shape[1]
+    is_other = 1 - torch.eye(num_groups, dtype=excess.dtype, device=excess.device)
+
+    def over_others(by_head: Tensor) -> Tensor:
+        by_group = by_head.unflatten(0, (change.batch, num_groups, -1)).sum(2)
+        return torch.tensordot(by_group, is_other, dims=([1], [1])).movedim(-1, 1)
+
+    square = excess.square()
+    linear = over_others(heads.linear)
+    linear = (linear @ excess * excess if linear.dim() == 4 else linear.unsqueeze(-1) * square).sum(2)
+    rest = (over_others(heads.rest).unsqueeze(-1) * square.square()).sum(2)
+    error = (over_others(heads.error).unsqueeze(-1) * square).sum(2)
+    largest_logit = change.largest_logits.view(change.batch, -1).amax(1)[:, None, None]
+    spread = rest.sqrt() * (2 * largest_logit * excess.amax(2)).exp() + error.sqrt()
+    middle = linear.clamp(min=0).sqrt()
+    return (middle - spread).clamp(min=0).square(), (middle + spread).square()
+
+
+def _query_growth(change: OutputChange) -> _OtherHeads:
+    """Where the logits of query i grow by 1 + u_i: `u_i Cov(S_i, v)`. By head: (batch * heads, length)."""
+    attention, value, weight = change.attention, change.centred_value, change.weight
+    logits = _seen_logits(change)
+    distance = logits - (attention * logits).sum(-1, keepdim=True)
+    moved = attention * distance
+    variance = (moved * distance).sum(-1)
+    longest = _longest_value(change)
+    rounding = _rounding(change)
+    return _OtherHeads(
+        linear=(moved @ value).square().sum(-1) * weight,
+        rest=(longest * variance).square() * weight,
+        error=(rounding * longest).square() * variance * weight,
+    )
+
+
+def _key_growth(change: OutputChange) -> _OtherHeads:
+    """Where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`. By head: (batch * heads, length[, length])."""
+    attention, value, weight = change.attention, change.centred_value, change.weight.unsqueeze(-1)
+    logits = _seen_logits(change)
+    output = attention @ value
+    moved = attention * logits
+    square = moved * logits
+    longest = _longest_value(change)
+    # By query: E[S^2], an upper bound on the variance of y where |u| is 1.
+    second = square.sum(-1, keepdim=True) * weight * longest.unsqueeze(-1).square()
+    # (v_j - o_i) (v_k - o_i) = v_j v_k - v_j o_i - v_k o_i + o_i o_i, summed over i with the factors of j and k.
+    counted = moved * weight
+    cross = (moved * (output @ value.mT)).mT @ counted
+    gram = (counted.mT @ moved) * (value @ value.mT)
+    gram += (counted * output.square().sum(-1, keepdim=True)).mT @ moved - cross - cross.mT
+    return _OtherHeads(
+        linear=gram,
+        rest=(square * second).sum(-2),
+        # A difference of large terms: the error is a part of these, not of what is left.
+        error=4 * _rounding(change) * (attention * second).sum(-2),
+    )
+
+
+def _seen_logits(change: OutputChange) -> Tensor:
+    return change.logits.masked_fill(change.logits == -torch.inf, 0)
+
+
+def _longest_value(change: OutputChange) -> Tensor:
+    """Of the real tokens' centred values, by head: (batch * heads, 1)."""
+    lengths = torch.linalg.vector_norm(change.centred_value, dim=-1)
+    real = change.inputs.real.repeat_interleave(change.num_heads, 0)
+    return lengths.masked_fill(~real, 0).amax(-1, keepdim=True)
+
+
+def _rounding(change: OutputChange) -> float:
+    """The relative error of a sum over keys of sums over features."""
+    return 4 * torch.finfo(change.value.dtype).eps * (change.length + change.head_dim)
+
+
+def _noise(change: OutputChange) -> Tensor:
+    """What the rounding of logits and attention weights moves a sentence's output by, here and in the exact form: (batch, 1)."""
+    roundings = 4 * change.largest_logits + (2 * change.length**0.5 + 16)
+    # Norms compute in float32, whatever the dtype of their input.
+    per_row = torch.finfo(torch.float32).eps * roundings * _longest_value(change).squeeze(-1)
+    return (per_row.square() * change.weight.sum(-1)).view(change.batch, -1).sum(1, keepdim=True).sqrt()
