@@ -329,6 +329,20 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
         assert work.neurons < 0.65 * work.all_neurons and 0 < work.logits < work.rough_logits <= work.all_logits
 
 
+def test_a_norm_over_all_heads(monkeypatch):
+    """The kernel computes the changes in each neuron's own heads."""
+    model, batch = family_model("OLMo 2"), padded_batch([1, 17], "left")
+    expected = unverified_impacts(model, batch, ["q", "k"])
+    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(OutputChange, "_squares", None)
+    for top_ratio in (0.1, 1.0):
+        impacts, meter = pruned_impacts(model, batch, top_ratio)
+        for site, values in expected.items():
+            count = num_top(top_ratio, values.shape[1])
+            assert torch.equal(in_top(impacts[site], count), in_top(values, count))
+        assert not meter.unpruned
+
+
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_the_sieve_at_any_scale(scale, monkeypatch):
