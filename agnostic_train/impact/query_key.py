@@ -203,7 +203,7 @@ class QueryKeyImpacts:
                 spans_heads = self.layer.norm_spans_heads(name)
                 entries = output if spans_heads else output.unflatten(-1, (-1, self.layer.head_dim))
                 eps = self._eps_of(name, norm, entries)
-                states = norm(entries).flatten(2) if not spans_heads else norm(entries)
+                states = norm(entries).reshape(output.shape)
                 rotated = angles.rotation.apply(inputs.per_query_head(states), angles.cos, angles.sin)
                 inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
                 if eps is None:
