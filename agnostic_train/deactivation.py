@@ -26,10 +26,10 @@ def deactivate(
         neurons: which neurons, as a `NeuronSet` or what makes one.
 
     Raises:
-        ValueError: of a mapping, as by `NeuronSet`.
+        TypeError, ValueError: as by `NeuronSet.of`.
         UserError: neurons beyond the model's shapes, or a model that isn't supported; nothing was changed.
     """
-    neurons = neurons if isinstance(neurons, NeuronSet) else NeuronSet(neurons)
+    neurons = NeuronSet.of(neurons)
     neurons.check(model)
     decoder = find_decoder(model)
     with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):

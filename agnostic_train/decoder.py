@@ -6,7 +6,7 @@ formula over the config. A model in which something can't be found is refused by
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -226,6 +226,23 @@ def find_decoder(model: nn.Module) -> Decoder:
             for index, block in enumerate(blocks)
         ],
     )
+
+
+def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[str, ...]:
+    """The projections named, each once, in the order of `PROJECTIONS`; None means all.
+
+    Raises:
+        ValueError: an unknown name, or one text instead of several. UserError: a model that has none of them.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"projections: expected several names, such as [{names!r}], not one text")
+    wanted = set(PROJECTIONS if names is None else names)
+    for name in wanted:
+        if name not in PROJECTIONS:
+            raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
+    if not wanted & {projection for _, projection in find_decoder(model).sizes}:
+        raise UserError(f"projections: {type(model).__name__} has none of {', '.join(sorted(wanted))}")
+    return tuple(name for name in PROJECTIONS if name in wanted)
 
 
 def float32_copy(layer: Layer) -> Layer:

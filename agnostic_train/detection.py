@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from agnostic_train.activity import Activations
-from agnostic_train.choices import Attention, Exclusive
-from agnostic_train.decoder import PROJECTIONS, Site, find_decoder
+from agnostic_train.choices import Attention, Exclusive, check_choice
+from agnostic_train.decoder import PROJECTIONS, Site, check_projections, find_decoder
 from agnostic_train.files import UserError
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
@@ -67,12 +67,14 @@ def neuron_impacts(
     Raises:
         UserError: a model whose projections can't be found, or whose attention can't be followed.
         ImpactMismatchError: impacts that don't equal real deactivation.
-        ValueError: an unknown projection or attention mode.
+        ValueError: an unknown projection or attention mode, or a batch of wrong shapes or tokens.
     """
-    wanted = set(PROJECTIONS if projections is None else projections)
-    if verify and not wanted <= _verified.get(model, set()):
-        verify_impacts(model, batch, pruning=False, projections=[it for it in PROJECTIONS if it in wanted])
-        _verified[model] = _verified.get(model, set()) | wanted
+    projections = check_projections(projections, model)
+    check_choice("attention", attention, Attention)
+    unverified = {*projections} - _verified.get(model, set())
+    if verify and unverified:
+        verify_impacts(model, batch, pruning=False, projections=projections)
+        _verified[model] = _verified.get(model, set()) | unverified
     return unverified_impacts(model, batch, projections, attention)
 
 
@@ -126,7 +128,7 @@ def detect_neurons(
     Several processes share the batches and add up their counts: each gets the whole of `corpora`.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range, or a batch of wrong shapes or tokens.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
     if method not in METHODS:
@@ -138,6 +140,9 @@ def detect_neurons(
         raise UserError("corpus.languages: no language to detect the neurons of")
     if min_languages is not None and not 1 <= min_languages <= len(corpora):
         raise ValueError(f"min_languages must be from 1 to the number of languages, {len(corpora)}")
+    check_choice("attention", attention, Attention)
+    check_choice("exclusive", exclusive, Exclusive)
+    projections = check_projections(projections, model)
     sizes = find_decoder(model).sizes
     if method == "lape":
         return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)

@@ -35,7 +35,7 @@ def export_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     *,
-    neurons: NeuronSet | None = None,
+    neurons: NeuronSet | Mapping | None = None,
     model_card: str | None = None,
 ) -> FrozenWeightCheck:
     """Writes a checkpoint or an adapter, and a `manifest.json` with the frozen-weight check, all or nothing.
@@ -53,7 +53,7 @@ def export_checkpoint(
         tokenizer: saved beside the weights.
         dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
             default. Each weight is rounded once, from the sum in float32. Adapters are float32.
-        neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default. Where nobody knows, the
+        neurons: what was trained, as a `NeuronSet` or what makes one; the adapter's, or the model's `trained_neurons`, by default. Where nobody knows, the
             manifest says `unverified`.
         model_card: the text of `README.md`.
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
-"""What `whole_file` and `whole_directory` call their files until they are whole."""
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
+"""What `whole_file` and `whole_directory` call their files until they are whole, and what is in their place until then."""
 
 
 class UserError(ValueError):
@@ -40,8 +40,14 @@ def sole_user(directory: Path) -> Iterator[None]:
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
         ) from None
     try:
-        for leftover in [path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
-            if leftover.is_dir():
+        for leftover in [*directory.rglob(".*")]:
+            name = _TEMPORARY.fullmatch(leftover.name)
+            if name is None:
+                continue
+            if name[2] == "old" and not leftover.with_name(name[1]).exists():
+                # Killed in the moment between taking the old folder away and putting the new one there.
+                os.rename(leftover, leftover.with_name(name[1]))
+            elif leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
@@ -101,7 +107,7 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
     Raises:
         UserError: at the start or the end, `path` holds something else, or is a file.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     check_replaceable(path, is_own)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -113,7 +119,11 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
             # A non-empty directory can't be replaced in one step: the old one steps aside first.
             old = temporary.with_suffix(".old")
             os.rename(path, old)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(temporary, path)

@@ -44,12 +44,20 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     Args:
         batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
+
+    Raises:
+        ValueError: a batch without a token, of another shape, or of numbers that aren't integers.
     """
+    shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
+    if len(shape) != 2 or not batch["input_ids"].numel() or batch["input_ids"].is_floating_point():
+        kind = f"{batch['input_ids'].dtype} {tuple(shape)}"
+        raise ValueError(f"input_ids: expected integers of shape (batch, length), not empty, got {kind}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"attention_mask: expected the shape of input_ids, {tuple(shape)}, got {tuple(mask.shape)}")
     device = find_device(model)
     # A GPU that is still busy with the last batch needn't be waited for.
     ahead = device.type == "cuda"
-    input_ids = batch["input_ids"].to(device, non_blocking=ahead)
-    mask = batch.get("attention_mask")
+    input_ids = batch["input_ids"].to(device, torch.int64, non_blocking=ahead)
     mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=ahead)
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}

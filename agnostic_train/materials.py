@@ -1,12 +1,13 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from agnostic_train.corpus import Corpus, judging_text, load_corpus
 from agnostic_train.encoding import Encoder
@@ -15,6 +16,8 @@ from agnostic_train.loading import load_config, load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.task_evaluation import TaskSuite
+
+logger = logging.get_logger(__name__)
 
 
 class Materials:
@@ -129,7 +132,7 @@ class Materials:
         """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
         if sentences is None:
             sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
-        return {
+        batches = {
             language: self.encoder.batches(
                 lines,
                 f"{purpose} text of {language}",
@@ -138,6 +141,9 @@ class Materials:
             )
             for language, lines in sentences.items()
         }
+        if purpose == "detection":
+            _warn_of_single_tokens(batches)
+        return batches
 
     def take_model(self) -> PreTrainedModel:
         """The model, for whoever asks to keep or drop: nothing here holds it any more."""
@@ -148,3 +154,13 @@ class Materials:
     def forget_model(self) -> None:
         """After training the model is no base any more: whoever asks for one loads it again."""
         del self.__dict__["model"]
+
+
+def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
+    for language, of_language in batches.items():
+        num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language)
+        if num_single:
+            logger.warning_once(
+                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons have no "
+                "impact; with a detection.consistency of 1, none of these can be related"
+            )

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from agnostic_train.choices import ExportTarget
 from agnostic_train.recipe import Recipe
 from agnostic_train.strategy import BASELINES
@@ -16,10 +18,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
         to: what was exported: `merged`, `lora`, or `delta`.
         evaluation: per language, the numbers before and after, as in `evaluation.json`, once they are known.
     """
-    languages = "\n".join(f"- {language}" for language in recipe.training.languages)
     # The hub's metadata takes only its own names; a local path isn't one.
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
-    base = f"base_model: {recipe.model.name}\n" if hub_name else ""
     title = recipe.model.name if hub_name else Path(recipe.model.name).name  # a card is published, a path is private
     counts = training["neurons"]
     neurons = (
@@ -54,13 +54,15 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     )
     listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
+    metadata = ModelCardData(
+        language=list(recipe.training.languages),
+        library_name=library,
+        pipeline_tag="text-generation",
+        base_model=recipe.model.name if hub_name else None,
+        tags=["agnostic-train"],
+    )
     return f"""---
-library_name: {library}
-pipeline_tag: text-generation
-{base}language:
-{languages}
-tags:
-- agnostic-train
+{metadata.to_yaml()}
 ---
 
 # {title}, enhanced for {", ".join(recipe.training.languages)}

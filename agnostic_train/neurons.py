@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ _PUBLISHED_KEYS = {
 class NeuronSet:
     """An immutable set of neurons: `{(layer, projection): indices}`.
 
-    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, `==` compares
-    neurons alone, whatever sizes the sets carry. Sets can't be hashed.
+    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, iterating gives the
+    sites that have neurons, `==` compares neurons alone, whatever sizes the sets carry. Sets can't be hashed.
 
     Args:
         sites: for each site, the indices of its neurons (any iterable or 1-D integer tensor). They are kept sorted
@@ -71,12 +71,34 @@ class NeuronSet:
                 raise ValueError(f"layer {layer} {projection} has {self.sizes.get(site, 0)} neurons, not {indices[-1]}")
             self._sites[site] = indices
 
+    @classmethod
+    def of(cls, neurons: object) -> "NeuronSet":
+        """A set as it is, or the one that a mapping makes.
+
+        Raises:
+            TypeError: neither. ValueError: of a mapping, as by `NeuronSet`.
+        """
+        if isinstance(neurons, NeuronSet):
+            return neurons
+        if isinstance(neurons, Mapping):
+            return cls(neurons)
+        hint = "; give one of its sets, such as .shared" if isinstance(neurons, LanguageNeurons) else ""
+        raise TypeError(
+            f"neurons: expected a NeuronSet or {{(layer, projection): indices}}, got {type(neurons).__name__}{hint}"
+        )
+
     def __getitem__(self, site: Site) -> Tensor:
         """The site's indices, sorted, int64, as a tensor of the caller's own; empty where the set has none."""
         return self._at(site).clone()
 
     def _at(self, site: Site) -> Tensor:
         return self._sites.get(site, torch.empty(0, dtype=torch.int64))
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
 
     def __len__(self) -> int:
         return sum(len(indices) for indices in self._sites.values())
@@ -312,11 +334,13 @@ class LanguageNeurons:
             settings: kept beside them, with `exclusive` and `min_languages` added.
 
         Raises:
-            ValueError: an unknown `exclusive`, or no language.
+            ValueError: an unknown `exclusive`, no language, or `min_languages` out of range.
         """
         check_choice("exclusive", exclusive, Exclusive)
         if not related:
             raise ValueError("no languages: corpora is empty")
+        if min_languages is not None and not 1 <= min_languages <= len(related):
+            raise ValueError(f"min_languages must be from 1 to the number of languages, {len(related)}")
         shared = _in_at_least(min_languages or len(related), related)
         if exclusive == "complement":
             exclusive_sets = {language: neurons - shared for language, neurons in related.items()}

@@ -31,11 +31,17 @@ from agnostic_train.stages.report import report
 from agnostic_train.stages.score import EMERGENCE, score
 from agnostic_train.stages.train import ADAPTER, check_checkpoints, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
     "compare": compare,
 }  # fmt: skip
+_SECTIONS = {
+    "detect": "detection", "score": "score", "train": "training", "export": "export", "evaluate": "evaluation",
+    "compare": "comparison",
+}  # fmt: skip
+"""The recipe's section of each stage."""
 _REMOVED_FIRST = {
     "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
 }  # fmt: skip
@@ -59,7 +65,7 @@ class Pipeline:
         self.force = force
         self.training_arguments = training_arguments(recipe)
         # Transformers sets the processes up when it is first asked for the device; the state is one for all.
-        assert self.training_arguments.device is not None
+        _ = self.training_arguments.device
         self.processes = PartialState()
         self.say = say if self.processes.is_main_process else lambda line: None
         if self.processes.num_processes > 1:
@@ -77,7 +83,7 @@ class Pipeline:
         if stage == "compare":
             check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
         # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
-        assert self.materials.tokenizer is not None
+        _ = self.materials.tokenizer
         for name in stages:
             self.inputs.of(name)
             if self.force or self.inputs.state(name) != "finished":
@@ -120,7 +126,7 @@ class Pipeline:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
-            self.manifest.start(stage, key, self._head())
+            self.manifest.start(stage, key, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
@@ -131,7 +137,10 @@ class Pipeline:
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
             outputs = [self.directory / name for name in result.pop("outputs")]
-            self.manifest.finish(stage, outputs, result, self._head(result.get("frozen_weights")))
+            if stage in _SECTIONS:
+                result["settings"] = self.recipe.to_dict()[_SECTIONS[stage]]
+            result["corpus"] = self.materials.hashes
+            self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
         self.processes.wait_for_everyone()
         return True
 
@@ -186,8 +195,14 @@ class Pipeline:
                 temporary.write_text(uuid.uuid4().hex[:8])
         return file.read_text().strip()
 
-    def _head(self, frozen_weights: dict | None = None) -> dict:
-        """The manifest's top-level fields."""
+    def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
+        """The manifest's top-level fields: of a stage that runs, and of the others as they ran when they last did."""
+        recipe, hashes = self.recipe.to_dict(), dict[str, str]()
+        for name, section in _SECTIONS.items():
+            record = self.manifest.record(name)
+            if name != stage and record.get("finished"):
+                recipe[section] = record.get("settings", recipe[section])
+                hashes |= record.get("corpus", {})
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):
             # A proof holds for the weights that it was made of, not for a later training's.
@@ -198,9 +213,12 @@ class Pipeline:
                 "name": self.recipe.model.name,
                 "revision": self.recipe.model.revision,
             },
-            "corpus": self.materials.hashes,
-            "recipe": self.recipe.to_dict(),
-            "seeds": {"corpus": self.recipe.corpus.seed, "training": self.training_arguments.seed},
+            "corpus": hashes | self.materials.hashes,
+            "recipe": recipe,
+            "seeds": {
+                "corpus": self.recipe.corpus.seed,
+                "training": recipe["training"]["arguments"].get("seed", NeuronTrainingArguments.seed),
+            },
             "versions": package_versions(),
             "frozen_weights": frozen_weights or {"status": "unverified"},
         }

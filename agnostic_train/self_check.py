@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.deactivation import switched_off
-from agnostic_train.decoder import ATTENTION_PROJECTIONS, PROJECTIONS, Layer, find_decoder, float32_copy
+from agnostic_train.decoder import (
+    ATTENTION_PROJECTIONS,
+    PROJECTIONS,
+    Layer,
+    check_projections,
+    find_decoder,
+    float32_copy,
+)
 from agnostic_train.files import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
 from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
@@ -76,9 +83,15 @@ def verify_impacts(
     Raises:
         ImpactMismatchError: a score is off by more than `TOLERANCE`.
         UserError: a model whose attention can't be followed at all, or that computes NaN.
+        ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
     """
+    projections = check_projections(projections, model)
+    inputs = model_inputs(model, batch)
+    vocab_size, largest = model.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    if largest >= vocab_size:
+        raise ValueError(f"input_ids: token {largest} is beyond the model's vocabulary of {vocab_size}")
     # Short sentences would hide a wrong rotation or window: the longest tell most.
-    longest = model_inputs(model, batch)["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
+    longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
     try:
         with left_as_found(model):

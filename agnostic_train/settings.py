@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode
 from agnostic_train.files import UserError
 from agnostic_train.loading import check_checkpoint, find_accelerator
 from agnostic_train.recipe import Recipe
-from agnostic_train.strategy import BASELINES, Strategy
+from agnostic_train.strategy import BASELINES, SET_STRATEGIES, Strategy
 from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
@@ -121,6 +121,8 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
         raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {what}")
     if recipe.training.neurons is None and name != "pilot":
         make_strategy(recipe, name, arguments.seed)  # says what it lacks
+    if recipe.training.neurons is not None and name not in SET_STRATEGIES:
+        raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {name} out")
     if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
         raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
     results = recipe.tracking.results_dir

@@ -1,10 +1,11 @@
 """Which neurons to train, given what was detected and scored."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import get_args
 
 from peft import LoraConfig
 from torch import nn
@@ -13,8 +14,9 @@ from agnostic_train.agnostic_score import SMALLEST_CHANGE, AgnosticScore
 from agnostic_train.equal_lora import equal_lora, num_weights
 from agnostic_train.files import UserError
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.recipe import SetStrategy
 
-SET_STRATEGIES = ("shared", "exclusive", "related", "shared+exclusive")
+SET_STRATEGIES = get_args(SetStrategy)
 STRATEGIES = (*SET_STRATEGIES, "random", "auto")
 BASELINES = ("full", "lora")
 
@@ -78,6 +80,20 @@ class Strategy:
         """Whether `choose` asks for a score."""
         return self.name == "auto"
 
+    def check_languages(self, detected: Iterable[str]) -> None:
+        """Compares the languages to enhance with the detected ones.
+
+        Raises:
+            UserError: one isn't among them.
+        """
+        detected = list(detected)
+        for language in self.languages or []:
+            if language not in detected:
+                raise UserError(
+                    f"training.languages: {language!r} isn't among the detected languages ({', '.join(detected)}); add it "
+                    "to corpus.languages"
+                )
+
     def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
         """Chooses what trains.
 
@@ -87,19 +103,15 @@ class Strategy:
             model: gives the sizes for `random` and `lora`.
 
         Raises:
-            UserError: an unknown language, for `auto` a score that is undefined or clipped in every language, or an
+            UserError: no `found`, an unknown language, for `auto` a score that is undefined or clipped in every language, or an
                 empty choice.
         """
         if self.name == "full":
             return Choice("full", None, "all weights, as asked for")
-        assert found is not None
+        if found is None:
+            raise UserError(f"training.strategy: {self.name!r} chooses among detected neurons, and none are given")
+        self.check_languages(found.languages)
         languages = list(self.languages or found.languages)
-        for language in languages:
-            if language not in found.languages:
-                raise UserError(
-                    f"training.languages: {language!r} isn't among the detected languages "
-                    f"({', '.join(found.languages)}); add it to corpus.languages"
-                )
         names = ", ".join(languages)
         if self.name == "random":
             name, neurons = "random", _chosen(self.random_like, found, languages).random_like(self.seed, model)

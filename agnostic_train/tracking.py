@@ -4,14 +4,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import wandb
 from accelerate import PartialState
 
 from agnostic_train.files import UserError
 from agnostic_train.perplexity import Perplexity
 from agnostic_train.recipe import Recipe
 from agnostic_train.tables import Table
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class Tracker:
@@ -33,16 +36,20 @@ class Tracker:
     def log_tables(self, tables: Mapping[str, Table]) -> None:
         """Tables by name."""
         if self._run is not None:
+            from wandb import Table as LoggedTable
+
             for name, rows in tables.items():
                 columns = list(dict.fromkeys(key for row in rows for key in row))
                 cells = [[row.get(column) for column in columns] for row in rows]
                 # A seed is a number in one row and `all` in another.
-                self._run.log({f"tables/{name}": wandb.Table(columns, cells, allow_mixed_types=True)})
+                self._run.log({f"tables/{name}": LoggedTable(columns, cells, allow_mixed_types=True)})
 
     def log_figures(self, folder: Path) -> None:
         """Every PNG of a folder, as `figures/NAME`."""
         if self._run is not None:
-            self._run.log({f"figures/{file.stem}": wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))})
+            from wandb import Image
+
+            self._run.log({f"figures/{file.stem}": Image(str(file)) for file in sorted(folder.glob("*.png"))})
 
 
 @contextmanager
@@ -66,6 +73,8 @@ def tracked(
     if not recipe.tracking.wandb or not processes.is_main_process:
         yield Tracker(None)
         return
+    import wandb  # takes a second, and most runs don't need it
+
     settings = {} if run_id is None or "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
     try:
         run = wandb.init(

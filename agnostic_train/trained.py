@@ -41,7 +41,7 @@ class Trained:
         cls,
         model: PreTrainedModel | str | Path,
         base: PreTrainedModel | str | Path | None = None,
-        neurons: NeuronSet | None = None,
+        neurons: NeuronSet | Mapping | None = None,
     ) -> "Trained":
         """Takes a model apart, without changing it.
 
@@ -51,9 +51,10 @@ class Trained:
             neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default.
 
         Raises:
-            UserError: adapters that aren't ours, several active ones, no adapter in the folder, or weights split over
-                processes.
+            UserError: adapters that aren't ours, several active ones, no adapter in the folder, weights split over
+                processes, or a base that is the trained model itself.
         """
+        neurons = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
             adapter, name = read_deltas(model)
             if base is None and not name:
@@ -66,6 +67,10 @@ class Trained:
         if neurons is None:
             neurons = adapter_neurons(plain) if adapter else getattr(plain, "trained_neurons", None)
         loaded = None if base is None else _loaded(base)
+        if loaded is not None and _share_weights(plain, loaded):
+            raise UserError(
+                "base: it is the trained model itself; give the model as it was before training, or its folder"
+            )
         return cls(plain, adapter, loaded, neurons, (plain if loaded is None else loaded).name_or_path or None)
 
     @property
@@ -106,7 +111,14 @@ class Trained:
             raise UserError("base: an adapter is the difference to the model before training; give that as base")
         if self.neurons is None:
             raise UserError("neurons: which were trained isn't known, so there are no rows to export; name them")
+        if not len(self.neurons):
+            raise UserError("neurons: the set is empty, so there are no rows to export")
         return weight_deltas(self.model, self.base, self.neurons)
+
+
+def _share_weights(model: nn.Module, other: nn.Module) -> bool:
+    addresses = {it.data_ptr() for it in model.parameters()} - {0}
+    return any(it.data_ptr() in addresses for it in other.parameters())
 
 
 def _neurons_at(model: nn.Module, deltas: Mapping[str, Delta]) -> NeuronSet:

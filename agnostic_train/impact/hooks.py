@@ -22,6 +22,7 @@ from agnostic_train.decoder import (
     Layer,
     Projection,
     Site,
+    check_projections,
     find_decoder,
 )
 from agnostic_train.files import UserError
@@ -62,10 +63,7 @@ class ImpactMeter:
         memory_gb: float = DEFAULT_MEMORY_GB,
         top_ratio: float | None = None,
     ):
-        projections = tuple(PROJECTIONS if projections is None else projections)
-        for name in projections:
-            if name not in PROJECTIONS:
-                raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")
+        projections = check_projections(projections, model)
         check_choice("attention", attention, Attention)
         self.model = model
         self.decoder: Decoder = find_decoder(model)

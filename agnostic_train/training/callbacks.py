@@ -37,7 +37,7 @@ class DetectionCallback(TrainerCallback):
 
     Raises:
         ValueError: `every_n_steps` below 1. TypeError: a keyword that `detect_neurons` doesn't know.
-        UserError: an unknown strategy.
+        UserError: an unknown strategy, or one of languages that `corpora` lacks.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class DetectionCallback(TrainerCallback):
         if score_corpora is not None:
             self.score_corpora = {language: list(batches) for language, batches in score_corpora.items()}
         self.strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy or "shared+exclusive")
+        if self.strategy.name != "full":
+            self.strategy.check_languages(self.corpora)
         self.every_n_steps = every_n_steps
         self.control_seeds = control_seeds
         self.detect_keywords = detect_keywords

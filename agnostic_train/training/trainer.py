@@ -93,7 +93,9 @@ class NeuronTrainer(GuardedTrainer):
         arguments = args[0] if args else kwargs.get("args")
         self.update = update or getattr(arguments, "update", "compact")
         check_choice("training.update", self.update, Update)
-        self.neurons: NeuronSet | str | Path | None = NeuronSet(neurons) if isinstance(neurons, Mapping) else neurons
+        self.neurons: NeuronSet | str | Path | None = (
+            neurons if neurons is None or isinstance(neurons, (str, Path)) else NeuronSet.of(neurons)
+        )
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
@@ -179,8 +181,6 @@ class NeuronTrainer(GuardedTrainer):
         neurons = self._read_neurons(model)
         assert neurons is not None
         self._mask = GradientMask(model, neurons)
-        earlier = getattr(model, "trained_neurons", None)
-        model.trained_neurons = neurons if earlier is None else earlier | neurons
         return model
 
     def _read_neurons(self, model: nn.Module) -> NeuronSet | None:
@@ -235,6 +235,8 @@ class NeuronTrainer(GuardedTrainer):
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
             self._guarded = bare
+            neurons, earlier = self._read_neurons(self.model), getattr(self.model, "trained_neurons", None)
+            self.model.trained_neurons = neurons if earlier is None else earlier | neurons
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -375,6 +375,7 @@ MISTAKES = [
     (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "training.learning_rate: "),
     (["--training.metric_for_best_model=eval_loss"], "training.metric_for_best_model"),
     (["--training.neurons=none.safetensors"], "training.neurons: no such file"),
+    (["--training.neurons=x", "--training.strategy=random"], "training.neurons: takes the place of a strategy"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
     (["--training.max_steps=0"], "training.max_steps: must be above 0"),
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),

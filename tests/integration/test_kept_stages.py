@@ -9,6 +9,7 @@ from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from agnostic_train import figures
 from agnostic_train.files import read_json
 from agnostic_train.pipeline import Pipeline
+from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.stages import STAGES
 
@@ -32,8 +33,18 @@ CHANGES = [
     ({"training.update": "mask"}, {"train", "compare"}),
     ({"detection.top_ratio": "0.3"}, {"detect"}),
     ({"detection.verify": "false"}, {"detect"}),
+    ({"detection.consistency": "0.9"}, {"detect"}),
+    ({"detection.attention": "paper"}, {"detect"}),
+    ({"detection.exclusive": "unique"}, {"detect"}),
+    ({"detection.min_languages": "1"}, {"detect"}),
+    ({"detection.method": "lape"}, {"detect"}),
+    ({"detection.lape_ratio": "0.02"}, {"detect"}),
+    ({"detection.pruning": "false"}, {"detect"}),
+    ({"detection.stability": "true"}, {"detect"}),
+    ({"detection.skip_special_tokens": "true"}, {"detect"}),
     ({"score.controls": "2"}, {"score"}),
     ({"export.dtype": "bfloat16"}, {"export"}),
+    ({"export.to": "lora"}, {"export"}),
     ({"evaluation.max_forgetting": "0.1"}, {"evaluate"}),
     ({"evaluation.batch_size": "3"}, {"evaluate"}),
     ({"evaluation.languages": "th"}, {"evaluate", "compare"}),
@@ -73,6 +84,11 @@ def test_a_key_concerns_the_stages_whose_result_it_can_change(unchanged, flags, 
     folder, before = unchanged
     after = inputs(folder, flags)
     assert {stage for stage in ALL if after[stage] != before[stage]} == stages
+
+
+def test_no_key_of_these_sections_is_forgotten():
+    own = {key for key in own_types() if key.startswith(("detection.", "score.", "export."))}
+    assert own <= {key for flags, _ in CHANGES for key in flags}
 
 
 def test_text_concerns_the_stages_that_read_it(root):
@@ -123,6 +139,23 @@ def test_the_manifest_names_all_text_that_was_read(root):
     assert read_json(root / "out/manifest.json")["corpus"].keys() == own
     assert run(root, "evaluate", f"--evaluation.parallel={root / 'aligned'}") == 0
     assert read_json(root / "out/manifest.json")["corpus"].keys() == own | {"parallel/en.txt", "parallel/sw.txt"}
+
+
+def test_the_manifest_says_of_each_stage_how_it_ran(root):
+    """A later command for an earlier stage doesn't change what was trained, nor on what it was judged."""
+    (root / "aligned").mkdir()
+    for language in ("en", "sw"):
+        (root / f"aligned/{language}.txt").write_text("One sentence.\nAnother one.\n")
+    assert run(root, "evaluate", f"--evaluation.parallel={root / 'aligned'}", "--training.seed=7") == 0
+    before = read_json(root / "out/manifest.json")
+    flags = ["--detection.top_ratio=0.3", "--training.languages=en", "--training.learning_rate=9e-3"]
+    assert run(root, "detect", "--force", *flags) == 0
+    after = read_json(root / "out/manifest.json")
+    assert after["recipe"]["detection"]["top_ratio"] == 0.3
+    for section in ("training", "export", "evaluation"):
+        assert after["recipe"][section] == before["recipe"][section]
+    assert after["seeds"]["training"] == 7 and after["corpus"] == before["corpus"]
+    assert after["frozen_weights"]["status"] == "identical"
 
 
 def test_the_loss_figure_goes_to_the_end_of_training(root, monkeypatch):

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.strategy import BASELINES
+from agnostic_train.strategy import BASELINES, Strategy
 from agnostic_train.training import callbacks
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.trainer import NeuronTrainer
@@ -93,6 +93,11 @@ def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
     assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
+
+
+def test_a_language_without_text_is_refused_at_once():
+    with pytest.raises(UserError, match=r"training\.languages: 'zz' isn't among the detected languages"):
+        DetectionCallback(corpora(), Strategy("shared", languages=["zz"]))
 
 
 def test_a_misspelt_option_is_refused_at_once():

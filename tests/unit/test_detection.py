@@ -1,16 +1,20 @@
 """Top-n selection, consistency, and detection as a whole against its definition."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from test_families import family_model
 from transformers import AutoModelForCausalLM
 
 from agnostic_train import detection
 from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons
+from agnostic_train.detection import detect_neurons, neuron_impacts
 from agnostic_train.files import UserError
 from agnostic_train.impact import unverified_impacts
 from agnostic_train.neurons import NeuronSet
+from agnostic_train.perplexity import perplexity
 from agnostic_train.top_counts import TopCounts, in_top
 
 
@@ -108,14 +112,56 @@ def test_a_model_placed_by_device_map_is_detected_on(tmp_path, llama):
     )
 
 
+@contextmanager
+def forbidden(model):
+    """A block in which the model mustn't run."""
+    handle = model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_projections_may_be_read_once(llama):
+    once = detect_neurons(llama, corpora(), 0.2, projections=iter(["v", "up"]), progress=False)
+    assert once == detect_neurons(llama, corpora(), 0.2, projections=["up", "v"], progress=False)
+    assert all(len(neurons) for neurons in once.related.values())
+
+
+def test_a_family_without_a_gate_has_no_gates_to_detect():
+    model = family_model("GPT-NeoX")
+    with pytest.raises(UserError, match="GPTNeoXForCausalLM has none of gate"):
+        neuron_impacts(model, padded_batch([5]), ["gate"])
+    assert {name for _, name in neuron_impacts(model, padded_batch([5]), ["gate", "up"])} == {"up"}
+
+
+def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
+    ids = padded_batch([5, 9])["input_ids"]
+    for batch, message in (
+        ({"input_ids": ids[0]}, r"input_ids: expected integers of shape \(batch, length\)"),
+        ({"input_ids": ids[:0]}, "not empty"),
+        ({"input_ids": ids.float()}, "expected integers"),
+        ({"input_ids": ids, "attention_mask": torch.ones(2, 5)}, r"expected the shape of input_ids, \(2, 9\)"),
+        ({"input_ids": ids + 100}, "beyond the model's vocabulary of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            neuron_impacts(llama, batch)
+    short, long = (perplexity(llama, [{"input_ids": it}]) for it in (ids.int(), ids))
+    assert short.value == long.value
+
+
 def test_wrong_options_are_refused(llama):
     for settings, message in (
         ({"top_ratio": 0}, "top_ratio"),
         ({"consistency": 1.5}, "consistency"),
         ({"exclusive": "all"}, "exclusive"),
         ({"min_languages": 3}, "min_languages"),
+        ({"attention": "flash"}, "attention"),
+        ({"projections": ["query"]}, "unknown projection 'query'"),
+        ({"projections": "gate"}, r"projections: expected several names, such as \['gate'\]"),
+        ({"projections": []}, "projections"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), forbidden(llama):
             detect_neurons(llama, corpora(), progress=False, **settings)
     with pytest.raises(UserError, match="'b' has no sentence"):
         detect_neurons(llama, corpora() | {"b": []}, progress=False)

@@ -72,6 +72,20 @@ def test_a_weight_that_moved_is_named():
     assert check.changed == ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
 
+def test_weights_are_compared_by_their_bits():
+    """0 and -0 are different weights, and a NaN that was there before is the same one."""
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.norm.weight[0] = torch.nan
+        base.model.norm.weight[1] = 0.0
+    model = trained(base)
+    assert check_frozen_weights(Trained.of(model, base)).status == "identical"
+    with torch.no_grad():
+        model.model.norm.weight[1] = -0.0
+    check = check_frozen_weights(Trained.of(model, base))
+    assert check.status == "changed" and check.changed == ("model.norm.weight",)
+
+
 def test_half_precision_export_is_checked_in_that_precision(tmp_path):
     base = tiny_llama().bfloat16()
     base.save_pretrained(tmp_path / "base")
@@ -303,6 +317,8 @@ def test_more_that_cannot_be_exported_is_named(tmp_path):
         (nameless, {"to": "delta", "base": tiny_llama()}, "neurons: which were trained isn't known"),
         (adapted(tiny_llama(), CHOSEN), {"base": adapted(tiny_llama(), CHOSEN)}, "base: it has adapters"),
         (adapted(tiny_llama(), CHOSEN), {"dtype": 32}, "export.dtype"),
+        (nameless, {"to": "lora", "base": tiny_llama(), "neurons": {}}, "neurons: the set is empty"),
+        (nameless, {"base": nameless, "neurons": CHOSEN}, "base: it is the trained model itself"),
         (adapted(tiny_llama(), CHOSEN), {"dtype": "float8_e4m3fn"}, "export.dtype"),
     ):
         with pytest.raises(UserError, match=message):

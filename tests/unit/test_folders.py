@@ -1,12 +1,13 @@
 """A folder is replaced where it is absent, empty or of our own writing; whatever else is in it is left alone."""
 
 import json
+import os
 
 import pytest
 from conftest import tiny_llama
 
 from agnostic_train.export import export_checkpoint
-from agnostic_train.files import UserError, whole_directory
+from agnostic_train.files import UserError, sole_user, whole_directory
 from agnostic_train.neurons import LanguageNeurons, NeuronSet
 
 
@@ -55,6 +56,40 @@ def test_our_own_is_replaced_until_something_else_is_beside_it(tmp_path, write):
     with pytest.raises(UserError, match=r"holds thesis\.txt"):
         write(tmp_path / "out")
     assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
+
+
+def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    save_neurons(tmp_path / "out")
+    before = everything_below(tmp_path / "out")
+    original = os.rename
+
+    def failing(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError("the disk went away")
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="the disk went away"):
+        save_neurons(tmp_path / "out")
+    assert everything_below(tmp_path / "out") == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_folder_that_was_taken_away_by_a_killed_process_comes_back(tmp_path):
+    for name, content in ((".neurons.0123abcd.old", "old"), (".neurons.0123abcd.tmp", "half of the new one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(content)
+    with sole_user(tmp_path):
+        assert (tmp_path / "neurons/summary.json").read_text() == "old"
+        assert {it.name for it in tmp_path.iterdir()} == {"neurons", ".lock"}
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    save_neurons(tmp_path / "out")
+    save_neurons(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and LanguageNeurons.load(tmp_path / "disk").languages == ["a", "b.c"]
+    assert {it.name for it in tmp_path.iterdir()} == {"disk", "out"}
 
 
 def test_another_kind_of_export_is_replaced(tmp_path):

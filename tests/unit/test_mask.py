@@ -129,6 +129,7 @@ def test_optimizers_that_may_mix_entries_are_refused(tmp_path, optim):
     )
     with pytest.raises(UserError, match="training.optim"):
         trainer.train()
+    assert not hasattr(trainer.model, "trained_neurons")  # for nothing was trained
 
 
 def test_half_precision_is_warned_of(caplog):

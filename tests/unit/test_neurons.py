@@ -197,3 +197,28 @@ def test_a_model_without_the_projections_is_refused_by_name():
     model.model.layers[1].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(UserError, match="layer 1 has no nn.Linear called up_proj"):
         find_decoder(model)
+
+
+def test_iterating_gives_the_sites():
+    neurons = NeuronSet({(1, "q"): [3], (0, "up"): [1, 2], (0, "v"): []})
+    assert list(neurons) == [(0, "up"), (1, "q")]
+    assert (0, "up") in neurons and (0, "v") not in neurons and "up" not in neurons
+
+
+def test_what_makes_no_set_is_named():
+    for value, message in (
+        ([(0, "q")], r"expected a NeuronSet or \{\(layer, projection\): indices\}, got list"),
+        (
+            LanguageNeurons.from_related({"a": NeuronSet()}),
+            "got LanguageNeurons; give one of its sets, such as .shared",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            NeuronSet.of(value)
+
+
+def test_languages_that_share_a_neuron_are_counted_from_one():
+    related = {"a": NeuronSet({(0, "q"): [1]}), "b": NeuronSet({(0, "q"): [1, 2]})}
+    for number in (-1, 0, 3):
+        with pytest.raises(ValueError, match="min_languages must be from 1 to the number of languages, 2"):
+            LanguageNeurons.from_related(related, min_languages=number)

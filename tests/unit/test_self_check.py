@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train import detect_neurons, detection, neuron_impacts, self_check
 from agnostic_train.decoder import PROJECTIONS
 from agnostic_train.files import UserError
-from agnostic_train.impact import attention, query_key
+from agnostic_train.impact import attention, hooks, query_key
 from agnostic_train.self_check import ImpactMismatchError, comparison_table, verify_impacts
 
 
@@ -42,6 +42,13 @@ def test_a_wrong_formula_is_refused(llama, monkeypatch):
     ) as caught:
         verify_impacts(llama, padded_batch([7, 12]))
     assert len(caught.value.table.splitlines()) == 1 + 2 * 7 * 3 * 2
+
+
+def test_scores_off_by_one_percent_are_refused(llama, monkeypatch):
+    right = hooks.hidden_unit_impacts
+    monkeypatch.setattr(hooks, "hidden_unit_impacts", lambda *args: 1.01 * right(*args))
+    with pytest.raises(ImpactMismatchError, match="layer . (gate|up|down)"):
+        verify_impacts(llama, padded_batch([7, 12]))
 
 
 def test_an_attention_that_does_more_than_we_know_is_refused(llama):
@@ -145,10 +152,10 @@ def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
     neuron_impacts(llama, batch, ["up", "v"])
     neuron_impacts(llama, batch, ["v"])
     neuron_impacts(llama, batch, ["k"], verify=False)
-    assert checked == [["v", "up"]]
+    assert checked == [("v", "up")]
     neuron_impacts(llama, batch)
     neuron_impacts(llama, batch, ["q"], attention="paper")
-    assert checked[1:] == [list(PROJECTIONS)]
+    assert checked[1:] == [PROJECTIONS]
     neuron_impacts(tiny_llama(), batch)
     assert len(checked) == 3
 

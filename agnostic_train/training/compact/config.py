@@ -54,16 +54,15 @@ class NeuronConfig(PeftConfig):
         """Fills `rows` and `columns` from `neurons`, and returns the chosen entries by module name.
 
         Raises:
-            UserError: no neuron at all, or neurons of another model. ValueError: of a mapping, as by `NeuronSet`.
+            UserError: no neuron at all, or neurons of another model. TypeError, ValueError: as by `NeuronSet.of`.
         """
         if self.neurons is None:
             if not self.rows and not self.columns:
                 raise UserError("neurons: give NeuronConfig a NeuronSet, or the file of one")
             return {}
-        if isinstance(self.neurons, Mapping):
-            self.neurons = NeuronSet(self.neurons)
-        elif not isinstance(self.neurons, NeuronSet):
+        if isinstance(self.neurons, (str, Path)):
             self.neurons = NeuronSet.read(self.neurons, model)
+        self.neurons = NeuronSet.of(self.neurons)
         if not len(self.neurons):
             raise UserError("training.strategy: there is no neuron to train")
         chosen = chosen_entries(model, self.neurons)
