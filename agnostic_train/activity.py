@@ -51,7 +51,7 @@ def load_activations(
             activations[language][(int(layer), projection)] = values
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); detect again") from None
-    except (ValueError, KeyError):  # an earlier version kept the mean over languages
+    except (ValueError, KeyError):
         raise UserError(f"{file}: not the activations of {', '.join(languages)}; detect again") from None
     shapes = [{site: tuple(values.shape) for site, values in by_site.items()} for by_site in activations.values()]
     expected = {site: (size,) for site, size in (sizes or {}).items() if site[1] in MEASURED}

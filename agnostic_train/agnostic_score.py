@@ -138,7 +138,7 @@ class AgnosticScore:
                 self.activation_ratios.get("random"),
             ),
             "matched_controls": _controls_json(
-                "the score with as many random neurons at every site, outside the set and of like mean absolute "
+                "the score with as many random neurons at every site, outside the set and of similar mean absolute "
                 "activation (shared: mean over languages; exclusive: its own language)",
                 self.matched_controls,
                 self.activation_ratios.get("matched"),
@@ -168,7 +168,7 @@ def language_agnostic_score(
         corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
             kept in memory.
         control_seeds: also score random sets of the same sizes, one for each seed; where `neurons` has activations,
-            also one of like activation. Without any the score takes a fraction of the time, and nothing to read it by.
+            also one of similar activation. Without any the score is faster, but has nothing to be compared with.
         num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
         resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.

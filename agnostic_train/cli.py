@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not so where bitsandbytes, which PEFT imports, lacks a kernel that it does without."""
+    """Drops the message of bitsandbytes, which PEFT imports, about an optional CPU kernel."""
     return "from kernels-community" not in record.getMessage()
 
 

@@ -109,7 +109,7 @@ def detect_neurons(
         consistency: part of the sentences, in (0, 1].
         attention: `exact` or `paper`, see `neuron_impacts`.
         exclusive: `complement` (related minus shared) or `unique` (related to no other language).
-        min_languages: shared means related to at least so many languages; all by default.
+        min_languages: shared means related to at least this many languages; all by default.
         method: `impact`, or `lape` for language activation probability entropy (Tang et al. 2024): feed-forward units
             alone, by their firing rates over all languages. `lape` knows neither `top_ratio` nor `consistency`.
         lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].

@@ -97,10 +97,14 @@ class Encoder:
     def batches(
         self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """Padded batches of sentences of like length, the longest first: `input_ids`, `attention_mask` int64 (batch, length), `num_bytes`, `sentence_index`.
+        """Padded batches of sentences of similar length, the longest first.
 
-        What the longest need in memory shows at once, and the self-check sees them. Their composition depends on the sentences and `batch_size` alone. skip_special_tokens adds the
-        `special_tokens_mask` that leaves such tokens out of impacts.
+        What the longest need in memory shows at once, and the self-check sees them. The composition of the batches depends
+        on the sentences and `batch_size` alone. skip_special_tokens adds the `special_tokens_mask` that leaves such
+        tokens out of impacts.
+
+        Returns: each with `input_ids` and `attention_mask`, int64 (batch, length), `num_bytes` and `sentence_index`,
+            int64 (batch,).
         """
         rows = sorted(enumerate(self.encode(sentences, purpose)), key=lambda row: -len(row[1]["input_ids"]))
         batches = []
@@ -134,7 +138,7 @@ def batches_of(
 ) -> list[dict[str, torch.Tensor]]:
     """Makes padded batches of one language's texts, as `detect_neurons`, `perplexity` and the others take them.
 
-    Texts of like length come together, the longest first. A batch holds `input_ids` and `attention_mask`, int64
+    Texts of similar length come together, the longest first. A batch holds `input_ids` and `attention_mask`, int64
     (texts, length), `num_bytes`, for bits per byte, and `sentence_index`, each text's place in `texts`, int64 (texts,).
 
     Args:

@@ -18,7 +18,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message is one line that names the key or file and the fix."""
+    """A mistake in the user's input: the message is one line that names the key or file and the fix."""
 
     def __init__(self, message: str):
         # It quotes libraries, and keys as the user wrote them, which may have lines of their own.
@@ -88,8 +88,8 @@ def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
     for entry in sorted(path.iterdir()) if path.exists() else []:
         if not is_own(entry):
             raise UserError(
-                f"{path}: would be replaced, but holds {entry.name}, which isn't of what is written there; move that "
-                "away, or use another folder"
+                f"{path}: would be replaced, but holds {entry.name}, which this package didn't write; move that away, or "
+                "use another folder"
             )
 
 

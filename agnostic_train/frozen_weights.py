@@ -15,9 +15,10 @@ class FrozenWeightCheck:
 
     status: `identical`, `changed`, or `unverified` without a base to compare with. against: what was compared with,
     `base`, or `frozen weights` where an adapter's own neighbours stand in for it. There, and where an adapter comes from a
-    folder and is added to its base, the check says what the export did: an adapter has no entry that wasn't chosen. changed: names of the parameters with an unchosen entry that differs. chosen_moved: the
-    part of the chosen entries that training moved. chosen_surviving: the part of those that still differ from the base
-    after rounding to the checkpoint's dtype.
+    folder and is added to its base, the check says what the export did: an adapter has no entry that wasn't chosen.
+    changed: names of the parameters with an unchosen entry that differs. chosen_moved: the part of the chosen entries that
+    training moved. chosen_surviving: the part of those that still differ from the base after rounding to the checkpoint's
+    dtype.
     """
 
     status: str

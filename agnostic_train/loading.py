@@ -124,5 +124,5 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         if not Path(name).exists():
-            problem = f"no such folder, and not to be had from the hub ({problem[:200]})"
+            problem = f"no such folder, and not available from the hub ({problem[:200]})"
         raise UserError(f"model.name: can't load {name}: {problem[:400]}") from None

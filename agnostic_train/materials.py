@@ -146,13 +146,13 @@ class Materials:
         return batches
 
     def take_model(self) -> PreTrainedModel:
-        """The model, for whoever asks to keep or drop: nothing here holds it any more."""
+        """Returns the model and drops the reference to it that is kept here."""
         model = self.model
         self.forget_model()
         return model
 
     def forget_model(self) -> None:
-        """After training the model is no base any more: whoever asks for one loads it again."""
+        """Drops the model, which training has changed: the next access loads it again."""
         del self.__dict__["model"]
 
 

@@ -219,8 +219,6 @@ class NeuronSet:
                 metadata = tensors.metadata() or {}
                 if _METADATA in metadata:
                     metadata = json.loads(metadata[_METADATA])
-                elif "sizes" in metadata:  # version 1
-                    metadata = metadata | {"sizes": json.loads(metadata["sizes"])}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
                 sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
@@ -330,7 +328,7 @@ class LanguageNeurons:
             related: per language.
             exclusive: `complement`, related minus shared, as in the paper's published code; or `unique`, related minus
                 the union of the other languages' related.
-            min_languages: shared means related to at least so many languages; all by default.
+            min_languages: shared means related to at least this many languages; all by default.
             settings: kept beside them, with `exclusive` and `min_languages` added.
 
         Raises:

@@ -21,7 +21,7 @@ class NonFiniteLossError(UserError):
     """The model computes NaN or Inf: it was broken, or a training diverged."""
 
 
-# Beyond it the perplexity is no float64 any more.
+# exp() of more overflows a float64.
 _MOST_NATS = 700.0
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
 _TOKENS_AT_ONCE = 512

@@ -21,7 +21,7 @@ from agnostic_train.recipe import Recipe
 from agnostic_train.report import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.settings import check_inputs, check_trials, training_arguments
 from agnostic_train.stage_inputs import StageInputs
-from agnostic_train.stages import STAGE_HELP, STAGES, TO_LOWER, OutOfMemory
+from agnostic_train.stages import MEMORY_KEYS, STAGE_HELP, STAGES, OutOfMemory
 from agnostic_train.stages.compare import COMPARISON, compare
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.detect import detect
@@ -170,7 +170,7 @@ class Pipeline:
     def _what_to_lower(self, stage: str, problem: str) -> str:
         # Further sentences say which process holds how much, and how the allocator could be set.
         what = ". ".join(problem.split(". ")[:2]).rstrip(".")
-        remedies = [f"lower {TO_LOWER[stage]}"] if stage in TO_LOWER else []
+        remedies = [f"lower {MEMORY_KEYS[stage]}"] if stage in MEMORY_KEYS else []
         if self.recipe.model.dtype == "float32":
             remedies.append("set model.dtype to bfloat16, which halves the weights")
         return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"

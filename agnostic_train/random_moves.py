@@ -1,4 +1,4 @@
-"""Where a random control puts each neuron of a layer: to a random place, or to one of like activation."""
+"""Where a random control puts each neuron of a layer: to a random place, or to one of similar activation."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 from agnostic_train.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 
 NUM_NEAREST = 2
-"""A neuron's activation-matched counterpart is one of so many free ones of nearest mean absolute activation.
+"""A neuron's activation-matched counterpart is drawn from this many free ones of nearest mean absolute activation.
 
 Few, because the members of a set are its site's most active: of 16 the most lie far below. One would be hardly nearer,
 and the same neuron for nearly every seed."""
@@ -30,7 +30,7 @@ def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
 def matched_moves(
     layer: Layer, members: Mapping[str, Tensor], activations: Mapping[Site, Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """As `random_moves`, but each member goes to a neuron of like activation that is no member.
+    """As `random_moves`, but each member goes to a neuron of similar activation that is no member.
 
     Args:
         members: the neurons of the set that the control is for, by projection.

@@ -68,7 +68,7 @@ EMBEDDED = "embedded:quickstart"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0)]
 SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
-Trained = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
+Trainable = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
 
 
 @_section
@@ -199,7 +199,7 @@ class TrainingSection:
     """What to train, and how. Every key of transformers' TrainingArguments is accepted here too."""
 
     languages: Languages = Field(description="The languages to enhance, by training on their text.")
-    strategy: Literal[Trained, "auto", "pilot"] = Field(
+    strategy: Literal[Trainable, "auto", "pilot"] = Field(
         default="shared+exclusive",
         description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: 'full' trains "
         "all weights, 'lora' a LoRA of equal size.",
@@ -279,9 +279,9 @@ class EvaluationSection:
 class ComparisonSection:
     """`compare`: strategies and baselines on the same data and budget."""
 
-    strategies: Annotated[list[Trained], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)] = (
-        Field(default_factory=lambda: list(get_args(Trained)), description="What to compare.")
-    )
+    strategies: Annotated[
+        list[Trainable], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
+    ] = Field(default_factory=lambda: list(get_args(Trainable)), description="What to compare.")
     seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] = Field(
         default_factory=lambda: [1, 2, 3], description="Train every strategy once per seed."
     )

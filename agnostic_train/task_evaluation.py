@@ -82,7 +82,7 @@ class TaskSuite:
         batch_size: items, or an item's choices, that go through the model together.
 
     Raises:
-        UserError: one line: lm-eval isn't installed, a task doesn't exist or its data isn't to be had.
+        UserError: one line: lm-eval isn't installed, a task doesn't exist or its data can't be loaded.
     """
 
     def __init__(

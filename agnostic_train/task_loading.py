@@ -35,7 +35,7 @@ def load_task(manager: "TaskManager", name: str) -> dict:
         raise
     except OSError as error:
         raise UserError(
-            f"evaluation.tasks: the data of {name} isn't to be had: {_one_line(error)}; fetch it once with a network, "
+            f"evaluation.tasks: the data of {name} can't be loaded: {_one_line(error)}; fetch it once with a network, "
             f"or leave the task out"
         ) from None
     except Exception as error:

@@ -50,7 +50,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Those of a recipe's TrainingArguments that a trial's result depends on, beside its own seed and learning rate."""
+    """The TrainingArguments that a trial's result depends on, without its own seed and learning rate, and those for logging."""
     own = (*_UNSAVED, "seed", "learning_rate")
     arguments = learning_arguments(arguments)
     return {key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT)}

@@ -16,7 +16,7 @@ STAGE_HELP = {
     "compare": "train every strategy and baseline on the same data and budget, and test the differences",
 }
 
-TO_LOWER = {
+MEMORY_KEYS = {
     "detect": "corpus.batch_size or detection.memory_gb",
     "score": "corpus.batch_size",
     "train": "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",

@@ -13,9 +13,9 @@ from agnostic_train.stability import detection_stability
 from agnostic_train.stages.context import Context
 from agnostic_train.tables import neuron_table
 
-MISMATCHES = "self_check.txt"
+SELF_CHECK_FILE = "self_check.txt"
 # Of the neurons that are top in a sentence.
-_FEW = 0.05
+_FEW_RATIO = 0.05
 
 
 def detect(context: Context) -> dict:
@@ -26,7 +26,7 @@ def detect(context: Context) -> dict:
     try:
         found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
     except ImpactMismatchError as error:
-        file = context.directory / MISMATCHES
+        file = context.directory / SELF_CHECK_FILE
         if context.processes.is_main_process:
             with whole_file(file) as temporary:
                 temporary.write_text(error.table + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def detect(context: Context) -> dict:
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
     """Says so where hardly any neuron is among the top often enough: little can be learnt with those."""
-    few = [language for language, its in found.related.items() if len(its) < _FEW * num_possible]
+    few = [language for language, its in found.related.items() if len(its) < _FEW_RATIO * num_possible]
     if few:
         context.say(
             f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "

@@ -358,7 +358,7 @@ def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
         "mgsm_direct_swa": r"lm-eval knows no task 'mgsm_direct_swa'; did you mean mgsm_direct_sw\b",
         "mgsm_direct_fr": rf"^evaluation.mgsm: no file {tmp_path}/fr.tsv, which mgsm_direct_fr needs$",
         "mgsm_en_cot_sw": rf"^{tmp_path}/sw.tsv, line 2: expected a question, a tab and a whole number$",
-        "mmmlu_sw_ke": r"^evaluation.tasks: the data of mmmlu_sw_ke isn't to be had: .*openai/MMMLU",
+        "mmmlu_sw_ke": r"^evaluation.tasks: the data of mmmlu_sw_ke can't be loaded: .*openai/MMMLU",
     }.items():
         with pytest.raises(UserError, match=message) as raised:
             TaskSuite([name], mgsm=tmp_path)
@@ -369,7 +369,7 @@ def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "settings", "message"),
     [
-        ("dataset_path: nobody/has_this\ndataset_kwargs: {}\n", {}, "the data of choose isn't to be had"),
+        ("dataset_path: nobody/has_this\ndataset_kwargs: {}\n", {}, "the data of choose can't be loaded"),
         ("doc_to_text: '{{ question.nothing.at_all }}'\n", {}, "can't load choose: UndefinedError"),
         ("unsafe_code: true\n", {}, "choose runs code that the model writes"),
         ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "code of the metric 'mauve'"),
