@@ -50,7 +50,7 @@ def load_activations(
             language, layer, projection = key.rsplit("/", 2)
             activations[language][(int(layer), projection)] = values
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); detect again") from None
+        raise UserError(f"{file}: not readable ({error}); detect again") from None
     except (ValueError, KeyError):
         raise UserError(f"{file}: not the activations of {', '.join(languages)}; detect again") from None
     shapes = [{site: tuple(values.shape) for site, values in by_site.items()} for by_site in activations.values()]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import get_args
 
 import torch
@@ -133,7 +134,7 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
     try:
         model.save_pretrained(directory, state_dict=dict(state))  # it takes out what it has written
     except ValueError as error:
-        raise UserError(f"model: transformers can't save it ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"model: transformers can't save it ({shorten(str(error), 300)})") from None
     finally:
         model._hf_peft_config_loaded = native
     _check_written(directory, type(model), state, dtype)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors import SafetensorError
@@ -66,8 +67,9 @@ def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel
                 trust_remote_code=section.trust_remote_code,
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        problem = " ".join(str(error).split())[:400]
-        raise UserError(f"model.name: no model can be made of the config of {name}: {problem}") from None
+        raise UserError(
+            f"model.name: no model can be made of the config of {name}: {shorten(str(error), 400)}"
+        ) from None
 
 
 def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkpoints") -> PreTrainedModel:
@@ -122,7 +124,7 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
             name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())
+        problem = shorten(str(error), 400)
         if not Path(name).exists():
-            problem = f"no such folder, and not available from the hub ({problem[:200]})"
-        raise UserError(f"model.name: can't load {name}: {problem[:400]}") from None
+            problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
+        raise UserError(f"model.name: can't load {name}: {problem}") from None

@@ -227,7 +227,7 @@ class NeuronSet:
         except UserError:
             raise
         except (SafetensorError, ValueError, OSError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: not a readable neuron set ({' '.join(str(error).split())})") from None
+            raise UserError(f"{file}: not a readable neuron set ({error})") from None
 
     @classmethod
     def read(cls, file: str | Path, model: nn.Module) -> "NeuronSet":

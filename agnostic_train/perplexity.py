@@ -116,7 +116,7 @@ def load_measured(file: str | Path) -> dict[str, Perplexity]:
                 for name, count in num_bytes.items()
             }
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: not readable ({' '.join(str(error).split())}); delete it, and run again") from None
+        raise UserError(f"{file}: not readable ({error}); delete it, and run again") from None
 
 
 class _Scored(NamedTuple):

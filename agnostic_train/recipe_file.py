@@ -210,5 +210,5 @@ def _parse_yaml(text: str, source: str) -> Any:
     except (YAMLError, ValueError, LookupError) as error:  # `!!int x` and a 99th of May are Python's own errors
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem = getattr(error, "problem", None) or error
         raise UserError(f"{source}: not valid YAML{where} ({problem})") from None

@@ -10,6 +10,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict
@@ -35,11 +36,13 @@ def load_task(manager: "TaskManager", name: str) -> dict:
         raise
     except OSError as error:
         raise UserError(
-            f"evaluation.tasks: the data of {name} can't be loaded: {_one_line(error)}; fetch it once with a network, "
+            f"evaluation.tasks: the data of {name} can't be loaded: {shorten(str(error), 300)}; fetch it once with a network, "
             f"or leave the task out"
         ) from None
     except Exception as error:
-        raise UserError(f"evaluation.tasks: can't load {name}: {type(error).__name__}: {_one_line(error)}") from None
+        raise UserError(
+            f"evaluation.tasks: can't load {name}: {type(error).__name__}: {shorten(str(error), 300)}"
+        ) from None
     if refused:
         # The harness swallows the refusal, and would fail when it has run the model.
         raise UserError(_remote_metric(refused[0]))
@@ -132,7 +135,3 @@ def set_up(task: "Task", num_fewshot: int | None, max_new_tokens: int | None) ->
     task.set_config("num_fewshot", _num_fewshot(task, num_fewshot))
     if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
@@ -83,7 +84,7 @@ def tracked(
         )  # fmt: skip
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         raise UserError(
-            f"tracking.wandb: can't start a run ({' '.join(str(error).split())[:200]}); log in (wandb login), or set "
+            f"tracking.wandb: can't start a run ({shorten(str(error), 200)}); log in (wandb login), or set "
             "WANDB_MODE=offline"
         ) from None
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -141,6 +142,6 @@ def _loaded(base: nn.Module | str | Path) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     except (OSError, ValueError) as error:
-        raise UserError(f"base: can't load {base} ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"base: can't load {base} ({shorten(str(error), 200)})") from None
     check_whole(model, "exporting")
     return model

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -120,7 +121,7 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{directory}: no readable neuron adapter ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{directory}: no readable neuron adapter ({shorten(str(error), 200)})") from None
     return deltas, config.base_model_name_or_path
 
 
