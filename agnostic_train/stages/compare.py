@@ -1,12 +1,14 @@
 """`compare`: every strategy and baseline on the same data and budget, each at its own best learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from tqdm.auto import tqdm
 
 from agnostic_train.comparison import compare_strategies, relative_change
 from agnostic_train.files import whole_directory, write_json
+from agnostic_train.recipe import Recipe
 from agnostic_train.report import (
     COMPARISON_TABLE,
     COMPARISON_TEXT,
@@ -25,10 +27,13 @@ from agnostic_train.tuning import Tuning, default_rates, num_trainings, tune
 
 COMPARISON = "comparison"
 
+Results = dict[str, dict[int, TrialResult]]
+"""By strategy and seed."""
+
 
 def compare(context: Context) -> dict:
     recipe, section = context.recipe, context.recipe.comparison
-    found, enhanced = context.found, recipe.training.languages
+    found = context.found
     group = recipe.tracking.run_name or context.directory.resolve().name
 
     def choose(trial: Trial) -> Choice:
@@ -36,19 +41,43 @@ def compare(context: Context) -> dict:
 
     for name in section.strategies:
         choose(Trial(name))  # a set without a neuron is refused before the others have trained for hours
+    texts = context.materials.corpus.texts
     trials = Trials(
         context.materials,
         choose,
-        {language: context.materials.corpus.texts[language].training for language in enhanced},
+        {language: texts[language].training for language in recipe.training.languages},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
         [_key(context), context.set_hashes],
         group=group,
     )
+    tunings, results = _train_all(context, trials)
+    comparison = _comparison_json(recipe, trials.base(), tunings, results)
+    text = comparison_text(comparison)
+    if context.processes.is_main_process:
+        write_json(context.directory / "comparison.json", comparison)
+        with whole_directory(context.directory / COMPARISON, is_comparison_file) as folder:
+            draw_comparison(comparison, folder)
+            (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
+            write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
+        files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
+        files |= {"comparison.json": context.directory / "comparison.json"}
+        with tracked(recipe, context.processes, "comparison", group) as tracker:
+            tracker.log_figures(context.directory / COMPARISON)
+            replace(context, tracker=tracker).publish({"comparison": comparison_table(comparison)}, files)
+    context.say(in_terminal(text))
+    context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
+    return {"outputs": ["comparison.json", COMPARISON]}
+
+
+def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Results]:
+    """Tunes each strategy's learning rate, and trains it at that rate once per seed; none where every rate diverged."""
+    recipe, section = context.recipe, context.recipe.comparison
     base = trials.base()
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
-    results: dict[str, dict[int, TrialResult]] = {}
+    selecting = recipe.training.languages if section.select_by == "target" else recipe.corpus.languages
     tunings: dict[str, Tuning] = {}
+    results: Results = {}
     total, _ = num_trainings(len(section.strategies), len(rates), len(section.seeds))
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
@@ -67,53 +96,48 @@ def compare(context: Context) -> dict:
             return _changes(base, run(Trial(name, section.tuning_seed, rate)))
 
         for name in section.strategies:
-            selecting = enhanced if section.select_by == "target" else recipe.corpus.languages
             tunings[name] = tune(partial(measure, name), rates, selecting)
             rate = tunings[name].learning_rate
             results[name] = {} if rate is None else {seed: run(Trial(name, seed, rate)) for seed in section.seeds}
-    measured = {
-        name: {seed: it.measured for seed, it in its.items() if it.measured is not None}
-        for name, its in results.items()
-    }
-    diverged = [name for name, its in measured.items() if len(its) < len(section.seeds)]
-    compared = {name: its for name, its in measured.items() if name not in diverged}
-    comparison = {
+    return tunings, results
+
+
+def _comparison_json(recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results) -> dict:
+    """What `comparison.json` holds. A strategy that diverged with some seed isn't compared."""
+    section, enhanced = recipe.comparison, recipe.training.languages
+    diverged = [name for name, by_seed in results.items() if not _all_measured(by_seed, section.seeds)]
+    texts = {}
+    for kind in [kind for kind in base if kind != "validation"]:
+        after = {
+            name: {seed: result.measured[kind] for seed, result in by_seed.items() if result.measured is not None}
+            for name, by_seed in results.items()
+            if name not in diverged
+        }
+        texts[kind] = compare_strategies(base[kind], after, enhanced, aligned=kind == "parallel")
+    return {
         "enhanced": enhanced,
         "seeds": section.seeds,
         "tuning_seed": section.tuning_seed,
         "select_by": section.select_by,
         "diverged": diverged,
-        "tuning": {name: _tuning_json(tunings[name], its) for name, its in results.items() if its},
-        "texts": {
-            kind: compare_strategies(
-                base[kind],
-                {name: {seed: it[kind] for seed, it in its.items()} for name, its in compared.items()},
-                enhanced,
-                aligned=kind == "parallel",
-            )
-            for kind in base
-            if kind != "validation"
-        },
+        "tuning": {name: _tuning_json(tunings[name], by_seed) for name, by_seed in results.items() if by_seed},
+        "texts": texts,
         "before": {
-            kind: {language: {"perplexity": it.value, "bits_per_byte": it.bits_per_byte, "num_sentences": len(it.sentence_nats)} for language, it in its.items()}
-            for kind, its in base.items()
+            kind: {
+                language: {
+                    "perplexity": measured.value,
+                    "bits_per_byte": measured.bits_per_byte,
+                    "num_sentences": len(measured.sentence_nats),
+                }
+                for language, measured in by_language.items()
+            }
+            for kind, by_language in base.items()
         },
-    }  # fmt: skip
-    text = comparison_text(comparison)
-    if context.processes.is_main_process:
-        write_json(context.directory / "comparison.json", comparison)
-        with whole_directory(context.directory / COMPARISON, is_comparison_file) as folder:
-            draw_comparison(comparison, folder)
-            (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
-            write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
-        files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
-        files |= {"comparison.json": context.directory / "comparison.json"}
-        with tracked(recipe, context.processes, "comparison", group) as context.tracker:
-            context.tracker.log_figures(context.directory / COMPARISON)
-            context.publish({"comparison": comparison_table(comparison)}, files)
-    context.say(in_terminal(text))
-    context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
-    return {"outputs": ["comparison.json", COMPARISON]}
+    }
+
+
+def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> bool:
+    return len(by_seed) == len(seeds) and all(result.measured is not None for result in by_seed.values())
 
 
 def _key(context: Context) -> dict:
