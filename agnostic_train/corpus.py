@@ -184,15 +184,20 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
     return LanguageText(language, training=training, **taken)
 
 
+def check_training_text(language: str, sentences: Sequence[str]) -> None:
+    """Raises `UserError` if a language has no sentence to train on."""
+    if not sentences:
+        raise UserError(
+            f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none to train "
+            "on; lower it or add text"
+        )
+
+
 def training_examples(encoder: Encoder, sentences: Mapping[str, Sequence[str]]) -> list[dict[str, list[int]]]:
     """Training sentences of some languages as `input_ids`, each closed by the end-of-sequence token."""
     examples = []
     for language, lines in sentences.items():
-        if not lines:
-            raise UserError(
-                f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none "
-                "to train on; lower it or add text"
-            )
+        check_training_text(language, lines)
         rows = encoder.encode(lines, f"training text of {language}", add_eos=True)
         examples += [{"input_ids": row["input_ids"]} for row in rows]
     return examples

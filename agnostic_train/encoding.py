@@ -134,7 +134,11 @@ class Encoder:
 
 
 def batches_of(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, max_length: int | None = None
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    add_bos: bool | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Makes padded batches of one language's texts, as `detect_neurons`, `perplexity` and the others take them.
 
@@ -143,10 +147,11 @@ def batches_of(
 
     Args:
         texts: each is what detection calls a sentence, whatever it is; a sentence a text is what the paper has.
-        tokenizer: the model's own. Special tokens are added as it does by itself.
+        tokenizer: the model's own. Special tokens are added as it does by itself, except by `add_bos`.
         batch_size: texts per batch.
         max_length: in tokens: what is longer is cut, and a log line counts how many were. Without it, the tokenizer's
             own limit, if it has one.
+        add_bos: whether texts begin with the beginning-of-sequence token; as the tokenizer does by default.
 
     Raises:
         UserError: a text of which the tokenizer makes no token, or a tokenizer without a token to pad with.
@@ -157,9 +162,11 @@ def batches_of(
         raise TypeError("texts: expected several texts, such as a list, not one")
     if batch_size < 1 or (max_length is not None and max_length < 1):
         raise ValueError(f"batch_size and max_length must be at least 1, not {batch_size} and {max_length}")
+    if add_bos and tokenizer.bos_token_id is None:
+        raise UserError("add_bos: the tokenizer has no beginning-of-sequence token")
     # A tokenizer without a limit gives a number that no text reaches.
     limit = tokenizer.model_max_length if max_length is None else max_length
-    encoder = Encoder(tokenizer, None, limit, _pad_id(tokenizer), vocab_size=None)
+    encoder = Encoder(tokenizer, add_bos, limit, _pad_id(tokenizer), vocab_size=None)
     return encoder.batches(list(texts), "texts", batch_size)
 
 

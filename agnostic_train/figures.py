@@ -255,7 +255,9 @@ def draw_forgetting(compared: dict) -> Figure:
     figure, (axis,) = _grid(height=1.2 + 0.45 * len(strategies))
     # One training of all weights may cost a hundred times what the others do: the scale is logarithmic beyond 1%.
     shades = np.log1p(changes.clip(min=0))
-    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+z.1f}%")(changes))
+    # What is hardly a change stays light, where nothing else got worse either.
+    darkest = max(np.log1p(1.0), shades.max(initial=0))
+    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+z.1f}%")(changes), vmax=darkest)
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(strategies)), list(strategies))
     return figure

@@ -47,5 +47,6 @@ def make_trainer(
         trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
     else:
         trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
-    trainer.remove_callback(PrinterCallback)
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer

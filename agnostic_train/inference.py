@@ -71,7 +71,12 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a batch without a token, of another shape, or of numbers that aren't integers.
+        TypeError: no batch.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch: expected a mapping with input_ids, got {type(batch).__name__}; batches_of makes batches"
+        )
     shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
     if len(shape) != 2 or not batch["input_ids"].numel() or batch["input_ids"].is_floating_point():
         kind = f"{batch['input_ids'].dtype} {tuple(shape)}"

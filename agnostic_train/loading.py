@@ -119,6 +119,8 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
     if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
         # No name of the hub, which would be asked again and again.
         raise UserError(f"model.name: no such folder {name}")
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise UserError(f"model.name: {name} has no config.json; name the folder of a checkpoint")
     try:
         return auto_class.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings

@@ -65,11 +65,11 @@ class Manifest:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def start(self, stage: str, key: str, head: dict[str, Any]) -> None:
+    def start(self, stage: str, key: str, num_processes: int, head: dict[str, Any]) -> None:
         """Records that a run of the stage has begun. `head`: the manifest's top-level fields."""
         found = self.record(stage)
         run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
-        self._write(stage, {"key": key, "run": run, "finished": False}, head)
+        self._write(stage, {"key": key, "run": run, "processes": num_processes, "finished": False}, head)
 
     def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:
         """Says that the stage is done. `outputs`: its files and folders, whose sizes are noted."""

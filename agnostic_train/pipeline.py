@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from agnostic_train.corpus import check_training_text
 from agnostic_train.export import is_exported
 from agnostic_train.files import UserError, check_replaceable, sole_user, whole_file
+from agnostic_train.loading import load_empty_model
 from agnostic_train.manifest import Manifest, package_versions
 from agnostic_train.materials import Materials
-from agnostic_train.neurons import is_neuron_file
+from agnostic_train.neurons import NeuronSet, is_neuron_file
 from agnostic_train.recipe import Recipe
 from agnostic_train.report import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.settings import check_inputs, check_trials, training_arguments
@@ -31,7 +33,7 @@ from agnostic_train.stages.report import report
 from agnostic_train.stages.score import EMERGENCE, score
 from agnostic_train.stages.train import ADAPTER, check_checkpoints, clear_checkpoints, is_adapter_file, train
 from agnostic_train.tracking import Tracker, tracked
-from agnostic_train.training.trainer import NeuronTrainingArguments
+from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
 
 _FUNCTIONS = {
     "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
@@ -84,10 +86,12 @@ class Pipeline:
             check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
         # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
         _ = self.materials.tokenizer
+        if "train" in stages:
+            self._check_training()
         for name in stages:
             self.inputs.of(name)
             if self.force or self.inputs.state(name) != "finished":
-                self._check_folders(name)
+                self._check_folders(name, self.force and stage in ("run", name))
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
             if stage == "compare":
                 # Each of its trainings is a tracked run of its own, in one group.
@@ -104,15 +108,24 @@ class Pipeline:
         if older:
             self.say(f"{', '.join(older)}: what is there comes from an earlier run; `run` brings it up to date")
 
+    def _check_training(self) -> None:
+        section = self.recipe.training
+        if section.neurons is not None:
+            NeuronSet.read(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
+        for language in section.languages:
+            check_training_text(language, self.materials.corpus.texts[language].training)
+
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Returns whether it had to run."""
         key, state = self.inputs.key(stage), self.inputs.state(stage)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return False
-        self._check_folders(stage)
+        self._check_folders(stage, forced)
         self.processes.wait_for_everyone()
         replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
+        if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
+            replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
             stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
@@ -126,7 +139,7 @@ class Pipeline:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
-            self.manifest.start(stage, key, self._head(stage))
+            self.manifest.start(stage, key, self.processes.num_processes, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
@@ -144,10 +157,11 @@ class Pipeline:
         self.processes.wait_for_everyone()
         return True
 
-    def _check_folders(self, stage: str) -> None:
+    def _check_folders(self, stage: str, forced: bool) -> None:
         """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
         if stage == "train":
-            check_checkpoints(self.directory, self.manifest)
+            resume = self.inputs.state(stage) == "started" and not forced
+            check_checkpoints(self.directory, self.manifest, resume, self.processes.num_processes)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
         exports: dict[str, Callable[[Path], bool]] = {
             EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.training_args import ParallelMode
 
+from agnostic_train.emergence import parse_checkpoints
 from agnostic_train.files import UserError
 from agnostic_train.loading import check_checkpoint, find_accelerator
 from agnostic_train.recipe import Recipe
@@ -128,6 +129,8 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     results = recipe.tracking.results_dir
     if results is not None and Path(results).exists() and not Path(results).is_dir():
         raise UserError(f"tracking.results_dir: {results} is a file; name a folder")
+    for checkpoint in parse_checkpoints(recipe.model.checkpoints):
+        check_checkpoint(recipe.model, checkpoint.source, "model.checkpoints")
     for source in recipe.evaluation.checkpoints:
         if source in ("before", "after"):
             raise UserError(f"evaluation.checkpoints: {source!r} is what this run's own are called; write ./{source}")

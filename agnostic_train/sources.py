@@ -1,5 +1,6 @@
 """Where text comes from: local files, or a dataset of the hub, as documents and the sentences in them."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -85,7 +86,25 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
 
 
+def _json_lines(file: Path) -> Iterator[dict]:
+    """Read one by one: a crawl's documents differ in their other keys, which a table's columns may not."""
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}: line {number} isn't JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}: line {number} holds {type(row).__name__}, not an object of named values")
+            yield row
+
+
 def _table(section: CorpusSection, file: Path, builder: str) -> Iterator[str]:
+    if builder == "json":
+        yield from _column(_json_lines(file), section.text_column, str(file))
+        return
     try:
         # Streamed: nothing is copied into the cache of `datasets`.
         stream = load_dataset(builder, data_files=str(file), split="train", streaming=True)
@@ -95,17 +114,20 @@ def _table(section: CorpusSection, file: Path, builder: str) -> Iterator[str]:
 
 
 def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
-    rows = iter(stream)
+    rows, seen = iter(stream), False
     while True:
         try:
             row = next(rows, None)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{source}: not readable ({_one_line(error)})") from None
         if row is None:
             return
-        if column not in row:
+        if column not in row and not seen:
             raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(row)}")
-        text = row[column]
+        seen = True
+        text = row.get(column)
         if isinstance(text, list):  # mOSCAR keeps a document as a list of its parts
             parts = (part.get("text") if isinstance(part, dict) else part for part in text)
             text = "\n".join(str(part) for part in parts if part is not None)

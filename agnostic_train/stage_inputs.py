@@ -1,7 +1,10 @@
 """What each stage's result depends on: the keys, text and files that make it run again when they change."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+
+from transformers.trainer_utils import IntervalStrategy
 
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
 from agnostic_train.files import fingerprint, hash_file
@@ -84,11 +87,14 @@ class StageInputs:
             "version": installed_version("agnostic_train"),
         }
 
-    def _text(self, *purposes: str) -> dict:
+    def _text(self, *purposes: str, languages: Sequence[str] | None = None) -> dict:
         """Hashes of the sentences that serve some purposes, and the keys that make batches of them."""
         corpus = self._recipe.corpus
         return {
-            "sentences": {purpose: self._sentence_hashes[purpose] for purpose in purposes},
+            "sentences": {
+                purpose: [it for it in self._sentence_hashes[purpose] if languages is None or it[0] in languages]
+                for purpose in purposes
+            },
             **{key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
         }
 
@@ -116,8 +122,7 @@ class StageInputs:
         return {
             # How much memory it may take changes only how long it takes.
             **{key: value for key, value in asdict(section).items() if key != "memory_gb"},
-            # Earlier checkpoints are detected by these inputs and scored on validation text.
-            "text": self._text("detection", "validation", *(["training"] if section.stability else [])),
+            "text": self._text("detection", *(["training"] if section.stability else [])),
         }
 
     def _score_inputs(self) -> dict:
@@ -140,10 +145,18 @@ class StageInputs:
         return {
             "training": own | {"neurons": None, "arguments": learning_arguments(section.arguments)},
             "neurons": hash_file(section.neurons) if section.neurons else None,
-            # With the batch per device goes the batch.
-            "processes": self._materials.processes.num_processes,
-            "text": self._text("training", "validation"),
+            "text": self._training_text,
         }
+
+    @property
+    def _training_text(self) -> dict:
+        section = self._recipe.training
+        languages = None if section.strategy == "pilot" and section.neurons is None else section.languages
+        text = self._text("training", languages=languages)
+        # Held-out text is read where something follows its loss, or chooses by it.
+        if languages is None or self._arguments.eval_strategy != IntervalStrategy.NO:
+            text["sentences"] |= self._text("validation")["sentences"]
+        return text
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints

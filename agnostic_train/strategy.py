@@ -146,7 +146,7 @@ class Strategy:
         if clipped and len(clipped) == len(score.table) - len(score.undefined):
             raise UserError(
                 f"training.strategy: 'auto' needs a measured language-agnostic score, and this one is clipped in "
-                f"{', '.join(clipped)}: switching a set off changed perplexity by less than {SMALLEST_CHANGE:g}, and the "
+                f"{', '.join(clipped)}: switching a set off didn't raise perplexity (by {SMALLEST_CHANGE:g} at least), and the "
                 "ratio is arbitrary; raise detection.top_ratio or name a strategy"
             )
         assert self.high is not None

@@ -41,10 +41,10 @@ def score(context: Context) -> dict:
         if values:
             context.say(f"score: for comparison, {kind}: {values}")
     if any(it.clipped for it in (*found.controls.values(), *found.matched_controls.values())):
-        context.say("score: (clipped) is where a set switched off changed perplexity by less than 1e-6")
+        context.say("score: (clipped) is where a set switched off didn't raise perplexity")
     for problem, languages in (
         ("undefined, the shared or exclusive set is empty", found.undefined),
-        ("clipped, a set off changed perplexity by less than 1e-6", found.clipped),
+        ("clipped, a set off didn't raise perplexity", found.clipped),
     ):
         if languages:
             context.say(f"score: {problem}: {', '.join(languages)}")
@@ -92,7 +92,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         model = load_checkpoint(section, checkpoint.source)
         found = detect_in(context, model, sample, verify=False)
         score = _score_of(context, model, found)
-        value = "undefined" if score.value is None else f"{score.value:.3f}"
+        value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
         context.say(f"score: {checkpoint.name}  {len(found.shared)} shared neurons, score {value}")
         return found, score
 
@@ -100,7 +100,8 @@ def _follow_checkpoints(context: Context) -> list[str]:
         checkpoints,
         measure,
         lambda it: [
-            context.inputs("detect"), context.recipe.score.controls, it.step, checkpoint_identity(section, it)
+            context.inputs("detect"), context.inputs("score")["score"]["text"], context.recipe.score.controls, it.step,
+            checkpoint_identity(section, it),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

@@ -73,11 +73,18 @@ def train(context: Context) -> dict:
     }
 
 
-def check_checkpoints(directory: Path, manifest: Manifest) -> None:
-    """Refuses a folder in which someone else's training has saved."""
-    found = saved_checkpoints(directory)
-    if found and not manifest.record("train"):
+def check_checkpoints(directory: Path, manifest: Manifest, resume: bool, num_processes: int) -> None:
+    """Refuses a folder in which someone else's training has saved, or one of another number of processes to resume."""
+    found, record = saved_checkpoints(directory), manifest.record("train")
+    if found and not record:
         raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
+    begun_by = record.get("processes", num_processes)
+    if found and resume and begun_by != num_processes:
+        # With the batch per device goes the batch: the steps done so far would stand for other text.
+        raise UserError(
+            f"output_dir: {found[-1]} is of a training in {begun_by} processes, and these are {num_processes}; resume it in "
+            f"{begun_by}, or start it anew with --force"
+        )
 
 
 def clear_checkpoints(context: Context, resume: bool) -> None:

@@ -8,6 +8,7 @@ from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 
 from agnostic_train import figures
 from agnostic_train.files import read_json
+from agnostic_train.neurons import NeuronSet
 from agnostic_train.pipeline import Pipeline
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
@@ -50,7 +51,8 @@ CHANGES = [
     ({"evaluation.languages": "th"}, {"evaluate", "compare"}),
     ({"corpus.test_sentences": "5"}, {"evaluate", "compare", "report"}),
     ({"corpus.training_sentences": "50"}, {"train", "compare", "report"}),
-    ({"corpus.validation_sentences": "5"}, ALL - {"export"}),
+    ({"corpus.validation_sentences": "5"}, {"score", "evaluate", "compare", "report"}),
+    ({"corpus.validation_sentences": "5", "training.eval_strategy": "epoch"}, {*ALL} - {"detect", "export"}),
     ({"corpus.detection_sentences": "30"}, ALL - {"export", "evaluate"}),
     ({"corpus.seed": "1"}, ALL - {"export", "evaluate"}),
     ({"corpus.max_length": "8"}, ALL - {"export"}),
@@ -95,9 +97,11 @@ def test_text_concerns_the_stages_that_read_it(root):
     before = inputs(root)
     after = inputs(root, en_test="A sentence to test on.", sw_test="Another one.")
     # Without a test file, valid was both.
-    assert {stage for stage in ALL if after[stage] != before[stage]} == ALL - {"export"}
+    assert {stage for stage in ALL if after[stage] != before[stage]} == {"score", "evaluate", "compare", "report"}
     later = inputs(root, en_test="One more.")
     assert {stage for stage in ALL if later[stage] != after[stage]} == {"evaluate", "compare", "report"}
+    other = inputs(root, en_train="A sentence to train on.")
+    assert other["train"] == later["train"] and other["compare"] != later["compare"]
     stable = {"detection.stability": "true"}
     both = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
     assert both[0] != both[1]
@@ -139,6 +143,33 @@ def test_the_manifest_names_all_text_that_was_read(root):
     assert read_json(root / "out/manifest.json")["corpus"].keys() == own
     assert run(root, "evaluate", f"--evaluation.parallel={root / 'aligned'}") == 0
     assert read_json(root / "out/manifest.json")["corpus"].keys() == own | {"parallel/en.txt", "parallel/sw.txt"}
+
+
+def test_a_finished_training_is_kept_by_another_number_of_processes(root, capsys):
+    """A resumed one isn't: its steps so far would stand for other text."""
+    assert run(root, "train") == 0
+    file = root / "out/manifest.json"
+    manifest = read_json(file)
+    manifest["stages"]["train"]["processes"] = 2
+    file.write_text(json.dumps(manifest))
+    assert run(root, "export") == 0
+    assert "train: unchanged, kept" in capsys.readouterr().out
+    manifest = read_json(file)
+    manifest["stages"]["train"]["finished"] = False
+    file.write_text(json.dumps(manifest))
+    assert run(root, "export") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-6 is of a training in 2 processes, and these are 1; resume it in 2, or start it anew" in error
+    assert (root / "out/checkpoint-6").exists()
+    assert run(root, "train", "--training.max_steps=5") == 0
+    assert "deletes the checkpoints of an unfinished training with other keys" in capsys.readouterr().out
+
+
+def test_neurons_that_do_not_fit_are_refused_before_anything_runs(root, capsys):
+    NeuronSet({(9, "up"): [1]}).save(root / "mine.safetensors")
+    assert run(root, "run", f"--training.neurons={root / 'mine.safetensors'}") == 2
+    out, err = capsys.readouterr()
+    assert "mine.safetensors" in err and "detect:" not in out
 
 
 def test_the_manifest_says_of_each_stage_how_it_ran(root):

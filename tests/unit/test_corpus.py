@@ -1,5 +1,6 @@
 """Text to sentences to batches, and a clear line for every broken file."""
 
+import json
 import shutil
 
 import pytest
@@ -198,10 +199,22 @@ def test_json_lines_and_parquet_hold_documents(folder, ending):
     with pytest.raises(UserError, match=rf"en\.train\.{ending}: no column 'text'; .* content, id"):
         load_corpus(section(), folder)
     (folder / f"en.train.{ending}").write_text("{broken")
-    with pytest.raises(UserError, match=rf"en\.train\.{ending}: not readable"):
+    with pytest.raises(UserError, match=rf"en\.train\.{ending}: (not readable|line 1 isn't JSON)"):
         load_corpus(section(), folder)
     write(folder, "en", train=SENTENCES[:30])
     with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.{ending}"):
+        load_corpus(section(), folder)
+
+
+def test_json_lines_may_differ_in_their_other_keys(folder):
+    """As crawls do, and some lines have no text at all."""
+    (folder / "en.train.txt").unlink()
+    rows = [{"text": sentence, "meta": {"url": "a"}} for sentence in SENTENCES[:15]]
+    rows += [{"url": "b", "text": sentence, "meta": [1]} for sentence in SENTENCES[15:30]] + [{"url": "c"}]
+    (folder / "en.train.jsonl").write_text("\n".join([*map(json.dumps, rows), ""]), encoding="utf-8-sig")
+    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    (folder / "en.train.jsonl").write_text('{"text": "a"}\n[1]')
+    with pytest.raises(UserError, match=r"en\.train\.jsonl: line 2 holds list, not an object"):
         load_corpus(section(), folder)
 
 
