@@ -219,6 +219,8 @@ class NeuronSet:
                 metadata = tensors.metadata() or {}
                 if _METADATA in metadata:
                     metadata = json.loads(metadata[_METADATA])
+                elif "sizes" in metadata:  # version 1
+                    metadata = metadata | {"sizes": json.loads(metadata["sizes"])}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
                 sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
