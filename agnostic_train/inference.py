@@ -100,4 +100,4 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     real = inputs["attention_mask"].bool()
     if "special_tokens_mask" not in batch:
         return real, real
-    return real, real & ~batch["special_tokens_mask"].to(real.device).bool()
+    return real, real & ~batch["special_tokens_mask"].to(real.device, non_blocking=real.is_cuda).bool()

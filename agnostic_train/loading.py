@@ -5,6 +5,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -41,6 +42,8 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
 
 def find_accelerator() -> torch.device | None:
     """What models are loaded and trained on; None for the CPU."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # recipes/accelerate/cpu.yaml, where there is a GPU too
+        return None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     # Apple's has no float64, which detection and perplexity sum in.
     return None if accelerator is not None and accelerator.type == "mps" else accelerator

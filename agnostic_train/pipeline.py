@@ -1,5 +1,6 @@
 """The stages of a run in their order: a stage whose inputs are unchanged isn't run again."""
 
+import gc
 import os
 import shutil
 import time
@@ -146,6 +147,10 @@ class Pipeline:
             result = _FUNCTIONS[stage](context)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
+        # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)

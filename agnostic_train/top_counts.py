@@ -126,7 +126,7 @@ class _Sums:
     def add(self, sites: _SitesOfRows, stack: Tensor) -> None:
         """stack: (rows, ...)."""
         found = self._stacks.get(sites)
-        self._stacks[sites] = stack if found is None else found + stack
+        self._stacks[sites] = stack if found is None else found.to(stack.device) + stack
 
     def by_site(self) -> dict[Site, Tensor]:
         sums: dict[Site, Tensor] = {}

@@ -71,8 +71,9 @@ def interval_impacts(
         check_enclosed(exact, low, high)
     found = settle(low, high, certain, unclear, exact)
     spans = change.key_spans.diff(dim=-1).squeeze(-1)
-    rows = torch.full_like(spans[0], kernels.BLOCK_ROWS)
-    rows[-1] = change.length - kernels.BLOCK_ROWS * (len(rows) - 1)
+    # Not by assignment to one entry, which copies the number from the host, and waits.
+    starts = kernels.BLOCK_ROWS * torch.arange(spans.shape[1], device=spans.device)
+    rows = (change.length - starts).clamp(max=kernels.BLOCK_ROWS)
     per_neuron = (spans * rows).sum(1)
     for name, part in zip(changes, layout.split(unclear), strict=True):
         work[name].neurons += part.sum()

@@ -130,6 +130,8 @@ class GradientMask:
 
     def _decay_chosen(self, optimizer: Optimizer, decays: dict[int, float]) -> None:
         masked_by_id = {id(masked.parameter): masked for masked in self.parameters}
+        # A gradient scaler leaves it to a fused optimizer to skip a step that overflowed.
+        overflowed = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             # Adam adds decay to the gradient unless told otherwise, AdamW takes it off the weight before its step.
             decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
@@ -139,7 +141,10 @@ class GradientMask:
                     continue
                 values = parameter.index_select(masked.dim, masked.chosen)
                 if decoupled:
-                    parameter.index_copy_(masked.dim, masked.chosen, values * (1 - group["lr"] * decay))
+                    decay = group["lr"] * decay
+                    if overflowed is not None:
+                        decay = decay * (1 - overflowed.to(values))
+                    parameter.index_copy_(masked.dim, masked.chosen, values * (1 - decay))
                 else:
                     values = values.to(parameter.grad.dtype)
                     parameter.grad.index_add_(masked.dim, masked.chosen, values, alpha=decay)

@@ -21,13 +21,10 @@ from matplotlib import pyplot as plt
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from agnostic_train.corpus import load_corpus
 from agnostic_train.decoder import find_decoder
-from agnostic_train.encoding import Encoder
 from agnostic_train.impact import ImpactMeter, kernels
 from agnostic_train.impact.pruning import Work
 from agnostic_train.inference import left_as_found
-from agnostic_train.recipe import CorpusSection
 from agnostic_train.top_counts import TopCounts
 from agnostic_train.versions import installed_version
 
@@ -155,6 +152,11 @@ def random_batches(model: PreTrainedModel, num_sentences: int, length: int, batc
 
 def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Batch]:
     """A batch of each language's train sentences."""
+    # Imported late: random weights do without the packages that read recipes and text.
+    from agnostic_train.corpus import load_corpus
+    from agnostic_train.encoding import Encoder
+    from agnostic_train.recipe import CorpusSection
+
     section = CorpusSection(
         path=options.corpus,
         languages=options.languages,
@@ -182,6 +184,8 @@ def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
     length = options.length[0]
     memory = {}
     with left_as_found(model):
+        # Kernels are compiled once.
+        detect(model, random_batches(model, options.batch_size, length, options.batch_size), options.top_ratio)
         for num_sentences in GROWTH_SENTENCES:
             batches = random_batches(model, num_sentences, length, options.batch_size)
             seconds = timed(lambda batches=batches: detect(model, batches, options.top_ratio), options.device)
@@ -266,6 +270,7 @@ def main() -> None:
     if options.output is None:
         print(text, end="")
     else:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")
     if options.figure is not None:
         draw(report, options.figure)

@@ -7,6 +7,7 @@ and a figure of what a step costs against the chosen fraction.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -169,6 +170,8 @@ def measure(
     steps, peaks = {}, {}
     for method in methods:
         if device == "cuda":
+            # A mask and its optimizer refer to each other, and keep their model until they are collected.
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         steps[method] = Step(method, make(), neurons, batch)

@@ -70,6 +70,16 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
                 y = y + F.linear(x.index_select(-1, index), delta).to(y.dtype)
         return y
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, which would also round the delta to the base's dtype, and have a frozen one learn."""
+        delta = self.neuron_delta.get(adapter_name)
+        if delta is None or delta.is_meta:
+            return
+        device = self.base_layer.weight.device if device is None else device
+        if delta.device != device:
+            self.neuron_delta[adapter_name] = nn.Parameter(delta.data.to(device), requires_grad=delta.requires_grad)
+        self.neuron_index[adapter_name] = self.neuron_index[adapter_name].to(device)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, dense: (out, in)."""
         delta = self.neuron_delta[adapter]
