@@ -24,7 +24,7 @@ from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverifi
 from agnostic_train.impact.pruning import Work
 from agnostic_train.inference import Batch, find_device, left_as_found
 from agnostic_train.lape import firing_rates, specific_neurons
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.neurons import LanguageNeurons, NeuronSet, check_min_languages
 from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
 from agnostic_train.self_check import verify_impacts
 from agnostic_train.top_counts import TopCounts
@@ -138,8 +138,7 @@ def detect_neurons(
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
     if not corpora:
         raise UserError("corpus.languages: no language to detect the neurons of")
-    if min_languages is not None and not 1 <= min_languages <= len(corpora):
-        raise ValueError(f"min_languages must be from 1 to the number of languages, {len(corpora)}")
+    check_min_languages(min_languages, len(corpora))
     check_choice("attention", attention, Attention)
     check_choice("exclusive", exclusive, Exclusive)
     projections = check_projections(projections, model)

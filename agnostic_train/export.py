@@ -54,8 +54,8 @@ def export_checkpoint(
         tokenizer: saved beside the weights.
         dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
             default. Each weight is rounded once, from the sum in float32. Adapters are float32.
-        neurons: what was trained, as a `NeuronSet` or what makes one; the adapter's, or the model's `trained_neurons`, by default. Where nobody knows, the
-            manifest says `unverified`.
+        neurons: what was trained, as a `NeuronSet` or what makes one; the adapter's, or the model's `trained_neurons`, by
+            default. Where nobody knows, the manifest says `unverified`.
         model_card: the text of `README.md`.
 
     Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.

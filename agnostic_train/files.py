@@ -42,7 +42,7 @@ def sole_user(directory: Path) -> Iterator[None]:
     try:
         for leftover in [*directory.rglob(".*")]:
             name = _TEMPORARY.fullmatch(leftover.name)
-            if name is None:
+            if name is None or not os.path.lexists(leftover):  # it went with the folder that it was in
                 continue
             if name[2] == "old" and not leftover.with_name(name[1]).exists():
                 # Killed in the moment between taking the old folder away and putting the new one there.
@@ -50,7 +50,7 @@ def sole_user(directory: Path) -> Iterator[None]:
             elif leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
-                leftover.unlink(missing_ok=True)
+                leftover.unlink()
         yield
     finally:
         lock.release()

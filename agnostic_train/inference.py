@@ -15,7 +15,8 @@ Batch = Mapping[str, Tensor]
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Runs its body in evaluation mode without gradients, then restores every module's training flag and all random states.
 
-    Products of float32 are computed in float32, see `full_precision`. A model in training may hold modules that are kept in evaluation mode, so each module's own flag is restored.
+    Products of float32 are computed in float32, see `full_precision`. A model in training may hold modules that are kept in
+    evaluation mode, so each module's own flag is restored.
 
     Raises:
         UserError: weights split over processes. Such models deadlock when processes have unequal numbers of batches.

@@ -292,6 +292,12 @@ class NeuronSet:
         return cls(sites, decoder.sizes)
 
 
+def check_min_languages(min_languages: int | None, num_languages: int) -> None:
+    """Raises `ValueError` if a shared neuron can't be related to so many languages; None means all."""
+    if min_languages is not None and not 1 <= min_languages <= num_languages:
+        raise ValueError(f"min_languages must be from 1 to the number of languages, {num_languages}")
+
+
 @dataclass
 class LanguageNeurons:
     """What detection found: each language's related neurons, and from them the shared and exclusive ones.
@@ -339,8 +345,7 @@ class LanguageNeurons:
         check_choice("exclusive", exclusive, Exclusive)
         if not related:
             raise ValueError("no languages: corpora is empty")
-        if min_languages is not None and not 1 <= min_languages <= len(related):
-            raise ValueError(f"min_languages must be from 1 to the number of languages, {len(related)}")
+        check_min_languages(min_languages, len(related))
         shared = _in_at_least(min_languages or len(related), related)
         if exclusive == "complement":
             exclusive_sets = {language: neurons - shared for language, neurons in related.items()}

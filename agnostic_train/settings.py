@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
 from agnostic_train.emergence import parse_checkpoints
@@ -67,6 +68,11 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         )
     except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
         raise UserError(f"training: {error}") from None
+
+
+def reads_held_out_text(arguments: NeuronTrainingArguments) -> bool:
+    """Whether a training follows the loss on text that it doesn't learn from."""
+    return arguments.eval_strategy != IntervalStrategy.NO or bool(arguments.eval_on_start)
 
 
 def check_learning(arguments: NeuronTrainingArguments) -> None:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 
-from transformers.trainer_utils import IntervalStrategy
-
 from agnostic_train.emergence import Checkpoint, parse_checkpoints
 from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.loading import model_identity
@@ -13,6 +11,7 @@ from agnostic_train.manifest import Manifest
 from agnostic_train.materials import Materials
 from agnostic_train.pilot import split_pilot_text
 from agnostic_train.recipe import Recipe
+from agnostic_train.settings import reads_held_out_text
 from agnostic_train.stages import STAGES
 from agnostic_train.stages.score import checkpoint_identity
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -153,8 +152,8 @@ class StageInputs:
         section = self._recipe.training
         languages = None if section.strategy == "pilot" and section.neurons is None else section.languages
         text = self._text("training", languages=languages)
-        # Held-out text is read where something follows its loss, or chooses by it.
-        if languages is None or self._arguments.eval_strategy != IntervalStrategy.NO:
+        # A pilot chooses by it.
+        if languages is None or reads_held_out_text(self._arguments):
             text["sentences"] |= self._text("validation")["sentences"]
         return text
 

@@ -199,6 +199,12 @@ class OutputChange:
         return (query * key * abs(self.inputs.scaling)).flatten()
 
     @cached_property
+    def longest_value(self) -> Tensor:
+        """Of the real tokens' centred values, the largest norm by head: (batch * heads, 1)."""
+        real = self.inputs.real.repeat_interleave(self.num_heads, 0)
+        return torch.linalg.vector_norm(self.centred_value, dim=-1).masked_fill(~real, 0).amax(-1, keepdim=True)
+
+    @cached_property
     def changed_logits(self) -> Tensor:
         """What a neuron's deactivation changes: the logits, before the `softcap` if there is one; -inf at unseen keys."""
         if self.softcap is None:

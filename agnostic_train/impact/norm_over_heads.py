@@ -114,7 +114,7 @@ def _query_growth(change: OutputChange) -> _OtherHeads:
     distance = logits - (attention * logits).sum(-1, keepdim=True)
     moved = attention * distance
     variance = (moved * distance).sum(-1)
-    longest = _longest_value(change)
+    longest = change.longest_value
     rounding = _rounding(change)
     return _OtherHeads(
         linear=(moved @ value).square().sum(-1) * weight,
@@ -130,7 +130,7 @@ def _key_growth(change: OutputChange) -> _OtherHeads:
     output = attention @ value
     moved = attention * logits
     square = moved * logits
-    longest = _longest_value(change)
+    longest = change.longest_value
     # By query: E[S^2], an upper bound on the variance of y where |u| is 1.
     second = square.sum(-1, keepdim=True) * weight * longest.unsqueeze(-1).square()
     # (v_j - o_i) (v_k - o_i) = v_j v_k - v_j o_i - v_k o_i + o_i o_i, summed over i with the factors of j and k.
@@ -150,13 +150,6 @@ def _seen_logits(change: OutputChange) -> Tensor:
     return change.logits.masked_fill(change.logits == -torch.inf, 0)
 
 
-def _longest_value(change: OutputChange) -> Tensor:
-    """Of the real tokens' centred values, by head: (batch * heads, 1)."""
-    lengths = torch.linalg.vector_norm(change.centred_value, dim=-1)
-    real = change.inputs.real.repeat_interleave(change.num_heads, 0)
-    return lengths.masked_fill(~real, 0).amax(-1, keepdim=True)
-
-
 def _rounding(change: OutputChange) -> float:
     """The relative error of a sum over keys of sums over features."""
     return 4 * torch.finfo(change.value.dtype).eps * (change.length + change.head_dim)
@@ -166,5 +159,5 @@ def _noise(change: OutputChange) -> Tensor:
     """What the rounding of logits and attention weights moves a sentence's output by, here and in the exact form: (batch, 1)."""
     roundings = 4 * change.largest_logits + (2 * change.length**0.5 + 16)
     # Norms compute in float32, whatever the dtype of their input.
-    per_row = torch.finfo(torch.float32).eps * roundings * _longest_value(change).squeeze(-1)
+    per_row = torch.finfo(torch.float32).eps * roundings * change.longest_value.squeeze(-1)
     return (per_row.square() * change.weight.sum(-1)).view(change.batch, -1).sum(1, keepdim=True).sqrt()

@@ -147,10 +147,11 @@ class QueryKeyImpacts:
         on_cpu = inputs.query.device.type == "cpu"
         chunk_bytes = min(self._half_bytes, _CPU_CHUNK_BYTES) if on_cpu else self._half_bytes
         projected = {name: inputs.clean_projection(output) for name, output in projected.items()}
-        changes = dict.fromkeys(self.names, paper_change(inputs))
         growths: dict[str, Tensor] = {}
         if self._exact:
             inputs, changes, growths = self._closed_forms(inputs, projected, angles)
+        else:
+            changes = dict.fromkeys(self.names, paper_change(inputs))
         change = OutputChange(inputs, counted, chunk_bytes, before_cap=self._exact)
         impacts: dict[str, Tensor] = {}
         if self._top_ratio is not None and change.softcap is None:

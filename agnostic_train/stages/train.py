@@ -13,7 +13,7 @@ from agnostic_train.fitting import make_trainer
 from agnostic_train.manifest import Manifest
 from agnostic_train.neurons import NeuronSet
 from agnostic_train.pilot import Sentences, split_pilot_text
-from agnostic_train.settings import make_strategy
+from agnostic_train.settings import make_strategy, reads_held_out_text
 from agnostic_train.stages.context import Context
 from agnostic_train.stages.pilot import run_pilot
 from agnostic_train.strategy import Choice
@@ -36,7 +36,9 @@ def train(context: Context) -> dict:
     choice = _choose(context, strategy)
     context.say(f"train: {choice.reason}")
     set_seed(arguments.seed)
-    held_out = {language: text.validation for language, text in texts.items()}
+    held_out = None
+    if reads_held_out_text(arguments):
+        held_out = {language: text.validation for language, text in texts.items()}
     trainer = make_trainer(context.materials, arguments, choice, training, held_out)
     checkpoints = saved_checkpoints(context.directory)
     if checkpoints:

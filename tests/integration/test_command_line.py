@@ -1,18 +1,20 @@
 """The command line on a small corpus and model, as a user runs it, in this process."""
 
+import gc
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from conftest import padded_batch
 from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from agnostic_train import pipeline, stage_inputs
 from agnostic_train.cli import main
@@ -127,6 +129,26 @@ def test_baselines(root, strategy):
         found = LanguageNeurons.load(root / "out/neurons")
         chosen = NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors")
         assert chosen.counts() == (found.shared | found.exclusive["sw"]).counts()
+
+
+def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
+    """Mixed precision makes it part of a cycle, and on a device two models may be one too many."""
+    made, alive = weakref.WeakSet(), []
+    make, export = LlamaForCausalLM.__init__, pipeline._FUNCTIONS["export"]
+
+    def noted(self, *args, **keywords):
+        make(self, *args, **keywords)
+        made.add(self)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
+    monkeypatch.setitem(pipeline._FUNCTIONS, "export", lambda context: alive.append(len(made)) or export(context))
+    gc.collect()
+    gc.disable()
+    try:
+        assert run(root, "export", "--training.bf16=true") == 0
+    finally:
+        gc.enable()
+    assert alive == [0]
 
 
 def test_neurons_from_a_file(root, capsys):

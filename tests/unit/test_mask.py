@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import padded_batch, tiny_llama
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
 
 from agnostic_train.files import UserError
@@ -120,6 +120,28 @@ def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries
         optimizer.zero_grad()
     frozen = torch.arange(len(weight)) != 2
     assert torch.equal(weight[frozen], before[frozen]) and not torch.equal(weight[2], before[2])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_gradient_scaler_skips_decays_nothing(fused):
+    """It leaves the skipping to a fused optimizer, whose hooks run all the same."""
+    model = tiny_llama()
+    mask = GradientMask(model, CHOSEN)
+    optimizer = torch.optim.AdamW([it.parameter for it in mask.parameters], lr=0.1, weight_decay=0.1, fused=fused)
+    mask.guard(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    batch = padded_batch([9, 9])
+    moved = []
+    for overflows in (True, False):
+        before = [it.parameter.detach().clone() for it in mask.parameters]
+        scaler.scale(model(**batch, labels=batch["input_ids"]).loss).backward()
+        if overflows:
+            mask.parameters[0].parameter.grad[tuple(mask.parameters[0].frozen.logical_not().nonzero()[0])] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(any(not torch.equal(it.parameter, old) for it, old in zip(mask.parameters, before, strict=True)))
+    assert moved == [False, True]
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "rmsprop"])

@@ -182,6 +182,20 @@ def test_saved_and_loaded_by_peft(tmp_path, low_cpu_mem_usage):
     assert torch.equal(logits(other), expected)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_beside_a_half_precision_base_rounds_nothing(tmp_path, low_cpu_mem_usage):
+    wrapped = adapted(tiny_llama().bfloat16())
+    wrapped.save_pretrained(tmp_path)
+    base = tiny_llama().bfloat16()
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    saved, found = (
+        {name: it for name, it in model.named_parameters() if "neuron_delta" in name} for model in (wrapped, loaded)
+    )
+    assert saved.keys() == found.keys()
+    for name, delta in found.items():
+        assert torch.equal(delta, saved[name]) and not delta.requires_grad
+
+
 def test_several_adapters():
     base = tiny_llama()
     plain = logits(base)
