@@ -27,11 +27,13 @@ def deactivate(
 
     Raises:
         TypeError, ValueError: as by `NeuronSet.of`.
-        UserError: neurons beyond the model's shapes, or a model that isn't supported; nothing was changed.
+        UserError: neurons beyond the model's shapes, weights that are offloaded, or a model that isn't supported;
+            nothing was changed.
     """
     neurons = NeuronSet.of(neurons)
     neurons.check(model)
     decoder = find_decoder(model)
+    decoder.check_on_devices("deactivation")
     with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
         yield model
 

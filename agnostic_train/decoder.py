@@ -203,6 +203,13 @@ class Decoder:
     def projection(self, site: Site) -> Projection:
         return self.layers[site[0]].projections[site[1]]
 
+    def check_on_devices(self, what: str) -> None:
+        """Raises `UserError`, saying what needs them, if weights of projections are offloaded or empty."""
+        if any(it.linear.weight.is_meta for layer in self.layers for it in layer.projections.values()):
+            raise UserError(
+                f"model.name: some of the model's weights are offloaded or empty; {what} needs them all on devices"
+            )
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Finds the projections of a Hugging Face causal language model.

@@ -58,8 +58,10 @@ def full_precision() -> Iterator[None]:
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: the device of its embeddings."""
-    return model.get_input_embeddings().weight.device
+    """Where the model takes its inputs: the device of its embeddings, or the one that they are fetched to if offloaded."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's
+    return hook.execution_device if hook and embeddings.weight.is_meta else embeddings.weight.device
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

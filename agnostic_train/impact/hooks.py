@@ -67,10 +67,7 @@ class ImpactMeter:
         check_choice("attention", attention, Attention)
         self.model = model
         self.decoder: Decoder = find_decoder(model)
-        if any(part.linear.weight.is_meta for layer in self.decoder.layers for part in layer.projections.values()):
-            raise UserError(
-                "model.name: some of the model's weights are offloaded or empty; detection needs them all on devices"
-            )
+        self.decoder.check_on_devices("detection")
         self.projections = projections
         self._stack = ExitStack()
         self._angles = SharedAngles()

@@ -1,20 +1,36 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in the order of its worth: the tests, then the benchmarks. Results go into FOLDER.
-# Usage: bash scripts/benchmarks/on_gpu.sh FOLDER [SHARED_NEURONS.json]; set PYTHON to choose an interpreter.
-# The second is Llama 3.1 8B's published shared set; without it, a twentieth of the 8B model's neurons train.
+# What needs a GPU, in the order of its worth: the tests, then the benchmarks. Results go into FOLDER.
+# Usage: bash scripts/benchmarks/on_gpu.sh FOLDER [PART ...]; set PYTHON to choose an interpreter.
+# PART is tests, detection, training_1b or training_8b; by default all of them, each of several minutes.
+# NEURONS names Llama 3.1 8B's published shared set; without it, a twentieth of the 8B model's neurons train.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
 folder="${1:?a folder for the results}"
+shift
 python="${PYTHON:-python3}"
 mkdir -p "$folder"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 status=0
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-"$python" -m pytest -q -rs tests/gpu 2>&1 | tee "$folder/tests.log" || status=1
-"$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --rounds 5 --growth \
-  --output "$folder/detection_gpu.json" --figure "$folder/detection_gpu.svg" || status=1
-"$python" scripts/benchmarks/training.py --shapes llama-3.2-1b --length 1024 --rounds 7 --one-at-a-time \
-  --fraction 0.001 0.01 0.05 0.1 0.5 --output "$folder/training_gpu_1b.json" --figure "$folder/training_gpu_1b.svg" || status=1
-"$python" scripts/benchmarks/training.py --shapes llama-3.1-8b --length 1024 --batch-size 1 --rounds 5 --one-at-a-time \
-  --methods floor compact lora full ${2:+--neurons "$2"} --output "$folder/training_gpu_8b.json" || status=1
+measure() {
+  case "$1" in
+    tests) "$python" -m pytest -q -rs tests/gpu 2>&1 | tee "$folder/tests.log" ;;
+    detection)
+      "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --rounds 5 --growth \
+        --output "$folder/detection_gpu.json" --figure "$folder/detection_gpu.svg" ;;
+    training_1b)
+      "$python" scripts/benchmarks/training.py --shapes llama-3.2-1b --length 1024 --rounds 7 --one-at-a-time \
+        --fraction 0.05 0.001 0.01 0.1 0.5 \
+        --output "$folder/training_gpu_1b.json" --figure "$folder/training_gpu_1b.svg" ;;
+    training_8b)
+      "$python" scripts/benchmarks/training.py --shapes llama-3.1-8b --length 1024 --batch-size 1 --rounds 5 \
+        --one-at-a-time --methods floor compact lora full ${NEURONS:+--neurons "$NEURONS"} \
+        --output "$folder/training_gpu_8b.json" ;;
+    *) echo "$1: it is one of tests, detection, training_1b, training_8b" >&2; return 2 ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- tests detection training_1b training_8b
+status=0
+for part in "$@"; do measure "$part" || status=$?; done
 exit $status

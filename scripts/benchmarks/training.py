@@ -87,7 +87,9 @@ class Step:
         elif method == "lora":
             model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS))
         elif method == "shira":
-            model = get_peft_model(model, ShiraConfig(r=rank, target_modules=LINEARS))
+            config = ShiraConfig(r=rank, target_modules=LINEARS)
+            config.mask_fn = random_mask
+            model = get_peft_model(model, config)
         self.mask = GradientMask(model, neurons) if method == "mask" else None
         self.model = model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -144,6 +146,15 @@ class Step:
             return (Path(directory) / "adapter_model.safetensors").stat().st_size
 
 
+def random_mask(base_layer: nn.Module, r: int, **_) -> Tensor:
+    """PEFT's own, drawn on the weight's device: on the CPU a billion weights take half a minute."""
+    weight = base_layer.weight
+    chosen = torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]
+    return (
+        torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device).index_fill_(0, chosen, True).view_as(weight)
+    )
+
+
 def timed(step: Step, device: str) -> float:
     """Seconds of one step."""
     if device == "cuda":
@@ -198,7 +209,7 @@ def measure(
 
 def draw(record: dict, file: Path) -> None:
     """Time and memory of a step against the chosen fraction, methods told apart by markers and line styles."""
-    results = record["results"]
+    results = dict(sorted(record["results"].items(), key=lambda it: float(it[0])))
     fractions = [float(it) for it in results]
     unit = "peak_bytes" if record["settings"]["device"] == "cuda" else "saved_for_backward_bytes"
     panels = (
@@ -244,24 +255,6 @@ def main(arguments: list[str] | None = None) -> None:
         for fraction in options.fraction:
             first = {site: range(max(1, int(size * fraction))) for site, size in sizes.items()}
             sets[str(fraction)] = NeuronSet(first, sizes).random_like(0, model)
-    results = {}
-    for name, neurons in sets.items():
-        rows = {}
-        for methods in [[it] for it in options.methods] if options.one_at_a_time else [options.methods]:
-            rows |= measure(make, neurons, methods, batch, options.rounds, options.device)
-        for row in rows.values():
-            row["times"] = {
-                other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
-                for other in ("floor", "lora", "full")
-                if other in rows
-            }
-        results[name] = rows
-        for method, row in rows.items():
-            print(
-                f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  "
-                f"{row['step_seconds']:.3f} s  {row['times']}  saved {row['saved_for_backward_bytes'] / 2**20:.1f} MiB  "
-                f"optimizer {row['optimizer_bytes'] / 2**20:.1f} MiB  adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
-            )
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -272,16 +265,33 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "transformers", "peft")},
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "shapes": SHAPES[options.shapes],
-        "results": results,
+        "results": {},
     }
-    text = json.dumps(record, indent=2)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
-    if options.figure:
-        draw(record, options.figure)
+    for name, neurons in sets.items():
+        rows = {}
+        for methods in [[it] for it in options.methods] if options.one_at_a_time else [options.methods]:
+            rows |= measure(make, neurons, methods, batch, options.rounds, options.device)
+        for row in rows.values():
+            row["times"] = {
+                other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
+                for other in ("floor", "lora", "full")
+                if other in rows
+            }
+        record["results"][name] = rows
+        for method, row in rows.items():
+            print(
+                f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  "
+                f"{row['step_seconds']:.3f} s  {row['times']}  saved {row['saved_for_backward_bytes'] / 2**20:.1f} MiB  "
+                f"optimizer {row['optimizer_bytes'] / 2**20:.1f} MiB  adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
+            )
+        # After every set: borrowed machines go back on time, finished or not.
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if options.figure:
+            draw(record, options.figure)
+    if not options.output:
+        print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

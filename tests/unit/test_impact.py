@@ -182,6 +182,8 @@ def test_offloaded_weights_are_refused():
         model = tiny_llama()
     with pytest.raises(UserError, match="offloaded"):
         ImpactMeter(model)
+    with pytest.raises(UserError, match="offloaded"), deactivate(model, {(0, "q"): [0]}):
+        pass
 
 
 def test_unknown_names_are_refused(llama):

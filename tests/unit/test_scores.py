@@ -1,11 +1,13 @@
 """Deactivation, perplexity and the language-agnostic score, against hand computation."""
 
+import copy
 import math
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train import ablation, agnostic_score
@@ -79,6 +81,14 @@ def test_perplexity_without_bytes_or_tokens(llama):
         perplexity(llama, [padded_batch([1, 1])])
     with pytest.raises(UserError, match="no token to score"):
         perplexity(llama, [])
+
+
+def test_perplexity_of_an_offloaded_model(llama):
+    batches = [padded_batch([7, 4]), padded_batch([5])]
+    expected = perplexity(llama, batches)
+    offloaded = cpu_offload(copy.deepcopy(llama), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    torch.testing.assert_close(perplexity(offloaded, batches).sentence_nats, expected.sentence_nats)
 
 
 def test_sentences_come_back_in_their_own_order(llama):
