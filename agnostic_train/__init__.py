@@ -1,26 +1,25 @@
 """Find the neurons that carry a language in a Hugging Face model, and train only those."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from agnostic_train.peft_import import register_with_peft
 from agnostic_train.versions import installed_version
 
 if TYPE_CHECKING:
-    from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
-    from agnostic_train.deactivation import deactivate
-    from agnostic_train.detection import detect_neurons, neuron_impacts
-    from agnostic_train.encoding import batches_of
-    from agnostic_train.export import export_checkpoint
+    from agnostic_train.corpus.encoding import batches_of
+    from agnostic_train.detection.detect import detect_neurons, neuron_impacts
+    from agnostic_train.detection.self_check import ImpactMismatchError
+    from agnostic_train.export.checkpoint import export_checkpoint
     from agnostic_train.files import UserError
-    from agnostic_train.neurons import LanguageNeurons, NeuronSet
-    from agnostic_train.perplexity import NonFiniteLossError, Perplexity, perplexity
-    from agnostic_train.self_check import ImpactMismatchError
-    from agnostic_train.strategy import Strategy
+    from agnostic_train.neurons.deactivation import deactivate
+    from agnostic_train.neurons.language_neurons import LanguageNeurons
+    from agnostic_train.neurons.neuron_set import NeuronSet
+    from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+    from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
     from agnostic_train.training.callbacks import DetectionCallback
     from agnostic_train.training.compact import NeuronConfig
+    from agnostic_train.training.strategy import Strategy
     from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
 __version__ = installed_version("agnostic_train")
@@ -48,25 +47,25 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AgnosticScore": "agnostic_score",
+    "AgnosticScore": "scores.agnostic_score",
     "DetectionCallback": "training.callbacks",
-    "ImpactMismatchError": "self_check",
-    "LanguageNeurons": "neurons",
+    "ImpactMismatchError": "detection.self_check",
+    "LanguageNeurons": "neurons.language_neurons",
     "NeuronConfig": "training.compact",
-    "NeuronSet": "neurons",
+    "NeuronSet": "neurons.neuron_set",
     "NeuronTrainer": "training.trainer",
     "NeuronTrainingArguments": "training.trainer",
-    "NonFiniteLossError": "perplexity",
-    "Perplexity": "perplexity",
-    "Strategy": "strategy",
+    "NonFiniteLossError": "scores.perplexity",
+    "Perplexity": "scores.perplexity",
+    "Strategy": "training.strategy",
     "UserError": "files",
-    "batches_of": "encoding",
-    "deactivate": "deactivation",
-    "detect_neurons": "detection",
-    "export_checkpoint": "export",
-    "language_agnostic_score": "agnostic_score",
-    "neuron_impacts": "detection",
-    "perplexity": "perplexity",
+    "batches_of": "corpus.encoding",
+    "deactivate": "neurons.deactivation",
+    "detect_neurons": "detection.detect",
+    "export_checkpoint": "export.checkpoint",
+    "language_agnostic_score": "scores.agnostic_score",
+    "neuron_impacts": "detection.detect",
+    "perplexity": "scores.perplexity",
 }
 """Where each public name is: its file is read when the name is first asked for, for torch and PEFT take seconds."""
 
@@ -83,13 +82,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """The package, in which `perplexity` stays the function when Python has read the file of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in _MODULES):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 register_with_peft()

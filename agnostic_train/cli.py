@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from agnostic_train import __version__
 from agnostic_train.files import UserError
+from agnostic_train.pipeline.stages import STAGE_HELP, OutOfMemory
 from agnostic_train.recipe import OWN_KEYS, recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.stages import STAGE_HELP, OutOfMemory
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # found while writing, these name no file
 
@@ -89,18 +89,18 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(known.recipe, flags)
         # Imported late: they bring the libraries that take seconds, and a mistake in a recipe shouldn't.
         if known.dry_run:
-            from agnostic_train.dry_run import print_plan
+            from agnostic_train.pipeline.dry_run import print_plan
 
             print_plan(recipe, known.stage)
             return 0
-        from agnostic_train.pipeline import Pipeline
+        from agnostic_train.pipeline.run import Pipeline
 
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
         if known.stage == "run" and pipeline.processes.is_main_process:
             from rich.console import Console
 
-            from agnostic_train.report import summary_table
+            from agnostic_train.report.page import summary_table
 
             console = Console(width=None if sys.stdout.isatty() else 110)
             console.print(summary_table(pipeline.directory, recipe.training.languages))

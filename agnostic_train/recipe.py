@@ -116,7 +116,9 @@ class CorpusSection:
         default=1000, ge=1, description="Training sentences per language used for detection."
     )
     training_sentences: int | None = Field(
-        default=None, ge=1, description="Maximum number of further training sentences to train on; default: all."
+        default=None,
+        ge=1,
+        description="Maximum number of further training sentences to train on; default: all. Streaming needs a number.",
     )
     validation_sentences: int | None = Field(
         default=None, ge=1, description="Maximum number of validation sentences; default: all."
@@ -347,6 +349,11 @@ class Recipe:
     output_dir: Annotated[LocalPath, AfterValidator(_filled_in)] = Field(
         description="Folder for all files of the run; $NAME is replaced from the environment."
     )
+
+    @property
+    def languages_with_training_text(self) -> list[str]:
+        """Those whose training text is read: the enhanced ones, and all if detection asks how stable its sets are."""
+        return self.corpus.languages if self.detection.stability else self.training.languages
 
     def to_dict(self) -> dict:
         """Plain values, JSON-serialisable."""

@@ -9,7 +9,7 @@ import sys
 
 _context = multiprocessing.get_context("forkserver")
 # Forked from a process that has the libraries loaded and no threads yet: a second instead of ten.
-_context.set_forkserver_preload(["agnostic_train.pipeline", "agnostic_train.report"])
+_context.set_forkserver_preload(["agnostic_train.pipeline.run", "agnostic_train.report.page"])
 
 RENAMES = ("os.replace", "os.rename")
 """What every file and folder of ours comes into being by."""

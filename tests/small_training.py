@@ -5,7 +5,7 @@ import copy
 import torch
 from peft import PeftModel
 
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 CHOSEN = NeuronSet(

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.activity import MEASURED
-from agnostic_train.decoder import Layer, Projection, Site, find_decoder
-from agnostic_train.inference import Batch, model_inputs, real_and_counted
+from agnostic_train.model.decoder import Layer, Projection, Site, find_decoder
+from agnostic_train.model.inference import Batch, model_inputs, real_and_counted
+from agnostic_train.neurons.activity import MEASURED
 
 
 class ActivationMeter:

@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.decoder import Rotation
 from agnostic_train.impact import kernels
+from agnostic_train.model.decoder import Rotation
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from agnostic_train.choices import Attention, check_choice
-from agnostic_train.decoder import (
+from agnostic_train.files import UserError
+from agnostic_train.impact.attention import AttentionInputs, value_impacts
+from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
+from agnostic_train.impact.pruning import Work
+from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
+from agnostic_train.model.decoder import (
     FEED_FORWARD_PROJECTIONS,
     PROJECTIONS,
     Decoder,
@@ -25,12 +30,7 @@ from agnostic_train.decoder import (
     check_projections,
     find_decoder,
 )
-from agnostic_train.files import UserError
-from agnostic_train.impact.attention import AttentionInputs, value_impacts
-from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
-from agnostic_train.impact.pruning import Work
-from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
-from agnostic_train.inference import Batch, left_as_found, model_inputs, real_and_counted
+from agnostic_train.model.inference import Batch, left_as_found, model_inputs, real_and_counted
 
 DEFAULT_MEMORY_GB = 2.0
 _IMPLEMENTATION = "agnostic_train_impact"

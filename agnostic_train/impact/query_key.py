@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
-from agnostic_train.decoder import Layer, Rotation
 from agnostic_train.impact import kernels, norm_over_heads
 from agnostic_train.impact.attention import (
     AttentionInputs,
@@ -23,6 +22,7 @@ from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
+from agnostic_train.model.decoder import Layer, Rotation
 
 # Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20

@@ -8,11 +8,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
-from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score
-from agnostic_train.detection import detect_neurons
-from agnostic_train.inference import Batch
-from agnostic_train.neurons import LanguageNeurons
-from agnostic_train.strategy import Choice, Strategy
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.model.inference import Batch
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+from agnostic_train.training.strategy import Choice, Strategy
 
 logger = logging.get_logger(__name__)
 

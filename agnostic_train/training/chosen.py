@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.decoder import Projection, find_decoder
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import Projection, find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.files import UserError, read_json
-from agnostic_train.perplexity import NonFiniteLossError
 from agnostic_train.processes import own_part, sum_over_processes
+from agnostic_train.scores.perplexity import NonFiniteLossError
 
 _NUM_TOKENS_NAMED = 12
 

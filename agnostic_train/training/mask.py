@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import chosen_entries
 
 logger = logging.get_logger(__name__)

@@ -14,12 +14,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.choices import Update, check_choice
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.strategy import BASELINES, STRATEGIES
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
+from agnostic_train.training.strategy import BASELINES, STRATEGIES
 
 NEURONS_FILE = "neurons.safetensors"
 

@@ -9,8 +9,8 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agnostic_train.corpus import load_corpus
-from agnostic_train.encoding import Encoder
+from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.impact import unverified_impacts
 from agnostic_train.recipe import CorpusSection
 

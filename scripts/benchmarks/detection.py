@@ -21,11 +21,11 @@ from matplotlib import pyplot as plt
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from agnostic_train.decoder import find_decoder
+from agnostic_train.detection.top_counts import TopCounts
 from agnostic_train.impact import ImpactMeter, kernels
 from agnostic_train.impact.pruning import Work
-from agnostic_train.inference import left_as_found
-from agnostic_train.top_counts import TopCounts
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.inference import left_as_found
 from agnostic_train.versions import installed_version
 
 WITHOUT_SOFTMAX = ("gate", "up", "down", "v", "o")
@@ -153,8 +153,8 @@ def random_batches(model: PreTrainedModel, num_sentences: int, length: int, batc
 def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Batch]:
     """A batch of each language's train sentences."""
     # Imported late: random weights do without the packages that read recipes and text.
-    from agnostic_train.corpus import load_corpus
-    from agnostic_train.encoding import Encoder
+    from agnostic_train.corpus.encoding import Encoder
+    from agnostic_train.corpus.purposes import load_corpus
     from agnostic_train.recipe import CorpusSection
 
     section = CorpusSection(

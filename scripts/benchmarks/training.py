@@ -24,8 +24,8 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.versions import installed_version

@@ -17,10 +17,10 @@ from kernel_cases import (
 )
 from test_families import family_model
 
+from agnostic_train.detection.top_counts import TopCounts, in_top
 from agnostic_train.impact import ImpactMeter, kernels, unverified_impacts
 from agnostic_train.impact.pruning import num_top
-from agnostic_train.inference import left_as_found
-from agnostic_train.top_counts import TopCounts, in_top
+from agnostic_train.model.inference import left_as_found
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from agnostic_train import NeuronSet, NeuronTrainer, export_checkpoint
 from agnostic_train.choices import UPDATES
-from agnostic_train.equal_lora import equal_lora
+from agnostic_train.training.equal_lora import equal_lora
 from agnostic_train.training.guarded import GuardedTrainer
 
 pytestmark = [

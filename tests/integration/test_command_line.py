@@ -16,14 +16,16 @@ from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from agnostic_train import pipeline, stage_inputs
 from agnostic_train.cli import main
+from agnostic_train.export.frozen_weights import check_frozen_weights
+from agnostic_train.export.trained import Trained
 from agnostic_train.files import sole_user
-from agnostic_train.frozen_weights import check_frozen_weights
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline import run as pipeline_run
+from agnostic_train.pipeline import stage_inputs
+from agnostic_train.pipeline.stages import STAGE_HELP, STAGES
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.stages import STAGE_HELP, STAGES
-from agnostic_train.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +136,14 @@ def test_baselines(root, strategy):
 def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
     """Mixed precision makes it part of a cycle, and on a device two models may be one too many."""
     made, alive = weakref.WeakSet(), []
-    make, export = LlamaForCausalLM.__init__, pipeline._FUNCTIONS["export"]
+    make, export = LlamaForCausalLM.__init__, pipeline_run._FUNCTIONS["export"]
 
     def noted(self, *args, **keywords):
         make(self, *args, **keywords)
         made.add(self)
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
-    monkeypatch.setitem(pipeline._FUNCTIONS, "export", lambda context: alive.append(len(made)) or export(context))
+    monkeypatch.setitem(pipeline_run._FUNCTIONS, "export", lambda context: alive.append(len(made)) or export(context))
     gc.collect()
     gc.disable()
     try:
@@ -192,15 +194,16 @@ def test_killed_detection_goes_on_from_its_counts(root, tmp_path):
     killer = tmp_path / "killer.py"
     killer.write_text(
         "import os, signal, sys\n"
-        "from agnostic_train import cli, detection\n"
-        "detection.SECONDS_BETWEEN_CHECKPOINTS = 0\n"
-        "original, calls = detection.ImpactMeter.measure, []\n"
+        "from agnostic_train import cli\n"
+        "from agnostic_train.detection import detect\n"
+        "detect.SECONDS_BETWEEN_CHECKPOINTS = 0\n"
+        "original, calls = detect.ImpactMeter.measure, []\n"
         "def measure(self, batch):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 27:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, batch)\n"
-        "detection.ImpactMeter.measure = measure\n"
+        "detect.ImpactMeter.measure = measure\n"
         "sys.exit(cli.main())\n"
     )
     done = subprocess.run([sys.executable, str(killer), "detect", str(root / "recipe.yaml"), *flags], timeout=300)
@@ -219,7 +222,7 @@ def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agnostic_train.fitting.training_examples", interrupted)
+    monkeypatch.setattr("agnostic_train.pipeline.fitting.training_examples", interrupted)
     assert run(root, "train", "--training.learning_rate=5e-2") == 130
     monkeypatch.undo()
     assert run(root, "train", "--training.learning_rate=5e-2") == 0
@@ -476,7 +479,7 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
 
     for name in STAGE_HELP:
         function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
-        monkeypatch.setitem(pipeline._FUNCTIONS, name, function)
+        monkeypatch.setitem(pipeline_run._FUNCTIONS, name, function)
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
     lines = capsys.readouterr().err.splitlines()
@@ -486,8 +489,8 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
 
 def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monkeypatch):
     NeuronSet({(0, "up"): [1, 2]}).save(root / "mine.safetensors")
-    whole = pipeline.Pipeline(load_recipe(root / "recipe.yaml"))
-    monkeypatch.setattr("agnostic_train.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
+    whole = pipeline_run.Pipeline(load_recipe(root / "recipe.yaml"))
+    monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
     batches = whole.materials.batches("validation")
     assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400
     monkeypatch.undo()

@@ -14,9 +14,10 @@ from small_run import assert_mistake, root, run, template  # noqa: F401 (fixture
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.files import read_json
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.report import in_terminal
-from agnostic_train.trials import Trials
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.trials import Trials
+from agnostic_train.report.page import in_terminal
 
 SMALL = (
     "--comparison.strategies=shared+exclusive,random,lora,full", "--comparison.seeds=3,4",
@@ -216,7 +217,7 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
 
 
 def test_force_trains_again(root, monkeypatch):
-    from agnostic_train import fitting
+    from agnostic_train.pipeline import fitting
 
     read = []
     original = fitting.training_examples
@@ -233,7 +234,7 @@ def test_force_trains_again(root, monkeypatch):
 
 
 def test_the_pilot_reads_text_of_its_own(root, monkeypatch):
-    from agnostic_train import fitting
+    from agnostic_train.pipeline import fitting
 
     read = []
     original = fitting.training_examples

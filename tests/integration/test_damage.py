@@ -17,7 +17,7 @@ from small_training import CHOSEN, arguments, sentences
 from agnostic_train import NeuronTrainer
 from agnostic_train.choices import UPDATES
 from agnostic_train.files import UserError
-from agnostic_train.perplexity import NonFiniteLossError
+from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

@@ -20,7 +20,7 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.cli import main  # noqa: F401 - what the processes run
 from agnostic_train.files import UserError
-from agnostic_train.perplexity import NonFiniteLossError
+from agnostic_train.scores.perplexity import NonFiniteLossError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed (pip install deepspeed)"

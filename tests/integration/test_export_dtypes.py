@@ -9,10 +9,10 @@ from peft import PeftModel
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from agnostic_train.dry_run import make_plan
 from agnostic_train.files import read_json
+from agnostic_train.pipeline.dry_run import make_plan
+from agnostic_train.pipeline.stages import evaluate
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.stages import evaluate
 
 HALF = ["--model.dtype=bfloat16", "--export.dtype=float32"]
 
@@ -50,7 +50,7 @@ def test_kept_task_results_tell_dtypes_apart(root, monkeypatch):
         return {"tasks": {}}
 
     monkeypatch.setattr(evaluate, "evaluate_tasks", watched)
-    monkeypatch.setattr("agnostic_train.materials.Materials.task_suite", SimpleNamespace(names=[]))
+    monkeypatch.setattr("agnostic_train.pipeline.materials.Materials.task_suite", SimpleNamespace(names=[]))
     assert run(root, "evaluate", *HALF) == 0
     assert found["before"][1] == "bfloat16" and found["after"][1] == "float32"
 

@@ -6,13 +6,13 @@ import shutil
 import pytest
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 
-from agnostic_train import figures
 from agnostic_train.files import read_json
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.pipeline import Pipeline
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.run import Pipeline
+from agnostic_train.pipeline.stages import STAGES
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.stages import STAGES
+from agnostic_train.report import figures
 
 ALL = {*STAGES, "compare"}
 CHANGES = [

@@ -10,7 +10,7 @@ from killing import RENAMES, run_and_kill
 from small_run import RECIPE, write_inputs
 
 from agnostic_train.files import read_json
-from agnostic_train.pipeline import STAGES
+from agnostic_train.pipeline.run import STAGES
 
 TIMES = re.compile(rb'"(eval_)?\w*(runtime|per_second|seconds|total_flos)": [-\d.e+]+|\d{4}-\d\d-\d\d \d\d:\d\d UTC')
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
-from agnostic_train import detection
-from agnostic_train.detection import detect_neurons
-from agnostic_train.neurons import LanguageNeurons
-from agnostic_train.perplexity import perplexity
+from agnostic_train.detection import detect as detection
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.scores.perplexity import perplexity
 
 WORKER = """
 import sys
@@ -18,7 +18,7 @@ sys.path[:0] = [{tests!r}]
 import torch, torch.distributed as dist
 from conftest import tiny_llama
 from test_processes import corpora, detect
-from agnostic_train.perplexity import perplexity
+from agnostic_train.scores.perplexity import perplexity
 
 dist.init_process_group("gloo")
 model = tiny_llama()

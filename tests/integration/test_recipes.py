@@ -17,8 +17,8 @@ from small_run import RECIPE, write_inputs
 from transformers import AutoTokenizer
 
 from agnostic_train.cli import main
-from agnostic_train.dry_run import make_plan
-from agnostic_train.memory import GIB
+from agnostic_train.model.memory import GIB
+from agnostic_train.pipeline.dry_run import make_plan
 from agnostic_train.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -9,7 +9,7 @@ import wandb
 from small_run import root, run, template  # noqa: F401 (fixtures)
 
 from agnostic_train.files import read_json
-from agnostic_train.stages.evaluate import objectives
+from agnostic_train.pipeline.stages.evaluate import objectives
 
 
 @pytest.fixture

@@ -21,14 +21,14 @@ from kernel_cases import (
 from test_families import family_model
 from test_pruning import pruned_impacts
 
-from agnostic_train.decoder import find_decoder
+from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
 from agnostic_train.impact import interval_sieve, kernels, unverified_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.pruning import num_top
-from agnostic_train.self_check import verify_impacts
-from agnostic_train.top_counts import in_top
+from agnostic_train.model.decoder import find_decoder
 
 
 def small_llama():

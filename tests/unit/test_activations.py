@@ -7,13 +7,15 @@ import torch
 from conftest import padded_batch, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from agnostic_train import agnostic_score, random_moves
-from agnostic_train.activity import MEASURED, activation_ratio
-from agnostic_train.agnostic_score import language_agnostic_score
-from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons
+from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.files import UserError
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons import random_moves
+from agnostic_train.neurons.activity import MEASURED, activation_ratio
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores import agnostic_score
+from agnostic_train.scores.agnostic_score import language_agnostic_score
 
 
 def activations_by_definition(model, batches):
@@ -112,7 +114,7 @@ def a_set(model):
 
 
 def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama, monkeypatch):
-    monkeypatch.setattr("agnostic_train.random_moves.NUM_NEAREST", 3)
+    monkeypatch.setattr("agnostic_train.neurons.random_moves.NUM_NEAREST", 3)
     neurons = a_set(llama)
     generator = torch.Generator().manual_seed(3)
     activations = {
@@ -229,7 +231,7 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
     drawn = found.shared.random_like(1, llama, found.mean_activations)
     assert whole.ablation.num_neurons["matched 1 shared"] == len(drawn) == len(found.shared)
 
-    from agnostic_train import ablation
+    from agnostic_train.scores import ablation
 
     original, calls = ablation.perplexity, []
 
@@ -268,7 +270,7 @@ def nearest_free_by_definition(activation, members, generator):
 @pytest.mark.parametrize("num_levels", [1, 4, 10**6])
 def test_the_nearest_are_those_of_a_look_at_all(monkeypatch, num_nearest, num_levels):
     """The same draws from the same seed; with few levels there are many ties, which go to the lower index."""
-    monkeypatch.setattr("agnostic_train.random_moves.NUM_NEAREST", num_nearest)
+    monkeypatch.setattr("agnostic_train.neurons.random_moves.NUM_NEAREST", num_nearest)
     for seed, (size, count) in enumerate([(1, 1), (2, 1), (42, 6), (123, 61), (123, 62), (123, 123), (50, 0)]):
         generator = torch.Generator().manual_seed(seed)
         activation = torch.randint(num_levels, (size,), generator=generator) / num_levels

@@ -10,10 +10,10 @@ from test_families import family_model
 from test_tuner import adapted, some_neurons
 
 from agnostic_train import deactivate, detect_neurons, language_agnostic_score, neuron_impacts, perplexity
-from agnostic_train.decoder import find_decoder
-from agnostic_train.lape import firing_rates
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.self_check import verify_impacts
+from agnostic_train.detection.lape import firing_rates
+from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 BATCH = padded_batch([5, 11, 8])
 

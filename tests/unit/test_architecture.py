@@ -2,43 +2,58 @@
 
 import ast
 
-ORDER = [
-    "files", "choices", "versions", "peft_import", "recipe", "recipe_file", "sources", "encoding", "corpus", "decoder", "memory", "random_moves", "activity", "neurons", "deactivation", "processes", "inference",
-    "impact", "self_check", "lape", "top_counts", "detection", "stability", "perplexity", "bootstrap", "ablation", "agnostic_score", "emergence", "equal_lora", "strategy", "training",
-    "trained", "frozen_weights", "export", "comparison", "tuning", "evaluation", "paired_comparison", "task_loading", "task_evaluation", "tables", "figures", "report", "model_card",
-    "loading", "quickstart", "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "pipeline", "dry_run", "cli", "__main__",
-]  # fmt: skip
-ORDER_OF_TRAINING = ["chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"]
-ORDER_OF_STAGES = ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"]
-ORDER_OF_COMPACT = ["peft_type", "config", "product", "layer", "model"]
-WITHIN = {"training": ORDER_OF_TRAINING, "stages": ORDER_OF_STAGES}
+ORDER = {
+    "": [
+        "files", "choices", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
+        "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
+        "pipeline", "cli", "__main__",
+    ],
+    "corpus": ["sources", "streaming", "encoding", "purposes", "judging"],
+    "model": ["decoder", "memory", "inference", "loading"],
+    "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
+    "impact": [
+        "activations", "feed_forward", "rms_norm", "kernels", "pruning", "attention", "intervals", "bounds", "layout",
+        "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+    ],
+    "detection": ["self_check", "lape", "top_counts", "detect", "stability"],
+    "scores": ["perplexity", "bootstrap", "ablation", "agnostic_score", "emergence"],
+    "training": ["equal_lora", "strategy", "chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
+    "training.compact": ["peft_type", "config", "product", "layer", "model"],
+    "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
+    "evaluation": ["comparison", "tuning", "languages", "paired_comparison", "task_loading", "task_evaluation"],
+    "report": ["tables", "figures", "page"],
+    "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
+    "pipeline": [
+        "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "run",
+        "dry_run",
+    ],
+    "pipeline.stages": ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"],
+}  # fmt: skip
+"""Of each package, its modules and packages, by its name below `agnostic_train`."""
 
 
 def imported(file):
     """Names below `agnostic_train` that a file imports, as tuples."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (tuple(name.split(".")[1:]) for name in names if name.startswith("agnostic_train."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("agnostic_train"):
+            yield from ((*node.module.split(".")[1:], alias.name) for alias in node.names)
 
 
 def test_imports_run_one_way(pytestconfig):
-    package = pytestconfig.rootpath / "agnostic_train"
-    seen = set()
-    for file in package.rglob("*.py"):
-        parts = file.relative_to(package).with_suffix("").parts
-        if parts == ("__init__",):
+    root = pytestconfig.rootpath / "agnostic_train"
+    seen = {package: set() for package in ORDER}
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).with_suffix("").parts
+        if own[-1] == "__init__":
             continue
-        seen.add(parts[0])
+        for depth, name in enumerate(own):
+            seen.setdefault(".".join(own[:depth]), set()).add(name)
         for other in imported(file):
-            if other[0] != parts[0]:
-                assert ORDER.index(other[0]) < ORDER.index(parts[0]), f"{file} imports {other[0]}"
-            elif parts[0] in WITHIN and other[1] != parts[1]:
-                order = WITHIN[parts[0]]
-                assert order.index(other[1]) < order.index(parts[1]), f"{file} imports {other}"
-            elif "compact" in parts and parts[-1] != "__init__":
-                assert ORDER_OF_COMPACT.index(other[2]) < ORDER_OF_COMPACT.index(parts[2]), f"{file} imports {other}"
-    assert seen == set(ORDER)
+            depth = next(depth for depth, name in enumerate(own) if other[depth] != name)
+            order = ORDER.get(".".join(own[:depth]), [])
+            if other[depth] in order:  # else a name that the package's `__init__` defines
+                assert order.index(other[depth]) < order.index(own[depth]), f"{file} imports {'.'.join(other)}"
+    assert {package: seen[package] for package in ORDER} == {package: set(names) for package, names in ORDER.items()}
 
 
 def test_nothing_is_read_or_written_that_could_run_code(pytestconfig):

@@ -6,11 +6,11 @@ from conftest import padded_batch, tiny_llama
 from small_training import arguments, assert_only_chosen_moved, plain_weights, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.strategy import BASELINES, Strategy
+from agnostic_train.model.decoder import find_decoder
 from agnostic_train.training import callbacks
 from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.strategy import BASELINES, Strategy
 from agnostic_train.training.trainer import NeuronTrainer
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from agnostic_train import batches_of, detect_neurons, perplexity
-from agnostic_train.corpus import held_out_text, load_corpus, training_examples
-from agnostic_train.encoding import Encoder
+from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.judging import held_out_text
+from agnostic_train.corpus.purposes import load_corpus, training_examples
 from agnostic_train.files import UserError
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.recipe import CorpusSection
@@ -138,7 +140,7 @@ def test_add_bos(tokenizer, add_bos, begins):
 
 
 def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
-    from agnostic_train import encoding
+    from agnostic_train.corpus import encoding
 
     encoding.logger.addHandler(caplog.handler)
     encoder = Encoder.of(tokenizer, section(max_length=6), config())
@@ -281,6 +283,17 @@ def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
     assert by_files.texts == corpus.texts
 
 
+def test_only_languages_that_train_stream_training_text_and_take_what_there_is(hub, tmp_path):
+    keep = tmp_path / ".corpus"
+    whole = load_corpus(streamed(hub, training_sentences=500), keep=keep)
+    assert [len(text.training) for text in whole.texts.values()] == [60, 60]
+    corpus = load_corpus(streamed(hub, training_sentences=500), keep=keep, trained=["sw"])
+    assert corpus.texts["sw"] == whole.texts["sw"]
+    assert corpus.texts["en"] == replace(whole.texts["en"], training=[])
+    shutil.rmtree(hub)
+    assert load_corpus(streamed(hub, training_sentences=500), keep=keep, trained=["sw"]) == corpus
+
+
 def test_what_was_streamed_is_kept(hub, tmp_path):
     """It is read without the dataset; for another choice of text it is streamed anew."""
     keep = tmp_path / "out/.corpus"
@@ -304,7 +317,7 @@ def test_what_was_streamed_is_kept(hub, tmp_path):
         ({"dataset": "/nowhere/at/all"}, r"corpus\.dataset: can't stream /nowhere"),
         ({"text_column": "content"}, "no column 'content'; corpus.text_column is one of text"),
         ({"training_sentences": None}, r"corpus\.training_sentences: a streamed dataset has no end"),
-        ({"training_sentences": 500}, r"corpus\.training_sentences: 500 asked for, .* has only"),
+        ({"detection_sentences": 500}, r"corpus\.detection_sentences: 500 asked for, .* has only 70 more of 'sw'"),
         ({"data_files": "{lang}/none.jsonl", "config_pattern": None}, "can't stream"),
     ],
 )

@@ -8,14 +8,14 @@ from conftest import padded_batch, tiny_llama
 from test_families import family_model
 from transformers import AutoModelForCausalLM
 
-from agnostic_train import detection
-from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons, neuron_impacts
+from agnostic_train.detection import detect
+from agnostic_train.detection.detect import detect_neurons, neuron_impacts
+from agnostic_train.detection.top_counts import TopCounts, in_top
 from agnostic_train.files import UserError
 from agnostic_train.impact import unverified_impacts
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.perplexity import perplexity
-from agnostic_train.top_counts import TopCounts, in_top
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores.perplexity import perplexity
 
 
 def brute_force_top(row, count):
@@ -182,7 +182,7 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
     languages = iter([[0], [1], []])
     found = []
 
-    class Meter(detection.ImpactMeter):
+    class Meter(detect.ImpactMeter):
         def __enter__(self):
             self.layers = next(languages)
             return super().__enter__()
@@ -191,7 +191,7 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
         def unpruned(self):
             return [self.decoder.layers[index] for index in self.layers]
 
-    monkeypatch.setattr(detection, "ImpactMeter", Meter)
-    monkeypatch.setattr(detection.logger, "warning", found.append)
+    monkeypatch.setattr(detect, "ImpactMeter", Meter)
+    monkeypatch.setattr(detect.logger, "warning", found.append)
     detect_neurons(llama, {name: [padded_batch([5, 8])] for name in "abc"}, verify=False, progress=False)
     assert len(found) == 1 and "2 of 2 layers" in found[0]

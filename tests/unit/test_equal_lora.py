@@ -7,10 +7,11 @@ from peft.tuners.lora import LoraLayer
 from small_training import CHOSEN, may_learn, plain_weights
 from test_families import family_model
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.equal_lora import SCALING, equal_lora, num_weights
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.strategy import Strategy
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.training.equal_lora import SCALING, equal_lora, num_weights
+from agnostic_train.training.strategy import Strategy
 
 
 def test_weights_are_counted(llama):

@@ -17,13 +17,13 @@ from test_families import family_model
 from test_tuner import adapted, fill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.export import export_checkpoint
+from agnostic_train.export.checkpoint import export_checkpoint
+from agnostic_train.export.frozen_weights import check_frozen_weights
+from agnostic_train.export.trained import Trained
 from agnostic_train.files import UserError
-from agnostic_train.frozen_weights import check_frozen_weights
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
-from agnostic_train.trained import Trained
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import Delta
 

@@ -6,12 +6,12 @@ import transformers
 from conftest import padded_batch
 from test_impact import brute_force, sentences_of
 
-from agnostic_train.decoder import PROJECTIONS, find_decoder
-from agnostic_train.frozen_weights import check_frozen_weights
+from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.export.frozen_weights import check_frozen_weights
+from agnostic_train.export.trained import Trained
 from agnostic_train.impact import unverified_impacts
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.self_check import verify_impacts
-from agnostic_train.trained import Trained
+from agnostic_train.model.decoder import PROJECTIONS, find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.mask import GradientMask
 
 LENGTHS = [1, 5, 11]

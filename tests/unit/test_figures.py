@@ -6,8 +6,8 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from agnostic_train import figures
-from agnostic_train.figures import write_figures
+from agnostic_train.report import figures
+from agnostic_train.report.figures import write_figures
 
 
 class Font:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from agnostic_train.inference import left_as_found
+from agnostic_train.model.inference import left_as_found
 
 SETTINGS = {
     "default": "",
@@ -17,7 +17,7 @@ SETTINGS = {
 }
 PROGRAM = """
 import torch
-from agnostic_train.inference import full_precision
+from agnostic_train.model.inference import full_precision
 
 def read(function):
     try:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from agnostic_train.corpus import held_out_text, load_corpus, parallel_text
+from agnostic_train.corpus.judging import held_out_text, parallel_text
+from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.files import UserError
 from agnostic_train.recipe import CorpusSection
 

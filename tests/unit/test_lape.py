@@ -7,10 +7,10 @@ import torch
 from conftest import padded_batch, tiny_llama
 from test_families import family_model
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.detection.lape import firing_rates, specific_neurons
 from agnostic_train.files import UserError
-from agnostic_train.lape import firing_rates, specific_neurons
+from agnostic_train.model.decoder import find_decoder
 
 
 def brute_force(rates, ratio):

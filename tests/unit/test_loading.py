@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from agnostic_train.loading import find_accelerator, load_model
+from agnostic_train.model.loading import find_accelerator, load_model
 from agnostic_train.recipe import ModelSection
 
 

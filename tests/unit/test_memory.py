@@ -6,9 +6,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from agnostic_train import NeuronConfig
-from agnostic_train.decoder import find_decoder
-from agnostic_train.memory import Layout
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.memory import Layout
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 SENTENCES, LENGTH = 2, 96
 

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard
 
-from agnostic_train.model_card import model_card
+from agnostic_train.export.model_card import model_card
 from agnostic_train.recipe import CorpusSection, ModelSection, Recipe, TrainingSection
 
 

@@ -9,10 +9,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from agnostic_train.decoder import PROJECTIONS, find_decoder
+from agnostic_train.detection.top_counts import TopCounts
 from agnostic_train.files import UserError
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.top_counts import TopCounts
+from agnostic_train.model.decoder import PROJECTIONS, find_decoder
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 MODEL = tiny_llama()
 SIZES = find_decoder(MODEL).sizes

@@ -10,11 +10,12 @@ from conftest import tiny_llama
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from agnostic_train.deactivation import deactivate
-from agnostic_train.decoder import Rotation, find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.perplexity import Perplexity
+from agnostic_train.model.decoder import Rotation, find_decoder
+from agnostic_train.neurons.deactivation import deactivate
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores.perplexity import Perplexity
 from agnostic_train.training.compact import NeuronConfig, adapter_neurons
 
 A = NeuronSet({(0, "q"): [5, 1, 1], (1, "down"): [7]})
@@ -207,11 +208,8 @@ def test_iterating_gives_the_sites():
 
 def test_what_makes_no_set_is_named():
     for value, message in (
-        ([(0, "q")], r"expected a NeuronSet or \{\(layer, projection\): indices\}, got list"),
-        (
-            LanguageNeurons.from_related({"a": NeuronSet()}),
-            "got LanguageNeurons; give one of its sets, such as .shared",
-        ),
+        ([(0, "q")], r"or \{\(layer, projection\): indices\}, got list"),
+        (LanguageNeurons.from_related({"a": NeuronSet()}), r"a NeuronSet, such as \.shared .*, got LanguageNeurons"),
     ):
         with pytest.raises(TypeError, match=message):
             NeuronSet.of(value)

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from agnostic_train.paired_comparison import compare_scores, mcnemar_p_value
+from agnostic_train.evaluation.paired_comparison import compare_scores, mcnemar_p_value
 
 
 def test_counts_and_difference():

@@ -8,14 +8,14 @@ from conftest import padded_batch, tiny_llama
 from test_families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, unverified_impacts
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.pruning import num_top
-from agnostic_train.inference import left_as_found
-from agnostic_train.top_counts import in_top
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.inference import left_as_found
 
 TRAINED = Path(__file__).parents[3] / "shared/models/small-multilingual"
 LENGTHS = [1, 42, 23, 6]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 RAW = {
     "shared_neurons": (896, 896, 8193, 8193, 1442, 1442),

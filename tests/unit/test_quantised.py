@@ -7,8 +7,8 @@ from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agnostic_train import NeuronTrainer, UserError, deactivate, detect_neurons, export_checkpoint, perplexity
-from agnostic_train.decoder import find_decoder
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
 

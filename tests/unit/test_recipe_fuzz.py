@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from agnostic_train.cli import main
 from agnostic_train.files import UserError
+from agnostic_train.pipeline.settings import check_inputs, training_arguments
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.settings import check_inputs, training_arguments
 
 BASE = "model: {name: m}\ncorpus: {path: text, languages: [en, sw]}\ntraining: {languages: [sw]}\noutput_dir: out\n"
 ALIASES = ", ".join(f"a{i}: &a{i} [{', '.join(['x' if i == 0 else f'*a{i - 1}'] * 10)}]" for i in range(9))

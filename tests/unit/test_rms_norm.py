@@ -8,11 +8,11 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from agnostic_train.decoder import find_decoder
-from agnostic_train.detection import detect_neurons
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.impact import query_key, unverified_impacts
 from agnostic_train.impact.rms_norm import growth_without, rms_eps
-from agnostic_train.self_check import verify_impacts
+from agnostic_train.model.decoder import find_decoder
 
 NORMS = {
     "Qwen 3": Qwen3RMSNorm(6, eps=1e-5),

@@ -10,17 +10,18 @@ import torch
 from accelerate import cpu_offload
 from conftest import padded_batch, tiny_llama
 
-from agnostic_train import ablation, agnostic_score
-from agnostic_train.ablation import Ablation
-from agnostic_train.agnostic_score import AgnosticScore, language_agnostic_score, language_score
-from agnostic_train.deactivation import deactivate
-from agnostic_train.decoder import find_decoder
+from agnostic_train.detection.lape import firing_rates
 from agnostic_train.files import UserError, write_json
-from agnostic_train.lape import firing_rates
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.perplexity import NonFiniteLossError, Perplexity, perplexity
-from agnostic_train.strategy import Strategy
-from agnostic_train.tables import score_table
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.deactivation import deactivate
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.report.tables import score_table
+from agnostic_train.scores import ablation, agnostic_score
+from agnostic_train.scores.ablation import Ablation
+from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score, language_score
+from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
+from agnostic_train.training.strategy import Strategy
 
 EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})
 

@@ -9,11 +9,12 @@ import transformers
 from conftest import padded_batch, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from agnostic_train import detect_neurons, detection, neuron_impacts, self_check
-from agnostic_train.decoder import PROJECTIONS
+from agnostic_train import detect_neurons, neuron_impacts
+from agnostic_train.detection import detect, self_check
+from agnostic_train.detection.self_check import ImpactMismatchError, comparison_table, verify_impacts
 from agnostic_train.files import UserError
 from agnostic_train.impact import attention, hooks, query_key
-from agnostic_train.self_check import ImpactMismatchError, comparison_table, verify_impacts
+from agnostic_train.model.decoder import PROJECTIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,13 +142,13 @@ def test_impacts_of_a_family_that_computes_something_else_are_refused(family):
 
 def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
     checked = []
-    original = detection.verify_impacts
+    original = detect.verify_impacts
 
     def watched(*args, **keywords):
         checked.append(keywords["projections"])
         return original(*args, **keywords)
 
-    monkeypatch.setattr(detection, "verify_impacts", watched)
+    monkeypatch.setattr(detect, "verify_impacts", watched)
     batch = padded_batch([7, 12])
     neuron_impacts(llama, batch, ["up", "v"])
     neuron_impacts(llama, batch, ["v"])

@@ -2,8 +2,9 @@
 
 import pytest
 
-from agnostic_train.neurons import LanguageNeurons, NeuronSet
-from agnostic_train.stability import detection_stability, jaccard
+from agnostic_train.detection.stability import detection_stability, jaccard
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 
 def test_jaccard_per_projection():

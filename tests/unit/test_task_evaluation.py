@@ -12,11 +12,11 @@ import torch
 from conftest import tiny_llama
 from peft import get_peft_model
 
+from agnostic_train.evaluation.task_evaluation import TaskSuite, compare_tasks, evaluate_tasks
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.phrasebook import phrasebook
 from agnostic_train.quickstart.tiny_model import build_tokenizer
-from agnostic_train.task_evaluation import TaskSuite, compare_tasks, evaluate_tasks
 from agnostic_train.training.compact import NeuronConfig
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval isn't installed")

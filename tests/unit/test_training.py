@@ -10,9 +10,9 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_lear
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from agnostic_train.choices import UPDATES
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 
 BATCH = padded_batch([5, 9])

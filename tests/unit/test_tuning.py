@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from agnostic_train.tuning import default_rates, num_trainings, tune
+from agnostic_train.evaluation.tuning import default_rates, num_trainings, tune
 
 
 def around(best, diverges_above=math.inf):

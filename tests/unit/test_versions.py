@@ -14,7 +14,7 @@ def version(name):
     return original(name)
 metadata.version = version
 import agnostic_train
-from agnostic_train.manifest import package_versions
+from agnostic_train.pipeline.manifest import package_versions
 print(agnostic_train.__version__, package_versions()["agnostic_train"], package_versions()["torch"])
 """
 

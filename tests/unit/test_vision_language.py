@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from agnostic_train import NeuronTrainer, export_checkpoint
 from agnostic_train.choices import UPDATES
-from agnostic_train.decoder import find_decoder
-from agnostic_train.neurons import NeuronSet
-from agnostic_train.self_check import verify_impacts
+from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "k"): [3], (1, "o"): [5, 41], (0, "up"): [2, 52], (1, "down"): [0, 7]})
 

@@ -6,9 +6,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from agnostic_train.decoder import find_decoder
 from agnostic_train.files import UserError
-from agnostic_train.neurons import NeuronSet
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries
 from agnostic_train.training.compact.config import NeuronConfig
 from agnostic_train.training.compact.layer import NeuronLinear

@@ -1,0 +1,1 @@
+"""Text in several languages, from files or the hub, as sentences and as padded batches."""

@@ -1,0 +1,110 @@
+"""Text that only judges: test sentences of every language that is measured, and aligned lines."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from agnostic_train.corpus.purposes import Corpus
+from agnostic_train.corpus.sources import find_file, local_sentences, read_text
+from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
+from agnostic_train.files import UserError, hash_file
+from agnostic_train.recipe import CorpusSection, EvaluationSection
+
+
+def held_out_text(
+    section: CorpusSection, language: str, path: str | Path | None = None, keep: Path | None = None
+) -> tuple[list[str], dict]:
+    """The test sentences of a language that serves no other purpose, and the SHA-256 of each file they came from.
+
+    Local text needs `{lang}.valid` or `{lang}.test`; a hub's dataset is streamed, as by `load_corpus`.
+
+    Raises:
+        UserError: neither file is there, or fewer sentences than asked for.
+    """
+    count = section.test_sentences
+    if path is None:
+        count = count or STREAMED_DEFAULT
+        sentences, hashes, source = streamed_test(section, language, count, keep), {}, str(section.dataset)
+    else:
+        files = {split: find_file(Path(path), language, split) for split in ("test", "valid")}
+        file = files["test"] or files["valid"]
+        if file is None:
+            missing = Path(path) / f"{language}.test.txt"
+            raise UserError(f"evaluation.languages: {language!r} has no file {missing}, nor .valid; add one")
+        sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
+        # The same half as for a language that is detected: it may become one.
+        sentences = sentences if files["test"] else sentences[1::2]
+    if count is not None and len(sentences) < count:
+        raise UserError(f"corpus.test_sentences: {count} asked for, {source} has {len(sentences)} of {language!r}")
+    return sentences[:count], hashes
+
+
+def judging_text(
+    corpus: Corpus,
+    section: CorpusSection,
+    evaluation: EvaluationSection,
+    path: str | Path | None = None,
+    keep: Path | None = None,
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    """The text that only judges, per kind (`test`, `parallel`) and language, and the SHA-256 of files read for it.
+
+    Args:
+        path, keep: as for `load_corpus`.
+
+    Raises:
+        UserError: as `held_out_text` and `parallel_text`.
+    """
+    texts = {"test": {language: text.test for language, text in corpus.texts.items()}}
+    hashes: dict[str, str] = {}
+    for language in evaluation.languages:
+        texts["test"][language], found = held_out_text(section, language, path, keep)
+        hashes |= found
+    if evaluation.parallel is not None:
+        languages = [*section.languages, *evaluation.languages]
+        texts["parallel"] = parallel_text(
+            evaluation.parallel, corpus, languages, evaluation.parallel_sentences, section.seed
+        )
+        hashes |= {f"parallel/{it}.txt": hash_file(Path(evaluation.parallel) / f"{it}.txt") for it in texts["parallel"]}
+    return texts, hashes
+
+
+def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], count: int | None, seed: int) -> dict:
+    """Aligned lines of `{lang}.txt`, for those of the languages that have a file: `{language: [line, ...]}`.
+
+    Args:
+        corpus: no line may stand in its detection, training or validation text.
+        count: draw so many lines, the same in every language; all by default.
+
+    Raises:
+        UserError: no folder, no file, lines that aren't aligned, or a line that something was chosen or trained by.
+    """
+    key, folder = "evaluation.parallel", Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder} isn't a folder")
+    files = {language: file for language in languages if (file := folder / f"{language}.txt").exists()}
+    if not files:
+        raise UserError(f"{key}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt")
+    lines = {language: [it.strip() for it in read_text(file).split("\n")] for language, file in files.items()}
+    for language, its in lines.items():
+        while its and not its[-1]:
+            its.pop()
+        first = next(iter(lines))
+        if len(its) != len(lines[first]):
+            raise UserError(
+                f"{key}: {files[language]} has {len(its)} lines, {files[first].name} {len(lines[first])}; aligned "
+                "text has as many in every language"
+            )
+    kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
+    if count is not None:
+        if len(kept) < count:
+            raise UserError(f"{key}_sentences: {count} asked for, {folder} has {len(kept)}")
+        kept = sorted(random.Random(seed).sample(kept, count))
+    for language, text in corpus.texts.items():
+        seen = {line for line in (*text.detection, *text.training, *text.validation)}
+        repeated = [lines[language][index] for index in kept if language in lines and lines[language][index] in seen]
+        if repeated:
+            raise UserError(
+                f"{key}: {len(repeated)} lines of {files[language]} stand in the train or valid text, such as "
+                f"{repeated[0][:60]!r}; take them out of one"
+            )
+    return {language: [its[index] for index in kept] for language, its in lines.items()}

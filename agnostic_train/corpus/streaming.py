@@ -1,0 +1,104 @@
+"""Text streamed from a dataset of the hub, and kept: later commands do without a network, and read the same."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from agnostic_train.corpus.sources import hub_documents, split_documents
+from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.recipe import CorpusSection
+
+STREAMED_DEFAULT = 1000
+"""Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
+
+_NOT_OF_THE_TEXT = ("path", "languages", "max_length", "add_bos", "batch_size")
+"""Keys of the section on which the sentences of a streamed language don't depend."""
+
+
+def wanted_sentences(section: CorpusSection, with_training: bool) -> dict[str, int]:
+    """How many sentences of a language are streamed for each purpose.
+
+    Raises:
+        UserError: the recipe doesn't say how many to train on.
+    """
+    if section.training_sentences is None:
+        raise UserError("corpus.training_sentences: a streamed dataset has no end; say how many to train on")
+    return {
+        "test": section.test_sentences or STREAMED_DEFAULT,
+        "validation": section.validation_sentences or STREAMED_DEFAULT,
+        "detection": section.detection_sentences,
+        "training": section.training_sentences if with_training else 0,
+    }
+
+
+def streamed_by_purpose(
+    section: CorpusSection, language: str, with_training: bool, keep: Path | None, progress: bool
+) -> dict[str, list[str]]:
+    """Fills one purpose after the other from whole documents, so that no document serves two.
+
+    Training comes last, and may get less than it was to have.
+
+    Raises:
+        UserError: no such dataset, or too little text for another purpose.
+    """
+    wanted = wanted_sentences(section, with_training)
+    return _kept(
+        keep,
+        section,
+        f"corpus-{language}",
+        lambda: _fill(section, language, wanted, progress),
+        training_sentences=wanted["training"],
+    )
+
+
+def streamed_test(section: CorpusSection, language: str, count: int, keep: Path | None) -> list[str]:
+    """The first `count` sentences of a language, or as many as there are; see `streamed_by_purpose`."""
+
+    def read() -> dict[str, list[str]]:
+        documents = split_documents(hub_documents(section, language), section.split_sentences)
+        return {"test": list(islice(_unseen(documents, set()), count))}
+
+    return _kept(keep, section, f"held-out-{language}", read)["test"]
+
+
+def _kept(
+    folder: Path | None, section: CorpusSection, name: str, read: Callable[[], dict[str, list[str]]], **changes: int
+) -> dict[str, list[str]]:
+    """Sentences by purpose, from a file of the folder or from `read`, which fills it."""
+    if folder is None:
+        return read()
+    own = {key: value for key, value in asdict(section).items() if key not in _NOT_OF_THE_TEXT} | changes
+    file = folder / f"{name}-{fingerprint(own)[:16]}.json"
+    if not file.exists():
+        write_json(file, read())
+    return read_json(file)
+
+
+def _fill(section: CorpusSection, language: str, wanted: dict[str, int], progress: bool) -> dict[str, list[str]]:
+    documents = hub_documents(section, language)
+    seen: set[str] = set()
+    taken: dict[str, list[str]] = {}
+    with tqdm(total=sum(wanted.values()), desc=f"read {language}", disable=not progress, leave=False) as bar:
+        for purpose, count in wanted.items():
+            taken[purpose] = []
+            while len(taken[purpose]) < count and (document := next(documents, None)) is not None:
+                new = _unseen(split_documents([document], section.split_sentences), seen)
+                found = list(islice(new, count - len(taken[purpose])))
+                taken[purpose] += found
+                bar.update(len(found))
+            if len(taken[purpose]) < count and purpose != "training":
+                raise UserError(
+                    f"corpus.{purpose}_sentences: {count} asked for, {section.dataset} has only "
+                    f"{len(taken[purpose])} more of {language!r}"
+                )
+    return taken
+
+
+def _unseen(sentences: Iterator[str], seen: set[str]) -> Iterator[str]:
+    for sentence in sentences:
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence

@@ -1,0 +1,262 @@
+"""Impacts that have passed the self-check, and from them each language's related neurons.
+
+Detection is streamed: per batch only counts leave the hooks.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from agnostic_train.choices import Attention, Exclusive, check_choice
+from agnostic_train.detection.lape import firing_rates, specific_neurons
+from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.detection.top_counts import TopCounts
+from agnostic_train.files import UserError
+from agnostic_train.impact.activations import ActivationMeter
+from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
+from agnostic_train.impact.pruning import Work
+from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
+from agnostic_train.model.inference import Batch, find_device, left_as_found
+from agnostic_train.neurons.activity import Activations
+from agnostic_train.neurons.language_neurons import LanguageNeurons, check_min_languages
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
+
+METHODS = ("impact", "lape")
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+logger = logging.get_logger(__name__)
+
+
+_verified: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Projections of a model whose impacts were once compared with real deactivation."""
+
+
+def neuron_impacts(
+    model: nn.Module,
+    batch: Batch,
+    projections: Sequence[str] | None = None,
+    attention: Attention = "exact",
+    *,
+    verify: bool = True,
+) -> dict[Site, Tensor]:
+    """Impact of every neuron of every site on its own layer's output, per sentence.
+
+    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating
+    the neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
+    `gate up down` (Chen et al. 2025, Appendix A).
+
+    Args:
+        model: a Hugging Face causal language model; left as found (mode, gradients, random states).
+        batch: `input_ids` and `attention_mask`, (sentences, length), padded on either side. An optional
+            `special_tokens_mask` (1 at special tokens) leaves those tokens out of the norms.
+        projections: some of `q k v o gate up down`; all by default.
+        attention: `exact` equals real deactivation; `paper` is Eq. 11 on the rotated queries and keys.
+        verify: the first time that a model is measured, compare a few of its neurons with real deactivation, see
+            `verify_impacts`.
+
+    Returns: (layer, projection) -> float32 (sentences, neurons), on the model's device.
+
+    Raises:
+        UserError: a model whose projections can't be found, or whose attention can't be followed.
+        ImpactMismatchError: impacts that don't equal real deactivation.
+        ValueError: an unknown projection or attention mode, or a batch of wrong shapes or tokens.
+    """
+    projections = check_projections(projections, model)
+    check_choice("attention", attention, Attention)
+    unverified = {*projections} - _verified.get(model, set())
+    if verify and unverified:
+        verify_impacts(model, batch, pruning=False, projections=projections)
+        _verified[model] = _verified.get(model, set()) | unverified
+    return unverified_impacts(model, batch, projections, attention)
+
+
+def detect_neurons(
+    model: nn.Module,
+    corpora: Mapping[str, Iterable[Batch]],
+    top_ratio: float = 0.05,
+    consistency: float = 1.0,
+    attention: Attention = "exact",
+    exclusive: Exclusive = "complement",
+    *,
+    min_languages: int | None = None,
+    method: str = "impact",
+    lape_ratio: float = 0.01,
+    projections: Sequence[str] = PROJECTIONS,
+    memory_gb: float = DEFAULT_MEMORY_GB,
+    activations: bool = True,
+    pruning: bool = True,
+    verify: bool = True,
+    progress: bool = True,
+    resume_dir: str | Path | None = None,
+) -> LanguageNeurons:
+    """Finds the neurons that matter whenever a language is processed (Chen et al. 2025, section 2 and Appendix A).
+
+    A neuron is related to a language when it is among the top `max(1, floor(top_ratio * size))` of its site in at
+    least `consistency` of the language's sentences. An impact of zero never counts; ties go to the lower index.
+
+    Args:
+        model: a Hugging Face causal language model, on any device; left as found.
+        corpora: per language an iterable of batches with `input_ids` and `attention_mask`, (sentences, length).
+        top_ratio: part of a site's neurons that count as top in a sentence, in (0, 1].
+        consistency: part of the sentences, in (0, 1].
+        attention: `exact` or `paper`, see `neuron_impacts`.
+        exclusive: `complement` (related minus shared) or `unique` (related to no other language).
+        min_languages: shared means related to at least this many languages; all by default.
+        method: `impact`, or `lape` for language activation probability entropy (Tang et al. 2024): feed-forward units
+            alone, by their firing rates over all languages. `lape` knows neither `top_ratio` nor `consistency`.
+        lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
+        projections: the projections that `impact` looks at.
+        memory_gb: bound on the temporaries of the q and k impacts, in GiB.
+        activations: also measure each neuron's mean absolute activation in each language, which `random_like` can match;
+            `impact` alone.
+        pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
+            fraction of the work. Layers that it doesn't cover (soft caps on a CPU) are done in full.
+        verify: compare a few scores with real deactivation first, see `verify_impacts`.
+        progress: show a progress bar per language.
+        resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there
+            goes on from them, to identical sets; use another folder for other settings, text or weights.
+            `lape`, which costs no more than a forward pass, starts anew.
+
+    Several processes share the batches and add up their counts: each gets the whole of `corpora`.
+
+    Raises:
+        ValueError: an option out of range, or a batch of wrong shapes or tokens.
+        UserError: a model that isn't supported or computes NaN, or a language without a sentence.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} isn't one of {', '.join(METHODS)}")
+    for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+    if not corpora:
+        raise UserError("corpus.languages: no language to detect the neurons of")
+    check_min_languages(min_languages, len(corpora))
+    check_choice("attention", attention, Attention)
+    check_choice("exclusive", exclusive, Exclusive)
+    projections = check_projections(projections, model)
+    sizes = find_decoder(model).sizes
+    if method == "lape":
+        return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
+    related: dict[str, NeuronSet] = {}
+    num_sentences: dict[str, int] = {}
+    mean_activations: dict[str, Activations] = {}
+    work = {"q": Work(), "k": Work()}
+    unpruned: set[int] = set()
+    with left_as_found(model):
+        for language, batches in corpora.items():
+            batches = iter(batches)
+            first = next(batches, None)
+            if first is None:
+                raise UserError(f"corpus.languages: {language!r} has no sentence")
+            if verify and not related:
+                verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
+            file = None
+            if resume_dir is not None:
+                file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
+            with ExitStack() as stack:
+                meter = stack.enter_context(
+                    ImpactMeter(model, projections, attention, memory_gb, top_ratio if pruning else None)
+                )
+                active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
+                share = own_share(chain([first], batches))
+                counts = _count_top(meter, active, share, top_ratio, language, progress, file)
+            work = {name: work[name] + done for name, done in meter.work.items()}
+            unpruned.update(layer.index for layer in meter.unpruned)
+            counts.sum_over_processes(sizes, find_device(model))
+            related[language] = counts.consistent(consistency, sizes)
+            num_sentences[language] = counts.num_sentences
+            if activations:
+                mean_activations[language] = counts.mean_activations()
+    settings = {
+        "method": "impact",
+        "attention": attention,
+        "top_ratio": top_ratio,
+        "consistency": consistency,
+        "projections": list(projections),
+        "num_sentences": num_sentences,
+        "verified": verify,
+    }
+    found = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    if activations:
+        found.activations = mean_activations
+    if pruning:
+        if unpruned:
+            logger.warning(
+                f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, normalise "
+                "queries or keys by something else than their mean square, or have heads of which one entry is nearly all; "
+                "pruning doesn't cover that, all their neurons were computed"
+            )
+        found.exact_share = _exact_share(work, find_device(model))
+    return found
+
+
+def _exact_share(work: Mapping[str, Work], device: torch.device) -> dict[str, float]:
+    shares = {}
+    for name, it in work.items():
+        computed, available = sum_over_processes(torch.tensor([it.neurons, it.all_neurons], device=device)).tolist()
+        if available:
+            shares[name] = computed / available
+    return shares
+
+
+def _detect_by_lape(
+    model: nn.Module,
+    corpora: Mapping[str, Iterable[Batch]],
+    ratio: float,
+    exclusive: Exclusive,
+    min_languages: int | None,
+    sizes: Mapping[Site, int],
+    progress: bool,
+) -> LanguageNeurons:
+    with left_as_found(model):
+        found = {language: firing_rates(model, batches, language, progress) for language, batches in corpora.items()}
+    for language, rates in found.items():
+        if not rates.num_sentences:
+            raise UserError(f"corpus.languages: {language!r} has no sentence")
+    related = specific_neurons({language: it.rates for language, it in found.items()}, ratio, dict(sizes))
+    settings = {
+        "method": "lape",
+        "lape_ratio": ratio,
+        "num_sentences": {language: it.num_sentences for language, it in found.items()},
+    }
+    return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+
+
+def _count_top(
+    meter: ImpactMeter,
+    active: ActivationMeter | None,
+    batches: Iterable[Batch],
+    top_ratio: float,
+    language: str,
+    progress: bool,
+    file: Path | None,
+) -> TopCounts:
+    counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(meter.model))
+    saved = time.monotonic()
+    with tqdm(
+        desc=f"detect {language}", unit=" sentences", initial=counts.num_sentences, disable=not progress, leave=False
+    ) as bar:
+        for batch in islice(batches, counts.num_batches, None):
+            if active is not None:
+                active.begin(batch)
+            counts.add(meter.measure(batch))
+            if active is not None:
+                counts.add_activations(active.sums, active.num_tokens)
+            counts.num_batches += 1
+            counts.num_sentences += len(batch["input_ids"])
+            bar.update(len(batch["input_ids"]))
+            if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                counts.save(file)
+                saved = time.monotonic()
+    if file is not None:
+        counts.save(file)
+    return counts

@@ -1,0 +1,104 @@
+"""Language activation probability entropy (Tang et al. 2024, arXiv 2402.16438): which hidden units fire for whom.
+
+A feed-forward unit of a language fires with some probability over its tokens. Units that fire for few languages have a
+low entropy over languages; the lowest are language-specific.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site, find_decoder
+from agnostic_train.model.inference import Batch, find_device, model_inputs, real_and_counted
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import own_share, sum_over_processes
+
+QUANTILE = 0.95
+"""A unit is kept if it fires, for some language, more often than this part of all (unit, language) pairs; and it
+belongs to the languages for which it does."""
+
+
+@dataclass(frozen=True)
+class FiringRates:
+    """How often each hidden unit fires on a language's tokens: (layers, units), float64, on the CPU."""
+
+    rates: Tensor
+    num_sentences: int
+
+
+def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, progress: bool = True) -> FiringRates:
+    """Counts on which tokens each unit's activation function is above zero.
+
+    SiLU, GELU and ReLU are above zero where their input is, so the input is looked at: the gate's output, or `up`'s in
+    a family without a gate. Several processes share the batches.
+    """
+    decoder = find_decoder(model)
+    counts: dict[int, Tensor] = {}
+    counted = torch.empty(0)
+    device = find_device(model)
+    num_tokens, num_sentences = torch.zeros((), dtype=torch.int64, device=device), 0
+
+    def count(layer: Layer) -> Callable:
+        projection = layer.projections.get("gate", layer.projections["up"])
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            fires = (projection.output(output) > 0) & counted.to(output.device).unsqueeze(-1)
+            fired = fires.sum((0, 1))
+            counts[layer.index] = counts[layer.index] + fired if layer.index in counts else fired
+
+        return hook
+
+    with (
+        ExitStack() as stack,
+        tqdm(desc=f"detect {language}", unit=" sentences", disable=not progress, leave=False) as bar,
+    ):
+        for layer in decoder.layers:
+            linear = layer.projections.get("gate", layer.projections["up"]).linear
+            stack.callback(linear.register_forward_hook(count(layer)).remove)
+        for batch in own_share(batches):
+            inputs = model_inputs(model, batch)
+            counted = real_and_counted(inputs, batch)[1]
+            decoder.backbone(**inputs)
+            num_tokens += counted.sum()  # on the device: an int would wait for the batch to end
+            num_sentences += len(counted)
+            bar.update(len(counted))
+    totals = sum_over_processes(torch.stack([num_tokens, torch.tensor(num_sentences, device=device)]))
+    units = [layer.projections["down"].num_neurons for layer in decoder.layers]
+    fired = torch.stack(
+        [counts.get(index, torch.zeros(size, dtype=torch.int64)).to(device) for index, size in enumerate(units)]
+    )
+    fired = sum_over_processes(fired)
+    return FiringRates(fired.cpu().double() / int(totals[0]), int(totals[1]))
+
+
+def specific_neurons(rates: dict[str, Tensor], ratio: float, sizes: dict[Site, int]) -> dict[str, NeuronSet]:
+    """Each language's specific units, as the gate, up and down neurons of those units.
+
+    Args:
+        rates: per language (layers, units), as in `FiringRates`.
+        ratio: part of all units that are selected, by lowest entropy (the paper: 0.01).
+        sizes: of the model's sites.
+
+    Ties go to the lower layer and unit.
+    """
+    languages = list(rates)
+    probabilities = torch.stack([rates[language] for language in languages], -1)  # (layers, units, languages)
+    flat = probabilities.flatten()
+    bar = flat.kthvalue(max(1, round(len(flat) * QUANTILE))).values
+    shares = probabilities / probabilities.sum(-1, keepdim=True).clamp(min=1e-300)
+    entropy = torch.special.entr(shares).sum(-1)
+    entropy[~(probabilities > bar).any(-1)] = torch.inf
+    order = entropy.flatten().sort(stable=True)
+    chosen = order.indices[: round(entropy.numel() * ratio)]
+    chosen = chosen[order.values[: len(chosen)].isfinite()]
+    layers, units = chosen // entropy.shape[1], chosen % entropy.shape[1]
+    related = {}
+    for index, language in enumerate(languages):
+        its_own = probabilities[layers, units, index] > bar
+        sites = {site: units[its_own & (layers == site[0])] for site in sizes if site[1] in FEED_FORWARD_PROJECTIONS}
+        related[language] = NeuronSet(sites, sizes)
+    return related

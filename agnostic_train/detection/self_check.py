@@ -1,0 +1,258 @@
+"""Before a detection: a few neurons are really deactivated, and the scores must say the same.
+
+A family that computes something our formulas don't know would give scores that look plausible and are wrong. The check
+takes single layers out of the model, in float32 so that rounding can't hide a wrong formula, and runs them on what
+really enters them, with and without a neuron, through transformers' own eager attention.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from agnostic_train.files import UserError
+from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
+from agnostic_train.model.decoder import (
+    ATTENTION_PROJECTIONS,
+    PROJECTIONS,
+    Layer,
+    check_projections,
+    find_decoder,
+    float32_copy,
+)
+from agnostic_train.model.inference import Batch, left_as_found, model_inputs, real_and_counted
+from agnostic_train.neurons.deactivation import switched_off
+
+TOLERANCE = 1e-3
+"""Largest accepted difference, as a part of the largest impact of the site in that sentence."""
+
+
+class ImpactMismatchError(UserError):
+    """The scores of this model don't equal real deactivation. message: one line; table: the comparisons, as lines of text."""
+
+    def __init__(self, message: str, table: str = ""):
+        super().__init__(message)
+        self.table = table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One neuron in one sentence: what the score says and what deactivation does."""
+
+    layer: int
+    projection: str
+    neuron: int
+    score: float
+    deactivated: float
+    largest: float
+
+    @property
+    def error(self) -> float:
+        """Difference as a part of the site's largest impact; infinite where something isn't finite."""
+        error = abs(self.score - self.deactivated) / max(self.largest, 1e-12)
+        return error if error == error else float("inf")
+
+
+def verify_impacts(
+    model: nn.Module,
+    batch: Batch,
+    neurons_per_site: int = 2,
+    num_sentences: int = 2,
+    seed: int = 0,
+    pruning: bool = True,
+    projections: Sequence[str] = PROJECTIONS,
+    memory_gb: float = DEFAULT_MEMORY_GB,
+) -> list[Comparison]:
+    """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
+
+    It costs one forward pass of the model on `num_sentences` sentences, and per checked layer one measuring pass of
+    that layer and `neurons_per_site + 2` plain ones per projection.
+
+    Args:
+        model: left as found.
+        batch: real sentences, as for `neuron_impacts`; the `num_sentences` longest are used.
+        neurons_per_site: random neurons per projection; the one of largest score is added.
+        pruning: check the scores that certified pruning computes, of all neurons here, or those of the plain form.
+        projections: which to check.
+        memory_gb: as for `ImpactMeter`.
+
+    Returns: all comparisons.
+
+    Raises:
+        ImpactMismatchError: a score is off by more than `TOLERANCE`.
+        UserError: a model whose attention can't be followed at all, or that computes NaN.
+        ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
+    """
+    projections = check_projections(projections, model)
+    inputs = model_inputs(model, batch)
+    vocab_size, largest = model.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
+    if largest >= vocab_size:
+        raise ValueError(f"input_ids: token {largest} is beyond the model's vocabulary of {vocab_size}")
+    # Short sentences would hide a wrong rotation or window: the longest tell most.
+    longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
+    batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
+    try:
+        with left_as_found(model):
+            comparisons = []
+            generator = torch.Generator().manual_seed(seed)
+            for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers), projections):
+                comparisons += _compare(excerpt, neurons_per_site, generator, pruning, memory_gb)
+                del excerpt  # the next layer is copied before the loop lets go of this one
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(
+            f"model.name: {type(model).__name__} isn't supported: its attention can't be followed "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    worst = max(comparisons, key=lambda comparison: comparison.error)
+    if worst.error > TOLERANCE:
+        raise ImpactMismatchError(
+            f"model.name: {type(model).__name__} isn't supported: scores don't equal real deactivation (layer "
+            f"{worst.layer} {worst.projection} neuron {worst.neuron}: score {worst.score:.5g}, deactivated "
+            f"{worst.deactivated:.5g}); use a model of another family",
+            comparison_table(comparisons),
+        )
+    return comparisons
+
+
+def _compare(
+    excerpt: "_Excerpt", neurons_per_site: int, generator: torch.Generator, pruning: bool, memory_gb: float
+) -> list[Comparison]:
+    comparisons = []
+    layer, scores = excerpt.layer, excerpt.scores(pruning, memory_gb)
+    for name in excerpt.projections:
+        neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
+        neurons.append(int(scores[name][0].argmax()))
+        before = excerpt.output(name)
+        if not before.isfinite().all():
+            raise UserError(f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}")
+        for neuron in neurons:
+            with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
+                change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
+            for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
+                comparisons.append(
+                    Comparison(layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max()))
+                )
+    return comparisons
+
+
+def _layers_to_check(layers: list[Layer]) -> list[int]:
+    """The first, a middle and the last layer, and one of each kind that differs in a plain attribute.
+
+    Families mix kinds: windowed and full attention, with rotation and without.
+    """
+    kinds: dict[tuple, int] = {}
+    for layer in layers:
+        plain = {name: it for name, it in vars(layer.attention).items() if isinstance(it, (bool, int, float, str))}
+        plain.pop("layer_idx", None)
+        kinds.setdefault((type(layer.attention), *sorted(plain.items())), layer.index)
+    return sorted({0, len(layers) // 2, len(layers) - 1, *kinds.values()})
+
+
+def comparison_table(comparisons: list[Comparison]) -> str:
+    """The comparisons as lines of text."""
+    lines = [f"{'layer':>6} {'projection':>10} {'neuron':>7} {'score':>12} {'deactivated':>12} {'error':>9}"]
+    for c in comparisons:
+        lines.append(
+            f"{c.layer:>6} {c.projection:>10} {c.neuron:>7} {c.score:>12.5g} {c.deactivated:>12.5g} {c.error:>9.1e}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    """One layer taken out of the model, in float32, with what enters its two modules in the batch.
+
+    projections: those to check. attention, feed_forward: positional and keyword arguments. real, counted: (batch, length)
+    bool.
+    """
+
+    layer: Layer
+    projections: Sequence[str]
+    attention: tuple[tuple, dict]
+    feed_forward: tuple[tuple, dict]
+    real: Tensor
+    counted: Tensor
+
+    def scores(self, pruning: bool, memory_gb: float) -> dict[str, Tensor]:
+        """The impacts of the layer by projection, each (batch, neurons)."""
+        observer = LayerObserver(self.layer, self.projections, "exact", memory_gb, 1.0 if pruning else None)
+        observer.begin(self.real, self.counted)
+        with observer.installed(), observed_attention([observer]):
+            for module, (args, kwargs) in self._calls():
+                module(*args, **kwargs)
+        return observer.impacts
+
+    def output(self, projection: str) -> Tensor:
+        """What the projection's impact is a change of: (batch, length, features), zero where a token doesn't count."""
+        seen: list[Tensor] = []
+        if projection in ("q", "k", "v"):
+            linear = self.layer.projections["o"].linear
+            handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        else:
+            linear = self.layer.projections["o" if projection == "o" else "down"].linear
+            handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        attention_call, feed_forward_call = self._calls()
+        module, (args, kwargs) = attention_call if projection in ATTENTION_PROJECTIONS else feed_forward_call
+        if "attention_mask" in kwargs:
+            module.config._attn_implementation = "eager"
+            mask = torch.zeros_like(kwargs["attention_mask"], dtype=torch.float32)
+            mask.masked_fill_(~kwargs["attention_mask"], torch.finfo(torch.float32).min)
+            kwargs = {**kwargs, "attention_mask": mask}
+        try:
+            module(*args, **kwargs)
+        finally:
+            handle.remove()
+        return seen[0].masked_fill(~self.counted.unsqueeze(-1), 0)
+
+    def _calls(self) -> list[tuple[nn.Module, tuple[tuple, dict]]]:
+        return [(self.layer.attention, self.attention), (self.layer.feed_forward, self.feed_forward)]
+
+
+def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: Sequence[str]) -> Iterator[_Excerpt]:
+    """One layer after another: a float32 copy of each at once could take as much as the model."""
+    decoder = find_decoder(model)
+    calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
+
+    def keep_call(key: tuple[int, str]) -> Callable:
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls[key] = (_in_float32(args, real), _in_float32(kwargs, real))
+
+        return keep
+
+    inputs = model_inputs(model, batch)
+    real, counted = real_and_counted(inputs, batch)
+    with ExitStack() as stack:
+        # Its attention masks are written out for the observers, who measure nothing, sliding windows included.
+        observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB) for layer in decoder.layers]
+        for observer in observers:
+            observer.begin(real, counted)
+        stack.enter_context(observed_attention(observers, decoder.backbone))
+        for index in indices:
+            layer = decoder.layers[index]
+            for name, module in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
+                hook = module.register_forward_pre_hook(keep_call((index, name)), with_kwargs=True)
+                stack.callback(hook.remove)
+        decoder.backbone(**inputs)
+    for index in indices:
+        layer = float32_copy(decoder.layers[index])
+        device = layer.projections["down"].linear.weight.device
+        attention, feed_forward = (calls.pop((index, name)) for name in ("attention", "feed_forward"))
+        present = [name for name in layer.projections if name in projections]
+        yield _Excerpt(layer, present, attention, feed_forward, real.to(device), counted.to(device))
+        del layer, attention, feed_forward
+
+
+def _in_float32(value, real: Tensor):
+    """Arguments of a module, with zeros at padding: what stands there may be NaN, and eager attention adds it up."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        by_token = value.dim() == 3 and value.shape[:2] == real.shape
+        return value.float().masked_fill(~real.to(value.device).unsqueeze(-1), 0) if by_token else value.float()
+    if isinstance(value, dict):
+        return {name: _in_float32(item, real) for name, item in value.items()}
+    return tuple(_in_float32(item, real) for item in value) if isinstance(value, tuple) else value

@@ -1,0 +1,56 @@
+"""Is a set more than noise? How much of it another sample of the same language would give."""
+
+from collections.abc import Callable
+
+from agnostic_train.model.decoder import PROJECTIONS
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+
+NUM_SENTENCES = (100, 300, 1000)
+
+Sentences = dict[str, list[str]]
+Overlaps = dict[str, dict[str, float | None]]
+
+
+def jaccard(a: NeuronSet, b: NeuronSet) -> dict[str, float | None]:
+    """Size of the intersection over size of the union, per projection and for `all`; None where both are empty."""
+    shared, either = a & b, a | b
+    pairs = {name: (shared.counts()[name], either.counts()[name]) for name in PROJECTIONS}
+    pairs["all"] = (len(shared), len(either))
+    return {name: part / whole if whole else None for name, (part, whole) in pairs.items()}
+
+
+def detection_stability(
+    detect: Callable[[Sentences], LanguageNeurons], found: LanguageNeurons, sentences: Sentences, others: Sentences
+) -> dict[str, Overlaps]:
+    """Jaccard overlaps of the related sets, per comparison, language and projection.
+
+    Args:
+        detect: detects on the given sentences with the run's own settings.
+        found: what it found on all of `sentences`.
+        sentences: per language, in random order.
+        others: per language, further sentences, for a second sample of equal size where there are as many.
+
+    Returns: `halves` (the two halves of the sample), `second sample` (another sample of equal size, as another seed
+    would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the sample's size.
+    """
+    size = min(len(it) for it in sentences.values())
+    middle = size // 2
+    result = {
+        "halves": _overlaps(
+            detect({language: it[:middle] for language, it in sentences.items()}),
+            detect({language: it[middle:size] for language, it in sentences.items()}),
+        )
+    }
+    if all(len(others[language]) >= len(it) for language, it in sentences.items()):
+        second = detect({language: others[language][: len(it)] for language, it in sentences.items()})
+        result["second sample"] = _overlaps(found, second)
+    for count in NUM_SENTENCES:
+        if count < size:
+            first = detect({language: it[:count] for language, it in sentences.items()})
+            result[f"first {count}"] = _overlaps(found, first)
+    return result
+
+
+def _overlaps(a: LanguageNeurons, b: LanguageNeurons) -> Overlaps:
+    return {language: jaccard(a.related[language], b.related[language]) for language in a.languages}

@@ -1,0 +1,161 @@
+"""Counts how often each neuron is among the top of its sentence, batch by batch, on the device."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agnostic_train.files import UserError, whole_file
+from agnostic_train.impact.pruning import num_top
+from agnostic_train.model.decoder import Site
+from agnostic_train.neurons.activity import MEASURED, Activations
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import num_processes, sum_over_processes
+
+_PROGRESS = ("num_batches", "num_sentences", "num_tokens")
+
+
+class TopCounts:
+    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text."""
+
+    def __init__(self, top_ratio: float):
+        self.top_ratio = top_ratio
+        self.num_batches = 0
+        self.num_sentences = 0
+        self.num_tokens: int | Tensor = 0
+        self._top = _Sums()
+        self._not_finite = _Sums()
+        self._activations = _Sums()
+
+    def add(self, impacts: Mapping[Site, Tensor]) -> None:
+        """impacts: a batch's, (sentences, neurons), float; sites may share a tensor."""
+        for sites, stack in _stacked(impacts):
+            top = in_top(stack.flatten(0, 1), num_top(self.top_ratio, stack.shape[-1]))
+            self._top.add(sites, top.unflatten(0, stack.shape[:2]).sum(1, dtype=torch.int32))
+            self._not_finite.add(sites, (~stack.isfinite()).sum((1, 2), dtype=torch.int32))
+
+    def add_activations(self, sums: Mapping[Site, Tensor], num_tokens: Tensor) -> None:
+        """sums: of a batch's absolute activations, num_tokens: over how many tokens, as `ActivationMeter` gives them."""
+        # Still on the device: an int would wait for the batch to end.
+        self.num_tokens = self.num_tokens + num_tokens
+        for sites, stack in _stacked(sums):
+            # In float64: a hundred thousand sentences are added up.
+            self._activations.add(sites, stack.double())
+
+    def mean_activations(self) -> Activations:
+        """Mean absolute activation per token."""
+        num_tokens = max(1, int(self.num_tokens))
+        return {site: (values.cpu() / num_tokens).float() for site, values in self._activations.by_site().items()}
+
+    def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
+        """Adds up the counts of all processes; one that had no batch takes part with zeros."""
+        if num_processes() == 1:
+            return
+        totals = torch.tensor([self.num_sentences, self.num_batches, int(self.num_tokens)], device=device)
+        self.num_sentences, self.num_batches, self.num_tokens = sum_over_processes(totals).tolist()
+        own = self._top.by_site(), self._not_finite.by_site(), self._activations.by_site()
+        self._top, self._not_finite, self._activations = _Sums(), _Sums(), _Sums()
+        # Copied, for sums are in place and gate, up and down share a row.
+        for site, size in sizes.items():
+            none = (torch.zeros(size, dtype=torch.int32), torch.zeros((), dtype=torch.int32))
+            for sums, values, zeros in zip((self._top, self._not_finite), own[:2], none, strict=True):
+                sums.add(((site,),), sum_over_processes(values.get(site, zeros).to(device, copy=True))[None])
+            if self.num_tokens and site[1] in MEASURED:
+                values = own[2].get(site, torch.zeros(size, dtype=torch.float64))
+                self._activations.add(((site,),), sum_over_processes(values.to(device))[None])
+
+    def consistent(self, consistency: float, sizes: Mapping[Site, int]) -> NeuronSet:
+        """The neurons that were in the top in at least `consistency` of the sentences."""
+        for (layer, projection), not_finite in self._not_finite.by_site().items():
+            if not_finite:
+                raise UserError(
+                    f"model.name: impacts at layer {layer} {projection} aren't finite; the model computes NaN or Inf"
+                )
+        # The slack keeps 0.6 of 5 sentences at 3, whatever 0.6 * 5 is in binary.
+        least = max(1.0, consistency * self.num_sentences * (1 - 1e-9))
+        counts = self._top.by_site()
+        return NeuronSet({site: (count >= least).nonzero().flatten() for site, count in counts.items()}, sizes)
+
+    def save(self, file: Path) -> None:
+        """Writes the counts so far, whole or not at all."""
+        kinds = {"": self._top, "not_finite.": self._not_finite, "active.": self._activations}
+        tensors = {
+            f"{kind}{layer}.{projection}": values.clone()
+            for kind, sums in kinds.items()
+            for (layer, projection), values in sums.by_site().items()
+        }
+        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS}
+        with whole_file(file) as temporary:
+            save_file(tensors, temporary, progress)
+
+    @classmethod
+    def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
+        """Counts to go on from; fresh ones where there is no file. Raises `UserError` if it is damaged."""
+        counts = cls(top_ratio)
+        if not file.exists():
+            return counts
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                progress = tensors.metadata()
+                for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
+                    *kind, layer, projection = key.split(".")
+                    sums = {"not_finite": counts._not_finite, "active": counts._activations}.get(
+                        "".join(kind), counts._top
+                    )
+                    sums.add((((int(layer), projection),),), tensors.get_tensor(key)[None])
+            for name in _PROGRESS:
+                setattr(counts, name, int(progress[name]))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: counts that can't be read ({error}); delete it and detect again") from None
+        return counts
+
+
+# The sites of each row of a stack: several where they share it, as a hidden unit's gate, up and down do.
+_SitesOfRows = tuple[tuple[Site, ...], ...]
+
+
+class _Sums:
+    """Running sums of one tensor a site. Sites of equal size are added as one: a batch costs few operations."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[_SitesOfRows, Tensor] = {}
+
+    def add(self, sites: _SitesOfRows, stack: Tensor) -> None:
+        """stack: (rows, ...)."""
+        found = self._stacks.get(sites)
+        self._stacks[sites] = stack if found is None else found.to(stack.device) + stack
+
+    def by_site(self) -> dict[Site, Tensor]:
+        sums: dict[Site, Tensor] = {}
+        for sites_of_rows, stack in self._stacks.items():
+            for sites, row in zip(sites_of_rows, stack, strict=True):
+                for site in sites:
+                    # What was loaded lies on one device, a large model's layers on several.
+                    sums[site] = row if site not in sums else sums[site].to(row.device) + row
+        return sums
+
+
+def _stacked(tensors: Mapping[Site, Tensor]) -> Iterator[tuple[_SitesOfRows, Tensor]]:
+    """The tensors of one shape and device as one, (rows, ...), with the sites of its rows."""
+    sites: dict[int, list[Site]] = {}
+    groups: dict[tuple, dict[int, Tensor]] = {}
+    for site, tensor in tensors.items():
+        sites.setdefault(id(tensor), []).append(site)
+        groups.setdefault((tensor.shape, tensor.device), {})[id(tensor)] = tensor
+    for group in groups.values():
+        yield tuple(tuple(sites[key]) for key in group), torch.stack(list(group.values()))
+
+
+def in_top(impacts: Tensor, count: int) -> Tensor:
+    """Which neurons are among the `count` largest of their sentence: bool, the shape of `impacts`.
+
+    Exactly `count` a sentence unless fewer are above zero; of equal impacts the lower index is taken.
+    """
+    threshold = impacts.topk(count, dim=1).values[:, -1:]
+    above = impacts > threshold
+    tied = impacts == threshold
+    places = count - above.sum(1, keepdim=True)
+    return (above | (tied & (tied.cumsum(1) <= places))) & (impacts > 0)

@@ -1,0 +1,56 @@
+"""Before and after: what training did to every language, on text that selected nothing."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from agnostic_train.evaluation.comparison import NUM_RESAMPLES, relative_change, resampled_changes
+from agnostic_train.model.inference import Batch
+from agnostic_train.scores.bootstrap import interval
+from agnostic_train.scores.perplexity import Perplexity, perplexity
+
+
+def evaluate_languages(
+    model: nn.Module, corpora: Mapping[str, Sequence[Batch]], label: str, progress: bool = True
+) -> dict[str, Perplexity]:
+    """Perplexity of each language.
+
+    Args:
+        model: left as found.
+        corpora: per language, batches as for `perplexity`.
+        label: names the model in the progress bar.
+    """
+    bar = tqdm(corpora.items(), desc=f"evaluate {label}", unit=" languages", disable=not progress, leave=False)
+    return {language: perplexity(model, batches) for language, batches in bar}
+
+
+def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:
+    """Per language perplexity and bits per byte before and after, and the relative change with its 95% interval.
+
+    Any two models on the same sentences will do. The interval is of the change on resampled sentences, the same ones before and after.
+    """
+    languages = {}
+    for seed, language in enumerate(before):
+        old, new = before[language], after[language]
+        drawn = resampled_changes(old, [new], NUM_RESAMPLES, seed * NUM_RESAMPLES)[1][:, 0]
+        languages[language] = {
+            "before": describe(old),
+            "after": describe(new),
+            "bits_per_byte_change": relative_change(old, new),
+            "interval": interval(drawn),
+            "num_sentences": len(old.sentence_nats),
+            "num_tokens": old.num_tokens,
+        }
+    return languages
+
+
+def describe(result: Perplexity) -> dict:
+    """Perplexity, bits per byte, and bits per sentence, which parallel text makes comparable across languages."""
+    bits = result.nats / math.log(2)
+    return {
+        "perplexity": result.value,
+        "bits_per_byte": result.bits_per_byte,
+        "bits_per_sentence": bits / len(result.sentence_nats),
+    }

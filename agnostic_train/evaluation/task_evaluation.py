@@ -1,0 +1,413 @@
+"""Tasks of the lm-evaluation-harness on several checkpoints, compared pairwise on the same items.
+
+The harness is an optional dependency and slow to import: functions import it when they need it.
+"""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import StringIO
+from itertools import combinations, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from agnostic_train.evaluation.paired_comparison import compare_scores
+from agnostic_train.evaluation.task_loading import (
+    check_task,
+    explain_unknown,
+    load_task,
+    no_remote_metrics,
+    read_mgsm_from,
+    set_up,
+)
+from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.model.inference import left_as_found
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+
+_SEED = 1234
+_NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task, or a group's aggregate over its tasks, on one checkpoint.
+
+    version: the task definition's. data: a file, or the hub's name; None for a group. num_fewshot: exemplars before
+    each item; None for a group whose tasks differ. num_truncated: items of which the model's maximum length cut off
+    the beginning. metrics: by the harness's `metric,filter`, each `value`, `standard_error` and `higher_is_better`,
+    None where there is none. items: a fingerprint of each item. scores: for metrics that are a mean over items, each
+    item's score in the order of `items`.
+    """
+
+    version: str | float | None
+    data: str | None
+    num_fewshot: int | None
+    num_items: int
+    num_truncated: int
+    metrics: dict[str, dict[str, Any]]
+    items: list[str]
+    scores: dict[str, list[float]]
+
+
+class TaskSuite:
+    """Tasks with their data, loaded once for all checkpoints, so that all see the same items.
+
+    Args:
+        names: the harness's tasks, groups or tags, such as `mgsm_native_cot_sw` or `mmmlu_sw_ke`.
+        task_paths: folders of task files (YAML). Their tasks win over the harness's of the same name. A task file can
+            name Python functions beside it: using a folder is running its code.
+        mgsm: a folder of MGSM test questions, `{language}.tsv` with question TAB answer. The tasks
+            `mgsm_{direct,native_cot,en_cot}_{language}` then read these instead of the hub's; prompts, stop strings
+            and filters stay the harness's. There are no exemplars in it, so these tasks run without, whereas MGSM's
+            authors (Shi et al. 2022) put 8 before each question.
+        num_fewshot: exemplars before each item; without it, as each task says. A task that says 0 keeps it.
+        limit: only the first so many items of each task.
+        max_new_tokens: how much a model may write; without it, as each task says, or 256.
+        batch_size: items, or an item's choices, that go through the model together.
+
+    Raises:
+        UserError: one line: lm-eval isn't installed, a task doesn't exist or its data can't be loaded.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        task_paths: Sequence[str | Path] = (),
+        mgsm: str | Path | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+    ):
+        if find_spec("lm_eval") is None:
+            raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
+        self.names = list(dict.fromkeys(names))
+        self.limit = limit
+        self.batch_size = batch_size
+        self.harness_version = version("lm_eval")
+        folders = [Path(it) for it in task_paths]
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"evaluation.task_paths: no such folder {folder}")
+        with _quiet():
+            from lm_eval.tasks import TaskManager
+
+            manager = TaskManager(include_path=folders)
+            if mgsm is not None:
+                read_mgsm_from(manager, Path(mgsm), folders)
+            for name in self.names:
+                if name not in manager.task_index:
+                    raise UserError(explain_unknown(name, manager, folders))
+            self._loaded = {name: load_task(manager, name) for name in self.names}
+            for task in self._tasks():
+                check_task(task, num_fewshot)
+                set_up(task, num_fewshot, max_new_tokens)
+
+    def _tasks(self) -> "Iterator[Task]":
+        for loaded in self._loaded.values():
+            yield from loaded["tasks"].values()
+
+    def identity(self, name: str) -> str:
+        """A fingerprint of all that a task's result depends on, but for the checkpoint."""
+        tasks = {
+            task_name: {
+                "config": {key: value for key, value in task.dump_config().items() if key != "custom_dataset"},
+                "items": list(islice(task.eval_docs, self.limit)),
+                "exemplars": list(task.fewshot_docs() or []) if task.config.num_fewshot else [],
+            }
+            for task_name, task in self._loaded[name]["tasks"].items()
+        }
+        # The fields of a result count, because a kept one must have them.
+        shape = [it.name for it in fields(TaskResult)]
+        content = [self.harness_version, self.batch_size, shape, tasks]
+        return fingerprint(json.dumps(content, sort_keys=True, default=_named))
+
+    def run(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: bool = False,
+    ) -> dict[str, TaskResult]:
+        """Runs a task of the suite on a model. Several processes don't share the work: each runs all of it.
+
+        Args:
+            name: one of `names`.
+            model: a causal language model, on its device, in PEFT's shell or not; left as found.
+            tokenizer: left as found.
+            progress: show the harness's progress bars.
+
+        Returns: by task, and a group's own aggregates under its name.
+
+        Raises:
+            UserError: the model's maximum length leaves no room.
+        """
+        from lm_eval import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        loaded = self._loaded[name]
+        tasks: dict[str, Task] = loaded["tasks"]
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            stack.enter_context(left_as_found(model))
+            if not progress:
+                # The harness offers no other way to be without its progress bars.
+                stack.enter_context(redirect_stderr(StringIO()))
+                stack.enter_context(redirect_stdout(StringIO()))
+            stack.enter_context(no_remote_metrics())
+            # The harness gives a tokenizer without a padding token one.
+            harness_model = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=self.batch_size)
+            rooms = {task_name: _room(harness_model, task) for task_name, task in tasks.items()}
+            for task in tasks.values():
+                # Every checkpoint gets the same exemplars, also a second one.
+                task.set_fewshot_seed(_SEED)
+            # For tasks that sample what the model writes; `left_as_found` puts the state back.
+            torch.manual_seed(_SEED)
+            found = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
+            num_truncated = {it: _num_truncated(harness_model, task, rooms[it]) for it, task in tasks.items()}
+        results = {
+            task_name: _result_of_task(task_name, task, found, num_truncated[task_name])
+            for task_name, task in tasks.items()
+        }
+        groups = {
+            group_name: _result_of_group(group_name, [results[it.task_name] for it in group.get_all_tasks()], found)
+            for group_name, group in loaded["groups"].items()
+        }
+        return {**{it: result for it, result in groups.items() if result.metrics}, **results}
+
+
+def evaluate_tasks(
+    models: Mapping[str, nn.Module | Callable[[], nn.Module]],
+    tokenizer: PreTrainedTokenizerBase,
+    suite: TaskSuite,
+    *,
+    directory: Path | None = None,
+    identity: Callable[[str], object] | None = None,
+    write: bool = True,
+    progress: bool = True,
+) -> dict:
+    """Runs a suite on several checkpoints and compares each two of them on the same items.
+
+    Args:
+        models: by checkpoint, a model, or what loads it: one is loaded at a time, and none whose results are kept.
+        tokenizer: of them all.
+        directory: where the result of each checkpoint and task is kept, so that an interrupted call goes on with the
+            next; without it nothing is kept.
+        identity: needed with `directory`. Of a checkpoint's name, all that its results depend on but for the tasks, as
+            plain JSON values: weights, dtype, tokenizer.
+        write: whether this process writes there.
+        progress: show progress bars.
+
+    Returns: as `compare_tasks`, and the harness's version and the limit.
+
+    Raises:
+        UserError: the model's maximum length leaves no room.
+    """
+    results: dict[str, dict[str, TaskResult]] = {}
+    task_identities = {name: suite.identity(name) for name in suite.names} if directory is not None else {}
+    with tqdm(total=len(models) * len(suite.names), desc="tasks", disable=not progress, leave=False) as bar:
+        for checkpoint, source in models.items():
+            model = source if isinstance(source, nn.Module) else None
+            results[checkpoint] = {}
+            for name in suite.names:
+                file = None
+                if directory is not None:
+                    assert identity is not None
+                    key = fingerprint([identity(checkpoint), task_identities[name]])
+                    file = directory / f"{key[:16]}.json"
+                if file is not None and file.exists():
+                    kept = {it: TaskResult(**row) for it, row in read_json(file).items()}
+                else:
+                    model = source() if model is None else model
+                    kept = suite.run(name, model, tokenizer, progress)
+                    if file is not None and write:
+                        write_json(file, {it: asdict(result) for it, result in kept.items()})
+                results[checkpoint] |= kept
+                bar.update()
+            del model
+    return {"harness": f"lm-eval {suite.harness_version}", "limit": suite.limit, "tasks": compare_tasks(results)}
+
+
+def compare_tasks(results: Mapping[str, Mapping[str, TaskResult]]) -> dict:
+    """Every checkpoint's metrics beside each other, and each two checkpoints compared on the same items.
+
+    Args:
+        results: by checkpoint and task, from the same suite.
+
+    Returns: plain JSON values. By task: what `TaskResult` says of it, `checkpoints` with each one's metrics, and
+        `comparisons`, a row for each two checkpoints and each metric that is a mean over items, as `compare_scores`.
+
+    Raises:
+        ValueError: results of different tasks or items.
+    """
+    tables = list(results.values())
+    tasks = {}
+    for name in tables[0] if tables else ():
+        rows = {checkpoint: table[name] for checkpoint, table in results.items() if name in table}
+        first = next(iter(rows.values()))
+        if len(rows) < len(tables) or any(row.items != first.items for row in rows.values()):
+            raise ValueError(f"{name}: the checkpoints' results aren't of the same items")
+        tasks[name] = {
+            "version": first.version,
+            "data": first.data,
+            "num_fewshot": first.num_fewshot,
+            "num_items": first.num_items,
+            "checkpoints": {
+                checkpoint: {"metrics": row.metrics, "num_truncated": row.num_truncated}
+                for checkpoint, row in rows.items()
+            },
+            "comparisons": [
+                {"first": one, "second": other, "metric": metric}
+                | compare_scores(scores, rows[other].scores[metric], _is_better_higher(rows[one], metric))
+                for one, other in combinations(rows, 2)
+                for metric, scores in rows[one].scores.items()
+                if metric in rows[other].scores
+            ],
+        }
+    return tasks
+
+
+def _is_better_higher(result: TaskResult, metric: str) -> bool:
+    return result.metrics[metric]["higher_is_better"] is not False
+
+
+def _result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int) -> TaskResult:
+    from lm_eval.api.metrics import mean
+
+    samples = found["samples"][name]
+    by_filter: dict[str, list] = {}
+    for sample in samples:
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    items = [sample["doc_hash"] for sample in next(iter(by_filter.values()))]
+    metrics = _metrics(found, name)
+    scores = {}
+    for metric in metrics:
+        measure, _, filter_name = metric.partition(",")
+        values = [sample.get(measure) for sample in by_filter[filter_name]]
+        numbers = [it for it in map(_finite, values) if it is not None]
+        if task.aggregation().get(measure) is mean and len(numbers) == len(values):
+            scores[metric] = numbers
+    data = task.get_config("dataset_path")
+    local = task.get_config("custom_dataset")
+    if isinstance(local, partial):
+        data = str(local.args[0])
+    elif data is not None and task.get_config("dataset_name") is not None:
+        data = f"{data}, {task.get_config('dataset_name')}"
+    return TaskResult(
+        version=found["versions"].get(name),
+        data=data,
+        num_fewshot=found["n-shot"].get(name),
+        num_items=len(items),
+        num_truncated=num_truncated,
+        metrics=metrics,
+        items=items,
+        scores=scores,
+    )
+
+
+def _result_of_group(name: str, members: Sequence[TaskResult], found: Mapping) -> TaskResult:
+    """A group's aggregates. Its items are its tasks' where its metric is the mean over them all."""
+    metrics = _metrics(found, name)
+    scores = {}
+    for metric, row in metrics.items():
+        if all(metric in member.scores for member in members):
+            pooled = [score for member in members for score in member.scores[metric]]
+            # A group can also weigh its tasks alike, whatever their sizes.
+            if row["value"] is not None and math.isclose(sum(pooled) / len(pooled), row["value"], abs_tol=1e-9):
+                scores[metric] = pooled
+    return TaskResult(
+        version=found["versions"].get(name),
+        data=None,
+        num_fewshot=found["n-shot"].get(name),
+        num_items=sum(member.num_items for member in members),
+        num_truncated=sum(member.num_truncated for member in members),
+        metrics=metrics,
+        items=[item for member in members for item in member.items],
+        scores=scores,
+    )
+
+
+def _metrics(found: Mapping, name: str) -> dict[str, dict]:
+    """The metrics among what the harness says of a task: its other keys hold no comma."""
+    row = found["results"][name]
+    metrics = {}
+    for key in row:
+        measure, comma, filter_name = key.partition(",")
+        if comma and not measure.endswith("_stderr"):
+            metrics[key] = {
+                "value": _finite(row[key]),
+                "standard_error": _finite(row.get(f"{measure}_stderr,{filter_name}")),
+                "higher_is_better": found["higher_is_better"].get(name, {}).get(measure),
+            }
+    return metrics
+
+
+def _finite(value: Any) -> float | None:
+    """A number that JSON can hold; the harness says 'N/A' for a standard error that it can't give."""
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def _room(harness_model: "HFLM", task: "Task") -> int:
+    """How many tokens of an item fit into the model."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        # Longer text is scored window by window.
+        return sys.maxsize
+    if task.OUTPUT_TYPE != "generate_until":
+        # The last token is only predicted.
+        return harness_model.max_length + 1
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    settings = normalize_gen_kwargs(task.get_config("generation_kwargs"), harness_model.max_gen_toks)
+    room = harness_model.max_length - settings["max_gen_toks"]
+    if room <= 0:
+        raise UserError(
+            f"evaluation.max_new_tokens: {task.task_name} may write {settings['max_gen_toks']} tokens, which leaves no "
+            f"room for a question in the model's {harness_model.max_length}; lower it"
+        )
+    return room
+
+
+def _num_truncated(harness_model: "HFLM", task: "Task", room: int) -> int:
+    if room == sys.maxsize:
+        return 0
+    # A generation request holds its context and its settings, the others context and continuation.
+    texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
+    lengths = map(len, harness_model.tokenizer(texts)["input_ids"])
+    return len({instance.doc_id for instance, length in zip(task.instances, lengths, strict=True) if length > room})
+
+
+def _named(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or str(value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only from the harness, which tells at length what is normal here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,100 @@
+"""The model card of what is exported: what was trained how, and what it did to every language."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from agnostic_train.choices import ExportTarget
+from agnostic_train.recipe import Recipe
+from agnostic_train.training.strategy import BASELINES
+
+
+def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", evaluation: dict | None = None) -> str:
+    """The README.md of an enhanced checkpoint or adapter.
+
+    Args:
+        training: what the manifest says of the training.
+        to: what was exported: `merged`, `lora`, or `delta`.
+        evaluation: per language, the numbers before and after, as in `evaluation.json`, once they are known.
+    """
+    # The hub's metadata takes only its own names; a local path isn't one.
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
+    title = recipe.model.name if hub_name else Path(recipe.model.name).name  # a card is published, a path is private
+    counts = training["neurons"]
+    neurons = (
+        "none in particular"
+        if counts is None
+        else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    )
+    if training["strategy"] in BASELINES:
+        learned = "all weights" if training["strategy"] == "full" else "a LoRA of every projection, merged,"
+        what = f"Trained with agnostic_train as a baseline: {learned} learned."
+    else:
+        kind = "random" if training["strategy"] == "random" else "chosen"
+        what = (
+            f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
+            "other weight was compared with the base's, bit for bit: see `manifest.json`."
+        )
+    detection = recipe.detection
+    details = [f"strategy: {training['strategy']} ({training['reason']})", f"neurons trained: {neurons}"]
+    if recipe.training.needs_detection:
+        how = (
+            f"by LAPE, ratio {detection.lape_ratio}"
+            if detection.method == "lape"
+            else f"by impact, top ratio {detection.top_ratio}, consistency {detection.consistency}"
+        )
+        details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
+    arguments = [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in recipe.training.arguments.items()
+    ]
+    details.append(
+        "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
+    )
+    listed = "\n".join(f"- {it}" for it in details if it)
+    library, use = _USES[to]
+    metadata = ModelCardData(
+        language=list(recipe.training.languages),
+        library_name=library,
+        pipeline_tag="text-generation",
+        base_model=recipe.model.name if hub_name else None,
+        tags=["agnostic-train"],
+    )
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {title}, enhanced for {", ".join(recipe.training.languages)}
+
+{what} {use}
+
+{listed}
+{_numbers(evaluation, recipe.training.languages)}"""
+
+
+_USES = {
+    "merged": ("transformers", "It is a plain checkpoint: `AutoModelForCausalLM.from_pretrained`."),
+    "lora": ("peft", "It is a LoRA adapter: `PeftModel.from_pretrained`."),
+    "delta": (
+        "peft",
+        "It is an adapter of rows and columns: `import agnostic_train`, then `PeftModel.from_pretrained`.",
+    ),
+}
+
+
+def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:
+    if evaluation is None:
+        return ""
+    lines = [
+        "",
+        "Bits per byte on held-out text (lower is better; * enhanced):",
+        "",
+        "| language | before | after | change |",
+    ]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for language, row in evaluation.items():
+        before, after = row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]
+        name = language + (" *" if language in enhanced else "")
+        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {row['bits_per_byte_change']:+z.1%} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,102 @@
+"""How much GPU memory a model takes, by arithmetic over its sizes. The formulas stand in recipes/README.md too.
+
+In bytes, for one process that holds a whole model. b: bytes of a weight; T: tokens of a batch; L: its padded length; h,
+q, f, V: widths of the hidden state, queries, feed-forward and vocabulary; n: the widths of a layer's norms.
+
+    weights      b * parameters
+    learnt       (16 + b) * chosen entries: value, gradient and AdamW's two moments in float32, and a copy in the
+                 weights' dtype; where all weights have gradients, 3 * b * parameters
+    activations  T * (4 * sum(n) + b * (2 * h + 4 * q + 3 * f)) a layer, + T * 8 * heads * L where attention is
+                 'eager', + T * b * (q + f) where all weights have gradients; under gradient checkpointing T * b * h
+                 a layer and this for one
+    logits       T * V * (2 * b + 8) in training: logits and their gradient, log-probabilities and theirs in float32;
+                 T * V * b + max(L, 512) * V * 8 where they are only scored
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from agnostic_train.model.decoder import COLUMN_PROJECTIONS, Decoder, Site
+
+GIB = 2**30
+SLACK = 1.1
+"""What an allocator loses, and what the formulas leave out: each estimate is this many times their sum."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's sizes, as the formulas need them.
+
+    num_parameters: tied weights once. entry_sizes: how many weights a neuron of each site has. norm_widths: summed
+    over a layer's norms. The widths are those of the largest layer.
+    """
+
+    num_parameters: int
+    weight_bytes: int
+    num_layers: int
+    hidden: int
+    queries: int
+    feed_forward: int
+    vocabulary: int
+    norm_widths: int
+    num_heads: int
+    is_eager: bool
+    entry_sizes: Mapping[Site, int]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, decoder: Decoder) -> "Layout":
+        """Reads the sizes off a model, which may be on the meta device."""
+        hidden, vocabulary = decoder.layers[0].projections["o"].linear.out_features, model.get_output_embeddings()
+        norm_widths = []
+        for layer, block in zip(decoder.layers, decoder.backbone.layers, strict=True):
+            own = {id(norm): layer.projections[name].num_neurons for name, norm in layer.norms.items()}
+            norms = [module for module in block.modules() if "Norm" in type(module).__name__]
+            norm_widths.append(sum(own.get(id(norm), hidden) for norm in norms))
+        return cls(
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weight_bytes=model.dtype.itemsize,
+            num_layers=len(decoder.layers),
+            hidden=hidden,
+            queries=max(layer.projections["q"].num_neurons for layer in decoder.layers),
+            feed_forward=max(layer.projections["up"].num_neurons for layer in decoder.layers),
+            vocabulary=vocabulary.out_features,
+            norm_widths=max(norm_widths),
+            num_heads=max(layer.num_query_heads for layer in decoder.layers),
+            is_eager=model.config.get_text_config()._attn_implementation == "eager",
+            entry_sizes={
+                (layer.index, name): it.linear.out_features if name in COLUMN_PROJECTIONS else it.linear.in_features
+                for layer in decoder.layers
+                for name, it in layer.projections.items()
+            },
+        )
+
+    @property
+    def weights(self) -> int:
+        return self.weight_bytes * self.num_parameters
+
+    def learnt(self, num_entries: int | None) -> int:
+        """num_entries: of the chosen rows and columns, in an adapter; None where all weights have gradients."""
+        if num_entries is None:
+            return 3 * self.weight_bytes * self.num_parameters
+        return (16 + self.weight_bytes) * num_entries
+
+    def layer_activations(self, num_tokens: int, length: int, all_weights: bool = False) -> int:
+        """What one layer keeps for its backward pass, of `num_tokens` in sequences of `length`."""
+        attention = 8 * self.num_heads * length if self.is_eager else 0
+        inputs = self.queries + self.feed_forward if all_weights else 0
+        plain = 2 * self.hidden + 4 * self.queries + 3 * self.feed_forward + inputs
+        return num_tokens * (4 * self.norm_widths + self.weight_bytes * plain + attention)
+
+    def activations(self, num_tokens: int, length: int, checkpointing: bool, all_weights: bool = False) -> int:
+        layer = self.layer_activations(num_tokens, length, all_weights)
+        if checkpointing:
+            return self.num_layers * num_tokens * self.weight_bytes * self.hidden + layer
+        return self.num_layers * layer
+
+    def trained_logits(self, num_tokens: int) -> int:
+        return num_tokens * self.vocabulary * (2 * self.weight_bytes + 8)
+
+    def scored_logits(self, num_tokens: int, length: int) -> int:
+        return self.vocabulary * (num_tokens * self.weight_bytes + max(length, 512) * 8)

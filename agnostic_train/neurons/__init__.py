@@ -1,0 +1,1 @@
+"""Sets of neurons, and what can be done with them without training."""

@@ -1,0 +1,70 @@
+"""Switching neurons off in place, and bit for bit back on."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from agnostic_train.model.decoder import Projection, Site, find_decoder
+from agnostic_train.neurons.neuron_set import NeuronSet
+
+
+@contextmanager
+def deactivate(
+    model: nn.Module, neurons: NeuronSet | Mapping[Site, Iterable[int] | torch.Tensor]
+) -> Iterator[nn.Module]:
+    """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero for the length of the block.
+
+    Only the chosen rows and columns are copied; afterwards, also after an exception, every weight has the very bits
+    that it had before. Blocks can be nested. With adapters or quantised weights it is the sum that is switched off, at
+    the linear's output (for `o` and `down`, at its input): nowhere is there a weight to set to zero.
+
+    Args:
+        model: a model that `find_decoder` knows, on any device.
+        neurons: which neurons, as a `NeuronSet` or what makes one.
+
+    Raises:
+        TypeError, ValueError: as by `NeuronSet.of`.
+        UserError: neurons beyond the model's shapes, weights that are offloaded, or a model that isn't supported;
+            nothing was changed.
+    """
+    neurons = NeuronSet.of(neurons)
+    neurons.check(model)
+    decoder = find_decoder(model)
+    decoder.check_on_devices("deactivation")
+    with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
+        yield model
+
+
+@contextmanager
+def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
+    """Switches the given neurons of single projections off for the length of the block."""
+    saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    hooks: list[RemovableHandle] = []
+    try:
+        with torch.no_grad():
+            for projection, indices in neurons:
+                index = projection.entries(indices)
+                if not projection.is_plain:
+                    hooks.append(_silence(projection, index))
+                    continue
+                for parameter, dim in projection.parts():
+                    saved.append((parameter, dim, index, parameter.index_select(dim, index)))
+                    parameter.index_fill_(dim, index, 0)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for parameter, dim, index, values in reversed(saved):
+                parameter.index_copy_(dim, index, values)
+
+
+def _silence(projection: Projection, index: torch.Tensor) -> RemovableHandle:
+    if projection.neuron_dim == 0:
+        return projection.linear.register_forward_hook(lambda module, args, output: output.index_fill(-1, index, 0))
+    return projection.linear.register_forward_pre_hook(
+        lambda module, args: (args[0].index_fill(-1, index, 0), *args[1:])
+    )

@@ -1,0 +1,176 @@
+"""What detection finds in a model: each language's related neurons, and from them the shared and exclusive ones."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agnostic_train.choices import Exclusive, check_choice
+from agnostic_train.files import UserError, read_json, whole_directory, write_json
+from agnostic_train.model.decoder import Site
+from agnostic_train.neurons.activity import Activations, load_activations, mean_over_languages, save_activations
+from agnostic_train.neurons.neuron_set import NeuronSet
+
+ACTIVATIONS_FILE = "activations.safetensors"
+_OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetensors|summary\.json")
+
+
+def check_min_languages(min_languages: int | None, num_languages: int) -> None:
+    """Raises `ValueError` if a shared neuron can't be related to so many languages; None means all."""
+    if min_languages is not None and not 1 <= min_languages <= num_languages:
+        raise ValueError(f"min_languages must be from 1 to the number of languages, {num_languages}")
+
+
+@dataclass
+class LanguageNeurons:
+    """What detection found: each language's related neurons, and from them the shared and exclusive ones.
+
+    Attributes:
+        related: per language, the neurons that matter for (nearly) every one of its sentences.
+        shared: related to every language (or at least `min_languages`).
+        exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
+        settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
+        stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
+        activations: per language, mean absolute activations over its sentences' tokens, by (layer, `q`, `k`, `v` or
+            `down`), (neurons,) float32 on the CPU; a hidden unit's stand under `down`. None if they weren't measured.
+        exact_share: the part of the q and of the k neurons, over all sentences, whose exact impact was computed before
+            pruning could leave the others out; it is no property of the sets, so comparing two ignores it.
+    """
+
+    related: dict[str, NeuronSet]
+    shared: NeuronSet
+    exclusive: dict[str, NeuronSet]
+    settings: dict = field(default_factory=dict)
+    stability: dict | None = None
+    activations: dict[str, Activations] | None = field(default=None, compare=False, repr=False)
+    exact_share: dict[str, float] | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_related(
+        cls,
+        related: dict[str, NeuronSet],
+        exclusive: Exclusive = "complement",
+        min_languages: int | None = None,
+        settings: dict | None = None,
+    ) -> "LanguageNeurons":
+        """Derives the shared and exclusive sets from each language's related neurons (Chen et al. 2025, section 2).
+
+        Args:
+            related: per language.
+            exclusive: `complement`, related minus shared, as in the paper's published code; or `unique`, related minus
+                the union of the other languages' related.
+            min_languages: shared means related to at least this many languages; all by default.
+            settings: kept beside them, with `exclusive` and `min_languages` added.
+
+        Raises:
+            ValueError: an unknown `exclusive`, no language, or `min_languages` out of range.
+        """
+        check_choice("exclusive", exclusive, Exclusive)
+        if not related:
+            raise ValueError("no languages: corpora is empty")
+        check_min_languages(min_languages, len(related))
+        shared = _in_at_least(min_languages or len(related), related)
+        if exclusive == "complement":
+            exclusive_sets = {language: neurons - shared for language, neurons in related.items()}
+        else:
+            exclusive_sets = {
+                language: _minus_all(neurons, [related[other] for other in related if other != language])
+                for language, neurons in related.items()
+            }
+        settings = {**(settings or {}), "exclusive": exclusive, "min_languages": min_languages or len(related)}
+        return cls(related, shared, exclusive_sets, settings)
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages, in the order of `related`."""
+        return list(self.related)
+
+    @property
+    def shared_ratio(self) -> dict[str, float | None]:
+        """Per language, the part of its related neurons that is shared; None where nothing is related."""
+        return {
+            language: len(self.shared & neurons) / len(neurons) if len(neurons) else None
+            for language, neurons in self.related.items()
+        }
+
+    @property
+    def mean_activations(self) -> Activations | None:
+        """The activations averaged over languages; None if they weren't measured."""
+        if self.activations is None:
+            return None
+        return mean_over_languages(self.activations)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
+
+        A directory that is there is replaced.
+
+        Raises:
+            UserError: it holds something else than neurons.
+        """
+        summary = {
+            "languages": self.languages,
+            "settings": self.settings,
+            "counts": {
+                "shared": self.shared.counts(),
+                "related": {language: neurons.counts() for language, neurons in self.related.items()},
+                "exclusive": {language: neurons.counts() for language, neurons in self.exclusive.items()},
+            },
+            "shared_ratio": self.shared_ratio,
+            "stability": self.stability,
+            "exact_share": self.exact_share,
+        }
+        with whole_directory(directory, is_neuron_file) as temporary:
+            self.shared.save(temporary / "shared.safetensors")
+            for language in self.related:
+                self.related[language].save(temporary / f"related.{language}.safetensors")
+                self.exclusive[language].save(temporary / f"exclusive.{language}.safetensors")
+            if self.activations is not None:
+                save_activations(self.activations, temporary / ACTIVATIONS_FILE)
+            write_json(temporary / "summary.json", summary)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "LanguageNeurons":
+        """Reads what `save` wrote; raises `UserError` that names the file that is missing or broken."""
+        directory = Path(directory)
+        summary = read_json(directory / "summary.json")
+        summary = summary if isinstance(summary, dict) else {}
+        languages, settings = summary.get("languages"), summary.get("settings")
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(languages, list)
+            or not all(isinstance(language, str) for language in languages)
+        ):
+            raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
+        shared = NeuronSet.load(directory / "shared.safetensors")
+        return cls(
+            {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},
+            shared,
+            {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
+            settings,
+            summary.get("stability"),
+            load_activations(directory / ACTIVATIONS_FILE, languages, shared.sizes),
+            summary.get("exact_share"),
+        )
+
+
+def is_neuron_file(path: Path) -> bool:
+    """Whether a file's name is one of those that `LanguageNeurons.save` gives."""
+    return path.is_file() and _OWN_FILES.fullmatch(path.name) is not None
+
+
+def _in_at_least(count: int, related: dict[str, NeuronSet]) -> NeuronSet:
+    sets = list(related.values())
+    sites: dict[Site, Tensor] = {}
+    for site in {site for neurons in sets for site, _ in neurons.items()}:
+        indices, languages = torch.cat([neurons[site] for neurons in sets]).unique(return_counts=True)
+        sites[site] = indices[languages >= count]
+    return NeuronSet(sites, sets[0].sizes)
+
+
+def _minus_all(neurons: NeuronSet, others: list[NeuronSet]) -> NeuronSet:
+    for other in others:
+        neurons = neurons - other
+    return neurons

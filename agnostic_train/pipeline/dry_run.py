@@ -1,0 +1,288 @@
+"""What a recipe would take, told before anything is loaded or written: model, text, steps and memory."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from pathlib import Path
+from statistics import fmean
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.judging import judging_text
+from agnostic_train.corpus.purposes import LanguageText, load_corpus
+from agnostic_train.corpus.streaming import wanted_sentences
+from agnostic_train.evaluation.tuning import default_rates, num_trainings
+from agnostic_train.files import UserError
+from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
+from agnostic_train.model.loading import load_empty_model, load_tokenizer
+from agnostic_train.model.memory import GIB, SLACK, Layout
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.settings import check_inputs, training_arguments
+from agnostic_train.quickstart.tiny_model import cache_directory
+from agnostic_train.recipe import EMBEDDED, Recipe
+from agnostic_train.training.strategy import BASELINES
+from agnostic_train.training.trainer import NeuronTrainingArguments
+
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAMPLE = 200
+_PURPOSES = ("detection", "training", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage's memory on one GPU, in bytes before slack: each part by its formula in `memory`."""
+
+    name: str
+    weights: int
+    learnt: int = 0
+    activations: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> float:
+        return SLACK * (self.weights + self.learnt + self.activations + self.logits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to.
+
+    num_sentences: per language and purpose. mean_tokens: of the first detection sentences, per language; empty where text
+    is streamed, and not read here. num_entries: at most so many weights learn. batch: sequences per optimizer step, over
+    all processes. num_steps: optimizer steps.
+    """
+
+    layout: Layout
+    decoder: Decoder
+    model_class: str
+    dtype: str
+    length: int
+    num_sentences: dict[str, dict[str, int]]
+    mean_tokens: dict[str, float]
+    num_entries: int
+    batch: int
+    num_steps: int
+    num_processes: int
+    phases: list[Phase]
+
+
+def make_plan(recipe: Recipe, stage: str) -> Plan:
+    """Resolves a recipe without loading a weight or writing a file.
+
+    Args:
+        stage: the phases up to it are reckoned with; `run` is all.
+
+    Raises:
+        UserError: as running it would, as far as that shows without the weights.
+    """
+    arguments = training_arguments(recipe)
+    check_inputs(recipe, arguments, Path(recipe.output_dir))
+    model_path, corpus_path = _local_paths(recipe)
+    texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
+    num_sentences = _count_sentences(recipe, texts)
+    model = load_empty_model(recipe.model, model_path)
+    decoder = find_decoder(model)
+    layout = Layout.of(model, decoder)
+    tokenizer = load_tokenizer(recipe.model, model_path)
+    encoder = Encoder.of(tokenizer, recipe.corpus, model.config)
+    mean_tokens = {
+        language: fmean(len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], "detection text"))
+        for language, text in texts.items()
+    }
+    length = encoder.max_length or tokenizer.model_max_length
+    num_entries = _most_entries(recipe, model, decoder, layout)
+    num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
+    micro_batch = arguments.per_device_train_batch_size
+    num_examples = sum(num_sentences[language]["training"] for language in recipe.training.languages)
+    steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
+    return Plan(
+        layout=layout,
+        decoder=decoder,
+        model_class=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        length=length,
+        num_sentences=num_sentences,
+        mean_tokens=mean_tokens,
+        num_entries=num_entries,
+        batch=micro_batch * arguments.gradient_accumulation_steps * num_processes,
+        num_steps=arguments.max_steps
+        if arguments.max_steps > 0
+        else ceil(arguments.num_train_epochs * steps_per_epoch),
+        num_processes=num_processes,
+        phases=_up_to(stage, _phases(recipe, layout, arguments, length, num_entries, num_processes)),
+    )
+
+
+def print_plan(recipe: Recipe, stage: str) -> None:
+    """Prints the plan of a stage as tables, once for all processes."""
+    plan = make_plan(recipe, stage)
+    if not PartialState().is_main_process:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in (_model_table(recipe, plan, stage), _text_table(recipe, plan), _memory_table(plan)):
+        if table.row_count:
+            console.print(table)
+
+
+def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
+    """Where model and text are; the embedded ones are made at first use, which a dry run is not."""
+    corpus = recipe.corpus.path
+    return (
+        _local_path("model.name", recipe.model.name, "model"),
+        None if corpus is None else _local_path("corpus.path", corpus, "corpus"),
+    )
+
+
+def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
+    """The text of every language; that which only judges is read too, for what is wrong with it."""
+    corpus = load_corpus(recipe.corpus, path)
+    judging_text(corpus, recipe.corpus, recipe.evaluation, path)
+    return corpus.texts
+
+
+def _local_path(key: str, name: str, folder: str) -> str:
+    if name != EMBEDDED:
+        return name
+    made = cache_directory() / folder
+    if not made.exists():
+        raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
+    return str(made)
+
+
+def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
+    if texts:
+        return {language: {it: len(getattr(text, it)) for it in _PURPOSES} for language, text in texts.items()}
+    trained = recipe.languages_with_training_text
+    return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
+
+
+def _most_entries(recipe: Recipe, model: PreTrainedModel, decoder: Decoder, layout: Layout) -> int:
+    """The largest number of weights that can be chosen.
+
+    In S sentences a site's top n come to n * S places, and a related neuron takes at least consistency * S of them: at
+    most n / consistency are related to a language. Shared neurons are among them, unless fewer languages suffice.
+    """
+    training, detection = recipe.training, recipe.detection
+    if training.strategy == "full":
+        return layout.num_parameters
+    if training.neurons is not None:
+        neurons = NeuronSet.read(training.neurons, model)
+        return sum(len(indices) * layout.entry_sizes[site] for site, indices in neurons.items())
+    num_languages = len(recipe.corpus.languages)
+    least = detection.min_languages or num_languages
+    languages = len(training.languages) + (num_languages / least if least < num_languages else 0)
+    ratio, sites = languages * detection.top_ratio / detection.consistency, decoder.sizes
+    if detection.method == "lape":
+        # It selects among the feed-forward units of all layers, for all languages together.
+        ratio, sites = detection.lape_ratio, {it: sites[it] for it in sites if it[1] in FEED_FORWARD_PROJECTIONS}
+    return sum(min(size, max(1, floor(ratio * size))) * layout.entry_sizes[site] for site, size in sites.items())
+
+
+def _phases(
+    recipe: Recipe,
+    layout: Layout,
+    arguments: NeuronTrainingArguments,
+    length: int,
+    num_entries: int,
+    num_processes: int,
+) -> list[Phase]:
+    tokens = recipe.corpus.batch_size * length
+    layer = layout.layer_activations(tokens, length)
+    judged = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
+    learning = arguments.per_device_train_batch_size * length
+    strategy = recipe.training.strategy
+    all_weights = strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
+    learnt = layout.learnt(None if all_weights else num_entries)
+    activations = layout.activations(learning, length, arguments.gradient_checkpointing, all_weights)
+    logits = layout.trained_logits(learning)
+    itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
+    enhanced = replace(layout, weight_bytes=itemsize)
+    # A LoRA is merged in float32. Of an adapter's sums in float32 one is there at a time, which the slack covers.
+    trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
+    # One model at a time is evaluated, the base, the enhanced one and others.
+    widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
+    scored = layout.weights * (2 if recipe.model.checkpoints else 1)
+    phases = [
+        Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB)),
+        Phase("score", scored, 0, layer, layout.scored_logits(tokens, length)),
+        Phase("train", layout.weights, learnt, activations, logits),
+        Phase("export", layout.weights + trained + enhanced.weights),
+        Phase(
+            "evaluate",
+            widest.weights,
+            0,
+            widest.layer_activations(judged, length),
+            widest.scored_logits(judged, length),
+        ),
+    ]
+    if num_processes > 1:
+        split = Phase(
+            f"train, split over {num_processes} (FSDP2, ZeRO-3)",
+            # A layer's weights are gathered while it runs, and the next one's are on their way.
+            layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
+            learnt // num_processes,
+            activations,
+            logits,
+        )
+        phases.insert(3, split)
+    return phases
+
+
+def _up_to(stage: str, phases: list[Phase]) -> list[Phase]:
+    last = [index for index, phase in enumerate(phases) if phase.name.startswith(stage)]
+    return phases[: last[-1] + 1] if last else phases
+
+
+def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
+    table = Table(title=recipe.model.name, show_header=False)
+    sizes = plan.decoder.sizes
+    rows = {
+        "class": f"{plan.model_class}, {plan.dtype}",
+        "parameters": f"{plan.layout.num_parameters:,}",
+        "neurons": f"{sum(sizes.values()):,} in {plan.layout.num_layers} layers",
+        "strategy": recipe.training.neurons or f"{recipe.training.strategy}, update {recipe.training.update}",
+        "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
+        "processes": str(plan.num_processes),
+        "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
+        "optimizer steps": f"{plan.num_steps:,}",
+        "output": recipe.output_dir,
+    }
+    if stage == "compare":
+        section = recipe.comparison
+        rates = len(section.learning_rates or default_rates(1.0))
+        least, most = num_trainings(len(section.strategies), rates, len(section.seeds))
+        how_many = f"{least} to {most}" if most > least else str(least)
+        rows["trainings"] = f"{how_many}, each of so many steps"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _text_table(recipe: Recipe, plan: Plan) -> Table:
+    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as asked for, not yet read"
+    table = Table("language", title=f"Sentences of {source}")
+    for purpose in _PURPOSES:
+        table.add_column(purpose, justify="right")
+    table.add_column("tokens each", justify="right")
+    for language, counts in plan.num_sentences.items():
+        mark = " *" if language in recipe.training.languages else ""
+        tokens = f"{plan.mean_tokens[language]:.0f}" if language in plan.mean_tokens else "?"
+        table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in _PURPOSES), tokens)
+    table.caption = "* enhanced: the training text of these is trained on"
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table("stage", title="GPU memory of a process, GiB")
+    for name in ("weights", "learnt", "activations", "logits", f"total x {SLACK}"):
+        table.add_column(name, justify="right")
+    for phase in plan.phases:
+        parts = (phase.weights, phase.learnt, phase.activations, phase.logits, phase.total)
+        table.add_row(phase.name, *(f"{part / GIB:.1f}" for part in parts))
+    table.caption = "estimates for the longest batches; the formulas are in recipes/README.md"
+    return table

@@ -1,0 +1,52 @@
+"""A training as the recipe asks for it: what learns, from which text, on the recipe's model."""
+
+from collections.abc import Mapping, Sequence
+
+from peft import get_peft_model
+from transformers import PrinterCallback
+
+from agnostic_train.corpus.purposes import training_examples
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.training.guarded import GuardedTrainer
+from agnostic_train.training.strategy import Choice
+from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
+
+
+def make_trainer(
+    materials: Materials,
+    arguments: NeuronTrainingArguments,
+    choice: Choice,
+    training: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]] | None = None,
+) -> GuardedTrainer:
+    """A trainer of the recipe's model, in which what was chosen learns.
+
+    Args:
+        training: per language, the sentences to train on.
+        held_out: per language, sentences whose loss `eval_strategy` follows.
+
+    Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
+
+    Raises:
+        UserError: a language without a training sentence.
+    """
+    encoder = materials.encoder
+    settings = dict(
+        args=arguments, train_dataset=training_examples(encoder, training), data_collator=encoder.collate
+    )  # fmt: skip
+    if held_out is not None:
+        settings["eval_dataset"] = {
+            language: [
+                {"input_ids": row["input_ids"]}
+                for row in encoder.encode(lines, f"validation text of {language}", add_eos=True)
+            ]
+            for language, lines in held_out.items()
+        }
+    model = materials.model
+    if choice.neurons is not None:
+        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
+    else:
+        trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
+    return trainer

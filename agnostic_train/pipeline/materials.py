@@ -1,0 +1,168 @@
+"""The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.judging import judging_text
+from agnostic_train.corpus.purposes import Corpus, load_corpus
+from agnostic_train.evaluation.task_evaluation import TaskSuite
+from agnostic_train.files import UserError
+from agnostic_train.model.loading import load_config, load_model, load_tokenizer
+from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
+from agnostic_train.recipe import EMBEDDED, Recipe
+
+logger = logging.get_logger(__name__)
+
+
+class Materials:
+    """What a run works on.
+
+    Args:
+        recipe: names it.
+        processes: of the run.
+        say: told once what was loaded.
+    """
+
+    def __init__(self, recipe: Recipe, processes: PartialState, say: Callable[[str], None]):
+        self.recipe = recipe
+        self.processes = processes
+        self.say = say
+        self._told_model = False
+
+    @cached_property
+    def model_path(self) -> str:
+        if self.recipe.model.name != EMBEDDED:
+            return self.recipe.model.name
+        if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
+            raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
+        self.say("model: the embedded default (at first use it is trained from scratch, about a minute)")
+        return str(quickstart_model())
+
+    @cached_property
+    def _corpus_path(self) -> str | Path | None:
+        return quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
+
+    @property
+    def _kept_text(self) -> Path | None:
+        """Where text from the hub is kept: later commands do without a network, and read the same text."""
+        return Path(self.recipe.output_dir) / ".corpus" if self.recipe.corpus.dataset else None
+
+    def _streamed_once(self) -> AbstractContextManager:
+        """Of several processes one streams what the others then find."""
+        return self.processes.local_main_process_first() if self._kept_text else nullcontext()
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        with self._streamed_once():
+            shown = self.processes.is_local_main_process
+            trained = self.recipe.languages_with_training_text
+            corpus = load_corpus(self.recipe.corpus, self._corpus_path, shown, self._kept_text, trained)
+        for language, text in corpus.texts.items():
+            self.say(
+                f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
+                f"{len(text.validation)} for validation, {len(text.test)} to test on"
+            )
+        return corpus
+
+    @property
+    def judged_texts(self) -> dict[str, dict[str, list[str]]]:
+        """The text that only judges: per kind (`test`, `parallel`) and language the sentences."""
+        return self._judged[0]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file of text that was read so far."""
+        return self.corpus.hashes | (self._judged[1] if "_judged" in vars(self) else {})
+
+    @cached_property
+    def _judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+        with self._streamed_once():
+            return judging_text(
+                self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
+            )
+
+    def judging_batches(self) -> dict[str, dict[str, list]]:
+        """The batches of the text that only judges, per kind and language."""
+        size = self.recipe.evaluation.batch_size
+        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged_texts.items()}
+
+    @cached_property
+    def task_suite(self) -> TaskSuite | None:
+        """The tasks to evaluate on, with their data; None without any."""
+        section = self.recipe.evaluation
+        if not section.tasks:
+            return None
+        return TaskSuite(
+            section.tasks,
+            task_paths=section.task_paths,
+            mgsm=section.mgsm,
+            num_fewshot=section.num_fewshot,
+            limit=section.limit,
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size or self.recipe.corpus.batch_size,
+        )
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model = load_model(self.recipe.model, self.model_path)
+        if not self._told_model:
+            # ZeRO-3 has split a weight's entries, and notes how many they were.
+            millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
+            self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
+            self._told_model = True  # a comparison loads it again for each of its trainings
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.recipe.model, self.model_path)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        config = load_config(self.recipe.model, self.model_path)
+        return Encoder.of(self.tokenizer, self.recipe.corpus, config)
+
+    def batches(
+        self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None
+    ) -> dict[str, list]:
+        """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
+        if sentences is None:
+            sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
+        batches = {
+            language: self.encoder.batches(
+                lines,
+                f"{purpose} text of {language}",
+                batch_size or self.recipe.corpus.batch_size,
+                skip_special_tokens=purpose == "detection" and self.recipe.detection.skip_special_tokens,
+            )
+            for language, lines in sentences.items()
+        }
+        if purpose == "detection":
+            _warn_of_single_tokens(batches)
+        return batches
+
+    def take_model(self) -> PreTrainedModel:
+        """Returns the model and drops the reference to it that is kept here."""
+        model = self.model
+        self.forget_model()
+        return model
+
+    def forget_model(self) -> None:
+        """Drops the model, which training has changed: the next access loads it again."""
+        del self.__dict__["model"]
+
+
+def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
+    for language, of_language in batches.items():
+        num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language)
+        if num_single:
+            logger.warning_once(
+                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons have no "
+                "impact; with a detection.consistency of 1, none of these can be related"
+            )

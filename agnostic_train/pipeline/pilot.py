@@ -1,0 +1,59 @@
+"""`strategy: pilot`: every candidate trains a short, equal budget on text of its own; the best on held-out text wins."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from agnostic_train.evaluation.comparison import relative_change
+from agnostic_train.files import UserError
+from agnostic_train.pipeline.trials import Trial, Trials
+from agnostic_train.recipe import Recipe
+from agnostic_train.training.trainer import NeuronTrainingArguments
+
+Sentences = dict[str, Sequence[str]]
+
+
+def split_pilot_text(
+    recipe: Recipe, arguments: NeuronTrainingArguments, training: Mapping[str, Sequence[str]]
+) -> tuple[Sentences, Sentences]:
+    """Parts the training sentences: those of the training proper, and as many as a pilot's steps read once.
+
+    Raises:
+        UserError: the pilot would take more than half of them.
+    """
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    wanted = math.ceil(recipe.training.pilot_steps * batch / len(training))
+    for language, sentences in training.items():
+        if 2 * wanted > len(sentences):
+            raise UserError(
+                f"training.pilot_steps: {recipe.training.pilot_steps} steps read {wanted} sentences of {language!r}, "
+                f"more than half of its {len(sentences)}; lower it or add text"
+            )
+    proper = {language: sentences[: len(sentences) - wanted] for language, sentences in training.items()}
+    pilot = {language: sentences[len(sentences) - wanted :] for language, sentences in training.items()}
+    return proper, pilot
+
+
+def rank_candidates(
+    trials: Trials, candidates: Sequence[str], languages: Sequence[str], seed: int, rate: float
+) -> list[dict]:
+    """Trains each candidate briefly; returns plain JSON rows, the best first.
+
+    A row has the `strategy`, the mean relative `change` of the languages' bits per byte on validation text (None where
+    the training diverged), and every language's own change.
+
+    Raises:
+        UserError: every candidate diverged.
+    """
+    base = trials.base()["validation"]
+    rows = []
+    for name in candidates:
+        result = trials.run(Trial(name, seed, rate))
+        changes = None
+        if result.measured is not None:
+            changes = {it: relative_change(base[it], after) for it, after in result.measured["validation"].items()}
+        mean = None if changes is None else sum(changes[it] for it in languages) / len(languages)
+        rows.append({"strategy": name, "change": mean, "languages": changes, "trainable": result.record["trainable"]})
+    rows.sort(key=lambda row: math.inf if row["change"] is None else row["change"])
+    if rows[0]["change"] is None:
+        raise UserError(f"training.learning_rate: {rate:.3g} makes every pilot diverge; lower it")
+    return rows

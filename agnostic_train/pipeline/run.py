@@ -1,0 +1,244 @@
+"""The stages of a run in their order: a stage whose inputs are unchanged isn't run again."""
+
+import gc
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from agnostic_train.corpus.purposes import check_training_text
+from agnostic_train.export.checkpoint import is_exported
+from agnostic_train.files import UserError, check_replaceable, sole_user, whole_file
+from agnostic_train.model.loading import load_empty_model
+from agnostic_train.neurons.language_neurons import is_neuron_file
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.manifest import Manifest, package_versions
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.settings import check_inputs, check_trials, training_arguments
+from agnostic_train.pipeline.stage_inputs import StageInputs
+from agnostic_train.pipeline.stages import MEMORY_KEYS, STAGE_HELP, STAGES, OutOfMemory
+from agnostic_train.pipeline.stages.compare import COMPARISON, compare
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.detect import detect
+from agnostic_train.pipeline.stages.evaluate import evaluate
+from agnostic_train.pipeline.stages.export import EXPORTS, export
+from agnostic_train.pipeline.stages.report import report
+from agnostic_train.pipeline.stages.score import EMERGENCE, score
+from agnostic_train.pipeline.stages.train import ADAPTER, check_checkpoints, clear_checkpoints, is_adapter_file, train
+from agnostic_train.pipeline.tracking import Tracker, tracked
+from agnostic_train.recipe import Recipe
+from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
+from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
+
+_FUNCTIONS = {
+    "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
+    "compare": compare,
+}  # fmt: skip
+_SECTIONS = {
+    "detect": "detection", "score": "score", "train": "training", "export": "export", "evaluate": "evaluation",
+    "compare": "comparison",
+}  # fmt: skip
+"""The recipe's section of each stage."""
+_REMOVED_FIRST = {
+    "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
+}  # fmt: skip
+
+
+class Pipeline:
+    """One recipe's run in its `output_dir`.
+
+    Args:
+        recipe: what to run.
+        force: run the asked-for stages again even if their inputs are unchanged.
+        say: where a stage's result goes, a line at a time.
+
+    Raises:
+        UserError: the folder can't be written, or the training arguments don't fit together.
+        OutOfMemory: while running, the device's memory doesn't suffice.
+    """
+
+    def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
+        self.recipe = recipe
+        self.force = force
+        self.training_arguments = training_arguments(recipe)
+        # Transformers sets the processes up when it is first asked for the device; the state is one for all.
+        _ = self.training_arguments.device
+        self.processes = PartialState()
+        self.say = say if self.processes.is_main_process else lambda line: None
+        if self.processes.num_processes > 1:
+            self.say(f"processes: {self.processes.num_processes}")
+        self.materials = Materials(recipe, self.processes, self.say)
+        self.directory = Path(recipe.output_dir)
+        check_inputs(recipe, self.training_arguments, self.directory)
+        self._make_directory()
+        self.manifest = Manifest(self.directory)
+        self.inputs = StageInputs(recipe, self.training_arguments, self.materials, self.manifest)
+
+    def run(self, stage: str) -> None:
+        """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
+        stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
+        if stage == "compare":
+            check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
+        # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
+        _ = self.materials.tokenizer
+        if "train" in stages:
+            self._check_training()
+        for name in stages:
+            self.inputs.of(name)
+            if self.force or self.inputs.state(name) != "finished":
+                self._check_folders(name, self.force and stage in ("run", name))
+        with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
+            if stage == "compare":
+                # Each of its trainings is a tracked run of its own, in one group.
+                for name in stages:
+                    self._run_stage(name, self.force and name == stage, Tracker(None))
+                return
+            with tracked(self.recipe, self.processes, run_id=self._tracking_id) as tracker:
+                ran = [name for name in stages if self._run_stage(name, self.force and stage in ("run", name), tracker)]
+        older = [
+            name
+            for name in STAGES
+            if name not in stages and self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
+        ]
+        if older:
+            self.say(f"{', '.join(older)}: what is there comes from an earlier run; `run` brings it up to date")
+
+    def _check_training(self) -> None:
+        section = self.recipe.training
+        if section.neurons is not None:
+            NeuronSet.read(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
+        for language in section.languages:
+            check_training_text(language, self.materials.corpus.texts[language].training)
+
+    def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
+        """Returns whether it had to run."""
+        key, state = self.inputs.key(stage), self.inputs.state(stage)
+        if state == "finished" and not forced:
+            self.say(f"{stage}: unchanged, kept (--force runs it again)")
+            return False
+        self._check_folders(stage, forced)
+        self.processes.wait_for_everyone()
+        replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
+        if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
+            replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
+        self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
+        context = Context(
+            stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
+            tracker,
+        )  # fmt: skip
+        if self.processes.is_main_process:
+            # What these write depends on their options: nothing of other ones may stay.
+            for written in _REMOVED_FIRST.get(stage, []):
+                self.manifest.remove_outputs(written)
+            if forced:
+                shutil.rmtree(context.work, ignore_errors=True)
+            if stage == "train":
+                clear_checkpoints(context, resume=state == "started" and not forced)
+            self.manifest.start(stage, key, self.processes.num_processes, self._head(stage))
+        self.processes.wait_for_everyone()
+        start = time.monotonic()
+        try:
+            result = _FUNCTIONS[stage](context)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
+        # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            result["seconds"] = round(time.monotonic() - start, 1)
+            outputs = [self.directory / name for name in result.pop("outputs")]
+            if stage in _SECTIONS:
+                result["settings"] = self.recipe.to_dict()[_SECTIONS[stage]]
+            result["corpus"] = self.materials.hashes
+            self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
+        self.processes.wait_for_everyone()
+        return True
+
+    def _check_folders(self, stage: str, forced: bool) -> None:
+        """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
+        if stage == "train":
+            resume = self.inputs.state(stage) == "started" and not forced
+            check_checkpoints(self.directory, self.manifest, resume, self.processes.num_processes)
+        recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
+        exports: dict[str, Callable[[Path], bool]] = {
+            EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)
+        }
+        written: dict[str, dict[str, Callable[[Path], bool]]] = {
+            "detect": {"neurons": is_neuron_file},
+            "score": {EMERGENCE: is_emergence_file} if self.recipe.model.checkpoints else {},
+            "train": {ADAPTER: is_adapter_file},
+            "export": exports,
+            "report": {"figures": is_run_figure},
+            "compare": {COMPARISON: is_comparison_file},
+        }
+
+        def check(folder: str, is_own: Callable[[Path], bool]) -> None:
+            check_replaceable(self.directory / folder, lambda path: path in recorded or is_own(path))
+
+        for folder, is_own in written.get(stage, {}).items():
+            check(folder, is_own)
+
+    def _what_to_lower(self, stage: str, problem: str) -> str:
+        # Further sentences say which process holds how much, and how the allocator could be set.
+        what = ". ".join(problem.split(". ")[:2]).rstrip(".")
+        remedies = [f"lower {MEMORY_KEYS[stage]}"] if stage in MEMORY_KEYS else []
+        if self.recipe.model.dtype == "float32":
+            remedies.append("set model.dtype to bfloat16, which halves the weights")
+        return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
+
+    def _make_directory(self) -> None:
+        probe = self.directory / f".writable.{os.getpid()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output_dir: can't write to {self.directory} ({error.strerror})") from None
+
+    @cached_property
+    def _tracking_id(self) -> str | None:
+        """Of the tracked run, the same whenever a command goes on in this folder."""
+        if not self.recipe.tracking.wandb or not self.processes.is_main_process:
+            return None
+        file = self.directory / ".tracking"
+        if not file.exists():
+            with whole_file(file) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
+        return file.read_text().strip()
+
+    def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
+        """The manifest's top-level fields: of a stage that runs, and of the others as they ran when they last did."""
+        recipe, hashes = self.recipe.to_dict(), dict[str, str]()
+        for name, section in _SECTIONS.items():
+            record = self.manifest.record(name)
+            if name != stage and record.get("finished"):
+                recipe[section] = record.get("settings", recipe[section])
+                hashes |= record.get("corpus", {})
+        export = self.manifest.record("export")
+        if frozen_weights is None and export.get("finished"):
+            # A proof holds for the weights that it was made of, not for a later training's.
+            frozen_weights = export["frozen_weights"] if export["key"] == self.inputs.key("export") else None
+        return {
+            "model": {
+                **self.inputs.model_identity,
+                "name": self.recipe.model.name,
+                "revision": self.recipe.model.revision,
+            },
+            "corpus": hashes | self.materials.hashes,
+            "recipe": recipe,
+            "seeds": {
+                "corpus": self.recipe.corpus.seed,
+                "training": recipe["training"]["arguments"].get("seed", NeuronTrainingArguments.seed),
+            },
+            "versions": package_versions(),
+            "frozen_weights": frozen_weights or {"status": "unverified"},
+        }

@@ -1,0 +1,189 @@
+"""What each stage's result depends on: the keys, text and files that make it run again when they change."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+
+from agnostic_train.evaluation.tuning import default_rates
+from agnostic_train.files import fingerprint, hash_file
+from agnostic_train.model.loading import model_identity
+from agnostic_train.pipeline.manifest import Manifest
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.pilot import split_pilot_text
+from agnostic_train.pipeline.settings import reads_held_out_text
+from agnostic_train.pipeline.stages import STAGES
+from agnostic_train.pipeline.stages.score import checkpoint_identity
+from agnostic_train.pipeline.trials import learning_arguments, result_arguments
+from agnostic_train.recipe import Recipe
+from agnostic_train.scores.emergence import Checkpoint, parse_checkpoints
+from agnostic_train.training.trainer import NeuronTrainingArguments
+from agnostic_train.versions import installed_version
+
+_READ_BY = {
+    "low": ["auto"], "high": ["auto"], "pilot_strategies": ["pilot"], "pilot_steps": ["pilot"],
+    "random_like": ["random", "lora"],
+}  # fmt: skip
+"""Keys of `training` that only some strategies read."""
+
+
+class StageInputs:
+    """What the results of one recipe's stages depend on, and how far the stages have come by their records.
+
+    Args:
+        arguments: of the training.
+    """
+
+    def __init__(self, recipe: Recipe, arguments: NeuronTrainingArguments, materials: Materials, manifest: Manifest):
+        self._recipe = recipe
+        self._arguments = arguments
+        self._materials = materials
+        self._manifest = manifest
+
+    def depends(self, stage: str) -> list[str]:
+        """The stages whose results a stage reads."""
+        return {
+            "detect": [],
+            "score": ["detect"],
+            "train": self._training_depends,
+            "export": ["train"],
+            "evaluate": ["export"],
+            "report": ["score", "evaluate"],
+            "compare": ["detect"],
+        }[stage]
+
+    @property
+    def _training_depends(self) -> list[str]:
+        if not self._recipe.training.needs_detection:
+            return []
+        return ["detect", "score"] if self._recipe.training.strategy == "auto" else ["detect"]
+
+    def needs(self, stage: str) -> list[str]:
+        """Every stage that must have run before a stage, in order."""
+        needed = set(self.depends(stage))
+        for name in reversed(STAGES):
+            if name in needed:
+                needed.update(self.depends(name))
+        return [name for name in STAGES if name in needed]
+
+    def key(self, stage: str) -> str:
+        """Changes with whatever a stage's result depends on, the stages before it included."""
+        return self._manifest.key(self.of(stage), self.depends(stage))
+
+    def state(self, stage: str) -> str:
+        """How far a stage has come for this very recipe, see `Manifest.state`."""
+        return self._manifest.state(stage, self.key(stage))
+
+    @cached_property
+    def model_identity(self) -> dict:
+        """What tells the model from others: its files' hashes, or its name and revision."""
+        return model_identity(self._recipe.model, self._materials.model_path)
+
+    @cached_property
+    def _common_inputs(self) -> dict:
+        return {
+            "model": self._recipe.to_dict()["model"] | {"checkpoints": []},
+            "identity": self.model_identity,
+            "version": installed_version("agnostic_train"),
+        }
+
+    def _text(self, *purposes: str, languages: Sequence[str] | None = None) -> dict:
+        """Hashes of the sentences that serve some purposes, and the keys that make batches of them."""
+        corpus = self._recipe.corpus
+        return {
+            "sentences": {
+                purpose: [it for it in self._sentence_hashes[purpose] if languages is None or it[0] in languages]
+                for purpose in purposes
+            },
+            **{key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
+        }
+
+    @cached_property
+    def _sentence_hashes(self) -> dict[str, list]:
+        texts = self._materials.corpus.texts.items()
+        purposes = ("detection", "training", "validation", "test")
+        return {it: [[language, fingerprint(getattr(text, it))] for language, text in texts] for it in purposes}
+
+    def of(self, stage: str) -> dict:
+        """What a stage's result depends on, beside the stages before it."""
+        own = {
+            "detect": self._detection_inputs,
+            "score": self._score_inputs,
+            "train": self._training_inputs,
+            "export": lambda: self._recipe.to_dict()["export"],
+            "evaluate": self._evaluation_inputs,
+            "report": self._report_inputs,
+            "compare": self._comparison_inputs,
+        }
+        return {**self._common_inputs, stage: own[stage]()}
+
+    def _detection_inputs(self) -> dict:
+        section = self._recipe.detection
+        return {
+            # How much memory it may take changes only how long it takes.
+            **{key: value for key, value in asdict(section).items() if key != "memory_gb"},
+            "text": self._text("detection", *(["training"] if section.stability else [])),
+        }
+
+    def _score_inputs(self) -> dict:
+        checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
+        identities = [[it.step, checkpoint_identity(self._recipe.model, it)] for it in checkpoints]
+        return {
+            **self._recipe.to_dict()["score"],
+            "checkpoints": identities,
+            "text": self._text("detection", "validation"),
+        }
+
+    def _training_inputs(self) -> dict:
+        section = self._recipe.training
+        if section.strategy == "pilot" and section.neurons is None:
+            texts = self._materials.corpus.texts
+            training = {language: texts[language].training for language in section.languages}
+            split_pilot_text(self._recipe, self._arguments, training)  # says if there is too little
+        unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
+        own = {key: value for key, value in asdict(section).items() if key not in unread}
+        return {
+            "training": own | {"neurons": None, "arguments": learning_arguments(section.arguments)},
+            "neurons": hash_file(section.neurons) if section.neurons else None,
+            "text": self._training_text,
+        }
+
+    @property
+    def _training_text(self) -> dict:
+        section = self._recipe.training
+        languages = None if section.strategy == "pilot" and section.neurons is None else section.languages
+        text = self._text("training", languages=languages)
+        # A pilot chooses by it.
+        if languages is None or reads_held_out_text(self._arguments):
+            text["sentences"] |= self._text("validation")["sentences"]
+        return text
+
+    def _evaluation_inputs(self) -> dict:
+        suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
+        return {
+            "evaluation": self._recipe.to_dict()["evaluation"],
+            "text": self._text("validation"),
+            "judged": fingerprint(self._materials.judged_texts),
+            "tasks": suite and {name: suite.identity(name) for name in suite.names},
+            "checkpoints": [checkpoint_identity(self._recipe.model, Checkpoint(it, None)) for it in named],
+        }
+
+    def _comparison_inputs(self) -> dict:
+        recipe = self._recipe.to_dict()
+        rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
+        return {
+            "comparison": recipe["comparison"] | {"learning_rates": rates},
+            "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")},
+            "arguments": result_arguments(recipe["training"]["arguments"]),
+            "text": self._text("training", "validation"),
+            "judged": fingerprint(self._materials.judged_texts),
+            "processes": self._materials.processes.num_processes,
+        }
+
+    def _report_inputs(self) -> dict:
+        shown = {"corpus": self._recipe.to_dict()["corpus"] | {"path": None}, "files": self._materials.corpus.hashes}
+        if not self._manifest.record("compare"):
+            return shown
+        return {
+            **shown,
+            "comparison": self._manifest.record("compare")["run"] if self.state("compare") == "finished" else None,
+        }

@@ -1,0 +1,172 @@
+"""`compare`: every strategy and baseline on the same data and budget, each at its own best learning rate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from tqdm.auto import tqdm
+
+from agnostic_train.evaluation.comparison import compare_strategies, relative_change
+from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
+from agnostic_train.files import whole_directory, write_json
+from agnostic_train.pipeline.settings import make_strategy
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.tracking import tracked
+from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials
+from agnostic_train.recipe import Recipe
+from agnostic_train.report.page import (
+    COMPARISON_TABLE,
+    COMPARISON_TEXT,
+    comparison_text,
+    draw_comparison,
+    in_terminal,
+    is_comparison_file,
+)
+from agnostic_train.report.tables import comparison_table, write_csv
+from agnostic_train.training.strategy import Choice
+
+COMPARISON = "comparison"
+
+Results = dict[str, dict[int, TrialResult]]
+"""By strategy and seed."""
+
+
+def compare(context: Context) -> dict:
+    recipe, section = context.recipe, context.recipe.comparison
+    found = context.found
+    group = recipe.tracking.run_name or context.directory.resolve().name
+
+    def choose(trial: Trial) -> Choice:
+        return make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
+
+    for name in section.strategies:
+        choose(Trial(name))  # a set without a neuron is refused before the others have trained for hours
+    texts = context.materials.corpus.texts
+    trials = Trials(
+        context.materials,
+        choose,
+        {language: texts[language].training for language in recipe.training.languages},
+        {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
+        context.work,
+        [_key(context), context.set_hashes],
+        group=group,
+    )
+    tunings, results = _train_all(context, trials)
+    comparison = _comparison_json(recipe, trials.base(), tunings, results)
+    text = comparison_text(comparison)
+    if context.processes.is_main_process:
+        write_json(context.directory / "comparison.json", comparison)
+        with whole_directory(context.directory / COMPARISON, is_comparison_file) as folder:
+            draw_comparison(comparison, folder)
+            (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
+            write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
+        files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
+        files |= {"comparison.json": context.directory / "comparison.json"}
+        with tracked(recipe, context.processes, "comparison", group) as tracker:
+            tracker.log_figures(context.directory / COMPARISON)
+            replace(context, tracker=tracker).publish({"comparison": comparison_table(comparison)}, files)
+    context.say(in_terminal(text))
+    context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
+    return {"outputs": ["comparison.json", COMPARISON]}
+
+
+def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Results]:
+    """Tunes each strategy's learning rate, and trains it at that rate once per seed; none where every rate diverged."""
+    recipe, section = context.recipe, context.recipe.comparison
+    base = trials.base()
+    rates = section.learning_rates or default_rates(context.arguments.learning_rate)
+    selecting = recipe.training.languages if section.select_by == "target" else recipe.corpus.languages
+    tunings: dict[str, Tuning] = {}
+    results: Results = {}
+    total, _ = num_trainings(len(section.strategies), len(rates), len(section.seeds))
+    hidden = not context.processes.is_local_main_process
+    with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
+
+        def run(trial: Trial) -> TrialResult:
+            bar.set_postfix_str(str(trial))
+            result = trials.run(trial)
+            bar.update()
+            changes = _changes(base, result)
+            bar.clear()
+            place = f"{bar.n:.0f} of at least {total}"
+            context.say(f"compare: {place}: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
+            return result
+
+        def measure(name: str, rate: float) -> dict[str, float] | None:
+            return _changes(base, run(Trial(name, section.tuning_seed, rate)))
+
+        for name in section.strategies:
+            tunings[name] = tune(partial(measure, name), rates, selecting)
+            rate = tunings[name].learning_rate
+            results[name] = {} if rate is None else {seed: run(Trial(name, seed, rate)) for seed in section.seeds}
+    return tunings, results
+
+
+def _comparison_json(recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results) -> dict:
+    """What `comparison.json` holds. A strategy that diverged with some seed isn't compared."""
+    section, enhanced = recipe.comparison, recipe.training.languages
+    diverged = [name for name, by_seed in results.items() if not _all_measured(by_seed, section.seeds)]
+    texts = {}
+    for kind in [kind for kind in base if kind != "validation"]:
+        after = {
+            name: {seed: result.measured[kind] for seed, result in by_seed.items() if result.measured is not None}
+            for name, by_seed in results.items()
+            if name not in diverged
+        }
+        texts[kind] = compare_strategies(base[kind], after, enhanced, aligned=kind == "parallel")
+    return {
+        "enhanced": enhanced,
+        "seeds": section.seeds,
+        "tuning_seed": section.tuning_seed,
+        "select_by": section.select_by,
+        "diverged": diverged,
+        "tuning": {name: _tuning_json(tunings[name], by_seed) for name, by_seed in results.items() if by_seed},
+        "texts": texts,
+        "before": {
+            kind: {
+                language: {
+                    "perplexity": measured.value,
+                    "bits_per_byte": measured.bits_per_byte,
+                    "num_sentences": len(measured.sentence_nats),
+                }
+                for language, measured in by_language.items()
+            }
+            for kind, by_language in base.items()
+        },
+    }
+
+
+def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> bool:
+    return len(by_seed) == len(seeds) and all(result.measured is not None for result in by_seed.values())
+
+
+def _key(context: Context) -> dict:
+    """What a training's result depends on, beside what learns at which rate with which seed: not on the list of them."""
+    inputs = context.inputs("compare")
+    return {**inputs, "compare": {key: value for key, value in inputs["compare"].items() if key != "comparison"}}
+
+
+def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:
+    """Per language, on validation text: what may select; None where training diverged."""
+    if result.measured is None:
+        return None
+    before = base["validation"]
+    return {language: relative_change(before[language], it) for language, it in result.measured["validation"].items()}
+
+
+def _in_words(changes: Mapping[str, float]) -> str:
+    return "  ".join(f"{language} {change:+z.1%}" for language, change in changes.items()) + "  (validation)"
+
+
+def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:
+    record = next(iter(results.values())).record
+    return {
+        "learning_rate": tuning.learning_rate,
+        "at_end": tuning.at_end,
+        "tried": [{"learning_rate": rate, "validation": changes} for rate, changes in tuning.tried.items()],
+        "trainable": record["trainable"],
+        "neurons": record["neurons"],
+        "what": record["reason"],
+        "steps": record["steps"],
+        "tokens": record["tokens"],
+    }

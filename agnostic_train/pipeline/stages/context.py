@@ -1,0 +1,77 @@
+"""What every stage is given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from agnostic_train.files import hash_file, whole_file
+from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons
+from agnostic_train.pipeline.manifest import Manifest
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.tracking import Tracker
+from agnostic_train.recipe import Recipe
+from agnostic_train.report.tables import Table, write_csv
+from agnostic_train.training.trainer import NeuronTrainingArguments
+
+
+@dataclass
+class Context:
+    """One stage of a recipe's run in its `output_dir`.
+
+    arguments: of the training. inputs: what a stage's result depends on beside the stages before it, plain JSON values.
+    state: of a stage, for this recipe, as by `Manifest.state`. say: where a stage's result goes, a line at a time.
+    """
+
+    stage: str
+    recipe: Recipe
+    arguments: NeuronTrainingArguments
+    materials: Materials
+    manifest: Manifest
+    inputs: Callable[[str], dict]
+    state: Callable[[str], str]
+    say: Callable[[str], None]
+    tracker: Tracker = field(default_factory=lambda: Tracker(None))
+
+    @property
+    def directory(self) -> Path:
+        return self.manifest.directory
+
+    @property
+    def work(self) -> Path:
+        """What the stage keeps to go on from, under names of what it depends on: interrupted, or run with other keys."""
+        return self.directory / ".work" / self.stage
+
+    @property
+    def processes(self) -> PartialState:
+        return self.materials.processes
+
+    @property
+    def found(self) -> LanguageNeurons:
+        """What detection found."""
+        return LanguageNeurons.load(self.directory / "neurons")
+
+    @property
+    def neuron_hashes(self) -> dict[str, str]:
+        """SHA-256 of the files of what detection found: the same sets have the same, whenever they were detected."""
+        return {file.name: hash_file(file) for file in sorted((self.directory / "neurons").glob("*.safetensors"))}
+
+    @property
+    def set_hashes(self) -> dict[str, str]:
+        """Those of the sets alone, without what only random controls are drawn by."""
+        return {name: value for name, value in self.neuron_hashes.items() if name != ACTIVATIONS_FILE}
+
+    def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
+        """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`."""
+        if not self.processes.is_main_process:
+            return
+        self.tracker.log_tables(tables)
+        if self.recipe.tracking.results_dir is None:
+            return
+        folder = Path(self.recipe.tracking.results_dir)
+        for name, table in tables.items():
+            write_csv(table, folder / f"{name}.csv")
+        for name, file in (files or {}).items():
+            with whole_file(folder / name) as temporary:
+                temporary.write_bytes(file.read_bytes())

@@ -1,0 +1,96 @@
+"""`detect`: each language's related, shared and exclusive neurons."""
+
+import shutil
+
+from transformers import PreTrainedModel
+
+from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.detection.self_check import ImpactMismatchError
+from agnostic_train.detection.stability import detection_stability
+from agnostic_train.files import UserError, fingerprint, whole_file
+from agnostic_train.impact.pruning import num_top
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.report.tables import neuron_table
+
+SELF_CHECK_FILE = "self_check.txt"
+# Of the neurons that are top in a sentence.
+_FEW_RATIO = 0.05
+
+
+def detect(context: Context) -> dict:
+    section = context.recipe.detection
+    resume_dir = context.work / fingerprint(context.inputs("detect"))[:16]
+    texts, model = context.materials.corpus.texts, context.materials.model
+    sample = {language: text.detection for language, text in texts.items()}
+    try:
+        found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+    except ImpactMismatchError as error:
+        file = context.directory / SELF_CHECK_FILE
+        if context.processes.is_main_process:
+            with whole_file(file) as temporary:
+                temporary.write_text(error.table + "\n", encoding="utf-8")
+        raise UserError(f"{error}, or open an issue with {file}") from None
+    if section.stability:
+        others = {language: text.training for language, text in texts.items()}
+        found.stability = detection_stability(
+            lambda part: detect_in(context, model, part, verify=False), found, sample, others
+        )
+        for name, overlaps in found.stability.items():
+            values = "  ".join(
+                f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
+                for language, it in overlaps.items()
+            )
+            context.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
+    if context.processes.is_main_process:
+        found.save(context.directory / "neurons")
+        shutil.rmtree(resume_dir, ignore_errors=True)
+    for language in found.languages:
+        context.say(
+            f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
+            f"exclusive ({section.exclusive})"
+        )
+    least = section.min_languages
+    by_whom = "all" if least in (None, len(found.languages)) else f"at least {least} language{'s' * (least > 1)}"
+    context.say(f"detect: {len(found.shared)} shared by {by_whom}")
+    if section.method == "impact" and found.shared.sizes:
+        _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
+    for name, share in (found.exact_share or {}).items():
+        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly, pruning ruled the others out")
+    context.tracker.log_summary(
+        {"neurons/shared": len(found.shared)}
+        | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
+        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in found.exclusive.items()}
+    )
+    context.publish({"neurons": neuron_table(found)})
+    return {"outputs": ["neurons"], "shared": len(found.shared)}
+
+
+def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
+    """Says so where hardly any neuron is among the top often enough: little can be learnt with those."""
+    few = [language for language, its in found.related.items() if len(its) < _FEW_RATIO * num_possible]
+    if few:
+        context.say(
+            f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "
+            "sentences; a lower detection.consistency gives more"
+        )
+
+
+def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
+    """Detects by the recipe's settings on some sentences per language; `settings` go to `detect_neurons`."""
+    section = context.recipe.detection
+    return detect_neurons(
+        model,
+        context.materials.batches("detection", sentences),
+        method=section.method,
+        lape_ratio=section.lape_ratio,
+        top_ratio=section.top_ratio,
+        consistency=section.consistency,
+        attention=section.attention,
+        exclusive=section.exclusive,
+        min_languages=section.min_languages,
+        memory_gb=section.memory_gb,
+        pruning=section.pruning,
+        progress=context.processes.is_local_main_process,
+        **settings,
+    )

@@ -1,0 +1,155 @@
+"""`evaluate`: every language before and after, on text that selected nothing."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from agnostic_train.evaluation.languages import compare_languages, describe, evaluate_languages
+from agnostic_train.evaluation.task_evaluation import evaluate_tasks
+from agnostic_train.export.model_card import model_card
+from agnostic_train.files import whole_file, write_json
+from agnostic_train.model.loading import load_checkpoint, load_model, model_identity
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.export import EXPORTS
+from agnostic_train.pipeline.stages.score import checkpoint_identity
+from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
+from agnostic_train.scores.emergence import Checkpoint
+from agnostic_train.scores.perplexity import Perplexity
+
+
+def evaluate(context: Context) -> dict:
+    """Measures the base, the enhanced checkpoint as it was exported, and the named ones, on text and on tasks."""
+    recipe, progress = context.recipe, context.processes.is_local_main_process
+    # Validation text is measured too, for what selects: sweeps.
+    batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
+    checkpoints = _checkpoints(context)
+    measured: dict[str, dict[str, dict[str, Perplexity]]] = {}
+    dtypes: dict[str, str] = {}
+    for name, load in checkpoints.items():
+        model = load()
+        dtypes[name] = str(model.dtype).removeprefix("torch.")
+        measured[name] = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
+        del model  # there may be no room for the next one beside it
+    before, after = measured["before"], measured["after"]
+    compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
+    evaluation: dict[str, Any] = {
+        "languages": compared["test"],
+        "parallel": compared.get("parallel"),
+        "validation": compared["validation"],
+    }
+    evaluation["checkpoints"] = {
+        source: {
+            kind: {language: describe(it) for language, it in its.items()} for kind, its in measured[source].items()
+        }
+        for source in recipe.evaluation.checkpoints
+    }
+    evaluation["pairs"] = [
+        {
+            "first": first,
+            "second": second,
+            "texts": {kind: compare_languages(one[kind], other[kind]) for kind in batches},
+        }
+        for (first, one), (second, other) in combinations(measured.items(), 2)
+        if (first, second) != ("before", "after")
+    ]
+    evaluation["tasks"] = _evaluate_tasks(context, checkpoints, dtypes)
+    found = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
+    evaluation["objectives"] = found
+    cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
+    if context.processes.is_main_process:
+        write_json(context.directory / "evaluation.json", evaluation)
+        for to, name in cards.items():
+            card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
+            with whole_file(context.directory / name) as temporary:
+                temporary.write_text(card, encoding="utf-8")
+    context.tracker.log_summary(found)
+    tables = {"evaluation": evaluation_table(evaluation)}
+    if evaluation["tasks"] is not None:
+        tables["tasks"], tables["task_comparisons"] = (
+            it(evaluation["tasks"]) for it in (task_table, task_comparison_table)
+        )
+    context.publish(tables)
+    return {"outputs": ["evaluation.json", *cards.values()]}
+
+
+def _checkpoints(context: Context) -> dict[str, Callable[[], PreTrainedModel]]:
+    """What is evaluated: by name, what loads it."""
+    section = context.recipe.model
+    # As whoever uses the checkpoint has it: `model.dtype` would round what `export.dtype` has kept.
+    own_dtype = replace(section, dtype="auto")
+    return {
+        "before": context.materials.take_model,
+        "after": partial(load_model, own_dtype, context.directory / EXPORTS["merged"]),
+        **{
+            it: partial(load_checkpoint, section, it, "evaluation.checkpoints")
+            for it in context.recipe.evaluation.checkpoints
+        },
+    }
+
+
+def _evaluate_tasks(
+    context: Context, checkpoints: Mapping[str, Callable[[], PreTrainedModel]], dtypes: Mapping[str, str]
+) -> dict | None:
+    """The harness's tasks on the base, the enhanced and the named checkpoints; None without tasks."""
+    suite, section = context.materials.task_suite, context.recipe.model
+    if suite is None:
+        return None
+    identities = {
+        "before": context.inputs("evaluate")["identity"],
+        "after": model_identity(section, context.directory / EXPORTS["merged"]),
+        **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in context.recipe.evaluation.checkpoints},
+    }
+    result = evaluate_tasks(
+        checkpoints,
+        context.materials.tokenizer,
+        suite,
+        directory=context.work,
+        identity=lambda name: [identities[name], dtypes[name]],
+        write=context.processes.is_main_process,
+        progress=context.processes.is_local_main_process,
+    )
+    for name, task in result["tasks"].items():
+        for metric in next(iter(task["checkpoints"].values()))["metrics"]:
+            values = "  ".join(
+                f"{checkpoint} {_in_words(row['metrics'][metric])}" for checkpoint, row in task["checkpoints"].items()
+            )
+            context.say(f"evaluate: {name} ({task['num_items']} items), {metric}: {values}")
+    return result
+
+
+def _in_words(metric: dict) -> str:
+    value, error = metric["value"], metric["standard_error"]
+    return "none" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> dict[str, float]:
+    """The numbers that sweeps and dashboards rely on, by fixed names, from `evaluation.json`.
+
+    On test text, which selects nothing: `test/bits_per_byte/{before,after}/LANGUAGE` and `test/change/LANGUAGE`,
+    relative. On validation text, for what selects:
+    `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: of it, relative.
+    `largest_forgetting`: the largest relative rise among the other languages, 0 where none rose.
+    `objective`, to be minimised: `target_bits_per_byte`, times 1 + 10 times what `largest_forgetting` exceeds
+    `max_forgetting` by: one point more forgotten has to gain ten points in the target.
+    """
+    values = {}
+    for language, row in evaluation["languages"].items():
+        values[f"test/change/{language}"] = row["bits_per_byte_change"]
+        for moment in ("before", "after"):
+            values[f"test/bits_per_byte/{moment}/{language}"] = row[moment]["bits_per_byte"]
+    validation = evaluation["validation"]
+    after = [validation[it]["after"]["bits_per_byte"] for it in enhanced]
+    changes = {language: row["bits_per_byte_change"] for language, row in validation.items()}
+    largest = max([0.0, *(change for language, change in changes.items() if language not in enhanced)])
+    target = sum(after) / len(after)
+    return {
+        **values,
+        "target_bits_per_byte": target,
+        "target_change": sum(changes[it] for it in enhanced) / len(enhanced),
+        "largest_forgetting": largest,
+        "objective": target * (1 + 10 * max(0.0, largest - max_forgetting)),
+    }

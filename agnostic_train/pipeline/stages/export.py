@@ -1,0 +1,86 @@
+"""`export`: the enhanced checkpoint, and proof that nothing else moved."""
+
+import shutil
+from dataclasses import asdict
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from agnostic_train.choices import ExportTarget
+from agnostic_train.export.checkpoint import CARD, export_checkpoint
+from agnostic_train.export.frozen_weights import FrozenWeightCheck
+from agnostic_train.export.model_card import model_card
+from agnostic_train.files import UserError
+from agnostic_train.model.loading import load_model
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.train import ADAPTER
+from agnostic_train.training.strategy import BASELINES
+from agnostic_train.training.trainer import NEURONS_FILE
+
+EXPORTS = {"merged": "enhanced", "lora": "lora", "delta": "delta"}
+
+
+def export(context: Context) -> dict:
+    if not context.processes.is_main_process:
+        return {}
+    record = context.manifest.record("train")
+    checkpoint = context.directory / record["checkpoint"]
+    neurons = None if record["strategy"] in BASELINES else NeuronSet.load(checkpoint / NEURONS_FILE)
+    if record["strategy"] == "lora":
+        trained = _merged_lora(context)
+    elif record["adapter"]:
+        trained = context.directory / ADAPTER
+    else:
+        trained = load_model(context.recipe.model, checkpoint)
+
+    def write(to: ExportTarget) -> FrozenWeightCheck:
+        return export_checkpoint(
+            trained,
+            context.directory / EXPORTS[to],
+            to=to,
+            base=context.materials.model,
+            tokenizer=context.materials.tokenizer,
+            dtype=context.recipe.export.dtype or context.materials.model.dtype,
+            neurons=neurons,
+            model_card=model_card(context.recipe, record, to),
+        )
+
+    check = write("merged")
+    frozen = asdict(check) | {"changed": list(check.changed)}
+    if check.status == "changed":
+        shutil.rmtree(context.directory / EXPORTS["merged"])
+        context.manifest.refuse(frozen)
+        raise UserError(
+            f"enhanced: not written, because {len(check.changed)} parameters moved that weren't chosen "
+            f"({check.changed[0]}, ...); report this with {context.directory / 'manifest.json'}"
+        )
+    if neurons is None:
+        what = "all weights were trained" if record["strategy"] == "full" else "a LoRA touches whole matrices"
+        context.say(f"export: enhanced/ written; {what}, so none was checked")
+    else:
+        rounding = f", {check.chosen_surviving:.1%} of these survived rounding" if check.chosen_moved else ""
+        context.say(
+            f"export: enhanced/ written; {check.num_compared:,} weights are bit-identical to the base's, "
+            f"{check.chosen_moved:.1%} of {check.num_chosen:,} chosen ones moved{rounding}"
+        )
+    to = context.recipe.export.to
+    if to != "merged":
+        write(to)
+        context.say(f"export: {EXPORTS[to]}/ written")
+    folders = dict.fromkeys([EXPORTS["merged"], EXPORTS[to]])
+    files = [
+        f"{folder}/{path.name}"
+        for folder in folders
+        for path in sorted((context.directory / folder).iterdir())
+        if path.name != CARD
+    ]
+    # Evaluation writes its numbers into the cards.
+    return {"outputs": files, "rewritten": [f"{folder}/{CARD}" for folder in folders], "frozen_weights": frozen}
+
+
+def _merged_lora(context: Context) -> PreTrainedModel:
+    # The weights that it was trained beside, in float32 as what it adds to them: a sum in less would be rounded before
+    # `export.dtype` has a say.
+    base = load_model(context.recipe.model, context.materials.model_path).float()
+    return PeftModel.from_pretrained(base, context.directory / ADAPTER).merge_and_unload()

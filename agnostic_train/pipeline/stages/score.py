@@ -1,0 +1,115 @@
+"""`score`: the language-agnostic score with its controls, and over a model's checkpoints."""
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from agnostic_train.files import fingerprint, whole_directory, write_json
+from agnostic_train.model.loading import load_checkpoint, model_identity
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.detect import detect_in
+from agnostic_train.recipe import ModelSection
+from agnostic_train.report.page import draw_emergence, is_emergence_file
+from agnostic_train.report.tables import ablation_table, emergence_table, score_table
+from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
+
+EMERGENCE = "emergence"
+
+
+def score(context: Context) -> dict:
+    resume_dir = context.work / fingerprint([context.inputs("score"), context.neuron_hashes])[:16]
+    found = _score_of(context, context.materials.model, context.found, resume_dir)
+    outputs = ["score.json"]
+    if context.processes.is_main_process:
+        write_json(context.directory / "score.json", found.to_json())
+        shutil.rmtree(resume_dir, ignore_errors=True)
+    value = "undefined" if found.value is None else f"{found.value:.3f}"
+    if found.interval:
+        value += " (95% interval {:.3f} to {:.3f})".format(*found.interval)
+    context.say(f"score: language-agnostic score {value}")
+    for kind, controls in (
+        ("random sets of equal size", found.controls),
+        ("random sets of similar activation", found.matched_controls),
+    ):
+        values = ", ".join(
+            "undefined" if it.value is None else f"{it.value:.3f}" + (" (clipped)" if it.clipped else "")
+            for it in controls.values()
+        )
+        if values:
+            context.say(f"score: for comparison, {kind}: {values}")
+    if any(it.clipped for it in (*found.controls.values(), *found.matched_controls.values())):
+        context.say("score: (clipped) is where a set switched off didn't raise perplexity")
+    for problem, languages in (
+        ("undefined, the shared or exclusive set is empty", found.undefined),
+        ("clipped, a set off didn't raise perplexity", found.clipped),
+    ):
+        if languages:
+            context.say(f"score: {problem}: {', '.join(languages)}")
+    plain = found.to_json()
+    context.tracker.log_summary(
+        {"agnostic_score": found.value}
+        | {f"agnostic_score/importance/{language}": value for language, value in found.importance.items()}
+        | {f"agnostic_score/random/{seed}": it.value for seed, it in found.controls.items()}
+        | {f"agnostic_score/matched/{seed}": it.value for seed, it in found.matched_controls.items()}
+    )
+    context.publish({"score": score_table(plain), "ablation": ablation_table(plain["ablation"])})
+    outputs += _follow_checkpoints(context)
+    return {"outputs": outputs, "value": found.value}
+
+
+def checkpoint_identity(section: ModelSection, checkpoint: Checkpoint) -> dict:
+    """What tells a checkpoint from others: a folder's files, or the name of a revision."""
+    if Path(checkpoint.source).exists():
+        return model_identity(section, checkpoint.source)
+    return vars(checkpoint)
+
+
+def _score_of(
+    context: Context, model: PreTrainedModel, found: LanguageNeurons, resume_dir: Path | None = None
+) -> AgnosticScore:
+    return language_agnostic_score(
+        model,
+        found,
+        context.materials.batches("validation"),
+        control_seeds=range(1, context.recipe.score.controls + 1),
+        progress=context.processes.is_local_main_process,
+        resume_dir=resume_dir,
+    )
+
+
+def _follow_checkpoints(context: Context) -> list[str]:
+    """Scores the model's earlier states; returns the files that were written."""
+    section = context.recipe.model
+    checkpoints = parse_checkpoints(section.checkpoints)
+    if not checkpoints:
+        return []
+    sample = {language: text.detection for language, text in context.materials.corpus.texts.items()}
+
+    def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
+        model = load_checkpoint(section, checkpoint.source)
+        found = detect_in(context, model, sample, verify=False)
+        score = _score_of(context, model, found)
+        value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
+        context.say(f"score: {checkpoint.name}  {len(found.shared)} shared neurons, score {value}")
+        return found, score
+
+    rows = follow_checkpoints(
+        checkpoints,
+        measure,
+        lambda it: [
+            context.inputs("detect"), context.inputs("score")["score"]["text"], context.recipe.score.controls, it.step,
+            checkpoint_identity(section, it),
+        ],
+        context.work / "emergence",
+        write=context.processes.is_main_process,
+    )  # fmt: skip
+    if context.processes.is_main_process:
+        write_json(context.directory / "emergence.json", rows)
+        with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
+            draw_emergence(rows, folder)
+        figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
+        context.publish({"emergence": emergence_table(rows)}, figures)
+    return ["emergence.json", EMERGENCE]

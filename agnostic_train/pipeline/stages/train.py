@@ -1,0 +1,124 @@
+"""`train`: what the strategy chose learns from the text of the languages to enhance."""
+
+import shutil
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from agnostic_train.files import UserError, whole_directory
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.manifest import Manifest
+from agnostic_train.pipeline.pilot import Sentences, split_pilot_text
+from agnostic_train.pipeline.settings import make_strategy, reads_held_out_text
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.pilot import run_pilot
+from agnostic_train.scores.agnostic_score import AgnosticScore
+from agnostic_train.training.guarded import is_complete
+from agnostic_train.training.strategy import Choice
+from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
+
+ADAPTER = "adapter"
+_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
+
+
+def train(context: Context) -> dict:
+    recipe, arguments = context.recipe, context.arguments
+    texts = context.materials.corpus.texts
+    training: Sentences = {language: texts[language].training for language in recipe.training.languages}
+    if recipe.training.strategy == "pilot" and recipe.training.neurons is None:
+        training, pilot_text = split_pilot_text(recipe, arguments, training)
+        strategy = run_pilot(context, pilot_text)
+    else:
+        strategy = recipe.training.strategy
+    choice = _choose(context, strategy)
+    context.say(f"train: {choice.reason}")
+    set_seed(arguments.seed)
+    held_out = None
+    if reads_held_out_text(arguments):
+        held_out = {language: text.validation for language, text in texts.items()}
+    trainer = make_trainer(context.materials, arguments, choice, training, held_out)
+    checkpoints = saved_checkpoints(context.directory)
+    if checkpoints:
+        context.say(f"train: resumed from {checkpoints[-1].name}")
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    context.materials.forget_model()
+    last = context.directory / f"checkpoint-{trainer.state.global_step}"
+    is_saved = (last / TRAINER_STATE_NAME).exists()
+    context.processes.wait_for_everyone()
+    if not is_saved:
+        trainer.save_model(str(last))
+        if arguments.should_save:
+            trainer.state.save_to_json(str(last / TRAINER_STATE_NAME))
+    best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+    outputs = list(dict.fromkeys([Path(best or last).name, last.name]))
+    adapted = choice.lora is not None or (choice.neurons is not None and recipe.training.update == "compact")
+    if adapted:
+        _copy_adapter(context, context.directory / outputs[0])
+        outputs.append(ADAPTER)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    context.say(
+        f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
+    )
+    if strategy != recipe.training.strategy:
+        outputs.append("pilot.json")
+    return {
+        "outputs": outputs,
+        "checkpoint": outputs[0],
+        "last": last.name,
+        "adapter": ADAPTER if adapted else None,
+        "strategy": choice.strategy,
+        "reason": choice.reason,
+        "neurons": choice.neurons.counts() if choice.neurons else None,
+    }
+
+
+def check_checkpoints(directory: Path, manifest: Manifest, resume: bool, num_processes: int) -> None:
+    """Refuses a folder in which someone else's training has saved, or one of another number of processes to resume."""
+    found, record = saved_checkpoints(directory), manifest.record("train")
+    if found and not record:
+        raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
+    begun_by = record.get("processes", num_processes)
+    if found and resume and begun_by != num_processes:
+        # With the batch per device goes the batch: the steps done so far would stand for other text.
+        raise UserError(
+            f"output_dir: {found[-1]} is of a training in {begun_by} processes, and these are {num_processes}; resume it in "
+            f"{begun_by}, or start it anew with --force"
+        )
+
+
+def clear_checkpoints(context: Context, resume: bool) -> None:
+    """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
+    for path in saved_checkpoints(context.directory):
+        if not resume or not is_complete(path):
+            shutil.rmtree(path)
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Whether it is a file of `adapter/`."""
+    return path.name in _ADAPTER_FILES
+
+
+def _choose(context: Context, name: str) -> Choice:
+    file = context.recipe.training.neurons
+    if file is not None:
+        neurons = NeuronSet.read(file, context.materials.model)
+        return Choice("file", neurons, f"{len(neurons)} neurons from {file}")
+    strategy = make_strategy(context.recipe, name, context.arguments.seed)
+    score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
+    found = None if name == "full" else context.found
+    choice = strategy.choose(found, score, context.materials.model)
+    if choice.neurons is None:
+        return choice
+    return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}")
+
+
+def _copy_adapter(context: Context, checkpoint: Path) -> None:
+    """What was trained at a name of its own, without optimizer and trainer state."""
+    if context.processes.is_main_process:
+        with whole_directory(context.directory / ADAPTER, is_adapter_file) as temporary:
+            for name in _ADAPTER_FILES:
+                if (checkpoint / name).exists():  # a LoRA has no neurons
+                    shutil.copyfile(checkpoint / name, temporary / name)

@@ -1,0 +1,95 @@
+"""Weights & Biases: one run a command (or a trial of a comparison), with metrics, tables and figures by fixed names."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from accelerate import PartialState
+
+from agnostic_train.files import UserError
+from agnostic_train.recipe import Recipe
+from agnostic_train.report.tables import Table
+from agnostic_train.scores.perplexity import Perplexity
+
+if TYPE_CHECKING:
+    import wandb
+
+
+class Tracker:
+    """Where results are logged; without a run, nowhere."""
+
+    def __init__(self, run: "wandb.Run | None"):
+        self._run = run
+
+    def log_summary(self, metrics: Mapping[str, float | None]) -> None:
+        """Numbers that hold for the whole run, by name; None is left out."""
+        if self._run is not None:
+            self._run.summary.update({name: value for name, value in metrics.items() if value is not None})
+
+    def log_perplexities(self, measured: Mapping[str, Mapping[str, Perplexity]]) -> None:
+        """Bits per byte as `TEXT/bits_per_byte/LANGUAGE`."""
+        for text, of_text in measured.items():
+            self.log_summary({f"{text}/bits_per_byte/{language}": it.bits_per_byte for language, it in of_text.items()})
+
+    def log_tables(self, tables: Mapping[str, Table]) -> None:
+        """Tables by name."""
+        if self._run is not None:
+            from wandb import Table as LoggedTable
+
+            for name, rows in tables.items():
+                columns = list(dict.fromkeys(key for row in rows for key in row))
+                cells = [[row.get(column) for column in columns] for row in rows]
+                # A seed is a number in one row and `all` in another.
+                self._run.log({f"tables/{name}": LoggedTable(columns, cells, allow_mixed_types=True)})
+
+    def log_figures(self, folder: Path) -> None:
+        """Every PNG of a folder, as `figures/NAME`."""
+        if self._run is not None:
+            from wandb import Image
+
+            self._run.log({f"figures/{file.stem}": Image(str(file)) for file in sorted(folder.glob("*.png"))})
+
+
+@contextmanager
+def tracked(
+    recipe: Recipe,
+    processes: PartialState,
+    name: str | None = None,
+    group: str | None = None,
+    run_id: str | None = None,
+) -> Iterator[Tracker]:
+    """A run of `tracking.project`, which a Trainer's own wandb callback joins; none where `tracking.wandb` is off.
+
+    Args:
+        name: of the run; `tracking.run_name` by default.
+        group: joins several runs.
+        run_id: goes on with the run of this id, if there is one. A sweep's agent gives its own.
+
+    Raises:
+        UserError: no account; `WANDB_MODE=offline` needs none.
+    """
+    if not recipe.tracking.wandb or not processes.is_main_process:
+        yield Tracker(None)
+        return
+    import wandb  # takes a second, and most runs don't need it
+
+    settings = {} if run_id is None or "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
+    try:
+        run = wandb.init(
+            project=recipe.tracking.project, name=name or recipe.tracking.run_name, group=group,
+            config={"recipe": recipe.to_dict()}, dir=recipe.output_dir, **settings,
+        )  # fmt: skip
+    except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        raise UserError(
+            f"tracking.wandb: can't start a run ({shorten(str(error), 200)}); log in (wandb login), or set "
+            "WANDB_MODE=offline"
+        ) from None
+    try:
+        yield Tracker(run)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

@@ -1,0 +1,192 @@
+"""Trainings that leave nothing but what they measured: what `pilot` and `compare` are made of."""
+
+import gc
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.model.inference import Batch
+from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.settings import training_arguments
+from agnostic_train.pipeline.tracking import Tracker, tracked
+from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.training.equal_lora import num_weights
+from agnostic_train.training.strategy import Choice
+
+Measured = dict[str, dict[str, Perplexity]]
+"""Per kind of text (validation, test, parallel) and language."""
+
+# What would save or evaluate on the way, and what would give every seed the same order of the text.
+_UNSAVED = {
+    "data_seed": None,
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "disable_tqdm": True,
+    "include_num_input_tokens_seen": "non_padding",
+}
+_ONLY_TOLD = ("logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen")
+_WITHOUT_EFFECT = ("save_", "eval_", "hub_", "push_to_hub")
+BASE = "base"
+"""Stands for the model before any training, where a strategy is asked for."""
+
+
+def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Those of a recipe's TrainingArguments that do more than say what is printed and logged of a training.
+
+    How often it is evaluated and saved is among them: the best checkpoint may be chosen by it.
+    """
+    return {key: it for key, it in arguments.items() if not key.startswith(_ONLY_TOLD)}
+
+
+def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The TrainingArguments that a trial's result depends on, without its own seed and learning rate, and those for logging."""
+    own = (*_UNSAVED, "seed", "learning_rate")
+    arguments = learning_arguments(arguments)
+    return {key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: what learns, with which seed and peak learning rate."""
+
+    strategy: str
+    seed: int = 0
+    learning_rate: float | None = None
+
+    def __str__(self) -> str:
+        return (
+            self.strategy
+            if self.strategy == BASE
+            else f"{self.strategy}, rate {self.learning_rate:.3g}, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """measured: None where the training diverged, to a loss that isn't finite. record: of the training, plain JSON."""
+
+    trial: Trial
+    record: dict
+    measured: Measured | None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trains and measures on demand, and keeps each result: an interrupted series goes on with the next trial.
+
+    Args:
+        materials: model and text.
+        choose: what learns in a trial.
+        training: per language, the sentences to train on.
+        texts: per kind of text and language, the batches to measure on.
+        directory: keeps the results, two files a trial, and the Trainer's own files while it runs.
+        key: all that a result depends on beside its trial and `changes`, plain JSON values.
+        changes: to the recipe's training arguments.
+        group: joins the trials' runs where they are tracked; without it they aren't.
+    """
+
+    materials: Materials
+    choose: Callable[[Trial], Choice]
+    training: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Mapping[str, Sequence[Batch]]]
+    directory: Path
+    key: object
+    changes: Mapping[str, object] = field(default_factory=dict)
+    group: str | None = None
+
+    def base(self) -> Measured:
+        """What the model gives before any training."""
+        measured = self.run(Trial(BASE)).measured
+        assert measured is not None
+        return measured
+
+    def run(self, trial: Trial) -> TrialResult:
+        """The trial's result, from its files or by training: strategies that choose the same train once."""
+        choice = None if trial.strategy == BASE else self.choose(trial)
+        name = fingerprint([self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice)])[:16]
+        record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
+        if not record_file.exists():
+            record, measured = self._measure(trial, choice, self.directory / f".{name}")
+            if self.materials.processes.is_main_process:
+                if measured is not None:
+                    flat = {f"{kind}.{language}": it for kind, its in measured.items() for language, it in its.items()}
+                    save_measured(flat, file)
+                # Written last: with it the result is whole.
+                write_json(record_file, {**asdict(trial), **record})
+            self.materials.processes.wait_for_everyone()
+            return TrialResult(trial, record, measured)
+        record = read_json(record_file)
+        if record["diverged"]:
+            return TrialResult(trial, record, None)
+        measured = {kind: {} for kind in self.texts}
+        for key, result in load_measured(file).items():
+            kind, _, language = key.partition(".")
+            measured[kind][language] = result
+        return TrialResult(trial, record, measured)
+
+    def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
+        if choice is None:
+            return {"diverged": False}, self._perplexities(self.materials.model)
+        arguments = training_arguments(
+            self.materials.recipe,
+            **_UNSAVED, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
+        )  # fmt: skip
+        if self.group is None:
+            arguments.report_to = []
+        tracking = tracked(self.materials.recipe, self.materials.processes, str(trial), self.group)
+        with tracking if self.group else nullcontext(Tracker(None)) as tracker:
+            set_seed(arguments.seed)
+            trainer = make_trainer(self.materials, arguments, choice, self.training)
+            learning = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            # With masks, all of a matrix requires gradients.
+            num_trainable = learning if choice.neurons is None else num_weights(choice.neurons, trainer.model)
+            try:
+                trainer.train()
+                measured = self._perplexities(trainer.model)
+            except NonFiniteLossError:
+                measured = None
+            finally:
+                self.materials.forget_model()
+                shutil.rmtree(work, ignore_errors=True)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            record = {
+                "diverged": measured is None,
+                "trainable": num_trainable,
+                "neurons": None if choice.neurons is None else len(choice.neurons),
+                "reason": choice.reason,
+                "steps": trainer.state.global_step,
+                "tokens": trainer.state.num_input_tokens_seen,
+                "loss": losses[-1] if losses and measured is not None else None,
+            }
+            tracker.log_perplexities(measured or {})
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return record, measured
+
+    def _perplexities(self, model: nn.Module) -> Measured:
+        return {
+            kind: {language: perplexity(model, batches) for language, batches in of_kind.items()}
+            for kind, of_kind in self.texts.items()
+        }
+
+
+def _what_learns(choice: Choice | None) -> object:
+    """Tells what one choice trains from what another does, as plain JSON values."""
+    if choice is None:
+        return BASE
+    if choice.neurons is not None:
+        return {f"{layer}.{projection}": indices.tolist() for (layer, projection), indices in choice.neurons.items()}
+    return choice.strategy if choice.lora is None else [choice.lora.rank_pattern, choice.lora.alpha_pattern]

@@ -1,0 +1,176 @@
+"""What a run found, for people: a self-contained HTML page with its figures, the final table, the comparison's text."""
+
+import base64
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+from transformers.trainer import TRAINER_STATE_NAME
+
+from agnostic_train.files import read_json, whole_directory, whole_file
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.report import figures as draw
+
+COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
+_EMERGENCE_FIGURES = frozenset(["emergence"])
+_COMPARISON_FIGURES = frozenset(["trade", "forgetting"])
+_RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
+    "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
+}  # fmt: skip
+
+
+def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
+    """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
+
+    has_comparison: whether `comparison.json` there is of this recipe.
+    """
+    found = LanguageNeurons.load(directory / "neurons")
+    score = read_json(directory / "score.json")
+    evaluation = read_json(directory / "evaluation.json")
+    training = manifest["stages"]["train"]
+    history = read_json(directory / training["last"] / TRAINER_STATE_NAME)["log_history"]
+    enhanced = recipe["training"]["languages"]
+    titles: dict[str, tuple[str, Callable[[], Figure]]] = {
+        "change": ("Bits per byte before and after", partial(draw.draw_change, evaluation["languages"], enhanced)),
+        "relative_change": ("Change per language", partial(draw.draw_relative_change, evaluation, enhanced)),
+        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, found)),
+        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, found)),
+        "score": ("Importance of shared neurons, by language", partial(draw.draw_score, score)),
+    }
+    if score["ablation"]:
+        title = "Perplexity with sets of neurons switched off"
+        titles["ablation"] = (title, partial(draw.draw_ablation, score["ablation"]))
+    if (directory / "emergence.json").exists():
+        rows = read_json(directory / "emergence.json")
+        titles["emergence"] = ("Over the model's training", partial(draw.draw_emergence, rows))
+    comparison = read_json(directory / "comparison.json") if has_comparison else None
+    if comparison is not None:
+        titles |= _comparison_figures(comparison)
+    if any("loss" in entry for entry in history):
+        titles["training"] = ("Training loss", partial(draw.draw_training, history))
+    assert titles.keys() <= _RUN_FIGURES
+    with whole_directory(directory / "figures", is_run_figure) as temporary:
+        draw.write_figures(temporary, {name: figure for name, (_, figure) in titles.items()}, evaluation["languages"])
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=f"{', '.join(enhanced)} in {recipe['model']['name']}",
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            recipe=recipe,
+            manifest=manifest,
+            training=training,
+            found=found,
+            score=score,
+            evaluation=evaluation,
+            comparison=comparison,
+            frozen=manifest["frozen_weights"],
+            figures={
+                name: (title, base64.b64encode((directory / "figures" / f"{name}.svg").read_bytes()).decode())
+                for name, (title, _) in titles.items()
+            },
+        )
+    )
+    with whole_file(directory / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def is_run_figure(path: Path) -> bool:
+    """Whether it is a file that `write_report` writes in `figures/`."""
+    return draw.is_figure(path, _RUN_FIGURES)
+
+
+def is_emergence_file(path: Path) -> bool:
+    """Whether it is a file of `emergence/`."""
+    return draw.is_figure(path, _EMERGENCE_FIGURES)
+
+
+def is_comparison_file(path: Path) -> bool:
+    """Whether it is a file of `comparison/`."""
+    return draw.is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
+
+
+def draw_comparison(comparison: dict, folder: Path) -> None:
+    """Draws the comparison's figures into `folder`."""
+    figures = {name: figure for name, (_, figure) in _comparison_figures(comparison).items()}
+    draw.write_figures(folder, figures, comparison["before"]["test"])
+
+
+def draw_emergence(rows: list[dict], folder: Path) -> None:
+    """Draws the figure of a model's checkpoints into `folder`."""
+    draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)}, rows[0]["related"])
+
+
+def comparison_text(comparison: dict) -> str:
+    """The comparison as Markdown: the tables, what differs beyond noise, and how the learning rates were chosen."""
+    return _environment().get_template("comparison.md").render(**comparison)
+
+
+def in_terminal(text: str) -> str:
+    """Markdown as a terminal shows it."""
+    console = Console(width=None if sys.stdout.isatty() else 140, file=StringIO())
+    console.print(Markdown(text))
+    return console.file.getvalue()
+
+
+def summary_table(directory: Path, enhanced: list[str]) -> Table:
+    """The run's last word: per language its neurons, and perplexity and bits per byte before and after."""
+    found = LanguageNeurons.load(directory / "neurons")
+    evaluation = read_json(directory / "evaluation.json")["languages"]
+    score = read_json(directory / "score.json")
+    value = "undefined" if score["value"] is None else f"{score['value']:.3f}"
+    table = Table(
+        title=f"language-agnostic score {value}, {len(found.shared)} shared neurons",
+        caption="test text; * enhanced; exclusive: " + found.settings["exclusive"],
+    )
+    table.add_column("language", no_wrap=True)
+    for header in ("related", "shared", "exclusive", "perplexity", "after", "bits/byte", "after", "change"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for language, row in evaluation.items():
+        before, after = row["before"], row["after"]
+        related = found.related.get(language)  # a language that is only measured has none
+        counts = (
+            ("",) * 3
+            if related is None
+            else (len(related), len(found.shared & related), len(found.exclusive[language]))
+        )
+        table.add_row(
+            language + (" *" if language in enhanced else ""),
+            *map(str, counts),
+            f"{before['perplexity']:.2f}",
+            f"{after['perplexity']:.2f}",
+            f"{before['bits_per_byte']:.4f}",
+            f"{after['bits_per_byte']:.4f}",
+            f"{row['bits_per_byte_change']:+z.1%}",
+        )
+    return table
+
+
+def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], Figure]]]:
+    compared = comparison["texts"]["test"]
+    if not compared["strategies"]:
+        return {}
+    return {
+        "trade": ("What each strategy gains and costs", partial(draw.draw_trade, compared)),
+        "forgetting": ("Change of every language by strategy", partial(draw.draw_forgetting, compared)),
+    }
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("agnostic_train.report", "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["percent"] = lambda value: f"{100 * value:+z.1f}%"
+    return environment

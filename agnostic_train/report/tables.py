@@ -1,0 +1,174 @@
+"""What was measured as flat tables: one row a measurement, the same for CSV, Markdown and experiment tracking."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from agnostic_train.files import whole_file
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+
+Table = list[dict[str, object]]
+"""Rows with the same keys, in the order of the columns."""
+
+
+def neuron_table(found: LanguageNeurons) -> Table:
+    """Number of neurons per set, layer and projection."""
+    sets = {"shared": found.shared}
+    sets |= {f"related {language}": neurons for language, neurons in found.related.items()}
+    sets |= {f"exclusive {language}": neurons for language, neurons in found.exclusive.items()}
+    sites = dict.fromkeys(site for neurons in sets.values() for site, _ in neurons.items())
+    return [
+        {"set": name, "layer": layer, "projection": projection, "neurons": len(neurons[(layer, projection)])}
+        for name, neurons in sets.items()
+        for layer, projection in sorted(sites)
+    ]
+
+
+def score_table(score: dict) -> Table:
+    """The score, its variants and its controls, by language and in total (`all`). Takes what `score.json` holds.
+
+    `importance` is a language's ratio, `score` is log(1 + importance), of `all` its mean over the defined languages;
+    `_low` and `_high` are the ends of the 95% interval of each. `clipped`: of the language, or of any.
+    """
+    table = _score_rows(
+        "detected", None, score["value"], score["interval"], score["importance"],
+        {it["language"]: it["interval"] for it in score["table"]}, score["clipped"],
+    )  # fmt: skip
+    table += _variant_rows("detected", None, score["variants"], score["variant_table"])
+    for kind, key in (("random", "controls"), ("random, matched activation", "matched_controls")):
+        controls = score[key]
+        for seed, value in controls["values"].items():
+            table += _score_rows(
+                kind, seed, value, controls["intervals"][seed], controls["importance"][seed],
+                controls["importance_intervals"][seed], controls["clipped"][seed],
+            )  # fmt: skip
+            table += _variant_rows(kind, seed, controls["variants"][seed], controls["variant_table"][seed])
+    return table
+
+
+def _variant_rows(kind: str, seed: str | None, values: dict, variants: dict) -> Table:
+    return [
+        row
+        for name, it in variants.items()
+        for row in _score_rows(
+            f"{kind}, {name}", seed, values[name], it["interval"], it["importance"], it["intervals"], it["clipped"]
+        )
+    ]
+
+
+def _score_rows(
+    kind: str, seed: str | None, value: float | None, interval, importance: dict, intervals: dict, clipped: list[str]
+) -> Table:
+    def row(language: str, ratio: float | None, ratios, score: float | None, scores, clipped: bool) -> dict:
+        (ratio_low, ratio_high), (low, high) = ratios or (None, None), scores or (None, None)
+        return {
+            "sets": kind, "seed": seed, "language": language,
+            "importance": ratio, "importance_low": ratio_low, "importance_high": ratio_high,
+            "score": score, "score_low": low, "score_high": high, "clipped": clipped,
+        }  # fmt: skip
+
+    rows = [row("all", None, None, value, interval, bool(clipped))]
+    for language, ratio in importance.items():
+        # The logarithm is increasing: an interval's ends are those of its logarithm's.
+        ends = intervals[language]
+        logs = None if ends is None else [math.log1p(it) for it in ends]
+        rows.append(row(language, ratio, ends, None if ratio is None else math.log1p(ratio), logs, language in clipped))
+    return rows
+
+
+def ablation_table(ablation: dict) -> Table:
+    """Every language with every set off, as in `score.json`'s `ablation`."""
+    before = ablation["none"]["languages"]
+    return [
+        {
+            "off": off, "neurons": row["neurons"], "language": language, "perplexity": it["perplexity"],
+            "bits_per_byte": it["bits_per_byte"], "times": it["perplexity"] / before[language]["perplexity"],
+        }
+        for off, row in ablation.items()
+        for language, it in row["languages"].items()
+    ]  # fmt: skip
+
+
+def evaluation_table(evaluation: dict) -> Table:
+    """Before and after, by kind of text and language. Takes what `evaluation.json` holds."""
+    rows = []
+    for text, key in (("test", "languages"), ("parallel", "parallel"), ("validation", "validation")):
+        for language, it in (evaluation.get(key) or {}).items():
+            low, high = it["interval"]
+            rows.append(
+                {
+                    "text": text, "language": language, "perplexity_before": it["before"]["perplexity"],
+                    "perplexity_after": it["after"]["perplexity"], "bits_per_byte_before": it["before"]["bits_per_byte"],
+                    "bits_per_byte_after": it["after"]["bits_per_byte"], "change": it["bits_per_byte_change"],
+                    "low": low, "high": high, "sentences": it["num_sentences"],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def task_table(tasks: dict) -> Table:
+    """Each checkpoint's metrics on each task, as in `evaluation.json`'s `tasks`."""
+    return [
+        {"task": name, "checkpoint": checkpoint, "metric": metric, "value": it["value"], "standard_error": it["standard_error"], "items": task["num_items"]}
+        for name, task in tasks["tasks"].items()
+        for checkpoint, row in task["checkpoints"].items()
+        for metric, it in row["metrics"].items()
+    ]  # fmt: skip
+
+
+def task_comparison_table(tasks: dict) -> Table:
+    """Each two checkpoints on each task, on the same items, as in `evaluation.json`'s `tasks`."""
+    return [
+        {"task": name, **{key: value for key, value in it.items() if key != "interval"}, "low": it["interval"][0], "high": it["interval"][1]}
+        for name, task in tasks["tasks"].items()
+        for it in task["comparisons"]
+    ]  # fmt: skip
+
+
+def emergence_table(rows: list[dict]) -> Table:
+    """A row a checkpoint, from what `emergence.json` holds; `clipped` names the languages that were."""
+    table = []
+    for row in rows:
+        low, high = row["interval"] or (None, None)
+        flat = {"step": row["step"], "checkpoint": row["checkpoint"], "shared": row["shared"], "score": row["score"], "low": low, "high": high}  # fmt: skip
+        flat |= {f"score_{name}": value for name, value in row["variants"].items()}
+        flat["clipped"] = ", ".join(row["clipped"]["score"])
+        for kind in ("controls", "matched_controls"):
+            for index, (value, clipped) in enumerate(zip(row[kind], row["clipped"][kind], strict=True), 1):
+                flat |= {f"{kind}_{index}": value, f"{kind}_{index}_clipped": ", ".join(clipped)}
+        for name in ("exclusive", "related", "shared_ratio", "perplexity"):
+            flat |= {f"{name}_{language}": value for language, value in row[name].items()}
+        table.append(flat)
+    return table
+
+
+def comparison_table(comparison: dict) -> Table:
+    """A row a strategy, seed, text and language, from what `comparison.json` holds; the seed is `all` for the mean."""
+    rows = []
+    for text, compared in comparison["texts"].items():
+        for name, strategy in compared["strategies"].items():
+            tuning = comparison["tuning"][name]
+            for language, it in strategy["languages"].items():
+                common = {
+                    "strategy": name,
+                    "learning_rate": tuning["learning_rate"],
+                    "text": text,
+                    "language": language,
+                }
+                low, high = it["interval"]
+                rows.append({**common, "seed": "all", "change": it["mean"], "low": low, "high": high})
+                rows += [
+                    {**common, "seed": seed, "change": change, "low": None, "high": None}
+                    for seed, change in it["by_seed"].items()
+                ]
+    return rows
+
+
+def write_csv(table: Table, file: Path) -> None:
+    """Writes a table with a header, UTF-8, whole or not at all; None is an empty cell."""
+    columns: Sequence[str] = list(dict.fromkeys(key for row in table for key in row))
+    with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(table)

@@ -1,0 +1,1 @@
+"""What neurons are worth: perplexities with and without them, and the scores made of these."""

@@ -1,0 +1,113 @@
+"""Every language's perplexity with every set of neurons switched off: the paper's figure 4 as a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from agnostic_train.model.inference import Batch
+from agnostic_train.neurons.deactivation import deactivate
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import process_index
+from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
+
+NOTHING = "none"
+"""The row of the whole model."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What was measured.
+
+    measured: by the set that was off, `NOTHING` among them, and by language. num_neurons: how many were off.
+    """
+
+    measured: dict[str, dict[str, Perplexity]]
+    num_neurons: dict[str, int]
+
+    @property
+    def languages(self) -> list[str]:
+        return list(self.measured[NOTHING])
+
+    def perplexity(self, off: str, language: str, resamples: Tensor | None = None) -> Tensor | None:
+        """Perplexities of a language with a set off, float64; None where that wasn't measured.
+
+        Args:
+            resamples: (resamples, sentences), how often each sentence counts; each once by default.
+
+        Returns: (resamples,), or a scalar.
+        """
+        result = self.measured.get(off, {}).get(language)
+        if result is None:
+            return None
+        counts = torch.ones(len(result.sentence_nats), dtype=torch.float64) if resamples is None else resamples
+        return (counts @ result.sentence_nats.double() / (counts @ result.sentence_tokens.double())).exp()
+
+    def to_json(self) -> dict:
+        """Plain JSON values: per set its number of neurons, and per language perplexity and bits per byte."""
+        return {
+            off: {
+                "neurons": self.num_neurons[off],
+                "languages": {
+                    language: {"perplexity": result.value, "bits_per_byte": result.bits_per_byte}
+                    for language, result in row.items()
+                },
+            }
+            for off, row in self.measured.items()
+        }
+
+
+def ablate(
+    model: nn.Module,
+    sets: Mapping[str, NeuronSet],
+    batches: Mapping[str, Sequence[Batch]],
+    languages: Mapping[str, Sequence[str]] | None = None,
+    measured: Callable[[], object] = lambda: None,
+    resume_dir: str | Path | None = None,
+) -> Ablation:
+    """Measures every language with every set off. Each state of the weights is entered once, and none is copied.
+
+    Args:
+        model: left as found.
+        sets: by name; `NOTHING` is added, empty sets are left out.
+        batches: per language, as for `perplexity`.
+        languages: by set, the languages to measure if not all.
+        measured: called after each language of each set.
+        resume_dir: a folder that keeps each set's measurements. What is found there isn't measured again; use another
+            folder for other sets, text or weights.
+
+    Raises:
+        UserError: neurons of another model. NonFiniteLossError: a set without which the model computes NaN.
+    """
+    rows: dict[str, dict[str, Perplexity]] = {}
+    sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
+    for name, neurons in sets.items():
+        wanted = (languages or {}).get(name, batches)
+        file = None if resume_dir is None else Path(resume_dir) / f"{name}.safetensors"
+        if file is not None and file.exists():
+            rows[name] = load_measured(file)
+            for _ in wanted:
+                measured()
+            continue
+        rows[name] = {}
+        with deactivate(model, neurons):
+            for language in wanted:
+                rows[name][language] = _perplexity(model, batches[language], name, language)
+                measured()
+        if file is not None and process_index() == 0:
+            save_measured(rows[name], file)
+    return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})
+
+
+def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: str) -> Perplexity:
+    try:
+        return perplexity(model, batches)
+    except NonFiniteLossError:
+        if off == NOTHING:
+            raise
+        raise NonFiniteLossError(
+            f"model.dtype: with the {off} neurons off, the loss of {language!r} is NaN, infinite, or hundreds of nats a "
+            "token; half precision may overflow, try float32"
+        ) from None

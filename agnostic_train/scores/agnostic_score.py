@@ -1,0 +1,371 @@
+"""The language-agnostic score: how much more the shared neurons carry than each language's own."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from agnostic_train.files import UserError, read_json
+from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.inference import Batch
+from agnostic_train.neurons.activity import Activations, activation_ratio
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores.ablation import NOTHING, Ablation, ablate
+from agnostic_train.scores.bootstrap import interval, resample_counts
+
+SMALLEST_CHANGE = 1e-6
+"""A smaller change of perplexity is set to this and reported as clipped."""
+
+MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "perplexity": lambda change, before, size: change,
+    "per_neuron": lambda change, before, size: change / size,
+    "log_perplexity": lambda change, before, size: (change / before).log1p(),
+}
+"""What switching a set off does, from the change of perplexity (clipped first), the perplexity before and the set's
+size: the score's own measure, the change for each neuron, and the change of the logarithm in nats per token."""
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """One language's row of the score's table.
+
+    perplexity: with no neuron off. change_shared, change_exclusive: how much it rises with that set off, None where
+    the set is empty. clipped: which of the two changes were below `SMALLEST_CHANGE`. importance: their ratio, None
+    where undefined. interval: of the importance, 95%, from resampled sentences.
+    """
+
+    language: str
+    perplexity: float
+    num_shared: int
+    num_exclusive: int
+    change_shared: float | None
+    change_exclusive: float | None
+    importance: float | None
+    clipped: tuple[str, ...] = ()
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ScoreVariant:
+    """The score by another of the `MEASURES`.
+
+    value, interval: as those of `AgnosticScore`. importance, intervals: per language the ratio of what its sets do and
+    the 95% interval of that, None where undefined. Clipped is what is clipped in the score, no more and no less.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+    importance: dict[str, float | None]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
+class AgnosticScore:
+    """The score with its table, and the same for random sets of the same sizes.
+
+    value: mean over defined languages of log(1 + importance); None when no language is defined.
+    table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
+    like mean absolute activation, a shared set's over all languages, an exclusive one's in its own. interval: of the
+    value, 95%, from resampled sentences (percentile bootstrap, the same draw of sentences for every set).
+    variant_table: `per_neuron`, each change divided by its set's size; `log_perplexity`, changes of its logarithm.
+    ablation: what was measured. activation_ratios: by kind of control, `random` and `matched`, how active they are
+    beside the `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
+    """
+
+    value: float | None
+    table: list[LanguageScore]
+    controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
+    matched_controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    variant_table: dict[str, ScoreVariant] = field(default_factory=dict)
+    ablation: Ablation | None = None
+    activation_ratios: dict[str, dict | None] = field(default_factory=dict)
+
+    @property
+    def importance(self) -> dict[str, float | None]:
+        """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
+        return {row.language: row.importance for row in self.table}
+
+    @property
+    def variants(self) -> dict[str, float | None]:
+        """The value by each variant's measure."""
+        return {name: it.value for name, it in self.variant_table.items()}
+
+    @property
+    def undefined(self) -> list[str]:
+        """Languages left out of the mean, because a set is empty."""
+        return [row.language for row in self.table if row.importance is None]
+
+    @property
+    def clipped(self) -> list[str]:
+        """Languages of which a change was set to `SMALLEST_CHANGE`."""
+        return [row.language for row in self.table if row.clipped]
+
+    @classmethod
+    def load(cls, file: str | Path) -> "AgnosticScore":
+        """Reads `score.json` without its controls; raises `UserError` that names the file if it is missing or broken."""
+        content = read_json(file)
+        names = {it.name for it in fields(LanguageScore)}
+        try:
+            # JSON knows no tuples.
+            rows: list[dict[str, Any]] = [
+                {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+                for row in content["table"]
+            ]
+            return cls(content["value"], [LanguageScore(**row) for row in rows])
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
+
+    def to_json(self) -> dict:
+        """Plain JSON values, as in `score.json`."""
+        return {
+            "value": self.value,
+            "interval": self.interval,
+            "variants": self.variants,
+            "variant_table": _variants_json(self),
+            "importance": self.importance,
+            "undefined": self.undefined,
+            "clipped": self.clipped,
+            "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
+            "controls": _controls_json(
+                "the score with random sets of the same number of neurons at every site",
+                self.controls,
+                self.activation_ratios.get("random"),
+            ),
+            "matched_controls": _controls_json(
+                "the score with as many random neurons at every site, outside the set and of similar mean absolute "
+                "activation (shared: mean over languages; exclusive: its own language)",
+                self.matched_controls,
+                self.activation_ratios.get("matched"),
+            ),
+            "ablation": None if self.ablation is None else self.ablation.to_json(),
+        }
+
+
+def language_agnostic_score(
+    model: nn.Module,
+    neurons: LanguageNeurons,
+    corpora: Mapping[str, Iterable[Batch]],
+    *,
+    control_seeds: Sequence[int] = (1, 2, 3),
+    num_resamples: int = 1000,
+    progress: bool = False,
+    resume_dir: str | Path | None = None,
+) -> AgnosticScore:
+    """Scores how language-agnostic a model is (Chen et al. 2025, Eq. 4-5).
+
+    For language l: `Imp_l = dPPL(l | shared off) / dPPL(l | exclusive_l off)`, dPPL the perplexity after minus before;
+    `score = mean over l of log(1 + Imp_l)`. An empty set makes l undefined: it is left out of the mean and listed.
+
+    Args:
+        model: left as found; weights are changed in place and restored bit for bit.
+        neurons: from `detect_neurons` on this model.
+        corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
+            kept in memory.
+        control_seeds: also score random sets of the same sizes, one for each seed; where `neurons` has activations,
+            also one of similar activation. Without any the score is faster, but has nothing to be compared with.
+        num_resamples: of the bootstrap; 0 leaves the intervals out.
+        progress: show a progress bar.
+        resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
+
+    Raises:
+        ValueError: a language without a corpus.
+        UserError: neurons of another model.
+    """
+    missing = [language for language in neurons.languages if language not in corpora]
+    if missing:
+        raise ValueError(f"no corpus for {', '.join(missing)}")
+    batches = {language: list(corpora[language]) for language in neurons.languages}
+    sets = _sets("", neurons)
+    only: dict[str, list[str]] = {}
+    kinds = ("random",) if neurons.activations is None else ("random", "matched")
+    drawn = {
+        kind: {seed: _control(neurons, seed, model, kind == "matched") for seed in control_seeds} for kind in kinds
+    }
+    for kind, controls in drawn.items():
+        for seed, control in controls.items():
+            prefix = f"{kind} {seed} "
+            sets |= _sets(prefix, control)
+            # A language's control set is only measured on that language.
+            only |= {f"{prefix}exclusive {language}": [language] for language in batches}
+    num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
+    with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
+        ablation = ablate(model, sets, batches, only, bar.update, resume_dir)
+    scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
+    scored = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
+    return replace(
+        scores[""],
+        controls=scored["random"],
+        matched_controls=scored.get("matched", {}),
+        activation_ratios={kind: _activation_ratios(neurons, list(its.values()), model) for kind, its in drawn.items()},
+        ablation=ablation,
+    )
+
+
+def _control(neurons: LanguageNeurons, seed: int, model: nn.Module, matched: bool) -> LanguageNeurons:
+    """Random counterparts of the shared set and of each exclusive one."""
+    # The shared set is judged in every language, an exclusive one in its own: they are matched where they are judged.
+    overall = neurons.mean_activations if matched else None
+    own = neurons.activations or {} if matched else {}
+    return LanguageNeurons(
+        neurons.related,
+        neurons.shared.random_like(seed, model, overall),
+        {language: its.random_like(seed, model, own.get(language)) for language, its in neurons.exclusive.items()},
+    )
+
+
+def _activation_ratios(neurons: LanguageNeurons, controls: Sequence[LanguageNeurons], model: nn.Module) -> dict | None:
+    """What `activation_ratio` says of the shared set and of each exclusive one, where they are judged."""
+    overall = neurons.mean_activations
+    if neurons.activations is None or overall is None:
+        return None
+    layers = find_decoder(model).layers
+
+    def ratio(its: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
+        return activation_ratio(dict(its.items()), [dict(it.items()) for it in drawn], layers, activations)
+
+    return {
+        "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
+        "exclusive": {
+            language: ratio(its, [it.exclusive[language] for it in controls], neurons.activations[language])
+            for language, its in neurons.exclusive.items()
+        },
+    }
+
+
+def _variants_json(score: AgnosticScore) -> dict:
+    return {
+        name: {
+            "interval": it.interval,
+            "importance": it.importance,
+            "intervals": it.intervals,
+            "clipped": score.clipped,
+        }
+        for name, it in score.variant_table.items()
+    }
+
+
+def _controls_json(description: str, controls: Mapping[int, AgnosticScore], activation_ratios: dict | None) -> dict:
+    return {
+        "description": description,
+        "activation_ratio": activation_ratios,
+        "values": {str(seed): control.value for seed, control in controls.items()},
+        "intervals": {str(seed): control.interval for seed, control in controls.items()},
+        "variants": {str(seed): control.variants for seed, control in controls.items()},
+        "variant_table": {str(seed): _variants_json(control) for seed, control in controls.items()},
+        "clipped": {str(seed): control.clipped for seed, control in controls.items()},
+        "importance": {str(seed): control.importance for seed, control in controls.items()},
+        "importance_intervals": {
+            str(seed): {row.language: row.interval for row in control.table} for seed, control in controls.items()
+        },
+    }
+
+
+def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
+    own = {f"{prefix}exclusive {language}": neurons.exclusive[language] for language in neurons.languages}
+    return {f"{prefix}shared": neurons.shared, **own}
+
+
+def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> dict[str, AgnosticScore]:
+    """The scores of the sets whose names begin with each prefix, from what was measured."""
+    rows = {prefix: [_row(ablation, prefix, language) for language in ablation.languages] for prefix in prefixes}
+    defined = {prefix: [row.language for row in of if row.importance is not None] for prefix, of in rows.items()}
+    resampled: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in prefixes}
+    for seed, language in enumerate(ablation.languages if num_resamples else []):
+        names = [prefix for prefix in prefixes if language in defined[prefix]]
+        for prefix, importances in _resampled(ablation, names, language, num_resamples, seed).items():
+            resampled[prefix][language] = importances
+    return {prefix: _score(ablation, prefix, rows[prefix], resampled[prefix]) for prefix in prefixes}
+
+
+def _resampled(
+    ablation: Ablation, prefixes: Sequence[str], language: str, num_resamples: int, seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """For each prefix, importances by measure, (resamples,); of the same draw of sentences."""
+    # 80 MB for ten thousand sentences, and gone before the next language's are drawn.
+    counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
+    return {prefix: _importances(ablation, prefix, language, counts) for prefix in prefixes}
+
+
+def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    shared, exclusive = (ablation.perplexity(name, language) for name in names)
+    numbers = [ablation.num_neurons.get(name, 0) for name in names]
+    return language_score(
+        language, float(_measured(ablation, NOTHING, language)), None if shared is None else float(shared),
+        None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
+    )  # fmt: skip
+
+
+def _score(
+    ablation: Ablation, prefix: str, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
+) -> AgnosticScore:
+    """resampled: of each defined language, by measure, importances (resamples,); empty without resamples."""
+    values = {row.language: _importances(ablation, prefix, row.language) for row in rows if row.importance is not None}
+    variants = {}
+    for name in MEASURES:
+        logs = [it[name].log1p() for it in resampled.values()]
+        importance = {
+            row.language: float(values[row.language][name]) if row.language in values else None for row in rows
+        }
+        intervals = {
+            row.language: interval(resampled[row.language][name]) if row.language in resampled else None for row in rows
+        }
+        variants[name] = ScoreVariant(
+            _mean(importance.values()), interval(torch.stack(logs).nanmean(0)) if logs else None, importance, intervals
+        )
+    own = variants.pop("perplexity")
+    rows = [replace(row, interval=own.intervals[row.language]) for row in rows]
+    return AgnosticScore(own.value, rows, interval=own.interval, variant_table=variants)
+
+
+def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tensor | None = None) -> dict[str, Tensor]:
+    """By measure, what the shared neurons do over what a language's own do: (resamples,), or a scalar."""
+    before = _measured(ablation, NOTHING, language, resamples)
+    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    # Clipped once, before it is measured: the smallest change is one of perplexity, whatever the measure.
+    changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
+    sizes = [ablation.num_neurons[it] for it in names]
+    importances = {}
+    for name, measure in MEASURES.items():
+        shared, exclusive = (measure(change, before, size) for change, size in zip(changes, sizes, strict=True))
+        importances[name] = shared / exclusive
+    return importances
+
+
+def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | None = None) -> Tensor:
+    """`Ablation.perplexity`, of a set that was measured."""
+    value = ablation.perplexity(off, language, resamples)
+    assert value is not None
+    return value
+
+
+def language_score(
+    language: str,
+    before: float,
+    shared_off: float | None,
+    exclusive_off: float | None,
+    num_shared: int,
+    num_exclusive: int,
+) -> LanguageScore:
+    """One row from three perplexities; None for a perplexity that an empty set leaves undefined."""
+    changes = {"shared": shared_off, "exclusive": exclusive_off}
+    changes = {name: None if after is None else after - before for name, after in changes.items()}
+    clipped = tuple(name for name, change in changes.items() if change is not None and change < SMALLEST_CHANGE)
+    importance = None
+    if changes["shared"] is not None and changes["exclusive"] is not None:
+        importance = max(changes["shared"], SMALLEST_CHANGE) / max(changes["exclusive"], SMALLEST_CHANGE)
+    return LanguageScore(
+        language, before, num_shared, num_exclusive, changes["shared"], changes["exclusive"], importance, clipped
+    )
+
+
+def _mean(importances: Iterable[float | None]) -> float | None:
+    defined = [math.log1p(it) for it in importances if it is not None]
+    return sum(defined) / len(defined) if defined else None

@@ -1,0 +1,104 @@
+"""How a language-agnostic core emerges: sets and scores over a model's checkpoints (Chen et al. 2025, figures 2-5)."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.scores.agnostic_score import AgnosticScore
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One of a model's checkpoints.
+
+    source: a folder, or a revision of the model's hub repository. step: of its training, None if nothing tells it.
+    """
+
+    source: str
+    step: int | None
+
+    @classmethod
+    def parse(cls, entry: str) -> "Checkpoint":
+        """Reads `FOLDER`, `REVISION`, or `STEP=` before either.
+
+        Without `STEP=` the step is the name's number after `step`, or else its last number.
+        """
+        step, equals, source = entry.partition("=")
+        if equals and step.isdigit():
+            return cls(source, int(step))
+        name = Path(entry).name
+        # A name may tell more than the step: stage1-step596057-tokens2500B.
+        numbers = re.findall(r"step[-_]?(\d+)", name) or re.findall(r"\d+", name)
+        return cls(entry, int(numbers[-1]) if numbers else None)
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).name
+
+
+def emergence_row(checkpoint: Checkpoint, found: LanguageNeurons, score: AgnosticScore) -> dict:
+    """What is told of a checkpoint, as plain JSON values."""
+    return {
+        "checkpoint": checkpoint.name,
+        "step": checkpoint.step,
+        "shared": len(found.shared),
+        "related": {language: len(neurons) for language, neurons in found.related.items()},
+        "exclusive": {language: len(neurons) for language, neurons in found.exclusive.items()},
+        "shared_ratio": found.shared_ratio,
+        "perplexity": {row.language: row.perplexity for row in score.table},
+        "score": score.value,
+        "interval": score.interval,
+        "variants": score.variants,
+        "controls": [control.value for control in score.controls.values()],
+        "matched_controls": [control.value for control in score.matched_controls.values()],
+        "clipped": {
+            "score": score.clipped,
+            "controls": [control.clipped for control in score.controls.values()],
+            "matched_controls": [control.clipped for control in score.matched_controls.values()],
+        },
+    }
+
+
+def follow_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    measure: Callable[[Checkpoint], tuple[LanguageNeurons, AgnosticScore]],
+    identity: Callable[[Checkpoint], object],
+    directory: Path,
+    write: bool = True,
+) -> list[dict]:
+    """Measures each checkpoint, and keeps what is done: an interrupted run goes on with the next.
+
+    Args:
+        checkpoints: in the order of the table.
+        measure: detects and scores one.
+        identity: all that a checkpoint's row depends on, plain JSON values.
+        directory: where finished rows are kept, a JSON file each.
+        write: whether this process writes them.
+
+    Returns: the rows, by step where every checkpoint has one.
+    """
+    rows = []
+    for checkpoint in checkpoints:
+        file = directory / f"{fingerprint(identity(checkpoint))[:16]}.json"
+        if file.exists():
+            rows.append(read_json(file))
+            continue
+        row = emergence_row(checkpoint, *measure(checkpoint))
+        if write:
+            write_json(file, row)
+        rows.append(row)
+    if all(row["step"] is not None for row in rows):
+        rows.sort(key=lambda row: row["step"])
+    return rows
+
+
+def parse_checkpoints(entries: Sequence[str]) -> list[Checkpoint]:
+    """The recipe's list; raises `UserError` if one is there twice."""
+    checkpoints = [Checkpoint.parse(entry) for entry in entries]
+    for index, checkpoint in enumerate(checkpoints):
+        if checkpoint in checkpoints[:index]:
+            raise UserError(f"model.checkpoints: {checkpoint.source} is there twice")
+    return checkpoints

@@ -1,0 +1,168 @@
+"""Perplexity over a corpus, and bits per byte, which can be compared across languages and tokenizers."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agnostic_train.files import UserError, whole_file
+from agnostic_train.model.inference import Batch, left_as_found, model_inputs
+from agnostic_train.processes import in_order, own_share
+
+
+class NonFiniteLossError(UserError):
+    """The model computes NaN or Inf: it was broken, or a training diverged."""
+
+
+# exp() of more overflows a float64.
+_MOST_NATS = 700.0
+# Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
+_TOKENS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
+class Perplexity:
+    """What a model makes of a corpus. Logarithms are natural: a nat is 1 / ln 2 bits.
+
+    sentence_nats, sentence_tokens: per sentence, float64 and int64, (sentences,). num_bytes: UTF-8 bytes of the
+    sentences, None if the batches didn't carry them.
+    """
+
+    sentence_nats: Tensor
+    sentence_tokens: Tensor
+    num_bytes: int | None
+
+    @property
+    def nats(self) -> float:
+        """Sum of the scored tokens' negative log-likelihoods."""
+        return float(self.sentence_nats.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.sentence_tokens.sum())
+
+    @property
+    def value(self) -> float:
+        """The perplexity, exp(nats per scored token); infinite where that overflows."""
+        nats_per_token = self.nats / self.num_tokens
+        return math.exp(nats_per_token) if nats_per_token < _MOST_NATS else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """nats / ln 2 / bytes; None without `num_bytes` in every batch."""
+        return None if self.num_bytes is None else self.nats / math.log(2) / self.num_bytes
+
+
+def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
+    """Token-weighted perplexity of a causal language model, each token scored once.
+
+    A sentence's first real token isn't scored, since nothing real predicts it; padding is excluded. Several processes
+    share the batches, and each gets the whole result.
+
+    Args:
+        model: left as found.
+        batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,) and
+            `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is ordered.
+
+    Raises:
+        UserError: no token to score. NonFiniteLossError: a loss that isn't finite.
+    """
+    with left_as_found(model):
+        parts = in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
+    nats, tokens = (
+        torch.cat([getattr(it, name) for it in parts]) if parts else torch.zeros(0) for name in ("nats", "tokens")
+    )
+    if not tokens.sum():
+        raise UserError("corpus: no token to score; a sentence needs two tokens")
+    places = [it.places for it in parts if it.places is not None]
+    if len(places) == len(parts):
+        order = torch.cat(places).argsort(stable=True)
+        nats, tokens = nats[order], tokens[order]
+    counted = [it.num_bytes for it in parts if it.num_bytes is not None]
+    result = Perplexity(nats, tokens, sum(counted) if len(counted) == len(parts) else None)
+    if not math.isfinite(result.nats) or result.nats / result.num_tokens > _MOST_NATS:
+        raise NonFiniteLossError(
+            "model.name: its loss is NaN, infinite, or hundreds of nats a token; the model is broken, or its training "
+            "diverged (try a lower training.learning_rate)"
+        )
+    return result
+
+
+def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:
+    """Writes several corpora's results, by name, as safetensors: each sentence's nats and tokens."""
+    tensors, num_bytes = {}, {}
+    for name, result in measured.items():
+        tensors[f"nats.{name}"], tensors[f"tokens.{name}"] = result.sentence_nats, result.sentence_tokens
+        num_bytes[name] = result.num_bytes
+    with whole_file(file) as temporary:
+        save_file(tensors, temporary, {"num_bytes": json.dumps(num_bytes)})
+
+
+def load_measured(file: str | Path) -> dict[str, Perplexity]:
+    """Reads what `save_measured` wrote; raises `UserError` that names the file if it is broken."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            num_bytes = json.loads(tensors.metadata()["num_bytes"])
+            return {
+                name: Perplexity(tensors.get_tensor(f"nats.{name}"), tensors.get_tensor(f"tokens.{name}"), count)
+                for name, count in num_bytes.items()
+            }
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({error}); delete it, and run again") from None
+
+
+class _Scored(NamedTuple):
+    """A batch's sentences: nats float64, scored tokens int64, and their places in the corpus, if known."""
+
+    nats: Tensor
+    tokens: Tensor
+    num_bytes: int | None
+    places: Tensor | None
+
+
+def _score_batch(model: nn.Module, batch: Batch) -> _Scored:
+    inputs = model_inputs(model, batch)
+    logits = model(**inputs).logits
+    losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
+    scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
+    scored = scored.to(losses.device)
+    num_bytes, index = batch.get("num_bytes"), batch.get("sentence_index")
+    return _Scored(
+        losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64),
+        scored.sum(1),
+        None if num_bytes is None else int(torch.as_tensor(num_bytes).sum()),
+        None if index is None else torch.as_tensor(index).cpu(),
+    )
+
+
+def _on_cpu(batches: list[_Scored]) -> list[_Scored]:
+    """Fetches what several batches gave, all at once: each transfer waits for the device."""
+    if not batches:
+        return []
+    sizes = [len(batch.tokens) for batch in batches]
+    nats, tokens = (torch.cat([getattr(it, name) for it in batches]).cpu().split(sizes) for name in ("nats", "tokens"))
+    return [
+        batch._replace(nats=its_nats, tokens=its_tokens)
+        for batch, its_nats, its_tokens in zip(batches, nats, tokens, strict=True)
+    ]
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, (batch, length), float32 or better."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        losses[part] = nn.functional.cross_entropy(
+            logits[part].to(dtype).transpose(1, 2), targets[part], reduction="none"
+        )
+    return losses
