@@ -1,5 +1,6 @@
 """`manifest.json`: what a run was made from, and which stages are finished with every file in place."""
 
+import json
 import platform
 import uuid
 from pathlib import Path
@@ -14,7 +15,8 @@ from agnostic_train.versions import installed_version
 class Manifest:
     """The record of a run's stages in its `output_dir`.
 
-    A stage's key is a hash of all that its result depends on: its own inputs, and which run of each stage before it.
+    A stage's inputs are all that its result depends on, JSON values; which run of each stage before it is among them.
+    Its key is their hash.
     Only `start`, `finish` and `refuse` write; with several processes only the main one calls them.
     """
 
@@ -34,14 +36,22 @@ class Manifest:
         """What is known of a stage; empty if it never started."""
         return self.read()["stages"].get(stage, {})
 
-    def key(self, inputs: Any, depends: list[str]) -> str:
-        """The key of a stage with these inputs, after the runs of other stages as they stand."""
-        return fingerprint([inputs, {stage: self.record(stage).get("run") for stage in depends}])
+    def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
+        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run."""
+        before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
+        changed: list[str] = []
+        for name in now.keys() | before.keys():
+            old, new = before.get(name), now.get(name)
+            if isinstance(old, dict) and isinstance(new, dict):
+                changed += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+            elif old != new:
+                changed.append(name)
+        return sorted(changed)
 
-    def state(self, stage: str, key: str) -> Literal["finished", "started", "stale"]:
-        """Whether the stage ran for this key: to its end with every file still there, in part, or not at all."""
+    def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
+        """Whether the stage ran with these inputs: to its end with every file still there, in part, or not at all."""
         record = self.record(stage)
-        if record.get("key") != key:
+        if record.get("key") != fingerprint(inputs):
             return "stale"
         if not record.get("finished"):
             return "started"
@@ -65,11 +75,12 @@ class Manifest:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def start(self, stage: str, key: str, num_processes: int, head: dict[str, Any]) -> None:
+    def start(self, stage: str, inputs: dict[str, Any], num_processes: int, head: dict[str, Any]) -> None:
         """Records that a run of the stage has begun. `head`: the manifest's top-level fields."""
-        found = self.record(stage)
+        found, key = self.record(stage), fingerprint(inputs)
         run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
-        self._write(stage, {"key": key, "run": run, "processes": num_processes, "finished": False}, head)
+        record = {"key": key, "run": run, "processes": num_processes, "finished": False, "inputs": inputs}
+        self._write(stage, record, head)
 
     def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:
         """Says that the stage is done. `outputs`: its files and folders, whose sizes are noted."""

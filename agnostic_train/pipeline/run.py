@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.export.checkpoint import is_exported
-from agnostic_train.files import UserError, check_replaceable, sole_user, whole_file
+from agnostic_train.files import UserError, check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.language_neurons import is_neuron_file
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -119,7 +119,7 @@ class Pipeline:
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Returns whether it had to run."""
-        key, state = self.inputs.key(stage), self.inputs.state(stage)
+        inputs, state = self.inputs.whole(stage), self.inputs.state(stage)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return False
@@ -128,6 +128,9 @@ class Pipeline:
         replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
         if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
             replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
+        if replaced and (changed := self.manifest.changed(stage, inputs)):
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            replaced += f" (changed: {', '.join(changed[:3])}{more})"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
             stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
@@ -141,7 +144,7 @@ class Pipeline:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
-            self.manifest.start(stage, key, self.processes.num_processes, self._head(stage))
+            self.manifest.start(stage, inputs, self.processes.num_processes, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
@@ -226,7 +229,8 @@ class Pipeline:
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):
             # A proof holds for the weights that it was made of, not for a later training's.
-            frozen_weights = export["frozen_weights"] if export["key"] == self.inputs.key("export") else None
+            same = export["key"] == fingerprint(self.inputs.whole("export"))
+            frozen_weights = export["frozen_weights"] if same else None
         return {
             "model": {
                 **self.inputs.model_identity,

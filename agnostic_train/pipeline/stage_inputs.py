@@ -65,13 +65,14 @@ class StageInputs:
                 needed.update(self.depends(name))
         return [name for name in STAGES if name in needed]
 
-    def key(self, stage: str) -> str:
-        """Changes with whatever a stage's result depends on, the stages before it included."""
-        return self._manifest.key(self.of(stage), self.depends(stage))
+    def whole(self, stage: str) -> dict:
+        """All that a stage's result depends on: `of` it, and which run of each stage before it."""
+        runs = {f"the result of {it}": self._manifest.record(it).get("run") for it in self.depends(stage)}
+        return self.of(stage) | runs
 
     def state(self, stage: str) -> str:
         """How far a stage has come for this very recipe, see `Manifest.state`."""
-        return self._manifest.state(stage, self.key(stage))
+        return self._manifest.state(stage, self.whole(stage))
 
     @cached_property
     def model_identity(self) -> dict:
@@ -81,20 +82,19 @@ class StageInputs:
     @cached_property
     def _common_inputs(self) -> dict:
         return {
-            "model": self._recipe.to_dict()["model"] | {"checkpoints": []},
-            "identity": self.model_identity,
-            "version": installed_version("agnostic_train"),
+            "model": self._recipe.to_dict()["model"] | {"checkpoints": [], "files": self.model_identity},
+            "agnostic_train": installed_version("agnostic_train"),
         }
 
     def _text(self, *purposes: str, languages: Sequence[str] | None = None) -> dict:
         """Hashes of the sentences that serve some purposes, and the keys that make batches of them."""
         corpus = self._recipe.corpus
         return {
-            "sentences": {
+            "text": {
                 purpose: [it for it in self._sentence_hashes[purpose] if languages is None or it[0] in languages]
                 for purpose in purposes
             },
-            **{key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
+            "corpus": {key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
         }
 
     @cached_property
@@ -104,33 +104,33 @@ class StageInputs:
         return {it: [[language, fingerprint(getattr(text, it))] for language, text in texts] for it in purposes}
 
     def of(self, stage: str) -> dict:
-        """What a stage's result depends on, beside the stages before it."""
+        """What a stage's result depends on, beside the stages before it: JSON values, under the recipe's own names."""
         own = {
             "detect": self._detection_inputs,
             "score": self._score_inputs,
             "train": self._training_inputs,
-            "export": lambda: self._recipe.to_dict()["export"],
+            "export": lambda: {"export": self._recipe.to_dict()["export"]},
             "evaluate": self._evaluation_inputs,
             "report": self._report_inputs,
             "compare": self._comparison_inputs,
         }
-        return {**self._common_inputs, stage: own[stage]()}
+        return self._common_inputs | own[stage]()
 
     def _detection_inputs(self) -> dict:
         section = self._recipe.detection
         return {
             # How much memory it may take changes only how long it takes.
-            **{key: value for key, value in asdict(section).items() if key != "memory_gb"},
-            "text": self._text("detection", *(["training"] if section.stability else [])),
+            "detection": {key: value for key, value in asdict(section).items() if key != "memory_gb"},
+            **self._text("detection", *(["training"] if section.stability else [])),
         }
 
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
         identities = [[it.step, checkpoint_identity(self._recipe.model, it)] for it in checkpoints]
         return {
-            **self._recipe.to_dict()["score"],
-            "checkpoints": identities,
-            "text": self._text("detection", "validation"),
+            "score": self._recipe.to_dict()["score"],
+            "model.checkpoints": identities,
+            **self._text("detection", "validation"),
         }
 
     def _training_inputs(self) -> dict:
@@ -140,12 +140,9 @@ class StageInputs:
             training = {language: texts[language].training for language in section.languages}
             split_pilot_text(self._recipe, self._arguments, training)  # says if there is too little
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
-        own = {key: value for key, value in asdict(section).items() if key not in unread}
-        return {
-            "training": own | {"neurons": None, "arguments": learning_arguments(section.arguments)},
-            "neurons": hash_file(section.neurons) if section.neurons else None,
-            "text": self._training_text,
-        }
+        own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
+        own["neurons"] = hash_file(section.neurons) if section.neurons else None
+        return {"training": own | learning_arguments(section.arguments), **self._training_text}
 
     @property
     def _training_text(self) -> dict:
@@ -154,33 +151,38 @@ class StageInputs:
         text = self._text("training", languages=languages)
         # A pilot chooses by it.
         if languages is None or reads_held_out_text(self._arguments):
-            text["sentences"] |= self._text("validation")["sentences"]
+            text["text"] |= self._text("validation")["text"]
         return text
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
+        checkpoints = [checkpoint_identity(self._recipe.model, Checkpoint(it, None)) for it in named]
+        tasks = {name: suite.identity(name) for name in suite.names} if suite else None
         return {
-            "evaluation": self._recipe.to_dict()["evaluation"],
-            "text": self._text("validation"),
-            "judged": fingerprint(self._materials.judged_texts),
-            "tasks": suite and {name: suite.identity(name) for name in suite.names},
-            "checkpoints": [checkpoint_identity(self._recipe.model, Checkpoint(it, None)) for it in named],
+            "evaluation": self._recipe.to_dict()["evaluation"] | {"tasks": tasks, "checkpoints": checkpoints},
+            **self._judging_text,
         }
 
+    @property
+    def _judging_text(self) -> dict:
+        text = self._text("validation")
+        text["text"]["test"] = fingerprint(self._materials.judged_texts)
+        return text
+
     def _comparison_inputs(self) -> dict:
-        recipe = self._recipe.to_dict()
+        recipe, text = self._recipe.to_dict(), self._judging_text
+        text["text"] |= self._text("training")["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             "comparison": recipe["comparison"] | {"learning_rates": rates},
-            "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")},
-            "arguments": result_arguments(recipe["training"]["arguments"]),
-            "text": self._text("training", "validation"),
-            "judged": fingerprint(self._materials.judged_texts),
+            "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")}
+            | result_arguments(recipe["training"]["arguments"]),
             "processes": self._materials.processes.num_processes,
+            **text,
         }
 
     def _report_inputs(self) -> dict:
-        shown = {"corpus": self._recipe.to_dict()["corpus"] | {"path": None}, "files": self._materials.corpus.hashes}
+        shown = {"corpus": self._recipe.to_dict()["corpus"] | {"path": None}, "text": self._materials.corpus.hashes}
         if not self._manifest.record("compare"):
             return shown
         return {

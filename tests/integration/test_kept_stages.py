@@ -233,8 +233,8 @@ def test_what_is_of_an_earlier_run_is_said(root, capsys):
     assert run(root, "train", "--training.max_steps=4") == 0
     printed = capsys.readouterr().out
     assert (
-        "train: train the chosen neurons on the text of the languages to enhance; this replaces an earlier result"
-        in printed
+        "train: train the chosen neurons on the text of the languages to enhance; this replaces an earlier result "
+        "(changed: training.max_steps)" in printed
     )
     assert "export, evaluate, report: what is there comes from an earlier run" in printed
     assert run(root, "run", "--training.max_steps=4") == 0

@@ -142,8 +142,7 @@ def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> b
 
 def _key(context: Context) -> dict:
     """What a training's result depends on, beside what learns at which rate with which seed: not on the list of them."""
-    inputs = context.inputs("compare")
-    return {**inputs, "compare": {key: value for key, value in inputs["compare"].items() if key != "comparison"}}
+    return {key: value for key, value in context.inputs("compare").items() if key != "comparison"}
 
 
 def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:

@@ -99,7 +99,7 @@ def _evaluate_tasks(
     if suite is None:
         return None
     identities = {
-        "before": context.inputs("evaluate")["identity"],
+        "before": context.inputs("evaluate")["model"]["files"],
         "after": model_identity(section, context.directory / EXPORTS["merged"]),
         **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in context.recipe.evaluation.checkpoints},
     }

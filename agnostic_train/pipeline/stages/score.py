@@ -100,7 +100,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         checkpoints,
         measure,
         lambda it: [
-            context.inputs("detect"), context.inputs("score")["score"]["text"], context.recipe.score.controls, it.step,
+            context.inputs("detect"), context.inputs("score")["text"], context.recipe.score.controls, it.step,
             checkpoint_identity(section, it),
         ],
         context.work / "emergence",
