@@ -104,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             console = Console(width=None if sys.stdout.isatty() else 110)
             console.print(summary_table(pipeline.directory, recipe.training.languages))
-            print(f"report: {pipeline.directory / 'report.html'}")
+        if known.stage in ("run", "report"):
+            pipeline.say(f"report: {pipeline.directory / 'report.html'}")
     except UserError as error:
         return _fail(str(error))
     except OutOfMemory as error:

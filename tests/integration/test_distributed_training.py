@@ -23,9 +23,9 @@ SEQUENTIAL = dict(
 )  # fmt: skip
 
 
-def train(directory, update, per_device_batch_size):
+def train(directory, update, per_device_batch_size, **settings):
     model = tiny_llama().double()
-    settings = arguments(directory, per_device_train_batch_size=per_device_batch_size, **SEQUENTIAL)
+    settings = arguments(directory, per_device_train_batch_size=per_device_batch_size, **SEQUENTIAL | settings)
     trainer = NeuronTrainer(model, settings, train_dataset=sentences(), neurons=CHOSEN, update=update)
     trainer.train()
     return trainer
@@ -64,9 +64,15 @@ def loaded(directory, update):
     return plain_weights(type(tiny_llama()).from_pretrained(directory, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
 @pytest.mark.parametrize("update", UPDATES)
-def test_ddp_ends_where_one_process_ends(tmp_path, update):
-    launched(tmp_path, __file__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2)")
+def test_ddp_ends_where_one_process_ends(tmp_path, update, use_reentrant):
+    """Also with gradient checkpointing of both kinds: beside it DDP must not look for parameters that aren't used."""
+    settings = {}
+    if use_reentrant is not None:
+        kwargs = {"use_reentrant": use_reentrant}
+        settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    launched(tmp_path, __file__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2, **{settings!r})")
     one = plain_weights(train(tmp_path / "one", update, 4).model)
     two = loaded(tmp_path / "two/checkpoint-6", update)
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), two, CHOSEN)

@@ -11,5 +11,4 @@ def report(context: Context) -> dict:
         context.tracker.log_figures(context.directory / "figures")
         figures = sorted((context.directory / "figures").iterdir())
         context.publish({}, {file.name: file for file in figures})
-    context.say(f"report: {context.directory / 'report.html'}")
     return {"outputs": ["report.html", "figures"]}
