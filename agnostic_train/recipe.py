@@ -93,7 +93,7 @@ class CorpusSection:
 
     path: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt, .jsonl or .parquet); "
+        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, compressed or not, or .parquet); "
         f"or {EMBEDDED}.",
     )
     dataset: str | None = Field(

@@ -48,9 +48,9 @@ def load_corpus(
 ) -> Corpus:
     """Reads the text of every language, from `path` or, without one, from the hub's `corpus.dataset`.
 
-    Local text is `{lang}.train`, `{lang}.valid` and, if there, `{lang}.test` as `.txt` (a document a line), `.jsonl`
-    or `.parquet`. Without a test file every second sentence of valid is the test text, and only the others ever select
-    anything. Documents are split at line breaks; repeated sentences are dropped; `corpus.seed` draws the order.
+    Local text is `{lang}.train`, `{lang}.valid` and, if there, `{lang}.test` as `.txt` (a document a line), `.jsonl`, both
+    also compressed, or `.parquet`. Without a test file every second sentence of valid is the test text, and only the others
+    ever select anything. Documents are split at line breaks; repeated sentences are dropped; `corpus.seed` draws the order.
 
     Args:
         keep: a folder for what is streamed. What is there already isn't streamed again, nor looked for on the hub.

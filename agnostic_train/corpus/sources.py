@@ -3,27 +3,31 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
 from datasets import load_dataset
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
 from agnostic_train.files import UserError
 from agnostic_train.recipe import CorpusSection
 
-FORMATS = {"txt": None, "jsonl": "json", "parquet": "parquet"}
-"""File endings, and the `datasets` builder that reads them."""
+_COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
+_ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in _COMPRESSED] + [".parquet"]
 
 _SHUFFLE_BUFFER = 10_000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
-    """`{lang}.{split}` with one of the known endings; None where there is none.
+    """`{lang}.{split}` as .txt or .jsonl, compressed or not, or .parquet; None where there is none.
 
     Raises:
         UserError: two of them.
     """
-    found = [file for ending in FORMATS if (file := folder / f"{language}.{split}.{ending}").exists()]
+    found = [file for ending in _ENDINGS if (file := folder / f"{language}.{split}{ending}").exists()]
     if len(found) > 1:
         raise UserError(f"{found[0]}: stands beside {found[1].name}; keep one")
     return found[0] if found else None
@@ -35,8 +39,7 @@ def local_sentences(section: CorpusSection, file: Path) -> list[str]:
     Raises:
         UserError: an unreadable file, not UTF-8, without the text column, or without a sentence.
     """
-    builder = FORMATS[file.suffix.removeprefix(".")]
-    documents = [read_text(file)] if builder is None else _table(section, file, builder)
+    documents = [read_text(file)] if ".txt" in file.suffixes else _column(_rows(file), section.text_column, str(file))
     sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
     if not sentences:
         raise UserError(f"{file}: has no sentence; a sentence a line is expected")
@@ -76,19 +79,34 @@ def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator
 
 
 def read_text(file: Path) -> str:
-    """A UTF-8 file's text; raises `UserError` that names the file if it isn't one."""
+    """A UTF-8 file's text, compressed or not; raises `UserError` that names the file if it isn't one."""
     try:
-        # A byte order mark isn't text.
-        return file.read_bytes().decode("utf-8-sig")
+        with _opened(file) as content:
+            # A byte order mark isn't text.
+            return content.read().decode("utf-8-sig")
     except IsADirectoryError:
         raise UserError(f"{file}: a folder, where a text was expected") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+    except Exception as error:  # each way of compressing has errors of its own
+        raise UserError(f"{file}: not readable ({_one_line(error)})") from None
+
+
+def _opened(file: Path) -> BinaryIO:
+    return compr[infer_compression(file.name)](file.open("rb"), mode="rb")
+
+
+def _rows(file: Path) -> Iterator[dict]:
+    if ".parquet" not in file.suffixes:
+        yield from _json_lines(file)
+        return
+    # Streamed: nothing is copied into the cache of `datasets`.
+    yield from load_dataset("parquet", data_files=str(file), split="train", streaming=True)
 
 
 def _json_lines(file: Path) -> Iterator[dict]:
     """Read one by one: a crawl's documents differ in their other keys, which a table's columns may not."""
-    with file.open(encoding="utf-8-sig") as lines:
+    with TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -99,18 +117,6 @@ def _json_lines(file: Path) -> Iterator[dict]:
             if not isinstance(row, dict):
                 raise UserError(f"{file}: line {number} holds {type(row).__name__}, not an object of named values")
             yield row
-
-
-def _table(section: CorpusSection, file: Path, builder: str) -> Iterator[str]:
-    if builder == "json":
-        yield from _column(_json_lines(file), section.text_column, str(file))
-        return
-    try:
-        # Streamed: nothing is copied into the cache of `datasets`.
-        stream = load_dataset(builder, data_files=str(file), split="train", streaming=True)
-    except Exception as error:
-        raise UserError(f"{file}: not readable as {builder} ({_one_line(error)})") from None
-    yield from _column(stream, section.text_column, str(file))
 
 
 def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:

@@ -1,11 +1,15 @@
 """Text to sentences to batches, and a clear line for every broken file."""
 
+import bz2
+import gzip
 import json
+import lzma
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import zstandard
 from conftest import tiny_llama
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -206,6 +210,45 @@ def test_json_lines_and_parquet_hold_documents(folder, ending):
     write(folder, "en", train=SENTENCES[:30])
     with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.{ending}"):
         load_corpus(section(), folder)
+
+
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+def test_compressed_text_is_read(folder, packed):
+    expected = load_corpus(section(), folder).texts
+    rows = "\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES[:30])
+    (folder / f"en.train.jsonl{packed}").write_bytes(COMPRESS[packed](rows.encode()))
+    with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.jsonl{packed}"):
+        load_corpus(section(), folder)
+    (folder / "en.train.txt").unlink()
+    valid = folder / "en.valid.txt"
+    (folder / f"en.valid.txt{packed}").write_bytes(COMPRESS[packed](valid.read_bytes()))
+    valid.unlink()
+    assert load_corpus(section(), folder).texts == expected
+    for name in ("en.valid.txt", "en.train.jsonl"):
+        file = folder / f"{name}{packed}"
+        whole = file.read_bytes()
+        # Of what a .zst file lacks at its end, zstandard says nothing.
+        for broken in (b"no such format", whole[: len(whole) // 2])[: 1 if packed == ".zst" else 2]:
+            file.write_bytes(broken)
+            with pytest.raises(UserError, match=rf"{name}{packed}: not readable") as caught:
+                load_corpus(section(), folder)
+            assert "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_compressed_text_is_streamed(tmp_path, packed):
+    """As OSCAR and MADLAD-400 have it."""
+    (tmp_path / "hub/sw_meta").mkdir(parents=True)
+    rows = "\n".join(json.dumps({"content": f"sw {number}"}) for number in range(50))
+    (tmp_path / f"hub/sw_meta/part.jsonl{packed}").write_bytes(COMPRESS[packed](rows.encode()))
+    pattern = f"{{lang}}_meta/*.jsonl{packed}"
+    source = {"config_pattern": None, "data_files": pattern, "text_column": "content", "languages": ["sw"]}
+    text = load_corpus(streamed(tmp_path / "hub", **source)).texts["sw"]
+    assert len(text.training) == 20 and all(sentence.startswith("sw ") for sentence in text.training)
 
 
 def test_json_lines_may_differ_in_their_other_keys(folder):
