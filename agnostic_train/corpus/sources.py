@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
@@ -15,6 +16,9 @@ from agnostic_train.files import UserError
 from agnostic_train.recipe import CorpusSection
 
 _COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
+_BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+"""By a file's ending, the builder of `datasets` that reads a dataset's files."""
+
 _ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in _COMPRESSED] + [".parquet"]
 
 _SHUFFLE_BUFFER = 10_000
@@ -55,18 +59,35 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     config = section.config_pattern and section.config_pattern.format(lang=language)
     files = section.data_files and section.data_files.format(lang=language)
     wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
+    source = f"corpus.dataset: {wanted}"
+    format = next((it for it in _BUILDERS if files and config is None and it in Path(files).suffixes), None)
     try:
-        stream = load_dataset(
-            section.dataset,
-            config,
-            data_files=files,
-            revision=section.revision,
-            split=section.dataset_split,
-            streaming=True,
-        ).shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
+        stream = _files_of(section, files, format) if files and format else _dataset(section, config, files)
+        stream = stream.shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
     except Exception as error:
         raise UserError(f"corpus.dataset: can't stream {wanted}: {_one_line(error)}") from None
-    yield from _column(stream, section.text_column, f"corpus.dataset: {wanted}")
+    rows: Iterable[dict] = stream
+    if format == ".jsonl":
+        rows = (_object(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
+    yield from _column(rows, section.text_column, source)
+
+
+def _dataset(section: CorpusSection, config: str | None, files: str | None) -> IterableDataset:
+    """A dataset's rows, as its repository says that they are read."""
+    name, revision, split = section.dataset, section.revision, section.dataset_split
+    return load_dataset(name, config, data_files=files, revision=revision, split=split, streaming=True)
+
+
+def _files_of(section: CorpusSection, files: str, format: str) -> IterableDataset:
+    """The rows of some files of a dataset, whatever else its repository holds; of JSON lines, each line as `text`.
+
+    A repository with a loading script is refused as a whole: OSCAR-2301's and MADLAD-400's are. And the JSON lines of a
+    crawl differ in their other keys, which a table's columns may not.
+    """
+    root, split = str(section.dataset), section.dataset_split
+    if not Path(root).is_dir():
+        root = f"hf://datasets/{root}" + (f"@{quote(section.revision, safe='')}" if section.revision else "")
+    return load_dataset(_BUILDERS[format], data_files={split: f"{root}/{files}"}, split=split, streaming=True)
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
@@ -108,15 +129,18 @@ def _json_lines(file: Path) -> Iterator[dict]:
     """Read one by one: a crawl's documents differ in their other keys, which a table's columns may not."""
     with TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}: line {number} isn't JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}: line {number} holds {type(row).__name__}, not an object of named values")
-            yield row
+            if line.strip():
+                yield _object(line, f"{file}: line {number}")
+
+
+def _object(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} isn't JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds {type(row).__name__}, not an object of named values")
+    return row
 
 
 def _column(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:

@@ -239,16 +239,52 @@ def test_compressed_text_is_read(folder, packed):
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_compressed_text_is_streamed(tmp_path, packed):
-    """As OSCAR and MADLAD-400 have it."""
-    (tmp_path / "hub/sw_meta").mkdir(parents=True)
-    rows = "\n".join(json.dumps({"content": f"sw {number}"}) for number in range(50))
-    (tmp_path / f"hub/sw_meta/part.jsonl{packed}").write_bytes(COMPRESS[packed](rows.encode()))
-    pattern = f"{{lang}}_meta/*.jsonl{packed}"
-    source = {"config_pattern": None, "data_files": pattern, "text_column": "content", "languages": ["sw"]}
-    text = load_corpus(streamed(tmp_path / "hub", **source)).texts["sw"]
+def by_files(hub, pattern, **changes):
+    return load_corpus(streamed(hub, config_pattern=None, data_files=pattern, languages=["sw"], **changes)).texts["sw"]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_json_lines_of_a_dataset_are_streamed(tmp_path, packed):
+    """As OSCAR-2301 and MADLAD-400 have them: compressed, with other keys that differ, beside a script for loading them."""
+    hub = tmp_path / "hub"
+    (hub / "sw_meta").mkdir(parents=True)
+    (hub / "hub.py").write_text("raise RuntimeError('must not run')")
+    others = ({"url": "a"}, {"meta": {"id": 1}}, {"meta": [1]}, {"meta": None})
+    for part in range(2):
+        rows = [json.dumps({"content": f"sw {part} {it}"} | others[it % 4]) for it in range(30)]
+        file = hub / f"sw_meta/part_{part}.jsonl{packed}"
+        file.write_bytes(COMPRESS.get(packed, bytes)("\n".join([*rows, ""]).encode()))
+    text = by_files(hub, f"{{lang}}_meta/*.jsonl{packed}", text_column="content")
     assert len(text.training) == 20 and all(sentence.startswith("sw ") for sentence in text.training)
+    assert {sentence.split()[1] for sentence in text.training} == {"0", "1"}
+    with pytest.raises(UserError, match=r"corpus\.dataset: .*no column 'text'; corpus\.text_column is one of content"):
+        by_files(hub, f"{{lang}}_meta/*.jsonl{packed}")
+    (hub / f"sw_meta/part_2.jsonl{packed}").write_bytes(COMPRESS.get(packed, bytes)(b"[1]"))
+    with pytest.raises(UserError, match=r"corpus\.dataset: .*a line holds list, not an object"):
+        by_files(hub, f"{{lang}}_meta/*_2.jsonl{packed}")
+
+
+def test_other_files_of_a_dataset_are_streamed(tmp_path):
+    rows = Dataset.from_list([{"text": f"sw {number}"} for number in range(50)])
+    rows.save_to_disk(tmp_path / "hub/sw")
+    rows.to_parquet(tmp_path / "hub/sw/part.parquet")
+    (tmp_path / "hub/sw/part.txt").write_text("\n".join(rows["text"]))
+    for ending in ("arrow", "parquet", "txt"):
+        assert len(by_files(tmp_path / "hub", f"{{lang}}/*.{ending}").training) == 20
+
+
+def test_a_hubs_files_are_asked_for_by_name_and_revision(monkeypatch):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append((args, kwargs["data_files"]))
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr("agnostic_train.corpus.sources.load_dataset", load)
+    for revision, name in ((None, "a/b"), ("refs/pr/1", "a/b@refs%2Fpr%2F1")):
+        with pytest.raises(UserError, match="can't stream a/b, files sw_meta.*: ConnectionError: no network here"):
+            by_files("a/b", "{lang}_meta/*.jsonl.zst", revision=revision)
+        assert asked.pop() == (("text",), {"train": f"hf://datasets/{name}/sw_meta/*.jsonl.zst"})
 
 
 def test_json_lines_may_differ_in_their_other_keys(folder):
