@@ -10,7 +10,6 @@ from statistics import fmean
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import judging_text
@@ -95,7 +94,11 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         for language, text in texts.items()
     }
     length = encoder.max_length or tokenizer.model_max_length
-    num_entries = _most_entries(recipe, model, decoder, layout)
+    strategies: list[str] = [*recipe.comparison.strategies] if stage == "compare" else [recipe.training.strategy]
+    entries = {it: _most_entries(recipe, it, decoder, layout) for it in strategies}
+    if stage != "compare" and recipe.training.neurons is not None:
+        named = NeuronSet.read(recipe.training.neurons, model)
+        entries = {it: sum(len(named[site]) * size for site, size in layout.entry_sizes.items()) for it in strategies}
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
     num_examples = sum(num_sentences[language]["training"] for language in recipe.training.languages)
@@ -108,13 +111,13 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         length=length,
         num_sentences=num_sentences,
         mean_tokens=mean_tokens,
-        num_entries=num_entries,
+        num_entries=max(entries.values()),
         batch=micro_batch * arguments.gradient_accumulation_steps * num_processes,
         num_steps=arguments.max_steps
         if arguments.max_steps > 0
         else ceil(arguments.num_train_epochs * steps_per_epoch),
         num_processes=num_processes,
-        phases=_up_to(stage, _phases(recipe, layout, arguments, length, num_entries, num_processes)),
+        phases=_up_to(stage, _phases(recipe, layout, arguments, length, entries, num_processes, stage)),
     )
 
 
@@ -161,18 +164,15 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
 
 
-def _most_entries(recipe: Recipe, model: PreTrainedModel, decoder: Decoder, layout: Layout) -> int:
-    """The largest number of weights that can be chosen.
+def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
+    """The largest number of weights that a strategy can choose.
 
     In S sentences a site's top n come to n * S places, and a related neuron takes at least consistency * S of them: at
     most n / consistency are related to a language. Shared neurons are among them, unless fewer languages suffice.
     """
     training, detection = recipe.training, recipe.detection
-    if training.strategy == "full":
+    if strategy == "full":
         return layout.num_parameters
-    if training.neurons is not None:
-        neurons = NeuronSet.read(training.neurons, model)
-        return sum(len(indices) * layout.entry_sizes[site] for site, indices in neurons.items())
     num_languages = len(recipe.corpus.languages)
     least = detection.min_languages or num_languages
     languages = len(training.languages) + (num_languages / least if least < num_languages else 0)
@@ -188,18 +188,20 @@ def _phases(
     layout: Layout,
     arguments: NeuronTrainingArguments,
     length: int,
-    num_entries: int,
+    entries: Mapping[str, int],
     num_processes: int,
+    stage: str,
 ) -> list[Phase]:
+    """The phases in order. entries: by strategy, how many weights learn at most."""
     tokens = recipe.corpus.batch_size * length
     layer = layout.layer_activations(tokens, length)
     judged = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
-    learning = arguments.per_device_train_batch_size * length
-    strategy = recipe.training.strategy
-    all_weights = strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
-    learnt = layout.learnt(None if all_weights else num_entries)
-    activations = layout.activations(learning, length, arguments.gradient_checkpointing, all_weights)
-    logits = layout.trained_logits(learning)
+    detection = Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB))
+    training = {it: _training_phase(recipe, layout, arguments, length, it, number) for it, number in entries.items()}
+    if stage == "compare":
+        return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
+    ((strategy, train),) = training.items()
+    all_weights = _trains_all_weights(recipe, strategy)
     itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
     enhanced = replace(layout, weight_bytes=itemsize)
     # A LoRA is merged in float32. Of an adapter's sums in float32 one is there at a time, which the slack covers.
@@ -208,9 +210,9 @@ def _phases(
     widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
     scored = layout.weights * (2 if recipe.model.checkpoints else 1)
     phases = [
-        Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB)),
+        detection,
         Phase("score", scored, 0, layer, layout.scored_logits(tokens, length)),
-        Phase("train", layout.weights, learnt, activations, logits),
+        train,
         Phase("export", layout.weights + trained + enhanced.weights),
         Phase(
             "evaluate",
@@ -221,16 +223,32 @@ def _phases(
         ),
     ]
     if num_processes > 1:
-        split = Phase(
-            f"train, split over {num_processes} (FSDP2, ZeRO-3)",
+        split = replace(
+            train,
+            name=f"train, split over {num_processes} (FSDP2, ZeRO-3)",
             # A layer's weights are gathered while it runs, and the next one's are on their way.
-            layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
-            learnt // num_processes,
-            activations,
-            logits,
+            weights=layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
+            learnt=train.learnt // num_processes,
         )
         phases.insert(3, split)
     return phases
+
+
+def _trains_all_weights(recipe: Recipe, strategy: str) -> bool:
+    return strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
+
+
+def _training_phase(
+    recipe: Recipe, layout: Layout, arguments: NeuronTrainingArguments, length: int, strategy: str, num_entries: int
+) -> Phase:
+    tokens, all_weights = arguments.per_device_train_batch_size * length, _trains_all_weights(recipe, strategy)
+    return Phase(
+        "train",
+        layout.weights,
+        layout.learnt(None if all_weights else num_entries),
+        layout.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
+        layout.trained_logits(tokens),
+    )
 
 
 def _up_to(stage: str, phases: list[Phase]) -> list[Phase]:
@@ -245,7 +263,8 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         "class": f"{plan.model_class}, {plan.dtype}",
         "parameters": f"{plan.layout.num_parameters:,}",
         "neurons": f"{sum(sizes.values()):,} in {plan.layout.num_layers} layers",
-        "strategy": recipe.training.neurons or f"{recipe.training.strategy}, update {recipe.training.update}",
+        "strategy": recipe.training.neurons or recipe.training.strategy,
+        "update": recipe.training.update,
         "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
         "processes": str(plan.num_processes),
         "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
@@ -258,6 +277,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         least, most = num_trainings(len(section.strategies), rates, len(section.seeds))
         how_many = f"{least} to {most}" if most > least else str(least)
         rows["trainings"] = f"{how_many}, each of so many steps"
+        rows["strategy"] = ", ".join(section.strategies)
     for name, value in rows.items():
         table.add_row(name, value)
     return table

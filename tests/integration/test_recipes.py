@@ -158,6 +158,26 @@ def test_chosen_neurons_of_a_file_are_counted(stand_ins, tmp_path):
     assert make_plan(recipe, "run").num_entries == 2 * 42
 
 
+def test_a_comparison_takes_what_its_largest_training_takes(stand_ins, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
+
+    def plan(stage, **flags):
+        flags = {name.replace("__", "."): value for name, value in flags.items()}
+        return make_plan(load_recipe(tmp_path / "recipe.yaml", flags), stage)
+
+    def compared(*strategies):
+        found = plan("compare", comparison__strategies=",".join(strategies))
+        assert [phase.name for phase in found.phases] == ["detect", "compare"]
+        return found.num_entries, found.phases[-1].total
+
+    by_strategy = {}
+    for strategy in ("shared", "full"):
+        alone = plan("train", training__strategy=strategy)
+        by_strategy[strategy] = alone.num_entries, alone.phases[-1].total
+    assert compared("shared", "exclusive") == by_strategy["shared"]
+    assert compared("shared", "full") == tuple(map(max, *by_strategy.values())) != by_strategy["shared"]
+
+
 @pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").iterdir()), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(file):
     config = load_config_from_file(str(file))
