@@ -121,10 +121,10 @@ class CorpusSection:
         description="Maximum number of further training sentences to train on; default: all. Streaming needs a number.",
     )
     validation_sentences: int | None = Field(
-        default=None, ge=1, description="Maximum number of validation sentences; default: all."
+        default=None, ge=1, description="Number of validation sentences; default: all, of a streamed dataset 1000."
     )
     test_sentences: int | None = Field(
-        default=None, ge=1, description="Maximum number of test sentences; default: all."
+        default=None, ge=1, description="Number of test sentences; default: all, of a streamed dataset 1000."
     )
     max_length: int | None = Field(
         default=None, ge=2, description="Truncate sentences to this many tokens; default: the model's limit."
@@ -253,7 +253,7 @@ class EvaluationSection:
         description="A folder of {lang}.txt files aligned line by line, measured as text of equal content.",
     )
     parallel_sentences: int | None = Field(
-        default=None, ge=1, description="Maximum number of parallel lines, drawn with corpus.seed; default: all."
+        default=None, ge=1, description="Number of parallel lines, drawn with corpus.seed; default: all."
     )
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Other checkpoints to measure besides the base and the enhanced one."

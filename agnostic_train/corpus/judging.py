@@ -34,8 +34,13 @@ def held_out_text(
         sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
         # The same half as for a language that is detected: it may become one.
         sentences = sentences if files["test"] else sentences[1::2]
+    if not sentences:
+        raise UserError(f"evaluation.languages: {source} has no sentence of {language!r} to test on; add text")
     if count is not None and len(sentences) < count:
-        raise UserError(f"corpus.test_sentences: {count} asked for, {source} has {len(sentences)} of {language!r}")
+        by_default = " by default" if section.test_sentences is None else ""
+        raise UserError(
+            f"corpus.test_sentences: {count} asked for{by_default}, {source} has {len(sentences)} of {language!r}"
+        )
     return sentences[:count], hashes
 
 
@@ -95,6 +100,8 @@ def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], 
                 "text has as many in every language"
             )
     kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
+    if not kept:
+        raise UserError(f"{key}: no line of {folder} has text in all of {', '.join(lines)}")
     if count is not None:
         if len(kept) < count:
             raise UserError(f"{key}_sentences: {count} asked for, {folder} has {len(kept)}")

@@ -1,6 +1,5 @@
 """Text in several languages: which sentence serves which purpose. No sentence serves two."""
 
-import hashlib
 import random
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.sources import find_file, local_sentences
 from agnostic_train.corpus.streaming import streamed_by_purpose
-from agnostic_train.files import UserError, hash_file
+from agnostic_train.files import UserError, fingerprint, hash_file
 from agnostic_train.recipe import CorpusSection
 
 
@@ -65,8 +64,7 @@ def load_corpus(
             with_training = trained is None or language in trained
             parts = streamed_by_purpose(section, language, with_training, keep, progress)
             texts[language] = LanguageText(language, **parts)
-            content = "\n".join(sentence for part in vars(texts[language]).values() for sentence in part)
-            hashes[f"{section.dataset} {language}"] = hashlib.sha256(content.encode()).hexdigest()
+            hashes[f"{section.dataset} {language}"] = fingerprint(parts)
         else:
             texts[language], files = _local(section, Path(path), language)
             hashes |= {file.name: hash_file(file) for file in files}

@@ -60,7 +60,7 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     files = section.data_files and section.data_files.format(lang=language)
     wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
     source = f"corpus.dataset: {wanted}"
-    format = next((it for it in _BUILDERS if files and config is None and it in Path(files).suffixes), None)
+    format = _format(section, files) if config is None else None
     try:
         stream = _files_of(section, files, format) if files and format else _dataset(section, config, files)
         stream = stream.shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
@@ -70,6 +70,15 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     if format == ".jsonl":
         rows = (_object(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
     yield from _column(rows, section.text_column, source)
+
+
+def _format(section: CorpusSection, files: str | None) -> str | None:
+    """The ending by which a dataset's own files are read; None for those that the user has `datasets` find and read."""
+    name = str(section.dataset)
+    is_repository = "/" in name or Path(name).is_dir()  # else a format, such as json
+    if files is None or "://" in files or Path(files).is_absolute() or not is_repository:
+        return None
+    return next((ending for ending in _BUILDERS if ending in Path(files).suffixes), None)
 
 
 def _dataset(section: CorpusSection, config: str | None, files: str | None) -> IterableDataset:

@@ -90,9 +90,11 @@ def _fill(section: CorpusSection, language: str, wanted: dict[str, int], progres
                 taken[purpose] += found
                 bar.update(len(found))
             if len(taken[purpose]) < count and purpose != "training":
+                key = f"{purpose}_sentences"
+                by_default = " by default" if getattr(section, key) is None else ""
                 raise UserError(
-                    f"corpus.{purpose}_sentences: {count} asked for, {section.dataset} has only "
-                    f"{len(taken[purpose])} more of {language!r}"
+                    f"corpus.{key}: {count} asked for{by_default}, {section.dataset} has only {len(taken[purpose])} more "
+                    f"of {language!r}; lower it"
                 )
     return taken
 

@@ -60,8 +60,10 @@ def full_precision() -> Iterator[None]:
 def find_device(model: nn.Module) -> torch.device:
     """Where the model takes its inputs: the device of its embeddings, or the one that they are fetched to if offloaded."""
     embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's
-    return hook.execution_device if hook and embeddings.weight.is_meta else embeddings.weight.device
+    fetched_to = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)  # accelerate's
+    if embeddings.weight.is_meta and fetched_to is not None:
+        return torch.device(fetched_to)
+    return embeddings.weight.device
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

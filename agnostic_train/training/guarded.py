@@ -147,7 +147,7 @@ def check_resumable(checkpoint: Path) -> None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:
                     tensors.keys()
-            elif file.suffix in (".pt", ".pth"):
+            elif file.suffix in (".pt", ".pth", ".bin"):
                 with safe_globals():
                     torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # unpickling damaged bytes can raise anything

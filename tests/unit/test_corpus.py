@@ -273,6 +273,24 @@ def test_other_files_of_a_dataset_are_streamed(tmp_path):
         assert len(by_files(tmp_path / "hub", f"{{lang}}/*.{ending}").training) == 20
 
 
+def test_a_format_and_files_that_are_named_whole_are_left_to_datasets(hub):
+    plain = by_files(hub, "{lang}/*.jsonl")
+    for source in (str(hub), "json"):
+        assert by_files(source, f"{hub}/{{lang}}/*.jsonl") == plain
+
+
+def test_a_streamed_languages_lack_of_text_is_named(hub):
+    for counts, message in (
+        (
+            {"validation_sentences": None},
+            r"corpus\.validation_sentences: 1000 asked for by default, .* has only 76 more",
+        ),
+        ({"test_sentences": 100}, r"corpus\.test_sentences: 100 asked for, .* has only 81 more of 'sw'; lower it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_corpus(streamed(hub, languages=["sw"], **counts))
+
+
 def test_a_hubs_files_are_asked_for_by_name_and_revision(monkeypatch):
     asked = []
 

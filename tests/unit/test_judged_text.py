@@ -34,6 +34,9 @@ def test_a_language_that_is_only_measured_needs_no_train_text(folder):
         held_out_text(section(test_sentences=4), "th", folder)
     with pytest.raises(UserError, match=r"evaluation.languages: 'xx' has no file .*xx.test.txt"):
         held_out_text(section(), "xx", folder)
+    (folder / "xx.valid.txt").write_text("only one\n")  # which validates
+    with pytest.raises(UserError, match=r"evaluation.languages: .*xx.valid.txt has no sentence of 'xx' to test on"):
+        held_out_text(section(), "xx", folder)
 
 
 def test_aligned_lines_stay_aligned(folder):
@@ -57,6 +60,11 @@ def test_mistakes_in_parallel_text(folder):
 
     with pytest.raises(UserError, match=r"evaluation.parallel: .*none isn't a folder"):
         read("none")
+    (folder / "blank").mkdir()
+    for language in ("en", "sw"):
+        (folder / f"blank/{language}.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=r"evaluation.parallel: no line of .*blank has text in all of en, sw"):
+        read("blank")
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=r"evaluation.parallel: .*empty has no file for any of en, sw"):
         read("empty")

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train.detection.lape import firing_rates
@@ -84,12 +84,24 @@ def test_perplexity_without_bytes_or_tokens(llama):
         perplexity(llama, [])
 
 
-def test_perplexity_of_an_offloaded_model(llama):
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_perplexity_of_an_offloaded_model(llama, device):
     batches = [padded_batch([7, 4]), padded_batch([5])]
     expected = perplexity(llama, batches)
-    offloaded = cpu_offload(copy.deepcopy(llama), execution_device=torch.device("cpu"))
+    offloaded = cpu_offload(copy.deepcopy(llama), execution_device=device)
     assert all(parameter.is_meta for parameter in offloaded.parameters())
     torch.testing.assert_close(perplexity(offloaded, batches).sentence_nats, expected.sentence_nats)
+
+
+def test_perplexity_of_a_model_that_device_map_placed(llama, tmp_path):
+    """Embeddings on a disk, the rest in memory: accelerate's hooks hold the names that the map has."""
+    batches = [padded_batch([7, 4])]
+    places = {name: "cpu" for name, _ in llama.named_children()} | {"model.embed_tokens": "disk"}
+    places |= {f"model.{name}": "cpu" for name, _ in llama.model.named_children() if name != "embed_tokens"}
+    del places["model"]
+    placed = dispatch_model(copy.deepcopy(llama), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert placed.get_input_embeddings().weight.is_meta
+    torch.testing.assert_close(perplexity(placed, batches).sentence_nats, perplexity(llama, batches).sentence_nats)
 
 
 def test_sentences_come_back_in_their_own_order(llama):

@@ -105,7 +105,7 @@ def _choose(context: Context, name: str) -> Choice:
     file = context.recipe.training.neurons
     if file is not None:
         neurons = NeuronSet.read(file, context.materials.model)
-        return Choice("file", neurons, f"{len(neurons)} neurons from {file}")
+        return Choice("file", neurons, f"{len(neurons)} neurons from {Path(file).name}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
     found = None if name == "full" else context.found
