@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 @contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process, and clears it of what a killed one left half-written.
+    """Holds a folder for this process, and clears it of what a killed one left half-written; not folders of other runs in it.
 
     Raises:
         UserError: another process holds it. A killed process holds nothing.
@@ -40,9 +40,12 @@ def sole_user(directory: Path) -> Iterator[None]:
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
         ) from None
     try:
+        others = {it.parent for it in directory.rglob(".lock")} - {directory}
         for leftover in [*directory.rglob(".*")]:
             name = _TEMPORARY.fullmatch(leftover.name)
-            if name is None or not os.path.lexists(leftover):  # it went with the folder that it was in
+            if name is None or others.intersection(leftover.parents):
+                continue
+            if not os.path.lexists(leftover):  # it went with the folder that it was in
                 continue
             if name[2] == "old" and not leftover.with_name(name[1]).exists():
                 # Killed in the moment between taking the old folder away and putting the new one there.

@@ -233,6 +233,11 @@ class TrainingSection:
         """Whether it rests on detected neurons: not where they come from a file or all weights learn."""
         return self.neurons is None and self.strategy != "full"
 
+    @property
+    def has_pilot(self) -> bool:
+        """Whether short trainings choose the strategy."""
+        return self.neurons is None and self.strategy == "pilot"
+
 
 @_section
 class EvaluationSection:

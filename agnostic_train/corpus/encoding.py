@@ -120,6 +120,10 @@ class Encoder:
             batches.append(batch)
         return batches
 
+    def examples(self, sentences: Sequence[str], purpose: str) -> list[dict[str, list[int]]]:
+        """Sentences to train on, as `input_ids`, each closed by the end-of-sequence token."""
+        return [{"input_ids": row["input_ids"]} for row in self.encode(sentences, purpose, add_eos=True)]
+
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""
         batch = self._padded(rows)

@@ -1,11 +1,10 @@
 """Text in several languages: which sentence serves which purpose. No sentence serves two."""
 
 import random
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.sources import find_file, local_sentences
 from agnostic_train.corpus.streaming import streamed_by_purpose
 from agnostic_train.files import UserError, fingerprint, hash_file
@@ -131,13 +130,3 @@ def check_training_text(language: str, sentences: Sequence[str]) -> None:
             f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none to train "
             "on; lower it or add text"
         )
-
-
-def training_examples(encoder: Encoder, sentences: Mapping[str, Sequence[str]]) -> list[dict[str, list[int]]]:
-    """Training sentences of some languages as `input_ids`, each closed by the end-of-sequence token."""
-    examples = []
-    for language, lines in sentences.items():
-        check_training_text(language, lines)
-        rows = encoder.encode(lines, f"training text of {language}", add_eos=True)
-        examples += [{"input_ids": row["input_ids"]} for row in rows]
-    return examples

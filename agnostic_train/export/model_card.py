@@ -45,10 +45,7 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
             else f"by impact, top ratio {detection.top_ratio}, consistency {detection.consistency}"
         )
         details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
-    arguments = [
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in recipe.training.arguments.items()
-    ]
+    arguments = [f"{key} {_shown(value)}" for key, value in recipe.training.arguments.items()]
     details.append(
         "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
     )
@@ -81,6 +78,12 @@ _USES = {
         "It is an adapter of rows and columns: `import agnostic_train`, then `PeftModel.from_pretrained`.",
     ),
 }
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return Path(value).name if isinstance(value, str) and Path(value).is_file() else str(value)
 
 
 def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:

@@ -90,6 +90,13 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
     return load_model(replace(section, revision=source), section.name)
 
 
+def checkpoint_identity(section: ModelSection, source: str) -> dict:
+    """What tells a state of the model that `load_checkpoint` loads from others, see `model_identity`."""
+    if Path(source).is_dir():
+        return model_identity(section, source)
+    return model_identity(replace(section, revision=source), section.name)
+
+
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
     """Raises `UserError`, which names `key`, if a checkpoint can't be a folder nor a revision."""
     if not Path(source).is_dir() and Path(section.name).exists():

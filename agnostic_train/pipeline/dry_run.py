@@ -34,7 +34,7 @@ _PURPOSES = ("detection", "training", "validation", "test")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stage's memory on one GPU, in bytes before slack: each part by its formula in `memory`."""
+    """A stage's memory on one GPU, in bytes before slack: each part by its formula in `model/memory.py`."""
 
     name: str
     weights: int

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from peft import get_peft_model
 from transformers import PrinterCallback
 
-from agnostic_train.corpus.purposes import training_examples
+from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.strategy import Choice
@@ -36,11 +37,7 @@ def make_trainer(
     )  # fmt: skip
     if held_out is not None:
         settings["eval_dataset"] = {
-            language: [
-                {"input_ids": row["input_ids"]}
-                for row in encoder.encode(lines, f"validation text of {language}", add_eos=True)
-            ]
-            for language, lines in held_out.items()
+            language: encoder.examples(lines, f"validation text of {language}") for language, lines in held_out.items()
         }
     model = materials.model
     if choice.neurons is not None:
@@ -50,3 +47,12 @@ def make_trainer(
     if not arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer
+
+
+def training_examples(encoder: Encoder, training: Mapping[str, Sequence[str]]) -> list[dict[str, list[int]]]:
+    """The sentences of all languages, one language after the other; raises `UserError` if one has none."""
+    examples = []
+    for language, sentences in training.items():
+        check_training_text(language, sentences)
+        examples += encoder.examples(sentences, f"training text of {language}")
+    return examples

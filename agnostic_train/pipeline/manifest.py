@@ -37,7 +37,7 @@ class Manifest:
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run."""
+        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run, and of its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():
@@ -46,7 +46,7 @@ class Manifest:
                 changed += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
             elif old != new:
                 changed.append(name)
-        return sorted(changed)
+        return sorted(changed) + self._lost(stage)
 
     def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
         """Whether the stage ran with these inputs: to its end with every file still there, in part, or not at all."""
@@ -55,11 +55,13 @@ class Manifest:
             return "stale"
         if not record.get("finished"):
             return "started"
-        intact = all(
-            (self.directory / name).is_file() and (self.directory / name).stat().st_size == size
-            for name, size in record.get("files", {}).items()
-        )
-        return "finished" if intact else "stale"
+        return "stale" if self._lost(stage) else "finished"
+
+    def _lost(self, stage: str) -> list[str]:
+        """The stage's files that are gone, or have another size."""
+        files = {name: self.directory / name for name in self.record(stage).get("files", {})}
+        sizes = self.record(stage).get("files", {})
+        return [name for name, file in files.items() if not file.is_file() or file.stat().st_size != sizes[name]]
 
     def outputs(self, stage: str) -> list[str]:
         """The files that the stage's last finished run wrote, also those that a later stage may write anew."""

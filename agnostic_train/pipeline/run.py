@@ -21,6 +21,7 @@ from agnostic_train.neurons.language_neurons import is_neuron_file
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import check_inputs, check_trials, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stages import MEMORY_KEYS, STAGE_HELP, STAGES, OutOfMemory
@@ -95,16 +96,17 @@ class Pipeline:
             if self.force or self.inputs.state(name) != "finished":
                 self._check_folders(name, self.force and stage in ("run", name))
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
-            if stage == "compare":
-                # Each of its trainings is a tracked run of its own, in one group.
-                for name in stages:
-                    self._run_stage(name, self.force and name == stage, Tracker(None))
-                return
-            with tracked(self.recipe, self.processes, run_id=self._tracking_id) as tracker:
+            # Of a comparison each training is a tracked run of its own, in one group.
+            tracking = (
+                nullcontext(Tracker(None))
+                if stage == "compare"
+                else tracked(self.recipe, self.processes, run_id=self._tracking_id)
+            )
+            with tracking as tracker:
                 ran = [name for name in stages if self._run_stage(name, self.force and stage in ("run", name), tracker)]
         older = [
             name
-            for name in STAGES
+            for name in (*STAGES, "compare")
             if name not in stages and self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
         ]
         if older:
@@ -114,8 +116,11 @@ class Pipeline:
         section = self.recipe.training
         if section.neurons is not None:
             NeuronSet.read(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
-        for language in section.languages:
-            check_training_text(language, self.materials.corpus.texts[language].training)
+        training = {language: self.materials.corpus.texts[language].training for language in section.languages}
+        for language, sentences in training.items():
+            check_training_text(language, sentences)
+        if section.has_pilot:
+            split_pilot_text(self.recipe, self.training_arguments, training)  # says if there is too little
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Returns whether it had to run."""

@@ -6,16 +6,14 @@ from functools import cached_property
 
 from agnostic_train.evaluation.tuning import default_rates
 from agnostic_train.files import fingerprint, hash_file
-from agnostic_train.model.loading import model_identity
+from agnostic_train.model.loading import checkpoint_identity, model_identity
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import reads_held_out_text
 from agnostic_train.pipeline.stages import STAGES
-from agnostic_train.pipeline.stages.score import checkpoint_identity
 from agnostic_train.pipeline.trials import learning_arguments, result_arguments
 from agnostic_train.recipe import Recipe
-from agnostic_train.scores.emergence import Checkpoint, parse_checkpoints
+from agnostic_train.scores.emergence import parse_checkpoints
 from agnostic_train.training.trainer import NeuronTrainingArguments
 from agnostic_train.versions import installed_version
 
@@ -87,20 +85,23 @@ class StageInputs:
         }
 
     def _text(self, *purposes: str, languages: Sequence[str] | None = None) -> dict:
-        """Hashes of the sentences that serve some purposes, and the keys that make batches of them."""
+        """Hashes of the sentences that serve some purposes, and the keys by which tokens are made of them.
+
+        How many go into a batch changes only how long it takes, and the last digits.
+        """
         corpus = self._recipe.corpus
         return {
             "text": {
                 purpose: [it for it in self._sentence_hashes[purpose] if languages is None or it[0] in languages]
                 for purpose in purposes
             },
-            "corpus": {key: getattr(corpus, key) for key in ("max_length", "add_bos", "batch_size")},
+            "corpus": {key: getattr(corpus, key) for key in ("max_length", "add_bos")},
         }
 
     @cached_property
     def _sentence_hashes(self) -> dict[str, list]:
         texts = self._materials.corpus.texts.items()
-        purposes = ("detection", "training", "validation", "test")
+        purposes = ("detection", "training", "validation")
         return {it: [[language, fingerprint(getattr(text, it))] for language, text in texts] for it in purposes}
 
     def of(self, stage: str) -> dict:
@@ -126,7 +127,7 @@ class StageInputs:
 
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
-        identities = [[it.step, checkpoint_identity(self._recipe.model, it)] for it in checkpoints]
+        identities = [[it.step, checkpoint_identity(self._recipe.model, it.source)] for it in checkpoints]
         return {
             "score": self._recipe.to_dict()["score"],
             "model.checkpoints": identities,
@@ -135,10 +136,6 @@ class StageInputs:
 
     def _training_inputs(self) -> dict:
         section = self._recipe.training
-        if section.strategy == "pilot" and section.neurons is None:
-            texts = self._materials.corpus.texts
-            training = {language: texts[language].training for language in section.languages}
-            split_pilot_text(self._recipe, self._arguments, training)  # says if there is too little
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
@@ -147,16 +144,14 @@ class StageInputs:
     @property
     def _training_text(self) -> dict:
         section = self._recipe.training
-        languages = None if section.strategy == "pilot" and section.neurons is None else section.languages
-        text = self._text("training", languages=languages)
-        # A pilot chooses by it.
-        if languages is None or reads_held_out_text(self._arguments):
+        text = self._text("training", languages=section.languages)
+        if section.has_pilot or reads_held_out_text(self._arguments):
             text["text"] |= self._text("validation")["text"]
         return text
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
-        checkpoints = [checkpoint_identity(self._recipe.model, Checkpoint(it, None)) for it in named]
+        checkpoints = [checkpoint_identity(self._recipe.model, it) for it in named]
         tasks = {name: suite.identity(name) for name in suite.names} if suite else None
         return {
             "evaluation": self._recipe.to_dict()["evaluation"] | {"tasks": tasks, "checkpoints": checkpoints},
@@ -171,13 +166,14 @@ class StageInputs:
 
     def _comparison_inputs(self) -> dict:
         recipe, text = self._recipe.to_dict(), self._judging_text
-        text["text"] |= self._text("training")["text"]
+        text["text"] |= self._text("training", languages=self._recipe.training.languages)["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             "comparison": recipe["comparison"] | {"learning_rates": rates},
             "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")}
             | result_arguments(recipe["training"]["arguments"]),
             "processes": self._materials.processes.num_processes,
+            "precision": self._arguments.mixed_precision,
             **text,
         }
 

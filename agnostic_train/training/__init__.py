@@ -1,1 +1,1 @@
-"""Training of chosen neurons alone."""
+"""Which neurons learn, and training of these alone; the baselines that train otherwise."""

@@ -1,13 +1,15 @@
 """A Trainer that stops where training has failed and says where, and refuses to go on from a damaged checkpoint."""
 
 import json
+from copy import copy
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,10 +28,15 @@ class GuardedTrainer(Trainer):
         UserError: naming the file of a checkpoint that can't be resumed from.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *others, **kwargs):
         # Losses since the last look, and their batches' tokens.
         self._unchecked: list[tuple[Tensor, Tensor | None]] = []
-        super().__init__(*args, **kwargs)
+        if isinstance(model, PeftModel) and args is not None and args.ddp_find_unused_parameters is None:
+            # A forward pass uses all of an adapter. To look for what it doesn't use takes DDP a walk through each graph, and
+            # doesn't go with reentrant checkpointing; of a model that isn't its own class a Trainer asks it all the same.
+            args = copy(args)
+            args.ddp_find_unused_parameters = False
+        super().__init__(model, args, *others, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
@@ -147,7 +154,7 @@ def check_resumable(checkpoint: Path) -> None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:
                     tensors.keys()
-            elif file.suffix in (".pt", ".pth", ".bin"):
+            elif file.suffix in (".pt", ".pth", ".bin") and file.name != TRAINING_ARGS_NAME:  # which nobody reads
                 with safe_globals():
                     torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # unpickling damaged bytes can raise anything

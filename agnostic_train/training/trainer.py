@@ -100,10 +100,6 @@ class NeuronTrainer(GuardedTrainer):
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
         self._in_float32: dict[str, torch.Tensor] = {}
-        if arguments is not None and arguments.ddp_find_unused_parameters is None:
-            # A forward pass uses every chosen neuron. To look for unused ones takes DDP a walk through each graph, and doesn't
-            # go with reentrant checkpointing; of a `PeftModel` the Trainer asks it all the same.
-            arguments.ddp_find_unused_parameters = False
         if isinstance(model, nn.Module):
             # As early as this, because a Trainer takes quantised models only with their adapter.
             model = self._with_adapter(model)

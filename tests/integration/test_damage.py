@@ -71,6 +71,16 @@ def test_a_damaged_checkpoint_is_named_before_anything_of_it_is_loaded(root, cap
     assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
 
 
+def test_what_fsdp_saves_is_looked_through_too(tmp_path):
+    for name in ("optimizer.bin", "training_args.bin"):
+        torch.save({"state": torch.ones(1000)}, tmp_path / name)
+    cut(tmp_path / "training_args.bin")  # which is never read
+    guarded.check_resumable(tmp_path)
+    cut(tmp_path / "optimizer.bin")
+    with pytest.raises(UserError, match=r"optimizer\.bin: can't be resumed from"):
+        guarded.check_resumable(tmp_path)
+
+
 def test_without_the_damaged_checkpoint_training_goes_on(root, capsys):
     cut(root / "out/checkpoint-3/optimizer.pt")
     assert_one_line(capsys, run(root, "train"), "delete", "checkpoint-3, and training goes on")

@@ -16,6 +16,8 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.choices import UPDATES
 from agnostic_train.files import UserError
+from agnostic_train.training.equal_lora import equal_lora
+from agnostic_train.training.guarded import GuardedTrainer
 
 SEQUENTIAL = dict(
     max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",
@@ -28,6 +30,18 @@ def train(directory, update, per_device_batch_size, **settings):
     settings = arguments(directory, per_device_train_batch_size=per_device_batch_size, **SEQUENTIAL | settings)
     trainer = NeuronTrainer(model, settings, train_dataset=sentences(), neurons=CHOSEN, update=update)
     trainer.train()
+    return trainer
+
+
+def train_lora(directory, per_device_batch_size, **settings):
+    """The baseline of comparisons."""
+    settings = arguments(directory, per_device_train_batch_size=per_device_batch_size, **SEQUENTIAL | settings)
+    torch.manual_seed(0)
+    lora, _ = equal_lora(CHOSEN, tiny_llama())
+    model = get_peft_model(tiny_llama().double(), lora)
+    trainer = GuardedTrainer(model, settings, train_dataset=sentences())
+    trainer.train()
+    assert settings.ddp_find_unused_parameters is None  # the caller's own
     return trainer
 
 
@@ -78,6 +92,14 @@ def test_ddp_ends_where_one_process_ends(tmp_path, update, use_reentrant):
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), two, CHOSEN)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
+
+
+def test_ddp_trains_a_lora_beside_reentrant_checkpointing(tmp_path):
+    settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    launched(tmp_path, __file__, f"it.train_lora({str(tmp_path / 'two')!r}, 2, **{settings!r})")
+    one = plain_weights(train_lora(tmp_path / "one", 4, **settings).model)
+    for name, value in loaded(tmp_path / "two/checkpoint-6", "compact").items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-9)
 
 
 def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):

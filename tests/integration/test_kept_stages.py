@@ -10,6 +10,7 @@ from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stages import STAGES
+from agnostic_train.pipeline.trials import learning_arguments
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.report import figures
@@ -56,7 +57,9 @@ CHANGES = [
     ({"corpus.detection_sentences": "30"}, ALL - {"export", "evaluate"}),
     ({"corpus.seed": "1"}, ALL - {"export", "evaluate"}),
     ({"corpus.max_length": "8"}, ALL - {"export"}),
-    ({"corpus.batch_size": "8"}, ALL - {"export"}),
+    ({"corpus.batch_size": "8"}, {"report"}),
+    ({"training.gradient_checkpointing": "true", "training.save_total_limit": "1"}, set()),
+    ({"training.dataloader_num_workers": "1", "training.hub_strategy": "end"}, set()),
     ({"model.dtype": "bfloat16"}, ALL),
     ({"model.revision": "main"}, ALL),
 ]
@@ -88,6 +91,22 @@ def test_a_key_concerns_the_stages_whose_result_it_can_change(unchanged, flags, 
     assert {stage for stage in ALL if after[stage] != before[stage]} == stages
 
 
+def test_an_engines_config_counts_by_its_content(tmp_path):
+    (tmp_path / "zero.json").write_text("{}")
+    keys = {"deepspeed": str(tmp_path / "zero.json")}
+    before = learning_arguments(keys)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert learning_arguments(keys) != before
+
+
+def test_a_lost_file_is_the_reason(root, capsys):
+    assert run(root, "detect") == 0
+    (root / "out/neurons/shared.safetensors").unlink()
+    capsys.readouterr()
+    assert run(root, "detect") == 0
+    assert "this replaces an earlier result (changed: neurons/shared.safetensors)" in capsys.readouterr().out
+
+
 def test_no_key_of_these_sections_is_forgotten():
     own = {key for key in own_types() if key.startswith(("detection.", "score.", "export."))}
     assert own <= {key for flags, _ in CHANGES for key in flags}
@@ -101,7 +120,7 @@ def test_text_concerns_the_stages_that_read_it(root):
     later = inputs(root, en_test="One more.")
     assert {stage for stage in ALL if later[stage] != after[stage]} == {"evaluate", "compare", "report"}
     other = inputs(root, en_train="A sentence to train on.")
-    assert other["train"] == later["train"] and other["compare"] != later["compare"]
+    assert all(other[stage] == later[stage] for stage in ("train", "compare"))
     stable = {"detection.stability": "true"}
     both = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
     assert both[0] != both[1]

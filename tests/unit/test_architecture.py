@@ -8,7 +8,7 @@ ORDER = {
         "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
         "pipeline", "cli", "__main__",
     ],
-    "corpus": ["sources", "streaming", "encoding", "purposes", "judging"],
+    "corpus": ["sources", "streaming", "purposes", "judging", "encoding"],
     "model": ["decoder", "memory", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
@@ -27,7 +27,7 @@ ORDER = {
         "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "run",
         "dry_run",
     ],
-    "pipeline.stages": ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"],
+    "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip
 """Of each package, its modules and packages, by its name below `agnostic_train`."""
 

@@ -84,6 +84,17 @@ def test_a_folder_that_was_taken_away_by_a_killed_process_comes_back(tmp_path):
         assert {it.name for it in tmp_path.iterdir()} == {"neurons", ".lock"}
 
 
+def test_another_runs_half_written_folder_is_left_to_it(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    with sole_user(other):
+        (other / ".neurons.0123abcd.tmp").mkdir()
+        with sole_user(tmp_path):
+            assert (other / ".neurons.0123abcd.tmp").exists()
+    with sole_user(other):
+        assert [it.name for it in other.iterdir()] == [".lock"]
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")

@@ -20,7 +20,8 @@ _FEW_RATIO = 0.05
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    resume_dir = context.work / fingerprint(context.inputs("detect"))[:16]
+    # Counts are of so many batches.
+    resume_dir = context.work / fingerprint([context.inputs("detect"), context.recipe.corpus.batch_size])[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     try:

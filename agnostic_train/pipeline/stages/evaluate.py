@@ -12,12 +12,10 @@ from agnostic_train.evaluation.languages import compare_languages, describe, eva
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.model_card import model_card
 from agnostic_train.files import whole_file, write_json
-from agnostic_train.model.loading import load_checkpoint, load_model, model_identity
+from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model, model_identity
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
-from agnostic_train.pipeline.stages.score import checkpoint_identity
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
-from agnostic_train.scores.emergence import Checkpoint
 from agnostic_train.scores.perplexity import Perplexity
 
 
@@ -101,7 +99,7 @@ def _evaluate_tasks(
     identities = {
         "before": context.inputs("evaluate")["model"]["files"],
         "after": model_identity(section, context.directory / EXPORTS["merged"]),
-        **{it: checkpoint_identity(section, Checkpoint(it, None)) for it in context.recipe.evaluation.checkpoints},
+        **{it: checkpoint_identity(section, it) for it in context.recipe.evaluation.checkpoints},
     }
     result = evaluate_tasks(
         checkpoints,

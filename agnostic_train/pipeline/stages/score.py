@@ -6,11 +6,10 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from agnostic_train.files import fingerprint, whole_directory, write_json
-from agnostic_train.model.loading import load_checkpoint, model_identity
+from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect_in
-from agnostic_train.recipe import ModelSection
 from agnostic_train.report.page import draw_emergence, is_emergence_file
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
 from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
@@ -60,13 +59,6 @@ def score(context: Context) -> dict:
     return {"outputs": outputs, "value": found.value}
 
 
-def checkpoint_identity(section: ModelSection, checkpoint: Checkpoint) -> dict:
-    """What tells a checkpoint from others: a folder's files, or the name of a revision."""
-    if Path(checkpoint.source).exists():
-        return model_identity(section, checkpoint.source)
-    return vars(checkpoint)
-
-
 def _score_of(
     context: Context, model: PreTrainedModel, found: LanguageNeurons, resume_dir: Path | None = None
 ) -> AgnosticScore:
@@ -101,7 +93,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         measure,
         lambda it: [
             context.inputs("detect"), context.inputs("score")["text"], context.recipe.score.controls, it.step,
-            checkpoint_identity(section, it),
+            checkpoint_identity(section, it.source),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

@@ -1,20 +1,21 @@
 """`train`: what the strategy chose learns from the text of the languages to enhance."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from agnostic_train.files import UserError, whole_directory
+from agnostic_train.files import UserError, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.manifest import Manifest
-from agnostic_train.pipeline.pilot import Sentences, split_pilot_text
+from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
 from agnostic_train.pipeline.settings import make_strategy, reads_held_out_text
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.stages.pilot import run_pilot
+from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.agnostic_score import AgnosticScore
 from agnostic_train.training.guarded import is_complete
 from agnostic_train.training.strategy import Choice
@@ -28,9 +29,9 @@ def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
     texts = context.materials.corpus.texts
     training: Sentences = {language: texts[language].training for language in recipe.training.languages}
-    if recipe.training.strategy == "pilot" and recipe.training.neurons is None:
+    if recipe.training.has_pilot:
         training, pilot_text = split_pilot_text(recipe, arguments, training)
-        strategy = run_pilot(context, pilot_text)
+        strategy = _run_pilot(context, pilot_text)
     else:
         strategy = recipe.training.strategy
     choice = _choose(context, strategy)
@@ -99,6 +100,40 @@ def clear_checkpoints(context: Context, resume: bool) -> None:
 def is_adapter_file(path: Path) -> bool:
     """Whether it is a file of `adapter/`."""
     return path.name in _ADAPTER_FILES
+
+
+def _run_pilot(context: Context, text: Sentences) -> str:
+    """Ranks the candidates, prints and keeps the ranking, and returns the winner's name."""
+    recipe, found, inputs = context.recipe, context.found, context.inputs("train")
+    # One candidate's result doesn't depend on which others there are.
+    training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
+    steps = recipe.training.pilot_steps
+    trials = Trials(
+        context.materials,
+        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
+        text,
+        {"validation": context.materials.batches("validation")},
+        context.work,
+        [inputs | {"training": training}, context.set_hashes],
+        # A warm-up as long as the whole pilot would leave nothing to rank.
+        {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
+    )
+    seed, rate = context.arguments.seed, context.arguments.learning_rate
+    rows = rank_candidates(trials, recipe.training.pilot_strategies, recipe.training.languages, seed, rate)
+    for place, row in enumerate(rows, 1):
+        context.say(f"train: pilot {place}. {row['strategy']}: {_describe(row, recipe.training.languages)}")
+    if context.processes.is_main_process:
+        write_json(context.directory / "pilot.json", {"steps": steps, "ranking": rows})
+    context.publish({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
+    return rows[0]["strategy"]
+
+
+def _describe(row: dict, languages: Sequence[str]) -> str:
+    if row["change"] is None:
+        return "diverged"
+    return (
+        f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}, validation text, {row['trainable']:,} weights"
+    )
 
 
 def _choose(context: Context, name: str) -> Choice:
