@@ -1,7 +1,6 @@
 """Text streamed from a dataset of the hub, and kept: later commands do without a network, and read the same."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from agnostic_train.recipe import CorpusSection
 STREAMED_DEFAULT = 1000
 """Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
 
-_NOT_OF_THE_TEXT = ("path", "languages", "max_length", "add_bos", "batch_size")
-"""Keys of the section on which the sentences of a streamed language don't depend."""
+_OF_THE_SOURCE = (
+    "dataset", "revision", "config_pattern", "data_files", "dataset_split", "text_column", "split_sentences", "seed"
+)  # fmt: skip
+"""Keys of the section that say which documents of a language come in which order, and what their sentences are."""
 
 
 def wanted_sentences(section: CorpusSection, with_training: bool) -> dict[str, int]:
@@ -39,52 +40,63 @@ def streamed_by_purpose(
 ) -> dict[str, list[str]]:
     """Fills one purpose after the other from whole documents, so that no document serves two.
 
-    Training comes last, and may get less than it was to have.
+    Training comes last, and may get less than it was to have. Its text is kept by itself: whether a language trains, and on
+    how much, changes nothing of what it is measured on.
 
     Raises:
         UserError: no such dataset, or too little text for another purpose.
     """
     wanted = wanted_sentences(section, with_training)
-    return _kept(
+    num_training = wanted.pop("training")
+    measured = _kept(keep, section, f"corpus-{language}", wanted, lambda: _fill(section, language, wanted, progress))
+    if not num_training:
+        return measured["sentences"] | {"training": []}
+    training = _kept(
         keep,
         section,
-        f"corpus-{language}",
-        lambda: _fill(section, language, wanted, progress),
-        training_sentences=wanted["training"],
+        f"training-{language}",
+        wanted | {"training": num_training},
+        lambda: _fill(section, language, {"training": num_training}, progress, after=measured),
     )
+    return measured["sentences"] | training["sentences"]
 
 
 def streamed_test(section: CorpusSection, language: str, count: int, keep: Path | None) -> list[str]:
     """The first `count` sentences of a language, or as many as there are; see `streamed_by_purpose`."""
 
-    def read() -> dict[str, list[str]]:
+    def read() -> dict:
         documents = split_documents(hub_documents(section, language), section.split_sentences)
-        return {"test": list(islice(_unseen(documents, set()), count))}
+        return {"sentences": list(islice(_unseen(documents, set()), count))}
 
-    return _kept(keep, section, f"held-out-{language}", read)["test"]
+    return _kept(keep, section, f"held-out-{language}", {"test": count}, read)["sentences"]
 
 
 def _kept(
-    folder: Path | None, section: CorpusSection, name: str, read: Callable[[], dict[str, list[str]]], **changes: int
-) -> dict[str, list[str]]:
-    """Sentences by purpose, from a file of the folder or from `read`, which fills it."""
+    folder: Path | None, section: CorpusSection, name: str, wanted: dict[str, int], read: Callable[[], dict]
+) -> dict:
+    """What `read` gives, from a file of the folder if it gave that once."""
     if folder is None:
         return read()
-    own = {key: value for key, value in asdict(section).items() if key not in _NOT_OF_THE_TEXT} | changes
-    file = folder / f"{name}-{fingerprint(own)[:16]}.json"
+    source = {key: getattr(section, key) for key in _OF_THE_SOURCE}
+    file = folder / f"{name}-{fingerprint([source, wanted])[:16]}.json"
     if not file.exists():
         write_json(file, read())
     return read_json(file)
 
 
-def _fill(section: CorpusSection, language: str, wanted: dict[str, int], progress: bool) -> dict[str, list[str]]:
-    documents = hub_documents(section, language)
-    seen: set[str] = set()
+def _fill(
+    section: CorpusSection, language: str, wanted: dict[str, int], progress: bool, after: dict | None = None
+) -> dict:
+    """Streams so many `sentences` of each purpose, from the `documents` on that an earlier call ended before."""
+    num_documents = after["documents"] if after else 0
+    seen = {sentence for its in after["sentences"].values() for sentence in its} if after else set()
+    documents = islice(hub_documents(section, language), num_documents, None)
     taken: dict[str, list[str]] = {}
     with tqdm(total=sum(wanted.values()), desc=f"read {language}", disable=not progress, leave=False) as bar:
         for purpose, count in wanted.items():
             taken[purpose] = []
             while len(taken[purpose]) < count and (document := next(documents, None)) is not None:
+                num_documents += 1
                 new = _unseen(split_documents([document], section.split_sentences), seen)
                 found = list(islice(new, count - len(taken[purpose])))
                 taken[purpose] += found
@@ -96,7 +108,7 @@ def _fill(section: CorpusSection, language: str, wanted: dict[str, int], progres
                     f"corpus.{key}: {count} asked for{by_default}, {section.dataset} has only {len(taken[purpose])} more "
                     f"of {language!r}; lower it"
                 )
-    return taken
+    return {"sentences": taken, "documents": num_documents}
 
 
 def _unseen(sentences: Iterator[str], seen: set[str]) -> Iterator[str]:

@@ -389,7 +389,11 @@ def test_only_languages_that_train_stream_training_text_and_take_what_there_is(h
     assert corpus.texts["sw"] == whole.texts["sw"]
     assert corpus.texts["en"] == replace(whole.texts["en"], training=[])
     shutil.rmtree(hub)
+    # Of a hub that has changed since, what was read before stays.
     assert load_corpus(streamed(hub, training_sentences=500), keep=keep, trained=["sw"]) == corpus
+    assert load_corpus(streamed(hub, training_sentences=20), keep=keep, trained=[]).texts == {
+        language: replace(text, training=[]) for language, text in whole.texts.items()
+    }
 
 
 def test_what_was_streamed_is_kept(hub, tmp_path):
@@ -397,12 +401,13 @@ def test_what_was_streamed_is_kept(hub, tmp_path):
     keep = tmp_path / "out/.corpus"
     corpus = load_corpus(streamed(hub), keep=keep)
     held_out = held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep)
-    assert len(list(keep.iterdir())) == 3
+    assert len(list(keep.iterdir())) == 5
     shutil.rmtree(hub)
     same = streamed(hub, languages=["en"], max_length=5, batch_size=3)
     assert load_corpus(same, keep=keep).texts == {"en": corpus.texts["en"]}
     assert load_corpus(streamed(hub), keep=keep) == corpus
-    assert held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep) == held_out
+    other_counts = streamed(hub, languages=["sw"], detection_sentences=3, training_sentences=7, validation_sentences=2)
+    assert held_out_text(other_counts, "en", keep=keep) == held_out
     for changes in ({"seed": 1}, {"training_sentences": 21}, {"revision": "v2"}, {"text_column": "content"}):
         with pytest.raises(UserError, match="can't stream"):
             load_corpus(streamed(hub, **changes), keep=keep)
