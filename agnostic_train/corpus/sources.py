@@ -60,25 +60,25 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     files = section.data_files and section.data_files.format(lang=language)
     wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
     source = f"corpus.dataset: {wanted}"
-    format = _format(section, files) if config is None else None
+    ending = _ending(section, files) if config is None else None
     try:
-        stream = _files_of(section, files, format) if files and format else _dataset(section, config, files)
+        stream = _files_of(section, files, ending) if files and ending else _dataset(section, config, files)
         stream = stream.shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
     except Exception as error:
         raise UserError(f"corpus.dataset: can't stream {wanted}: {_one_line(error)}") from None
     rows: Iterable[dict] = stream
-    if format == ".jsonl":
+    if ending == ".jsonl":
         rows = (_object(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
     yield from _column(rows, section.text_column, source)
 
 
-def _format(section: CorpusSection, files: str | None) -> str | None:
+def _ending(section: CorpusSection, files: str | None) -> str | None:
     """The ending by which a dataset's own files are read; None for those that the user has `datasets` find and read."""
     name = str(section.dataset)
     is_repository = "/" in name or Path(name).is_dir()  # else a format, such as json
     if files is None or "://" in files or Path(files).is_absolute() or not is_repository:
         return None
-    return next((ending for ending in _BUILDERS if ending in Path(files).suffixes), None)
+    return next((it for it in _BUILDERS if it in Path(files).suffixes), None)
 
 
 def _dataset(section: CorpusSection, config: str | None, files: str | None) -> IterableDataset:
@@ -87,7 +87,7 @@ def _dataset(section: CorpusSection, config: str | None, files: str | None) -> I
     return load_dataset(name, config, data_files=files, revision=revision, split=split, streaming=True)
 
 
-def _files_of(section: CorpusSection, files: str, format: str) -> IterableDataset:
+def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDataset:
     """The rows of some files of a dataset, whatever else its repository holds; of JSON lines, each line as `text`.
 
     A repository with a loading script is refused as a whole: OSCAR-2301's and MADLAD-400's are. And the JSON lines of a
@@ -96,7 +96,7 @@ def _files_of(section: CorpusSection, files: str, format: str) -> IterableDatase
     root, split = str(section.dataset), section.dataset_split
     if not Path(root).is_dir():
         root = f"hf://datasets/{root}" + (f"@{quote(section.revision, safe='')}" if section.revision else "")
-    return load_dataset(_BUILDERS[format], data_files={split: f"{root}/{files}"}, split=split, streaming=True)
+    return load_dataset(_BUILDERS[ending], data_files={split: f"{root}/{files}"}, split=split, streaming=True)
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -38,18 +39,28 @@ from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
 
-_FUNCTIONS = {
-    "detect": detect, "score": score, "train": train, "export": export, "evaluate": evaluate, "report": report,
-    "compare": compare,
-}  # fmt: skip
-_SECTIONS = {
-    "detect": "detection", "score": "score", "train": "training", "export": "export", "evaluate": "evaluation",
-    "compare": "comparison",
-}  # fmt: skip
-"""The recipe's section of each stage."""
-_REMOVED_FIRST = {
-    "score": ["score"], "train": ["train"], "export": ["export", "evaluate"], "compare": ["compare"],
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class _Stage:
+    """run: does it. section: of the recipe, with the stage's own keys. replaces: stages whose files go before it writes.
+
+    What these write depends on their options: nothing of other ones may stay.
+    """
+
+    run: Callable[[Context], dict]
+    section: str | None
+    replaces: tuple[str, ...] = ()
+
+
+_STAGES = {
+    "detect": _Stage(detect, "detection"),
+    "score": _Stage(score, "score", ("score",)),
+    "train": _Stage(train, "training", ("train",)),
+    "export": _Stage(export, "export", ("export", "evaluate")),
+    "evaluate": _Stage(evaluate, "evaluation"),
+    "report": _Stage(report, None),
+    "compare": _Stage(compare, "comparison", ("compare",)),
+}
 
 
 class Pipeline:
@@ -142,8 +153,7 @@ class Pipeline:
             tracker,
         )  # fmt: skip
         if self.processes.is_main_process:
-            # What these write depends on their options: nothing of other ones may stay.
-            for written in _REMOVED_FIRST.get(stage, []):
+            for written in _STAGES[stage].replaces:
                 self.manifest.remove_outputs(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
@@ -153,7 +163,7 @@ class Pipeline:
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
-            result = _FUNCTIONS[stage](context)
+            result = _STAGES[stage].run(context)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
         # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
@@ -164,8 +174,8 @@ class Pipeline:
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
             outputs = [self.directory / name for name in result.pop("outputs")]
-            if stage in _SECTIONS:
-                result["settings"] = self.recipe.to_dict()[_SECTIONS[stage]]
+            if (section := _STAGES[stage].section) is not None:
+                result["settings"] = self.recipe.to_dict()[section]
             result["corpus"] = self.materials.hashes
             self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
         self.processes.wait_for_everyone()
@@ -226,10 +236,10 @@ class Pipeline:
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
         """The manifest's top-level fields: of a stage that runs, and of the others as they ran when they last did."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
-        for name, section in _SECTIONS.items():
+        for name, its in _STAGES.items():
             record = self.manifest.record(name)
-            if name != stage and record.get("finished"):
-                recipe[section] = record.get("settings", recipe[section])
+            if name != stage and its.section is not None and record.get("finished"):
+                recipe[its.section] = record.get("settings", recipe[its.section])
                 hashes |= record.get("corpus", {})
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):

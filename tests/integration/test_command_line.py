@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,14 +137,15 @@ def test_baselines(root, strategy):
 def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
     """Mixed precision makes it part of a cycle, and on a device two models may be one too many."""
     made, alive = weakref.WeakSet(), []
-    make, export = LlamaForCausalLM.__init__, pipeline_run._FUNCTIONS["export"]
+    make, export = LlamaForCausalLM.__init__, pipeline_run._STAGES["export"]
 
     def noted(self, *args, **keywords):
         make(self, *args, **keywords)
         made.add(self)
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
-    monkeypatch.setitem(pipeline_run._FUNCTIONS, "export", lambda context: alive.append(len(made)) or export(context))
+    counted = replace(export, run=lambda context: alive.append(len(made)) or export.run(context))
+    monkeypatch.setitem(pipeline_run._STAGES, "export", counted)
     gc.collect()
     gc.disable()
     try:
@@ -477,9 +479,9 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
     def too_large(context):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
 
-    for name in STAGE_HELP:
+    for name, its in pipeline_run._STAGES.items():
         function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
-        monkeypatch.setitem(pipeline_run._FUNCTIONS, name, function)
+        monkeypatch.setitem(pipeline_run._STAGES, name, replace(its, run=function))
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
     lines = capsys.readouterr().err.splitlines()
