@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from agnostic_train.neurons.deactivation import deactivate
     from agnostic_train.neurons.language_neurons import LanguageNeurons
     from agnostic_train.neurons.neuron_set import NeuronSet
-    from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+    from agnostic_train.scores.agnostic_score import language_agnostic_score
     from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
+    from agnostic_train.scores.result import AgnosticScore
     from agnostic_train.training.callbacks import DetectionCallback
     from agnostic_train.training.compact import NeuronConfig
     from agnostic_train.training.strategy import Strategy
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AgnosticScore": "scores.agnostic_score",
+    "AgnosticScore": "scores.result",
     "DetectionCallback": "training.callbacks",
     "ImpactMismatchError": "detection.self_check",
     "LanguageNeurons": "neurons.language_neurons",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.scores.agnostic_score import AgnosticScore
+from agnostic_train.scores.result import AgnosticScore
 
 
 @dataclass(frozen=True)

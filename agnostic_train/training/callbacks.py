@@ -11,7 +11,8 @@ from transformers.utils import logging
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+from agnostic_train.scores.agnostic_score import language_agnostic_score
+from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice, Strategy
 
 logger = logging.get_logger(__name__)

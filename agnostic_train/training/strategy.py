@@ -14,7 +14,7 @@ from agnostic_train.files import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.recipe import SetStrategy
-from agnostic_train.scores.agnostic_score import SMALLEST_CHANGE, AgnosticScore
+from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore
 from agnostic_train.training.equal_lora import equal_lora, num_weights
 
 SET_STRATEGIES = get_args(SetStrategy)

@@ -5,8 +5,9 @@ import pytest
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.report.tables import emergence_table
-from agnostic_train.scores.agnostic_score import AgnosticScore, language_score
+from agnostic_train.scores.agnostic_score import language_score
 from agnostic_train.scores.emergence import Checkpoint, emergence_row, follow_checkpoints
+from agnostic_train.scores.result import AgnosticScore
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.report.tables import score_table
 from agnostic_train.scores import ablation, agnostic_score
 from agnostic_train.scores.ablation import Ablation
-from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score, language_score
+from agnostic_train.scores.agnostic_score import language_agnostic_score, language_score
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
+from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Strategy
 
 EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})

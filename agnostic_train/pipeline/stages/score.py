@@ -12,8 +12,9 @@ from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect_in
 from agnostic_train.report.page import draw_emergence, is_emergence_file
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
-from agnostic_train.scores.agnostic_score import AgnosticScore, language_agnostic_score
+from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
+from agnostic_train.scores.result import AgnosticScore
 
 EMERGENCE = "emergence"
 

@@ -16,7 +16,7 @@ from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilo
 from agnostic_train.pipeline.settings import make_strategy, reads_held_out_text
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.trials import Trials
-from agnostic_train.scores.agnostic_score import AgnosticScore
+from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.guarded import is_complete
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
