@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 when its files are complete, 2 for a user's mistake, 1 if the device's memory doesn't suffice.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # PEFT asks transformers by a name that it is about to drop; nobody who reads it here can change that.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # PEFT asks transformers by a name that it is about to drop, and recipes set what older versions know, too.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     parser = make_parser(arguments)
     known, unknown = parser.parse_known_args(arguments)

@@ -96,8 +96,9 @@ class CorpusSection:
         description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, compressed or not, or .parquet); "
         f"or {EMBEDDED}.",
     )
-    dataset: str | None = Field(
-        default=None, description="A hub dataset to stream instead of a folder, once: output_dir keeps its text."
+    dataset: LocalPath | None = Field(
+        default=None,
+        description="A hub dataset, or a folder like one, to stream instead, once: output_dir keeps its text.",
     )
     revision: str | None = Field(
         default=None, description="The dataset's branch, tag or commit; default: its main branch."

@@ -63,7 +63,7 @@ def load_corpus(
             with_training = trained is None or language in trained
             parts = streamed_by_purpose(section, language, with_training, keep, progress)
             texts[language] = LanguageText(language, **parts)
-            hashes[f"{section.dataset} {language}"] = fingerprint(parts)
+            hashes[f"{language}, streamed"] = fingerprint(parts)
         else:
             texts[language], files = _local(section, Path(path), language)
             hashes |= {file.name: hash_file(file) for file in files}

@@ -1,25 +1,33 @@
 """Where text comes from: local files, or a dataset of the hub, as documents and the sentences in them."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 from urllib.parse import quote
 
+import pyarrow
 from datasets import IterableDataset, load_dataset
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
 
 from agnostic_train.files import UserError
 from agnostic_train.recipe import CorpusSection
 
-_COMPRESSED = ("", ".gz", ".zst", ".xz", ".bz2")
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    # Of these, zstandard would take a file that is cut short for a whole one.
+    ".zst": lambda file: pyarrow.input_stream(str(file), compression="zstd"),
+}
 _BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 """By a file's ending, the builder of `datasets` that reads a dataset's files."""
 
-_ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in _COMPRESSED] + [".parquet"]
+_ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in ("", *_OPEN)] + [".parquet"]
 
 _SHUFFLE_BUFFER = 10_000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
@@ -56,6 +64,7 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     Raises:
         UserError: a dataset, config or column that isn't there.
     """
+    check_dataset(section)
     config = section.config_pattern and section.config_pattern.format(lang=language)
     files = section.data_files and section.data_files.format(lang=language)
     wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
@@ -69,14 +78,28 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     rows: Iterable[dict] = stream
     if ending == ".jsonl":
         rows = (_object(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
-    yield from _column(rows, section.text_column, source)
+    documents = _column(rows, section.text_column, source)
+    first = next(documents, None)
+    if first is None:
+        raise UserError(
+            f"{source} has no document of {language!r}; look at corpus.languages, as the dataset names them"
+        )
+    yield first
+    yield from documents
+
+
+def check_dataset(section: CorpusSection) -> None:
+    """Raises `UserError` if `corpus.dataset` is a folder's name, and there is none."""
+    name = str(section.dataset)
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise UserError(f"corpus.dataset: no such folder {name}")
 
 
 def _ending(section: CorpusSection, files: str | None) -> str | None:
-    """The ending by which a dataset's own files are read; None for those that the user has `datasets` find and read."""
+    """The ending by which files are read that are named whole, or are of a folder or repository; None for other ones."""
     name = str(section.dataset)
     is_repository = "/" in name or Path(name).is_dir()  # else a format, such as json
-    if files is None or "://" in files or Path(files).is_absolute() or not is_repository:
+    if files is None or not (is_repository or _is_whole(files)):
         return None
     return next((it for it in _BUILDERS if it in Path(files).suffixes), None)
 
@@ -96,7 +119,12 @@ def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDatase
     root, split = str(section.dataset), section.dataset_split
     if not Path(root).is_dir():
         root = f"hf://datasets/{root}" + (f"@{quote(section.revision, safe='')}" if section.revision else "")
-    return load_dataset(_BUILDERS[ending], data_files={split: f"{root}/{files}"}, split=split, streaming=True)
+    pattern = files if _is_whole(files) else f"{root}/{files}"
+    return load_dataset(_BUILDERS[ending], data_files={split: pattern}, split=split, streaming=True)
+
+
+def _is_whole(files: str) -> bool:
+    return "://" in files or Path(files).is_absolute()
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
@@ -122,8 +150,8 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not readable ({_one_line(error)})") from None
 
 
-def _opened(file: Path) -> BinaryIO:
-    return compr[infer_compression(file.name)](file.open("rb"), mode="rb")
+def _opened(file: Path) -> IO[bytes]:
+    return _OPEN[file.suffix](file) if file.suffix in _OPEN else file.open("rb")
 
 
 def _rows(file: Path) -> Iterator[dict]:

@@ -5,10 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from agnostic_train.corpus.sources import hub_documents, split_documents
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
 from agnostic_train.recipe import CorpusSection
+
+logger = logging.get_logger(__name__)
 
 STREAMED_DEFAULT = 1000
 """Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
@@ -101,7 +104,11 @@ def _fill(
                 found = list(islice(new, count - len(taken[purpose])))
                 taken[purpose] += found
                 bar.update(len(found))
-            if len(taken[purpose]) < count and purpose != "training":
+            if len(taken[purpose]) == count:
+                continue
+            if purpose == "training":
+                logger.warning(f"corpus.training_sentences: {count} asked for, {language} has {len(taken[purpose])}")
+            else:
                 key = f"{purpose}_sentences"
                 by_default = " by default" if getattr(section, key) is None else ""
                 raise UserError(

@@ -92,7 +92,7 @@ def export_checkpoint(
             {
                 "format": to,
                 "dtype": str(dtype).removeprefix("torch."),
-                "base": trained.base_name,
+                "base": trained.public_base_name,
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
                 "files": sorted(file.name for file in temporary.iterdir()),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.choices import Exclusive, check_choice
-from agnostic_train.files import UserError, read_json, whole_directory, write_json
+from agnostic_train.files import UserError, hash_file, read_json, whole_directory, write_json
 from agnostic_train.model.decoder import Site
 from agnostic_train.neurons.activity import Activations, load_activations, mean_over_languages, save_activations
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -154,6 +154,12 @@ class LanguageNeurons:
             load_activations(directory / ACTIVATIONS_FILE, languages, shared.sizes),
             summary.get("exact_share"),
         )
+
+
+def set_hashes(directory: str | Path) -> dict[str, str]:
+    """SHA-256 of the saved sets' files: the same sets have the same, whenever they were detected. Empty without any."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return {file.name: hash_file(file) for file in files if file.name != ACTIVATIONS_FILE}
 
 
 def is_neuron_file(path: Path) -> bool:

@@ -14,6 +14,7 @@ from rich.table import Table
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import LanguageText, load_corpus
+from agnostic_train.corpus.sources import check_dataset
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.files import UserError
@@ -21,6 +22,7 @@ from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.settings import check_inputs, training_arguments
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe
@@ -160,6 +162,8 @@ def _local_path(key: str, name: str, folder: str) -> str:
 def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
     if texts:
         return {language: {it: len(getattr(text, it)) for it in _PURPOSES} for language, text in texts.items()}
+    if not kept_text(recipe).exists():
+        check_dataset(recipe.corpus)
     trained = recipe.languages_with_training_text
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
 

@@ -22,14 +22,14 @@ class Manifest:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._file = directory / "manifest.json"
+        self.file = directory / "manifest.json"
 
     def read(self) -> dict[str, Any]:
         """The manifest as it stands; raises `UserError` if it isn't one."""
-        content = read_json(self._file) if self._file.exists() else {"stages": {}}
+        content = read_json(self.file) if self.file.exists() else {"stages": {}}
         stages = content.get("stages") if isinstance(content, dict) else None
         if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
-            raise UserError(f"{self._file}: not a manifest of this package; delete it, or use another output_dir")
+            raise UserError(f"{self.file}: not a manifest of this package; delete it, or use another output_dir")
         return content
 
     def record(self, stage: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Manifest:
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run, and of its lost files."""
+        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run; or else of its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():
@@ -46,7 +46,7 @@ class Manifest:
                 changed += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
             elif old != new:
                 changed.append(name)
-        return sorted(changed) + self._lost(stage)
+        return sorted(changed) or self._lost(stage)
 
     def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
         """Whether the stage ran with these inputs: to its end with every file still there, in part, or not at all."""
@@ -93,11 +93,11 @@ class Manifest:
 
     def refuse(self, frozen_weights: dict[str, Any]) -> None:
         """Notes which weights moved that weren't to: the export that found it isn't finished."""
-        write_json(self._file, {**self.read(), "frozen_weights": frozen_weights})
+        write_json(self.file, {**self.read(), "frozen_weights": frozen_weights})
 
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
         stages = self.read()["stages"] | {stage: record}
-        write_json(self._file, {**head, "stages": stages})
+        write_json(self.file, {**head, "stages": stages})
 
 
 def package_versions() -> dict[str, str]:

@@ -52,7 +52,7 @@ class Materials:
     @property
     def _kept_text(self) -> Path | None:
         """Where text from the hub is kept: later commands do without a network, and read the same text."""
-        return Path(self.recipe.output_dir) / ".corpus" if self.recipe.corpus.dataset else None
+        return kept_text(self.recipe) if self.recipe.corpus.dataset else None
 
     def _streamed_once(self) -> AbstractContextManager:
         """Of several processes one streams what the others then find."""
@@ -166,3 +166,8 @@ def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
                 f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons have no "
                 "impact; with a detection.consistency of 1, none of these can be related"
             )
+
+
+def kept_text(recipe: Recipe) -> Path:
+    """The folder for what is streamed."""
+    return Path(recipe.output_dir) / ".corpus"

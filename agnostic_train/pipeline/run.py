@@ -184,8 +184,8 @@ class Pipeline:
     def _check_folders(self, stage: str, forced: bool) -> None:
         """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
         if stage == "train":
-            resume = self.inputs.state(stage) == "started" and not forced
-            check_checkpoints(self.directory, self.manifest, resume, self.processes.num_processes)
+            same = self.manifest.record(stage).get("key") == fingerprint(self.inputs.whole(stage)) and not forced
+            check_checkpoints(self.directory, self.manifest, same, self.processes.num_processes)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
         exports: dict[str, Callable[[Path], bool]] = {
             EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)

@@ -7,6 +7,7 @@ from functools import cached_property
 from agnostic_train.evaluation.tuning import default_rates
 from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.model.loading import checkpoint_identity, model_identity
+from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import reads_held_out_text
@@ -45,7 +46,7 @@ class StageInputs:
             "train": self._training_depends,
             "export": ["train"],
             "evaluate": ["export"],
-            "report": ["score", "evaluate"],
+            "report": ["detect", "score", "evaluate"],
             "compare": ["detect"],
         }[stage]
 
@@ -64,9 +65,15 @@ class StageInputs:
         return [name for name in STAGES if name in needed]
 
     def whole(self, stage: str) -> dict:
-        """All that a stage's result depends on: `of` it, and which run of each stage before it."""
-        runs = {f"the result of {it}": self._manifest.record(it).get("run") for it in self.depends(stage)}
-        return self.of(stage) | runs
+        """All that a stage's result depends on: `of` it, and the results of the stages before it.
+
+        A result stands by the run that made it, or, of a detection for training, by its sets: detected once more, with other
+        memory or a look at their stability, they are often the same.
+        """
+        results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
+        if "detect" in results and stage in ("train", "compare"):
+            results["detect"] = fingerprint(set_hashes(self._manifest.directory / "neurons"))
+        return self.of(stage) | {f"the result of {it}": result for it, result in results.items()}
 
     def state(self, stage: str) -> str:
         """How far a stage has come for this very recipe, see `Manifest.state`."""

@@ -66,7 +66,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     assert len(rows) == 4 * 2 * 3 and {row["seed"] for row in rows} == {"3", "4", "all"}
     text = (out / "comparison/comparison.md").read_text()
     assert in_terminal(text) in printed and "| full |" in text and "Learning rates" in text
-    assert f"compare: {out}/comparison/comparison.md" in printed and "2 of at least" in printed
+    assert f"compare: {out}/comparison/comparison.md" in printed and "compare: 2 of " in printed
     for name in ("trade", "forgetting"):
         assert (out / f"comparison/{name}.png").stat().st_size > 1000 and (out / f"comparison/{name}.svg").exists()
     assert not list(out.glob("checkpoint-*")) and not list((out / ".work/compare").glob(".*"))

@@ -107,6 +107,18 @@ def test_a_lost_file_is_the_reason(root, capsys):
     assert "this replaces an earlier result (changed: neurons/shared.safetensors)" in capsys.readouterr().out
 
 
+def test_sets_that_are_detected_once_more_and_are_the_same_train_nothing_anew(root, capsys):
+    assert run(root, "export") == 0
+    capsys.readouterr()
+    assert run(root, "export", "--detection.stability=true") == 0
+    printed = capsys.readouterr().out
+    assert "(changed: detection.stability, text.training)" in printed
+    assert "train: unchanged, kept" in printed and "export: unchanged, kept" in printed
+    assert run(root, "export", "--detection.top_ratio=0.3") == 0
+    printed = capsys.readouterr().out
+    assert "train: train the chosen neurons" in printed and "(changed: the result of detect)" in printed
+
+
 def test_no_key_of_these_sections_is_forgotten():
     own = {key for key in own_types() if key.startswith(("detection.", "score.", "export."))}
     assert own <= {key for flags, _ in CHANGES for key in flags}
@@ -173,12 +185,18 @@ def test_a_finished_training_is_kept_by_another_number_of_processes(root, capsys
     file.write_text(json.dumps(manifest))
     assert run(root, "export") == 0
     assert "train: unchanged, kept" in capsys.readouterr().out
+    lost = root / "out/adapter/adapter_model.safetensors"
+    content = lost.read_bytes()
+    lost.unlink()
+    assert run(root, "export") == 2
+    assert "checkpoint-6 is of a training in 2 processes" in capsys.readouterr().err
+    lost.write_bytes(content)
     manifest = read_json(file)
     manifest["stages"]["train"]["finished"] = False
     file.write_text(json.dumps(manifest))
     assert run(root, "export") == 2
     error = capsys.readouterr().err
-    assert "checkpoint-6 is of a training in 2 processes, and these are 1; resume it in 2, or start it anew" in error
+    assert "checkpoint-6 is of a training in 2 processes, and these are 1; go on in 2, or start it anew" in error
     assert (root / "out/checkpoint-6").exists()
     assert run(root, "train", "--training.max_steps=5") == 0
     assert "deletes the checkpoints of an unfinished training with other keys" in capsys.readouterr().out
@@ -265,7 +283,7 @@ def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
     (root / "out/enhanced").mkdir()
     for foreign in ("checkpoint-10/x", "enhanced/mine.txt"):
         (root / "out" / foreign).write_text("mine")
-    for message, folder in (("checkpoint-10 isn't of this run", "checkpoint-10"), ("mine.txt", "enhanced")):
+    for message, folder in (("checkpoint-10 isn't of a run that", "checkpoint-10"), ("mine.txt", "enhanced")):
         assert run(root, "run") == 2
         printed = capsys.readouterr()
         assert message in printed.err and "detect:" not in printed.out

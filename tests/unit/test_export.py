@@ -91,6 +91,7 @@ def test_half_precision_export_is_checked_in_that_precision(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
     check = export_checkpoint(model, tmp_path / "out", base=tmp_path / "base", dtype="bfloat16")
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["base"] == "base"  # a published file says no path
     assert check.status == "identical"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16 and model.dtype == torch.float32

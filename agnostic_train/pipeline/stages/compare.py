@@ -78,7 +78,8 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
     selecting = recipe.training.languages if section.select_by == "target" else recipe.corpus.languages
     tunings: dict[str, Tuning] = {}
     results: Results = {}
-    total, _ = num_trainings(len(section.strategies), len(rates), len(section.seeds))
+    total, most = num_trainings(len(section.strategies), len(rates), len(section.seeds))
+    in_all = f"{total} to {most}" if most > total else str(total)
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
 
@@ -88,8 +89,9 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
             bar.update()
             changes = _changes(base, result)
             bar.clear()
-            place = f"{bar.n:.0f} of at least {total}"
-            context.say(f"compare: {place}: {trial}: " + ("diverged" if changes is None else _in_words(changes)))
+            context.say(
+                f"compare: {bar.n:.0f} of {in_all}: {trial}: " + ("diverged" if changes is None else _in_words(changes))
+            )
             return result
 
         def measure(name: str, rate: float) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from agnostic_train.files import hash_file, whole_file
-from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons
+from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.tracking import Tracker
@@ -53,14 +53,15 @@ class Context:
         return LanguageNeurons.load(self.directory / "neurons")
 
     @property
-    def neuron_hashes(self) -> dict[str, str]:
-        """SHA-256 of the files of what detection found: the same sets have the same, whenever they were detected."""
-        return {file.name: hash_file(file) for file in sorted((self.directory / "neurons").glob("*.safetensors"))}
+    def set_hashes(self) -> dict[str, str]:
+        """Tell what detection found, see the function of that name."""
+        return set_hashes(self.directory / "neurons")
 
     @property
-    def set_hashes(self) -> dict[str, str]:
-        """Those of the sets alone, without what only random controls are drawn by."""
-        return {name: value for name, value in self.neuron_hashes.items() if name != ACTIVATIONS_FILE}
+    def neuron_hashes(self) -> dict[str, str]:
+        """Those, and that of the activations, by which only random controls are drawn."""
+        file = self.directory / "neurons" / ACTIVATIONS_FILE
+        return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
     def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
         """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`."""

@@ -76,16 +76,21 @@ def train(context: Context) -> dict:
     }
 
 
-def check_checkpoints(directory: Path, manifest: Manifest, resume: bool, num_processes: int) -> None:
-    """Refuses a folder in which someone else's training has saved, or one of another number of processes to resume."""
+def check_checkpoints(directory: Path, manifest: Manifest, same: bool, num_processes: int) -> None:
+    """Refuses a folder in which someone else's training has saved, or the same one in another number of processes.
+
+    same: whether it is this very training that has saved there, unfinished or with files that were lost since.
+    """
     found, record = saved_checkpoints(directory), manifest.record("train")
     if found and not record:
-        raise UserError(f"output_dir: {found[0]} isn't of this run; move it away, or use another folder")
+        raise UserError(
+            f"output_dir: {found[0]} isn't of a run that {manifest.file} records; move it away, or use another folder"
+        )
     begun_by = record.get("processes", num_processes)
-    if found and resume and begun_by != num_processes:
+    if found and same and begun_by != num_processes:
         # With the batch per device goes the batch: the steps done so far would stand for other text.
         raise UserError(
-            f"output_dir: {found[-1]} is of a training in {begun_by} processes, and these are {num_processes}; resume it in "
+            f"output_dir: {found[-1]} is of a training in {begun_by} processes, and these are {num_processes}; go on in "
             f"{begun_by}, or start it anew with --force"
         )
 
