@@ -15,7 +15,7 @@ from agnostic_train.versions import installed_version
 class Manifest:
     """The record of a run's stages in its `output_dir`.
 
-    A stage's inputs are all that its result depends on, JSON values; which run of each stage before it is among them.
+    A stage's inputs are all that its result depends on, JSON values; the results of the stages before it are among them.
     Its key is their hash.
     Only `start`, `finish` and `refuse` write; with several processes only the main one calls them.
     """
@@ -59,9 +59,9 @@ class Manifest:
 
     def _lost(self, stage: str) -> list[str]:
         """The stage's files that are gone, or have another size."""
-        files = {name: self.directory / name for name in self.record(stage).get("files", {})}
-        sizes = self.record(stage).get("files", {})
-        return [name for name, file in files.items() if not file.is_file() or file.stat().st_size != sizes[name]]
+        files = {self.directory / name: size for name, size in self.record(stage).get("files", {}).items()}
+        lost = [file for file, size in files.items() if not file.is_file() or file.stat().st_size != size]
+        return [str(file.relative_to(self.directory)) for file in lost]
 
     def outputs(self, stage: str) -> list[str]:
         """The files that the stage's last finished run wrote, also those that a later stage may write anew."""
