@@ -288,7 +288,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
 
 
 def _text_table(recipe: Recipe, plan: Plan) -> Table:
-    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as asked for, not yet read"
+    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as asked for, not read here"
     table = Table("language", title=f"Sentences of {source}")
     for purpose in _PURPOSES:
         table.add_column(purpose, justify="right")

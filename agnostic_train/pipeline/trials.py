@@ -87,11 +87,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """measured: None where the training diverged, to a loss that isn't finite. record: of the training, plain JSON."""
+    """measured: None where the training diverged, to a loss that isn't finite. record: of the training, plain JSON.
+
+    kept: whether it trained earlier.
+    """
 
     trial: Trial
     record: dict
     measured: Measured | None
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,15 @@ class Trials:
                 # Written last: with it the result is whole.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
-            return TrialResult(trial, record, measured)
+            return TrialResult(trial, record, measured, kept=False)
         record = read_json(record_file)
         if record["diverged"]:
-            return TrialResult(trial, record, None)
+            return TrialResult(trial, record, None, kept=True)
         measured = {kind: {} for kind in self.texts}
         for key, result in load_measured(file).items():
             kind, _, language = key.partition(".")
             measured[kind][language] = result
-        return TrialResult(trial, record, measured)
+        return TrialResult(trial, record, measured, kept=True)
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:

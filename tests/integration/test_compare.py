@@ -99,9 +99,12 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert read_json(root / "out/comparison.json") == read_json(root / "whole/comparison.json")
     # One more strategy: only its own trainings are new.
     trained.clear()
+    capsys.readouterr()
     more = few[0].replace("=", "=shared,", 1)
     assert run(root, "compare", more, *few[1:]) == 0
     assert trained and all(name.startswith("shared,") for name in trained)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", rate " in line]
+    assert lines and all((" (kept): " in line) != (": shared, rate " in line) for line in lines)
     # What one strategy's neurons have learnt needn't be learnt again for another that chooses the same.
     trained.clear()
     assert run(root, "compare", more.replace("=", "=related,", 1), *few[1:]) == 0

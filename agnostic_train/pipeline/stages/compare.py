@@ -90,7 +90,8 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
             changes = _changes(base, result)
             bar.clear()
             context.say(
-                f"compare: {bar.n:.0f} of {in_all}: {trial}: " + ("diverged" if changes is None else _in_words(changes))
+                f"compare: {bar.n:.0f} of {in_all}: {trial}{' (kept)' if result.kept else ''}: "
+                + ("diverged" if changes is None else _in_words(changes))
             )
             return result
 
