@@ -155,6 +155,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def public_name(name: str) -> str:
+    """What is published of a name that may be a path: of a file or folder its own name alone."""
+    return Path(name).resolve().name if os.path.exists(name) else name
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from agnostic_train.corpus.local_files import find_file, local_sentences, read_text
 from agnostic_train.corpus.purposes import Corpus
-from agnostic_train.corpus.sources import find_file, local_sentences, read_text
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
 from agnostic_train.files import UserError, hash_file
 from agnostic_train.recipe import CorpusSection, EvaluationSection

@@ -5,7 +5,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agnostic_train.corpus.sources import find_file, local_sentences
+from agnostic_train.corpus.local_files import find_file, local_sentences
 from agnostic_train.corpus.streaming import streamed_by_purpose
 from agnostic_train.files import UserError, fingerprint, hash_file
 from agnostic_train.recipe import CorpusSection

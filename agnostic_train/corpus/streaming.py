@@ -1,13 +1,14 @@
 """Text streamed from a dataset of the hub, and kept: later commands do without a network, and read the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from agnostic_train.corpus.sources import hub_documents, split_documents
+from agnostic_train.corpus.documents import split_documents
+from agnostic_train.corpus.hub import hub_documents
 from agnostic_train.files import UserError, fingerprint, read_json, write_json
 from agnostic_train.recipe import CorpusSection
 
@@ -58,7 +59,7 @@ def streamed_by_purpose(
         keep,
         section,
         f"training-{language}",
-        wanted | {"training": num_training},
+        wanted | {"training": num_training, "after": fingerprint(measured)},
         lambda: _fill(section, language, {"training": num_training}, progress, after=measured),
     )
     return measured["sentences"] | training["sentences"]
@@ -75,7 +76,7 @@ def streamed_test(section: CorpusSection, language: str, count: int, keep: Path 
 
 
 def _kept(
-    folder: Path | None, section: CorpusSection, name: str, wanted: dict[str, int], read: Callable[[], dict]
+    folder: Path | None, section: CorpusSection, name: str, wanted: Mapping[str, int | str], read: Callable[[], dict]
 ) -> dict:
     """What `read` gives, from a file of the folder if it gave that once."""
     if folder is None:

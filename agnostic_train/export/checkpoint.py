@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agnostic_train.choices import ExportTarget, check_choice
 from agnostic_train.export.frozen_weights import FrozenWeightCheck, check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.files import UserError, check_replaceable, read_json, whole_directory, write_json
+from agnostic_train.files import UserError, check_replaceable, public_name, read_json, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
@@ -92,7 +92,7 @@ def export_checkpoint(
             {
                 "format": to,
                 "dtype": str(dtype).removeprefix("torch."),
-                "base": trained.public_base_name,
+                "base": trained.base_name and public_name(trained.base_name),
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
                 "files": sorted(file.name for file in temporary.iterdir()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from agnostic_train.choices import ExportTarget
+from agnostic_train.files import public_name
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.strategy import BASELINES
 
@@ -83,7 +84,7 @@ _USES = {
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return Path(value).name if isinstance(value, str) and Path(value).is_file() else str(value)
+    return public_name(value) if isinstance(value, str) else str(value)
 
 
 def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:

@@ -37,13 +37,6 @@ class Trained:
     neurons: NeuronSet | None
     base_name: str | None
 
-    @property
-    def public_base_name(self) -> str | None:
-        """`base_name`, without the path to a folder: what is exported gets published."""
-        if self.base_name is None or not Path(self.base_name).is_dir():
-            return self.base_name
-        return Path(self.base_name).resolve().name
-
     @classmethod
     def of(
         cls,

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.hub import check_dataset
 from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import LanguageText, load_corpus
-from agnostic_train.corpus.sources import check_dataset
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.files import UserError

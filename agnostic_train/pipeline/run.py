@@ -135,7 +135,8 @@ class Pipeline:
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Returns whether it had to run."""
-        inputs, state = self.inputs.whole(stage), self.inputs.state(stage)
+        inputs = self.inputs.whole(stage)
+        state = self.manifest.state(stage, inputs)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             return False

@@ -1,6 +1,7 @@
 """What each stage's result depends on: the keys, text and files that make it run again when they change."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import reads_held_out_text
 from agnostic_train.pipeline.stages import STAGES
-from agnostic_train.pipeline.trials import learning_arguments, result_arguments
+from agnostic_train.pipeline.trials import UNSAVED
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -23,6 +24,16 @@ _READ_BY = {
     "random_like": ["random", "lora"],
 }  # fmt: skip
 """Keys of `training` that only some strategies read."""
+
+_WITHOUT_EFFECT = (
+    # what is told and kept
+    "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "push_to_hub", "save_total_limit",
+    # where time and memory go
+    "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor",
+)  # fmt: skip
+_WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
+"""Of a training whose last step counts, not the best one."""
 
 
 class StageInputs:
@@ -192,3 +203,24 @@ class StageInputs:
             **shown,
             "comparison": self._manifest.record("compare")["run"] if self.state("compare") == "finished" else None,
         }
+
+
+def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Those of a recipe's TrainingArguments on which it depends what is learnt; of files (an engine's config) the SHA-256.
+
+    How often it is evaluated and saved is among them: the best checkpoint may be chosen by it.
+    """
+    return {
+        key: hash_file(it) if isinstance(it, str) and os.path.isfile(it) else it
+        for key, it in arguments.items()
+        if not key.startswith(_WITHOUT_EFFECT)
+    }
+
+
+def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The TrainingArguments that a trial's result depends on, without its own seed and learning rate, and those for logging."""
+    own = (*UNSAVED, "seed", "learning_rate")
+    arguments = learning_arguments(arguments)
+    return {
+        key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT_ON_THE_END)
+    }

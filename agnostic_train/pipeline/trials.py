@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from agnostic_train.files import fingerprint, hash_file, read_json, write_json
+from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
@@ -24,8 +24,7 @@ from agnostic_train.training.strategy import Choice
 Measured = dict[str, dict[str, Perplexity]]
 """Per kind of text (validation, test, parallel) and language."""
 
-# What would save or evaluate on the way, and what would give every seed the same order of the text.
-_UNSAVED = {
+UNSAVED = {
     "data_seed": None,
     "eval_on_start": False,
     "save_strategy": "no",
@@ -35,38 +34,10 @@ _UNSAVED = {
     "disable_tqdm": True,
     "include_num_input_tokens_seen": "non_padding",
 }
-_WITHOUT_EFFECT = (
-    # what is told and kept
-    "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "push_to_hub", "save_total_limit",
-    # where time and memory go
-    "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor",
-)  # fmt: skip
-_WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
-"""Of a training whose last step counts, not the best one."""
+"""Every trial's TrainingArguments, against what would save or evaluate on the way, or give every seed the same order of
+the text."""
 BASE = "base"
 """Stands for the model before any training, where a strategy is asked for."""
-
-
-def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Those of a recipe's TrainingArguments on which it depends what is learnt; of files (an engine's config) the SHA-256.
-
-    How often it is evaluated and saved is among them: the best checkpoint may be chosen by it.
-    """
-    return {
-        key: hash_file(it) if isinstance(it, str) and Path(it).is_file() else it
-        for key, it in arguments.items()
-        if not key.startswith(_WITHOUT_EFFECT)
-    }
-
-
-def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The TrainingArguments that a trial's result depends on, without its own seed and learning rate, and those for logging."""
-    own = (*_UNSAVED, "seed", "learning_rate")
-    arguments = learning_arguments(arguments)
-    return {
-        key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT_ON_THE_END)
-    }
 
 
 @dataclass(frozen=True)
@@ -157,7 +128,7 @@ class Trials:
             return {"diverged": False}, self._perplexities(self.materials.model)
         arguments = training_arguments(
             self.materials.recipe,
-            **_UNSAVED, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
+            **UNSAVED, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
         )  # fmt: skip
         if self.group is None:
             arguments.report_to = []

@@ -32,8 +32,8 @@ class GuardedTrainer(Trainer):
         # Losses since the last look, and their batches' tokens.
         self._unchecked: list[tuple[Tensor, Tensor | None]] = []
         if isinstance(model, PeftModel) and args is not None and args.ddp_find_unused_parameters is None:
-            # A forward pass uses all of an adapter. To look for what it doesn't use takes DDP a walk through each graph, and
-            # doesn't go with reentrant checkpointing; of a model that isn't its own class a Trainer asks it all the same.
+            # A forward pass uses all of an adapter. A Trainer has DDP look for what isn't used in every model that isn't
+            # transformers' own: a walk through each graph, at which reentrant checkpointing fails.
             args = copy(args)
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, *others, **kwargs)

@@ -9,8 +9,8 @@ from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.run import Pipeline
+from agnostic_train.pipeline.stage_inputs import learning_arguments
 from agnostic_train.pipeline.stages import STAGES
-from agnostic_train.pipeline.trials import learning_arguments
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.report import figures
@@ -97,6 +97,8 @@ def test_an_engines_config_counts_by_its_content(tmp_path):
     before = learning_arguments(keys)
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
     assert learning_arguments(keys) != before
+    written_out = {"deepspeed": '{"a": 1}' * 100}  # longer than a file's name may be
+    assert learning_arguments(written_out) == written_out
 
 
 def test_a_lost_file_is_the_reason(root, capsys):

@@ -8,7 +8,7 @@ ORDER = {
         "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
         "pipeline", "cli", "__main__",
     ],
-    "corpus": ["sources", "streaming", "purposes", "judging", "encoding"],
+    "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "judging", "encoding"],
     "model": ["decoder", "memory", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [

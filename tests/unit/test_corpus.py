@@ -299,7 +299,7 @@ def test_a_hubs_files_are_asked_for_by_name_and_revision(monkeypatch):
         asked.append((args, kwargs["data_files"]))
         raise ConnectionError("no network here")
 
-    monkeypatch.setattr("agnostic_train.corpus.sources.load_dataset", load)
+    monkeypatch.setattr("agnostic_train.corpus.hub.load_dataset", load)
     for revision, name in ((None, "a/b"), ("refs/pr/1", "a/b@refs%2Fpr%2F1")):
         with pytest.raises(UserError, match="can't stream a/b, files sw_meta.*: ConnectionError: no network here"):
             by_files("a/b", "{lang}_meta/*.jsonl.zst", revision=revision)

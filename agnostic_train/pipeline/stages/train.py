@@ -8,7 +8,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from agnostic_train.files import UserError, whole_directory, write_json
+from agnostic_train.files import UserError, public_name, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.manifest import Manifest
@@ -145,7 +145,7 @@ def _choose(context: Context, name: str) -> Choice:
     file = context.recipe.training.neurons
     if file is not None:
         neurons = NeuronSet.read(file, context.materials.model)
-        return Choice("file", neurons, f"{len(neurons)} neurons from {Path(file).name}")
+        return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
     found = None if name == "full" else context.found

@@ -1,0 +1,65 @@
+"""From what files and datasets hold to documents, and from documents to sentences."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from agnostic_train.files import UserError
+
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
+
+
+def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
+    """Documents to sentences: at line breaks, and where asked for after `. ! ?` and their Chinese forms."""
+    for document in documents:
+        for line in document.split("\n"):
+            for sentence in _SENTENCE_END.split(line) if split_sentences else (line,):
+                if stripped := sentence.strip():
+                    yield stripped
+
+
+def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
+    """The documents in a column of rows; those without one are passed over.
+
+    Raises:
+        UserError: naming the source: it can't be read, has no such column, or something else than text in it.
+    """
+    rows, seen = iter(stream), False
+    while True:
+        try:
+            row = next(rows, None)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{source}: not readable ({in_one_line(error)})") from None
+        if row is None:
+            return
+        if column not in row and not seen:
+            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(row)}")
+        seen = True
+        text = row.get(column)
+        if isinstance(text, list):  # mOSCAR keeps a document as a list of its parts
+            parts = (part.get("text") if isinstance(part, dict) else part for part in text)
+            text = "\n".join(str(part) for part in parts if part is not None)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UserError(
+                f"{source}: column {column!r} holds {type(text).__name__}, not text; see corpus.text_column"
+            )
+        yield text
+
+
+def row_of(line: str, where: str) -> dict:
+    """A row from a JSON line; raises `UserError`, which begins with `where` it stands, if it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} isn't JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds {type(row).__name__}, not an object of named values")
+    return row
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

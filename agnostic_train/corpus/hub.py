@@ -1,0 +1,84 @@
+"""Text in datasets of the hub, and in folders like them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from datasets import IterableDataset, load_dataset
+
+from agnostic_train.corpus.documents import in_one_line, row_of, texts_of
+from agnostic_train.files import UserError
+from agnostic_train.recipe import CorpusSection
+
+_BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+"""By a file's ending, the builder of `datasets` that reads a dataset's files."""
+_SHUFFLE_BUFFER = 10_000
+
+
+def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
+    """A dataset's documents of one language, streamed and shuffled by `corpus.seed`.
+
+    Raises:
+        UserError: a dataset, config or column that isn't there.
+    """
+    check_dataset(section)
+    config = section.config_pattern and section.config_pattern.format(lang=language)
+    files = section.data_files and section.data_files.format(lang=language)
+    wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
+    source = f"corpus.dataset: {wanted}"
+    ending = _ending(section, files) if config is None else None
+    try:
+        stream = _files_of(section, files, ending) if files and ending else _dataset(section, config, files)
+        stream = stream.shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
+    except Exception as error:
+        raise UserError(f"corpus.dataset: can't stream {wanted}: {in_one_line(error)}") from None
+    rows: Iterable[dict] = stream
+    if ending == ".jsonl":
+        rows = (row_of(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
+    documents = texts_of(rows, section.text_column, source)
+    first = next(documents, None)
+    if first is None:
+        raise UserError(
+            f"{source} has no document of {language!r}; look at corpus.languages, as the dataset names them"
+        )
+    yield first
+    yield from documents
+
+
+def check_dataset(section: CorpusSection) -> None:
+    """Raises `UserError` if `corpus.dataset` is a folder's name, and there is none."""
+    name = str(section.dataset)
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise UserError(f"corpus.dataset: no such folder {name}")
+
+
+def _ending(section: CorpusSection, files: str | None) -> str | None:
+    """The ending by which files are read that are named whole, or are of a folder or repository; None for other ones."""
+    name = str(section.dataset)
+    is_repository = "/" in name or Path(name).is_dir()  # else a format, such as json
+    if files is None or not (is_repository or _is_whole(files)):
+        return None
+    return next((it for it in _BUILDERS if it in Path(files).suffixes), None)
+
+
+def _dataset(section: CorpusSection, config: str | None, files: str | None) -> IterableDataset:
+    """A dataset's rows, as its repository says that they are read."""
+    name, revision, split = section.dataset, section.revision, section.dataset_split
+    return load_dataset(name, config, data_files=files, revision=revision, split=split, streaming=True)
+
+
+def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDataset:
+    """The rows of some files of a dataset, whatever else its repository holds; of JSON lines, each line as `text`.
+
+    A repository with a loading script is refused as a whole: OSCAR-2301's and MADLAD-400's are. And the JSON lines of a
+    crawl differ in their other keys, which a table's columns may not.
+    """
+    root, split = str(section.dataset), section.dataset_split
+    if not Path(root).is_dir():
+        root = f"hf://datasets/{root}" + (f"@{quote(section.revision, safe='')}" if section.revision else "")
+    pattern = files if _is_whole(files) else f"{root}/{files}"
+    return load_dataset(_BUILDERS[ending], data_files={split: pattern}, split=split, streaming=True)
+
+
+def _is_whole(files: str) -> bool:
+    return "://" in files or Path(files).is_absolute()

@@ -1,0 +1,84 @@
+"""Text in local files: `.txt` and `.jsonl`, compressed or not, and `.parquet`."""
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+from datasets import load_dataset
+
+from agnostic_train.corpus.documents import in_one_line, row_of, split_documents, texts_of
+from agnostic_train.files import UserError
+from agnostic_train.recipe import CorpusSection
+
+_OPEN: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    # Of these, zstandard would take a file that is cut short for a whole one.
+    ".zst": lambda file: pyarrow.input_stream(str(file), compression="zstd"),
+}
+_ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in ("", *_OPEN)] + [".parquet"]
+
+
+def find_file(folder: Path, language: str, split: str) -> Path | None:
+    """`{lang}.{split}` as .txt or .jsonl, compressed or not, or .parquet; None where there is none.
+
+    Raises:
+        UserError: two of them.
+    """
+    found = [file for ending in _ENDINGS if (file := folder / f"{language}.{split}{ending}").exists()]
+    if len(found) > 1:
+        raise UserError(f"{found[0]}: stands beside {found[1].name}; keep one")
+    return found[0] if found else None
+
+
+def local_sentences(section: CorpusSection, file: Path) -> list[str]:
+    """The distinct sentences of a file, in its order.
+
+    Raises:
+        UserError: an unreadable file, not UTF-8, without the text column, or without a sentence.
+    """
+    documents = [read_text(file)] if ".txt" in file.suffixes else texts_of(_rows(file), section.text_column, str(file))
+    sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
+    if not sentences:
+        raise UserError(f"{file}: has no sentence; a sentence a line is expected")
+    return sentences
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file's text, compressed or not; raises `UserError` that names the file if it isn't one."""
+    try:
+        with _opened(file) as content:
+            # A byte order mark isn't text.
+            return content.read().decode("utf-8-sig")
+    except IsADirectoryError:
+        raise UserError(f"{file}: a folder, where a text was expected") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
+    except Exception as error:  # each way of compressing has errors of its own
+        raise UserError(f"{file}: not readable ({in_one_line(error)})") from None
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return _OPEN[file.suffix](file) if file.suffix in _OPEN else file.open("rb")
+
+
+def _rows(file: Path) -> Iterator[dict]:
+    if ".parquet" not in file.suffixes:
+        yield from _json_lines(file)
+        return
+    # Streamed: nothing is copied into the cache of `datasets`.
+    yield from load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+
+
+def _json_lines(file: Path) -> Iterator[dict]:
+    """Read one by one: a crawl's documents differ in their other keys, which a table's columns may not."""
+    with TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield row_of(line, f"{file}: line {number}")
