@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import logging
 import sys
 import warnings
@@ -95,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         from agnostic_train.pipeline.run import Pipeline
 
+        # The libraries stay to the end: a Trainer that collects garbage, as each does, needn't look for it there.
+        gc.freeze()
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
         if known.stage == "run" and pipeline.processes.is_main_process:

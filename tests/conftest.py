@@ -1,5 +1,6 @@
 """Small random models and batches that the tests share."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 settings.load_profile("same")
+
+
+def pytest_collection_finish():
+    """What the imports made lives to the end: every Trainer collects garbage, a third of a second each if that is in it."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

@@ -327,7 +327,7 @@ def test_mistakes(root, capsys, flags, message):
 
 
 def test_two_processes_compare_as_one(root):
-    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1,2", "--training.max_steps=3"]
+    flags = ["--comparison.strategies=shared,full", "--comparison.seeds=2", "--training.max_steps=3"]
     # The second rate diverges, on which both processes must agree.
     flags += ["--comparison.learning_rates=[1e-2, 1e30]", "--training.max_grad_norm=0"]
     assert run(root, "compare", *flags) == 0

@@ -59,7 +59,6 @@ def zero_trainer(directory, stage, update="compact", **changes):
 
 
 def train_by_zero(directory: Path, stage):
-    without_compiling()
     trainer = zero_trainer(directory, stage)
     trainer.train()
     if stage == 3:
@@ -80,13 +79,25 @@ def loaded(directory):
     return plain_weights(PeftModel.from_pretrained(tiny_llama(), directory))
 
 
+def train_by_both(directory: Path):
+    without_compiling()
+    for stage in (2, 3):
+        train_by_zero(directory / str(stage), stage)
+
+
+@pytest.fixture(scope="module")
+def by_zero(tmp_path_factory):
+    """The folder of what two processes trained by each stage, in one launch."""
+    directory = tmp_path_factory.mktemp("zero")
+    launched(directory, __file__, f"it.train_by_both(it.Path({str(directory)!r}))", **ON_A_CPU)
+    return directory
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_ends_where_one_process_ends(tmp_path, stage):
+def test_zero_ends_where_one_process_ends(by_zero, tmp_path, stage):
     """Its checkpoints hold the adapter whole, in float32 under its bf16 too; it resumes, and refuses what it can't do."""
-    base, directory = tiny_llama(), tmp_path / "two"
+    base, directory = tiny_llama(), by_zero / str(stage)
     base.save_pretrained(tmp_path / "base")
-    call = f"it.train_by_zero(it.Path({str(directory)!r}), {stage})"
-    launched(tmp_path, __file__, call, **ON_A_CPU)
     settings = arguments(
         tmp_path / "one", max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0,
         lr_scheduler_type="constant",

@@ -77,28 +77,43 @@ def loaded(directory, update):
     return plain_weights(type(tiny_llama()).from_pretrained(directory, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "update, use_reentrant", [("compact", None), ("mask", None), ("compact", True), ("compact", False)]
-)
-def test_ddp_ends_where_one_process_ends(tmp_path, update, use_reentrant):
+def checkpointing(use_reentrant):
+    return dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+
+BY_DDP = {
+    "compact": {}, "mask": {}, "compact, reentrant": checkpointing(True), "compact, not reentrant": checkpointing(False),
+}  # fmt: skip
+
+
+def train_by_ddp(directory: Path):
+    for name, settings in BY_DDP.items():
+        train(directory / name, name.partition(",")[0], 2, **settings)
+    train_lora(directory / "lora", 2, **checkpointing(True))
+
+
+@pytest.fixture(scope="module")
+def by_ddp(tmp_path_factory):
+    """The folder of what two processes trained, in one launch."""
+    directory = tmp_path_factory.mktemp("ddp")
+    launched(directory, __file__, f"it.train_by_ddp(it.Path({str(directory)!r}))")
+    return directory
+
+
+@pytest.mark.parametrize("name", BY_DDP)
+def test_ddp_ends_where_one_process_ends(by_ddp, tmp_path, name):
     """Also with gradient checkpointing of both kinds: beside it DDP must not look for parameters that an adapter hasn't."""
-    settings = {}
-    if use_reentrant is not None:
-        kwargs = {"use_reentrant": use_reentrant}
-        settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
-    launched(tmp_path, __file__, f"it.train({str(tmp_path / 'two')!r}, {update!r}, 2, **{settings!r})")
-    one = plain_weights(train(tmp_path / "one", update, 4).model)
-    two = loaded(tmp_path / "two/checkpoint-6", update)
+    update = name.partition(",")[0]
+    one = plain_weights(train(tmp_path, update, 4, **BY_DDP[name]).model)
+    two = loaded(by_ddp / name / "checkpoint-6", update)
     assert_only_chosen_moved(plain_weights(tiny_llama().double()), two, CHOSEN)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
 
 
-def test_ddp_trains_a_lora_beside_reentrant_checkpointing(tmp_path):
-    settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    launched(tmp_path, __file__, f"it.train_lora({str(tmp_path / 'two')!r}, 2, **{settings!r})")
-    one = plain_weights(train_lora(tmp_path / "one", 4, **settings).model)
-    for name, value in loaded(tmp_path / "two/checkpoint-6", "compact").items():
+def test_ddp_trains_a_lora_beside_reentrant_checkpointing(by_ddp, tmp_path):
+    one = plain_weights(train_lora(tmp_path, 4, **checkpointing(True)).model)
+    for name, value in loaded(by_ddp / "lora/checkpoint-6", "compact").items():
         torch.testing.assert_close(value, one[name], rtol=0, atol=1e-9)
 
 

@@ -30,9 +30,11 @@ from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 
+SMALL = dict(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+
 
 def small_llama():
-    return tiny_llama(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    return tiny_llama(**SMALL)
 
 
 @pytest.mark.parametrize("head_dim", [6, 42, 64, 123])
@@ -310,7 +312,7 @@ def test_equals_the_torch_form(common, grows, softcap, before_cap, monkeypatch):
 )
 def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""
-    model = small_llama() if family == "Llama" else family_model(family)
+    model = small_llama() if family == "Llama" else family_model(family, **SMALL)
     batch = padded_batch([1, 17], side)
     expected = unverified_impacts(model, batch, ["q", "k"], attention)
     monkeypatch.setattr(kernels, "available", lambda value: True)
@@ -331,7 +333,7 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
 
 def test_a_norm_over_all_heads(monkeypatch):
     """The kernel computes the changes in each neuron's own heads."""
-    model, batch = family_model("OLMo 2"), padded_batch([1, 17], "left")
+    model, batch = family_model("OLMo 2", num_hidden_layers=1), padded_batch([1, 17], "left")
     expected = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernels, "available", lambda value: True)
     monkeypatch.setattr(OutputChange, "_squares", None)
