@@ -224,6 +224,11 @@ class TrainingSection:
     random_like: SetStrategy = Field(
         default="shared+exclusive", description="'random', 'lora': the strategy whose size they match."
     )
+    packing: bool = Field(
+        default=False,
+        description="Join sentences, each closed by the end-of-sequence token, to sequences of corpus.max_length tokens: no "
+        "padding, and nothing is cut off. Attention sees what stands before in the sequence.",
+    )
     neurons: LocalPath | None = Field(
         default=None, description="Train the neurons in this file instead of a strategy's."
     )

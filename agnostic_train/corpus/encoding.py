@@ -1,7 +1,8 @@
 """From sentences to token ids and padded batches."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -123,6 +124,17 @@ class Encoder:
     def examples(self, sentences: Sequence[str], purpose: str) -> list[dict[str, list[int]]]:
         """Sentences to train on, as `input_ids`, each closed by the end-of-sequence token."""
         return [{"input_ids": row["input_ids"]} for row in self.encode(sentences, purpose, add_eos=True)]
+
+    def packed_examples(self, sentences: Sequence[str], purpose: str) -> list[dict[str, list[int]]]:
+        """Sentences to train on, as `input_ids` of `max_length` tokens, one sentence joined to the next, none cut off.
+
+        Each is closed by the end-of-sequence token. The last sequence is shorter, and left out if it is one token.
+        """
+        assert self.max_length is not None
+        rows = replace(self, max_length=None).encode(sentences, purpose, add_eos=True)
+        ids = list(chain.from_iterable(row["input_ids"] for row in rows))
+        starts = range(0, max(len(ids) - 1, 1), self.max_length)
+        return [{"input_ids": ids[start : start + self.max_length]} for start in starts]
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""

@@ -32,9 +32,8 @@ def make_trainer(
         UserError: a language without a training sentence.
     """
     encoder = materials.encoder
-    settings = dict(
-        args=arguments, train_dataset=training_examples(encoder, training), data_collator=encoder.collate
-    )  # fmt: skip
+    examples = training_examples(encoder, training, materials.recipe.training.packing)
+    settings = dict(args=arguments, train_dataset=examples, data_collator=encoder.collate)
     if held_out is not None:
         settings["eval_dataset"] = {
             language: encoder.examples(lines, f"validation text of {language}") for language, lines in held_out.items()
@@ -49,10 +48,15 @@ def make_trainer(
     return trainer
 
 
-def training_examples(encoder: Encoder, training: Mapping[str, Sequence[str]]) -> list[dict[str, list[int]]]:
-    """The sentences of all languages, one language after the other; raises `UserError` if one has none."""
-    examples = []
+def training_examples(
+    encoder: Encoder, training: Mapping[str, Sequence[str]], packing: bool = False
+) -> list[dict[str, list[int]]]:
+    """The sentences of all languages, one language after the other; raises `UserError` if one has none.
+
+    packing: a language's sentences are joined, see `Encoder.packed_examples`.
+    """
+    examples, of = [], encoder.packed_examples if packing else encoder.examples
     for language, sentences in training.items():
         check_training_text(language, sentences)
-        examples += encoder.examples(sentences, f"training text of {language}")
+        examples += of(sentences, f"training text of {language}")
     return examples

@@ -188,7 +188,7 @@ class StageInputs:
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             "comparison": recipe["comparison"] | {"learning_rates": rates},
-            "training": {key: recipe["training"][key] for key in ("languages", "update", "random_like")}
+            "training": {key: recipe["training"][key] for key in ("languages", "update", "packing", "random_like")}
             | result_arguments(recipe["training"]["arguments"]),
             "processes": self._materials.processes.num_processes,
             "precision": self._arguments.mixed_precision,

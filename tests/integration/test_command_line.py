@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_other_samples_and_the_other_method(root, capsys):
     chosen = NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors").counts()
     assert chosen["gate"] == chosen["up"] == chosen["down"] > 0 and chosen["q"] == 0
     assert "activation probability" in (root / "out/report.html").read_text()
+
+
+def test_packed_text(root, capsys):
+    """An epoch of full sequences, about as long as the dry run says."""
+    flags = [
+        "--training.packing=true",
+        "--corpus.max_length=30",
+        "--training.max_steps=-1",
+        "--training.num_train_epochs=1",
+    ]
+    assert run(root, "run", "--dry-run", *flags) == 0
+    (told,) = re.findall(r"optimizer steps +│ about (\d+)", capsys.readouterr().out)
+    assert run(root, "run", *flags) == 0
+    (steps,) = re.findall(r"^train: (\d+) steps", capsys.readouterr().out, re.MULTILINE)
+    assert int(steps) == pytest.approx(int(told), rel=0.1) and int(steps) < 45  # as many as 180 sentences are, in fours
+    assert "sentences packed to 30 tokens" in (root / "out/enhanced/README.md").read_text()
+    assert run(root, "train", *flags[1:]) == 0
+    assert "(changed: training.packing)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("strategy", ["random", "full"])
@@ -413,6 +432,8 @@ MISTAKES = [
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
+    (["--training.packing=true"], "corpus.max_length: training.packing joins sentences to so many tokens"),
+    (["--training.packing=true", "--corpus.max_length=9", "--training.strategy=pilot"], "training.packing: a pilot's"),
     (
         [
             "--corpus.path=",

@@ -225,7 +225,7 @@ def test_force_trains_again(root, monkeypatch):
     read = []
     original = fitting.training_examples
     monkeypatch.setattr(
-        fitting, "training_examples", lambda encoder, text: read.append(text) or original(encoder, text)
+        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
     )
     flags = ["--comparison.strategies=shared,related", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
     assert run(root, "compare", *flags, "--comparison.seeds=1") == 0
@@ -242,7 +242,7 @@ def test_the_pilot_reads_text_of_its_own(root, monkeypatch):
     read = []
     original = fitting.training_examples
     monkeypatch.setattr(
-        fitting, "training_examples", lambda encoder, text: read.append(text) or original(encoder, text)
+        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
     )
     assert (
         run(

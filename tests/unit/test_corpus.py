@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -183,6 +184,21 @@ def test_training_text_runs_out(folder, tokenizer):
     assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training})) == 20
     with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
         training_examples(encoder, {"en": load_corpus(section(detection_sentences=30), folder).texts["en"].training})
+
+
+def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
+    encoder = Encoder.of(tokenizer, section(max_length=7), config())
+    texts = ["a", *SENTENCES[:9], "习惯 çà ñandú " * 5]
+    packed = [row["input_ids"] for row in encoder.packed_examples(texts, "text")]
+    assert {len(ids) for ids in packed[:-1]} == {7} and 2 <= len(packed[-1]) <= 7
+    whole = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
+    joined, expected = [*chain(*packed)], [*chain(*whole)]
+    assert joined == expected[: len(joined)] and len(expected) - len(joined) <= 1
+    # A last sequence of one token has nothing to predict.
+    ids = whole[0] * 2
+    (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
+    assert first["input_ids"] == ids[:-1]
+    assert len(training_examples(encoder, {"en": texts, "sw": texts}, packing=True)) == 2 * len(packed)
 
 
 def table(folder, name, rows):
