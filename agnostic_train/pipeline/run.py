@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,52 +14,21 @@ import torch
 from accelerate import PartialState
 
 from agnostic_train.corpus.purposes import check_training_text
-from agnostic_train.export.checkpoint import is_exported
 from agnostic_train.files import UserError, check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
-from agnostic_train.neurons.language_neurons import is_neuron_file
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import check_inputs, check_trials, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
-from agnostic_train.pipeline.stages import MEMORY_KEYS, STAGE_HELP, STAGES, OutOfMemory
-from agnostic_train.pipeline.stages.compare import COMPARISON, compare
+from agnostic_train.pipeline.stage_table import STAGE_TABLE
+from agnostic_train.pipeline.stages import STAGE_HELP, STAGES, OutOfMemory
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.stages.detect import detect
-from agnostic_train.pipeline.stages.evaluate import evaluate
-from agnostic_train.pipeline.stages.export import EXPORTS, export
-from agnostic_train.pipeline.stages.report import report
-from agnostic_train.pipeline.stages.score import EMERGENCE, score
-from agnostic_train.pipeline.stages.train import ADAPTER, check_checkpoints, clear_checkpoints, is_adapter_file, train
+from agnostic_train.pipeline.stages.train import check_checkpoints, clear_checkpoints
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.recipe import Recipe
-from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """run: does it. section: of the recipe, with the stage's own keys. replaces: stages whose files go before it writes.
-
-    What these write depends on their options: nothing of other ones may stay.
-    """
-
-    run: Callable[[Context], dict]
-    section: str | None
-    replaces: tuple[str, ...] = ()
-
-
-_STAGES = {
-    "detect": _Stage(detect, "detection"),
-    "score": _Stage(score, "score", ("score",)),
-    "train": _Stage(train, "training", ("train",)),
-    "export": _Stage(export, "export", ("export", "evaluate")),
-    "evaluate": _Stage(evaluate, "evaluation"),
-    "report": _Stage(report, None),
-    "compare": _Stage(compare, "comparison", ("compare",)),
-}
 
 
 class Pipeline:
@@ -154,7 +122,7 @@ class Pipeline:
             tracker,
         )  # fmt: skip
         if self.processes.is_main_process:
-            for written in _STAGES[stage].replaces:
+            for written in STAGE_TABLE[stage].replaces:
                 self.manifest.remove_outputs(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
@@ -164,7 +132,7 @@ class Pipeline:
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
-            result = _STAGES[stage].run(context)
+            result = STAGE_TABLE[stage].run(context)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
         # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
@@ -175,7 +143,7 @@ class Pipeline:
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
             outputs = [self.directory / name for name in result.pop("outputs")]
-            if (section := _STAGES[stage].section) is not None:
+            if (section := STAGE_TABLE[stage].section) is not None:
                 result["settings"] = self.recipe.to_dict()[section]
             result["corpus"] = self.materials.hashes
             self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
@@ -188,28 +156,18 @@ class Pipeline:
             same = self.manifest.record(stage).get("key") == fingerprint(self.inputs.whole(stage)) and not forced
             check_checkpoints(self.directory, self.manifest, same, self.processes.num_processes)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
-        exports: dict[str, Callable[[Path], bool]] = {
-            EXPORTS[to]: is_exported for to in ("merged", self.recipe.export.to)
-        }
-        written: dict[str, dict[str, Callable[[Path], bool]]] = {
-            "detect": {"neurons": is_neuron_file},
-            "score": {EMERGENCE: is_emergence_file} if self.recipe.model.checkpoints else {},
-            "train": {ADAPTER: is_adapter_file},
-            "export": exports,
-            "report": {"figures": is_run_figure},
-            "compare": {COMPARISON: is_comparison_file},
-        }
 
         def check(folder: str, is_own: Callable[[Path], bool]) -> None:
             check_replaceable(self.directory / folder, lambda path: path in recorded or is_own(path))
 
-        for folder, is_own in written.get(stage, {}).items():
+        for folder, is_own in STAGE_TABLE[stage].folders(self.recipe).items():
             check(folder, is_own)
 
     def _what_to_lower(self, stage: str, problem: str) -> str:
         # Further sentences say which process holds how much, and how the allocator could be set.
         what = ". ".join(problem.split(". ")[:2]).rstrip(".")
-        remedies = [f"lower {MEMORY_KEYS[stage]}"] if stage in MEMORY_KEYS else []
+        keys = STAGE_TABLE[stage].memory_keys
+        remedies = [f"lower {keys}"] if keys else []
         if self.recipe.model.dtype == "float32":
             remedies.append("set model.dtype to bfloat16, which halves the weights")
         return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
@@ -237,7 +195,7 @@ class Pipeline:
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
         """The manifest's top-level fields: of a stage that runs, and of the others as they ran when they last did."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
-        for name, its in _STAGES.items():
+        for name, its in STAGE_TABLE.items():
             record = self.manifest.record(name)
             if name != stage and its.section is not None and record.get("finished"):
                 recipe[its.section] = record.get("settings", recipe[its.section])

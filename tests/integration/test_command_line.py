@@ -24,8 +24,9 @@ from agnostic_train.export.trained import Trained
 from agnostic_train.files import sole_user
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline import run as pipeline_run
 from agnostic_train.pipeline import stage_inputs
+from agnostic_train.pipeline.run import Pipeline
+from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages import STAGE_HELP, STAGES
 from agnostic_train.recipe_file import load_recipe
 
@@ -156,7 +157,7 @@ def test_baselines(root, strategy):
 def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
     """Mixed precision makes it part of a cycle, and on a device two models may be one too many."""
     made, alive = weakref.WeakSet(), []
-    make, export = LlamaForCausalLM.__init__, pipeline_run._STAGES["export"]
+    make, export = LlamaForCausalLM.__init__, STAGE_TABLE["export"]
 
     def noted(self, *args, **keywords):
         make(self, *args, **keywords)
@@ -164,7 +165,7 @@ def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
     counted = replace(export, run=lambda context: alive.append(len(made)) or export.run(context))
-    monkeypatch.setitem(pipeline_run._STAGES, "export", counted)
+    monkeypatch.setitem(STAGE_TABLE, "export", counted)
     gc.collect()
     gc.disable()
     try:
@@ -505,9 +506,9 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
     def too_large(context):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
 
-    for name, its in pipeline_run._STAGES.items():
+    for name, its in STAGE_TABLE.items():
         function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
-        monkeypatch.setitem(pipeline_run._STAGES, name, replace(its, run=function))
+        monkeypatch.setitem(STAGE_TABLE, name, replace(its, run=function))
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
     lines = capsys.readouterr().err.splitlines()
@@ -517,7 +518,7 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
 
 def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monkeypatch):
     NeuronSet({(0, "up"): [1, 2]}).save(root / "mine.safetensors")
-    whole = pipeline_run.Pipeline(load_recipe(root / "recipe.yaml"))
+    whole = Pipeline(load_recipe(root / "recipe.yaml"))
     monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
     batches = whole.materials.batches("validation")
     assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400

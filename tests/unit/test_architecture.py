@@ -24,8 +24,8 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "run",
-        "dry_run",
+        "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "stage_table",
+        "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip

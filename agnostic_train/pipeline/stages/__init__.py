@@ -16,15 +16,6 @@ STAGE_HELP = {
     "compare": "train every strategy and baseline on the same data and budget, and test the differences",
 }
 
-MEMORY_KEYS = {
-    "detect": "corpus.batch_size or detection.memory_gb",
-    "score": "corpus.batch_size",
-    "train": "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
-    "evaluate": "evaluation.batch_size",
-    "compare": "training.per_device_train_batch_size or evaluation.batch_size",
-}
-"""The keys on which a stage's memory rests beside the weights."""
-
 
 class OutOfMemory(RuntimeError):
     """A stage needs more of the device's memory than there is: the message is one line that names the keys to lower."""
