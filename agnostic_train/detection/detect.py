@@ -24,7 +24,7 @@ from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
-from agnostic_train.model.inference import Batch, find_device, left_as_found
+from agnostic_train.model.inference import Batch, find_device, left_as_found, own_sentences
 from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -152,8 +152,8 @@ def detect_neurons(
     work = {"q": Work(), "k": Work()}
     unpruned: set[int] = set()
     with left_as_found(model):
-        for language, batches in corpora.items():
-            batches = iter(batches)
+        for language, of_language in corpora.items():
+            batches = iter(of_language)
             first = next(batches, None)
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
@@ -168,7 +168,12 @@ def detect_neurons(
                 )
                 active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
                 share = own_share(chain([first], batches))
-                counts = _count_top(meter, active, share, top_ratio, language, progress, file)
+                counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model))
+                bar = tqdm(
+                    desc=f"detect {language}", unit=" sentences", total=own_sentences(of_language),
+                    initial=counts.num_sentences, disable=not progress, leave=False,
+                )  # fmt: skip
+                _add_batches(counts, meter, active, share, stack.enter_context(bar), file)
             work = {name: work[name] + done for name, done in meter.work.items()}
             unpruned.update(layer.index for layer in meter.unpruned)
             counts.sum_over_processes(sizes, find_device(model))
@@ -231,32 +236,27 @@ def _detect_by_lape(
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
 
 
-def _count_top(
+def _add_batches(
+    counts: TopCounts,
     meter: ImpactMeter,
     active: ActivationMeter | None,
     batches: Iterable[Batch],
-    top_ratio: float,
-    language: str,
-    progress: bool,
+    bar: tqdm,
     file: Path | None,
-) -> TopCounts:
-    counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(meter.model))
+) -> None:
+    """Counts the batches that aren't counted yet, and writes the file now and then, and at the end."""
     saved = time.monotonic()
-    with tqdm(
-        desc=f"detect {language}", unit=" sentences", initial=counts.num_sentences, disable=not progress, leave=False
-    ) as bar:
-        for batch in islice(batches, counts.num_batches, None):
-            if active is not None:
-                active.begin(batch)
-            counts.add(meter.measure(batch))
-            if active is not None:
-                counts.add_activations(active.sums, active.num_tokens)
-            counts.num_batches += 1
-            counts.num_sentences += len(batch["input_ids"])
-            bar.update(len(batch["input_ids"]))
-            if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                counts.save(file)
-                saved = time.monotonic()
+    for batch in islice(batches, counts.num_batches, None):
+        if active is not None:
+            active.begin(batch)
+        counts.add(meter.measure(batch))
+        if active is not None:
+            counts.add_activations(active.sums, active.num_tokens)
+        counts.num_batches += 1
+        counts.num_sentences += len(batch["input_ids"])
+        bar.update(len(batch["input_ids"]))
+        if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            counts.save(file)
+            saved = time.monotonic()
     if file is not None:
         counts.save(file)
-    return counts

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site, find_decoder
-from agnostic_train.model.inference import Batch, find_device, model_inputs, real_and_counted
+from agnostic_train.model.inference import Batch, find_device, model_inputs, own_sentences, real_and_counted
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import own_share, sum_over_processes
 
@@ -54,7 +54,13 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
 
     with (
         ExitStack() as stack,
-        tqdm(desc=f"detect {language}", unit=" sentences", disable=not progress, leave=False) as bar,
+        tqdm(
+            desc=f"detect {language}",
+            unit=" sentences",
+            total=own_sentences(batches),
+            disable=not progress,
+            leave=False,
+        ) as bar,
     ):
         for layer in decoder.layers:
             linear = layer.projections.get("gate", layer.projections["up"]).linear

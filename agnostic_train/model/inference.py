@@ -1,12 +1,12 @@
 """Running a model without leaving a trace on it: what detection and perplexity share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.processes import check_whole
+from agnostic_train.processes import check_whole, own_share
 
 Batch = Mapping[str, Tensor]
 
@@ -64,6 +64,13 @@ def find_device(model: nn.Module) -> torch.device:
     if embeddings.weight.is_meta and fetched_to is not None:
         return torch.device(fetched_to)
     return embeddings.weight.device
+
+
+def own_sentences(batches: Iterable[Batch]) -> int | None:
+    """How many sentences this process's share of the batches has; None where that shows only on the way."""
+    if not isinstance(batches, Sequence):
+        return None
+    return sum(len(batch["input_ids"]) for batch in own_share(batches) if isinstance(batch, Mapping))
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -128,6 +128,14 @@ def test_projections_may_be_read_once(llama):
     assert all(len(neurons) for neurons in once.related.values())
 
 
+@pytest.mark.parametrize("method", ["impact", "lape"])
+def test_the_progress_bar_knows_the_end_of_batches_that_are_all_there(llama, capsys, method):
+    batches = [padded_batch([5, 9]), padded_batch([7])]
+    detect_neurons(llama, {"en": batches, "sw": iter(batches)}, method=method, verify=False)
+    shown = capsys.readouterr().err
+    assert "detect en:   0%" in shown and " 0/3 " in shown and "detect sw: 0 sentences" in shown
+
+
 def test_a_family_without_a_gate_has_no_gates_to_detect():
     model = family_model("GPT-NeoX")
     with pytest.raises(UserError, match="GPTNeoXForCausalLM has none of gate"):
