@@ -20,7 +20,9 @@ ORDER = {
     "training": ["equal_lora", "strategy", "chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
-    "evaluation": ["comparison", "tuning", "languages", "paired_comparison", "task_loading", "task_evaluation"],
+    "evaluation": [
+        "comparison", "tuning", "languages", "paired_comparison", "task_loading", "task_results", "task_evaluation"
+    ],
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [

@@ -12,7 +12,8 @@ import torch
 from conftest import tiny_llama
 from peft import get_peft_model
 
-from agnostic_train.evaluation.task_evaluation import TaskSuite, compare_tasks, evaluate_tasks
+from agnostic_train.evaluation.task_evaluation import TaskSuite, evaluate_tasks
+from agnostic_train.evaluation.task_results import compare_tasks
 from agnostic_train.files import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.phrasebook import phrasebook
