@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.impact import kernels
+from agnostic_train.impact.row_blocks import Block, row_blocks
 from agnostic_train.model.decoder import Rotation
 
 
@@ -182,10 +183,19 @@ class OutputChange:
         num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
         self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
         self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
-        # At the peak a neuron has its change, its logits and its attention, and two outputs.
-        entries_per_neuron = self.length * (3 * self.length + 2 * self.head_dim)
-        bytes_per_neuron = entries_per_neuron * self.value.element_size()
-        self._num_at_once = max(1, chunk_bytes // bytes_per_neuron)
+        self._chunk_bytes = chunk_bytes
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The rows in blocks, with the keys that these see."""
+        return row_blocks(self.inputs.visible)
+
+    def attention_in(self, block: Block) -> Tensor:
+        """Of a block's rows to its keys: (batch * heads, rows, keys).
+
+        Summed over these keys as a changed one is: a neuron that changes no logit has an impact of exactly zero.
+        """
+        return self.logits[:, block.rows, block.keys].softmax(-1)
 
     @cached_property
     def key_spans(self) -> Tensor:
@@ -226,20 +236,22 @@ class OutputChange:
             None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
         )
         visible = self._visible_by_head()
-        result = start.new_empty(len(start), self.head_dim)
-        for heads, neurons in self._chunks():
-            left_a, left_c = a[heads, neurons, :, None], c[heads, neurons, :, None]
-            right_b, right_d = b[heads, neurons, None], d[heads, neurons, None]
-            changed = start[heads, None]
-            if row_growth is not None:
-                changed = changed * row_growth[heads, neurons, :, None]
-            if column_growth is not None:
-                changed = changed * column_growth[heads, neurons, None]
-            changed = torch.addcmul(changed, left_a, right_b, value=-1)
-            changed.addcmul_(left_c, right_d, value=-1)
-            if self.softcap is not None:
-                changed = self.inputs.finish(changed, visible[heads, None])
-            result[heads, neurons] = self._squares(heads, changed)
+        result = start.new_zeros(len(start), self.head_dim)
+        for block in self.blocks:
+            rows, keys, attention = block.rows, block.keys, self.attention_in(block)
+            for heads, neurons in self._chunks(block):
+                left_a, left_c = a[heads, neurons, rows, None], c[heads, neurons, rows, None]
+                right_b, right_d = b[heads, neurons, None, keys], d[heads, neurons, None, keys]
+                changed = start[heads, None, rows, keys]
+                if row_growth is not None:
+                    changed = changed * row_growth[heads, neurons, rows, None]
+                if column_growth is not None:
+                    changed = changed * column_growth[heads, neurons, None, keys]
+                changed = torch.addcmul(changed, left_a, right_b, value=-1)
+                changed.addcmul_(left_c, right_d, value=-1)
+                if self.softcap is not None:
+                    changed = self.inputs.finish(changed, visible[heads, None, rows, keys])
+                result[heads, neurons] += self._squares(heads, block, changed, attention)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
     def replayed(
@@ -252,18 +264,19 @@ class OutputChange:
         heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
         visible = self._visible_by_head()
-        result = query.new_empty(len(query), self.head_dim)
-        for heads, neurons in self._chunks():
+        attentions = [self.attention_in(block) for block in self.blocks]
+        result = query.new_zeros(len(query), self.head_dim)
+        for heads, neurons in self._chunks(Block(slice(0, self.length), slice(0, self.length))):
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
             states = norm(heads_of[heads, None] * kept[None, :, None, :])
             sentence = torch.arange(len(query), device=query.device)[heads] // self.num_heads
             states = rotation.apply(states, cos[sentence], sin[sentence])
-            if name == "q":
-                products = states @ key[heads, None].transpose(-1, -2)
-            else:
-                products = query[heads, None] @ states.transpose(-1, -2)
-            changed = self.inputs.finish(products.mul_(self.inputs.scaling), visible[heads, None])
-            result[heads, neurons] = self._squares(heads, changed)
+            left, right = (states, key[heads, None]) if name == "q" else (query[heads, None], states)
+            for block, attention in zip(self.blocks, attentions, strict=True):
+                rows, keys = block.rows, block.keys
+                products = (left[:, :, rows] @ right[:, :, keys].mT).mul_(self.inputs.scaling)
+                changed = self.inputs.finish(products, visible[heads, None, rows, keys])
+                result[heads, neurons] += self._squares(heads, block, changed, attention)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
     def replayed_over_heads(
@@ -289,7 +302,7 @@ class OutputChange:
         weight = self.weight.view(shape[:3])
         result = projected.new_zeros(self.batch, projected.shape[-1])
         places = torch.ones_like(result, dtype=torch.bool) if marked is None else marked
-        at_once = max(1, self._num_at_once // self.num_heads)
+        at_once = max(1, self._num_at_once(self.length, self.length) // self.num_heads)
         for sentences, neurons in zip(*(it.split(at_once) for it in places.nonzero().unbind(1)), strict=True):
             states = projected[sentences]
             states.scatter_(2, neurons[:, None, None].expand(-1, self.length, 1), 0)
@@ -297,11 +310,11 @@ class OutputChange:
             states = _repeated(
                 rotation.apply(states, cos[sentences], sin[sentences]), self.num_heads // states.shape[1]
             )
-            if name == "q":
-                products = states @ self.inputs.key[sentences].transpose(-1, -2)
-            else:
-                products = self.inputs.query[sentences] @ states.transpose(-1, -2)
-            changed = self.inputs.finish(products.mul_(self.inputs.scaling), self.inputs.visible[sentences])
+            left, right = (
+                (states, self.inputs.key[sentences]) if name == "q" else (self.inputs.query[sentences], states)
+            )
+            products = (left @ right.mT).mul_(self.inputs.scaling)
+            changed = self.inputs.finish(products, self.inputs.visible[sentences])
             change = changed.softmax(-1).sub_(attention[sentences]) @ value[sentences]
             result[sentences, neurons] = (change.square_().sum(-1) * weight[sentences]).sum((1, 2))
         return result
@@ -309,18 +322,26 @@ class OutputChange:
     def _visible_by_head(self) -> Tensor:
         return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
-    def _chunks(self) -> Iterator[tuple[slice, slice]]:
+    def _num_at_once(self, num_rows: int, num_keys: int) -> int:
+        """Neurons: at the peak each has its change, its logits and its attention, and two outputs."""
+        bytes_per_neuron = num_rows * (3 * num_keys + 2 * self.head_dim) * self.value.element_size()
+        return max(1, self._chunk_bytes // bytes_per_neuron)
+
+    def _chunks(self, block: Block) -> Iterator[tuple[slice, slice]]:
         """Slices over (batch * heads) and head_dim."""
-        neurons_at_once = min(self.head_dim, self._num_at_once)
-        heads_at_once = max(1, self._num_at_once // self.head_dim)
+        at_once = self._num_at_once(block.num_rows, block.num_keys)
+        neurons_at_once, heads_at_once = min(self.head_dim, at_once), max(1, at_once // self.head_dim)
         for head in range(0, self.batch * self.num_heads, heads_at_once):
             for neuron in range(0, self.head_dim, neurons_at_once):
                 yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
 
-    def _squares(self, heads: slice, logits: Tensor) -> Tensor:
-        """logits: (heads, neurons, length, length), changed. Returns (heads, neurons)."""
-        change = logits.softmax(-1).sub_(self.attention[heads, None]) @ self.centred_value[heads, None]
-        return (change.square_().sum(-1) * self.weight[heads, None]).sum(-1)
+    def _squares(self, heads: slice, block: Block, logits: Tensor, attention: Tensor) -> Tensor:
+        """Over a block's rows. logits: (heads, neurons, rows, keys), changed. attention: in the block. Returns (heads, neurons)."""
+        change = logits.softmax(-1).sub_(attention[heads, None])
+        # One product a head is faster than one a neuron.
+        moved = change.flatten(1, 2) @ self.centred_value[heads, block.keys]
+        squares = torch.linalg.vector_norm(moved, dim=-1).square_().view(change.shape[:3])
+        return (squares * self.weight[heads, None, block.rows]).sum(-1)
 
 
 def _by_neuron(part: Tensor) -> Tensor:

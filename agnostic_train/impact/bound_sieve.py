@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange, OutputChange
-from agnostic_train.impact.bounds import Block, row_blocks, square_bounds, value_spread
+from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layout import QueryKeyLayout
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
+from agnostic_train.impact.row_blocks import Block
 
 # Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
 _TILE_SIZES = (4, 16)
@@ -60,7 +61,7 @@ class BoundSieve:
     ):
         self.change = change
         self.changes = changes
-        self.blocks = row_blocks(change.inputs.visible)
+        self.blocks = change.blocks
         self.layout = QueryKeyLayout(change, changes, num_kv_heads)
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
@@ -145,7 +146,7 @@ class BoundSieve:
     def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
         """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
         change, rows, keys = self.change, block.rows, block.keys
-        logits, attention = change.logits[:, rows, keys], change.attention[:, rows, keys]
+        logits, attention = change.logits[:, rows, keys], change.attention_in(block)
         value, weight = change.centred_value[:, keys], change.weight[:, rows]
         a, b, c, d = (part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True))
         growth = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]

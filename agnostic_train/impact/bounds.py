@@ -24,24 +24,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange, OutputChange
-
-# Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
-_BLOCK_ENDS = (4, 6, 8, 12, 16)
-_LEAST_ROWS = 8
-# Torch's softmax is slow over fewer keys than a vector register holds.
-_LEAST_KEYS = 16
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive query rows, and the keys that some sentence of the batch sees from them."""
-
-    rows: slice
-    keys: slice
-
-    @property
-    def num_logits(self) -> int:
-        return (self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start)
+from agnostic_train.impact.row_blocks import Block
 
 
 @dataclass(frozen=True)
@@ -59,24 +42,6 @@ class ValueSpread:
     farthest: Tensor
     unit: Tensor
     roundings: Tensor
-
-
-def row_blocks(visible: Tensor) -> list[Block]:
-    """Cuts a batch's rows into blocks. visible: (batch, 1, length, length) bool; every row sees a key."""
-    length = visible.shape[-1]
-    ends = [0]
-    for sixteenths in _BLOCK_ENDS:
-        end = -(-length * sixteenths // 16)
-        if end - ends[-1] >= _LEAST_ROWS and length - end >= _LEAST_ROWS:
-            ends.append(end)
-    rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
-    seen = visible.flatten(0, 1).any(0)
-    seen = torch.stack([seen[block].any(0) for block in rows]).int()
-    first, last = seen.argmax(1).tolist(), seen.flip(1).argmax(1).tolist()
-    return [
-        Block(block, slice(f, min(length, max(length - t, f + _LEAST_KEYS))))
-        for block, f, t in zip(rows, first, last, strict=True)
-    ]
 
 
 def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> ValueSpread:
@@ -160,11 +125,12 @@ def square_bounds(
     if growth is not None:
         reach = reach + growth.reach
     attention = change.attention[heads]
-    moments = [attention @ product for product in (b, d, b.square(), d.square(), b * d)]
+    products = (b, d, b.square(), d.square(), b * d)
     bounds, estimates = [], []
     for block in blocks:
         left, right = a[:, block.rows], c[:, block.rows]
-        mean_b, mean_d, square_b, square_d, product = (moment[:, block.rows] for moment in moments)
+        seen = attention[:, block.rows, block.keys]
+        mean_b, mean_d, square_b, square_d, product = (seen @ it[:, block.keys] for it in products)
         size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
         mean = (left * mean_b).addcmul_(right, mean_d)
         mixed = (left * right).mul_(product)

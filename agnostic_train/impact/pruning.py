@@ -72,9 +72,9 @@ class Work:
         """Adds up as plain numbers."""
         return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
 
-    def add_all(self, num_neurons: int, length: int) -> None:
-        """Counts neurons of sentences of one length that were all computed exactly."""
+    def add_all(self, num_neurons: int, num_logits: int, length: int) -> None:
+        """Counts neurons that were all computed exactly, each by so many of a sentence's logits."""
         self.neurons += num_neurons
         self.all_neurons += num_neurons
-        self.logits += num_neurons * length**2
+        self.logits += num_neurons * num_logits
         self.all_logits += num_neurons * length**2

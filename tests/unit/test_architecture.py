@@ -12,8 +12,8 @@ ORDER = {
     "model": ["decoder", "memory", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
-        "activations", "feed_forward", "rms_norm", "kernels", "pruning", "attention", "intervals", "bounds", "layout",
-        "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "activations", "feed_forward", "rms_norm", "kernels", "pruning", "row_blocks", "attention", "intervals", "bounds",
+        "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "agnostic_score", "emergence"],

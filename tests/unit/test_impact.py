@@ -162,9 +162,9 @@ def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
     sizes = []
     original = OutputChange._squares
 
-    def spied(self, heads, logits):
+    def spied(self, heads, block, logits, attention):
         sizes.append((3 * logits.numel() + 2 * logits[..., 0].numel() * 10) * logits.element_size())
-        return original(self, heads, logits)
+        return original(self, heads, block, logits, attention)
 
     monkeypatch.setattr(OutputChange, "_squares", spied)
     counts = []

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, bound_sieve, bounds, unverified_impacts
+from agnostic_train.impact import ImpactMeter, bound_sieve, unverified_impacts
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.pruning import num_top
+from agnostic_train.impact.row_blocks import row_blocks
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
 
@@ -233,11 +234,23 @@ def test_detection_says_how_much_was_computed(llama, tmp_path):
     assert type(found).load(tmp_path / "neurons").exact_share == found.exact_share
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_neuron_that_changes_no_logit_has_no_impact_at_all(side):
+    """Not even one of rounding: a sum over the few keys that a window shows is in another order than one over all."""
+    model, batch = family_model("Mistral", sliding_window=5), padded_batch([40, 21], side)
+    with torch.no_grad():
+        for layer in find_decoder(model).layers:
+            for name in "qk":
+                layer.projections[name].linear.weight[3] = 0
+    for impacts in (unverified_impacts(model, batch, ["q", "k"]), pruned_impacts(model, batch, 1.0)[0]):
+        assert all(not values[:, 3].any() and values[:, 4].all() for values in impacts.values())
+
+
 def test_blocks_cover_every_row_and_every_visible_key():
     for length in (1, 7, 16, 42, 123):
         positions = torch.arange(length)
         visible = (positions[:, None] >= positions) & (positions[:, None] - positions < 30)
-        blocks = bounds.row_blocks(visible[None, None])
+        blocks = row_blocks(visible[None, None])
         assert [row for block in blocks for row in range(length)[block.rows]] == list(range(length))
         for block in blocks:
             outside = visible[block.rows].clone()

@@ -1,0 +1,50 @@
+"""A batch's query rows in blocks: what later rows see needn't be computed for earlier ones."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
+_BLOCK_ENDS = (4, 6, 8, 12, 16)
+_LEAST_ROWS = 8
+# Torch's softmax is slow over fewer keys than a vector register holds.
+_LEAST_KEYS = 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive query rows, and the keys that some sentence of the batch sees from them."""
+
+    rows: slice
+    keys: slice
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys.stop - self.keys.start
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_rows * self.num_keys
+
+
+def row_blocks(visible: Tensor) -> list[Block]:
+    """Cuts a batch's rows into blocks. visible: (batch, 1, length, length) bool; every row sees a key."""
+    length = visible.shape[-1]
+    ends = [0]
+    for sixteenths in _BLOCK_ENDS:
+        end = -(-length * sixteenths // 16)
+        if end - ends[-1] >= _LEAST_ROWS and length - end >= _LEAST_ROWS:
+            ends.append(end)
+    rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
+    seen = visible.flatten(0, 1).any(0)
+    seen = torch.stack([seen[block].any(0) for block in rows]).int()
+    first, last = seen.argmax(1).tolist(), seen.flip(1).argmax(1).tolist()
+    return [
+        Block(block, slice(f, min(length, max(length - t, f + _LEAST_KEYS))))
+        for block, f, t in zip(rows, first, last, strict=True)
+    ]
