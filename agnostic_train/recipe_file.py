@@ -79,7 +79,9 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
         for key, value in section.items() if isinstance(section, dict) else [("", section)]:
             if not isinstance(name, str) or not isinstance(key, str):
                 raise UserError(f"{source}: unknown key {_short(key or name)}; a key is a word")
-            _check_plain([name, key, value], f"{source}: {name}.{key}".rstrip("."))
+            where = f"{name}.{key}".rstrip(".")
+            _check_plain([name, key, value], f"{source}: {where}")
+            _check_truth(value, own_types().get(where), f"{source}: {where}")
     training, arguments = values.get("training"), {}
     if isinstance(training, dict):
         own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
@@ -140,6 +142,7 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
         if key not in known:
             raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
+        _check_truth(value, known[key], f"{source}: training.{key}")
         try:
             checked[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
         except ValidationError as error:
@@ -171,6 +174,18 @@ def _check_plain(value: Any, where: str) -> None:
                 raise UserError(f"{where}: must be a finite number, not {it}")
         elif it is not None:
             raise UserError(f"{where}: {_short(it)} is a {type(it).__name__}; write it as text, in quotes")
+
+
+def _check_truth(value: Any, kind: Any, where: str) -> None:
+    """Refuses `true` and `false` where they would be read as the numbers 1 and 0. kind: the key's type, None if unknown."""
+    truths = [it for it in (value if isinstance(value, list) else [value]) if isinstance(it, bool)]
+    if truths and kind is not None and not _holds(kind, bool) and (_holds(kind, int) or _holds(kind, float)):
+        raise UserError(f"{where}: takes a number, not {str(truths[0]).lower()}")
+
+
+def _holds(kind: Any, wanted: type) -> bool:
+    """Whether a type, or one that it is made of, is wanted."""
+    return kind is wanted or any(_holds(it, wanted) for it in get_args(kind))
 
 
 def _short(value: Any) -> str:

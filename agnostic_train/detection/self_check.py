@@ -128,7 +128,10 @@ def _compare(
         neurons.append(int(scores[name][0].argmax()))
         before = excerpt.output(name)
         if not before.isfinite().all():
-            raise UserError(f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}")
+            raise UserError(
+                f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}; some weight up to there is "
+                "broken, or model.dtype overflows (try float32)"
+            )
         for neuron in neurons:
             with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
                 change = (excerpt.output(name) - before).flatten(1).norm(dim=1)

@@ -1,5 +1,8 @@
 """Models and tokenizers by the recipe's `model` section, with one-line errors."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
@@ -15,11 +18,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import get_logger
 
 from agnostic_train.files import UserError, hash_file
 from agnostic_train.recipe import ModelSection
 
+logger = get_logger(__name__)
+
 _SMALL_FILE = 1 << 20
+_PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
 
 
 def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
@@ -32,11 +39,28 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         UserError: it isn't there, or can't be loaded.
     """
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    model, info = _load(AutoModelForCausalLM, section, name, dtype=dtype, output_loading_info=True)
-    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if absent:
-        # Transformers fills them with random numbers, and goes on.
-        raise UserError(f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}")
+    with _without_report():
+        model, info = _load(
+            AutoModelForCausalLM, section, name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    # Transformers fills with random numbers what is missing or of another shape, and goes on.
+    if info["mismatched_keys"]:
+        key, found, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"model.name: {name} has weights of other shapes than its config.json says, such as {key}: {tuple(found)}, not "
+            f"{tuple(wanted)}; one of the two is another model's"
+        )
+    if info["missing_keys"]:
+        absent = sorted(info["missing_keys"])
+        raise UserError(
+            f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}; the checkpoint "
+            "isn't complete, or its config.json is another model's"
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        logger.warning(
+            f"model.name: {name} has {len(unused)} weights that its config has no use for, such as {unused[0]}"
+        )
     return model.to(find_accelerator() or "cpu").eval()
 
 
@@ -139,4 +163,19 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
         problem = shorten(str(error), 400)
         if not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
-        raise UserError(f"model.name: can't load {name}: {problem}") from None
+        raise UserError(f"model.name: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leaves out the table by which transformers says which weights don't fit."""
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -154,8 +154,8 @@ class Materials:
         return model
 
     def forget_model(self) -> None:
-        """Drops the model, which training has changed: the next access loads it again."""
-        del self.__dict__["model"]
+        """Drops the model, which training has changed or another needs the room of: the next access loads it again."""
+        self.__dict__.pop("model", None)
 
 
 def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:

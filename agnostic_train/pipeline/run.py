@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -83,13 +83,22 @@ class Pipeline:
             )
             with tracking as tracker:
                 ran = [name for name in stages if self._run_stage(name, self.force and stage in ("run", name), tracker)]
-        older = [
-            name
-            for name in (*STAGES, "compare")
-            if name not in stages and self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
-        ]
-        if older:
-            self.say(f"{', '.join(older)}: what is there comes from an earlier run; `run` brings it up to date")
+        self._tell_of_older_results([name for name in (*STAGES, "compare") if name not in stages], ran)
+
+    def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
+        """Says which stages rest on those that ran anew: some are there as they were, some were removed."""
+        older: dict[bool, list[str]] = {True: [], False: []}
+        for name in stages:
+            if self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}:
+                older[all((self.directory / it).exists() for it in self.manifest.outputs(name))].append(name)
+        for is_there, names in older.items():
+            if names:
+                what = (
+                    "what is there comes from an earlier run"
+                    if is_there
+                    else "removed, for it was of an earlier result"
+                )
+                self.say(f"{', '.join(names)}: {what}; `run` brings it up to date")
 
     def _check_training(self) -> None:
         section = self.recipe.training
@@ -147,6 +156,9 @@ class Pipeline:
                 result["settings"] = self.recipe.to_dict()[section]
             result["corpus"] = self.materials.hashes
             self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
+            for folder in (context.work, context.work.parent):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
         self.processes.wait_for_everyone()
         return True
 

@@ -15,14 +15,12 @@ from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.measured import Measured, keep_measured, kept_measured
 from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
-from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
+from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
 from agnostic_train.training.equal_lora import num_weights
 from agnostic_train.training.strategy import Choice
-
-Measured = dict[str, dict[str, Perplexity]]
-"""Per kind of text (validation, test, parallel) and language."""
 
 UNSAVED = {
     "data_seed": None,
@@ -108,8 +106,7 @@ class Trials:
             record, measured = self._measure(trial, choice, self.directory / f".{name}")
             if self.materials.processes.is_main_process:
                 if measured is not None:
-                    flat = {f"{kind}.{language}": it for kind, its in measured.items() for language, it in its.items()}
-                    save_measured(flat, file)
+                    keep_measured(measured, file)
                 # Written last: with it the result is whole.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
@@ -117,11 +114,7 @@ class Trials:
         record = read_json(record_file)
         if record["diverged"]:
             return TrialResult(trial, record, None, kept=True)
-        measured = {kind: {} for kind in self.texts}
-        for key, result in load_measured(file).items():
-            kind, _, language = key.partition(".")
-            measured[kind][language] = result
-        return TrialResult(trial, record, measured, kept=True)
+        return TrialResult(trial, record, kept_measured(file), kept=True)
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:

@@ -74,6 +74,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
 
     Raises:
         UserError: no token to score. NonFiniteLossError: a loss that isn't finite.
+        ValueError: a batch of wrong shapes or tokens, or with other than one number for each sentence.
     """
     with left_as_found(model):
         parts = in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
@@ -134,13 +135,22 @@ def _score_batch(model: nn.Module, batch: Batch) -> _Scored:
     losses = _token_losses(logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device))
     scored = inputs["attention_mask"][:, 1:].bool() & inputs["attention_mask"][:, :-1].bool()
     scored = scored.to(losses.device)
-    num_bytes, index = batch.get("num_bytes"), batch.get("sentence_index")
+    num_bytes, index = (_one_a_sentence(batch, name) for name in ("num_bytes", "sentence_index"))
     return _Scored(
         losses.masked_fill(~scored, 0).sum(1, dtype=torch.float64),
         scored.sum(1),
-        None if num_bytes is None else int(torch.as_tensor(num_bytes).sum()),
-        None if index is None else torch.as_tensor(index).cpu(),
+        None if num_bytes is None else int(num_bytes.sum()),
+        None if index is None else index.cpu(),
     )
+
+
+def _one_a_sentence(batch: Batch, name: str) -> Tensor | None:
+    if batch.get(name) is None:
+        return None
+    numbers, num_sentences = torch.as_tensor(batch[name]), len(batch["input_ids"])
+    if numbers.shape != (num_sentences,):
+        raise ValueError(f"{name}: expected one for each of {num_sentences} sentences, got {tuple(numbers.shape)}")
+    return numbers
 
 
 def _on_cpu(batches: list[_Scored]) -> list[_Scored]:

@@ -43,16 +43,18 @@ def test_after_is_the_exported_checkpoint_in_its_own_dtype(root, monkeypatch):
 
 def test_kept_task_results_tell_dtypes_apart(root, monkeypatch):
     """The same files in another dtype are another model, also for the harness's results that are kept."""
-    found = {}
+    found = []
 
     def watched(models, *rest, identity, **settings):
-        found.update({name: identity(name) for name in models})
+        found.append({name: identity(name) for name in models})
         return {"tasks": {}}
 
     monkeypatch.setattr(evaluate, "evaluate_tasks", watched)
     monkeypatch.setattr("agnostic_train.pipeline.materials.Materials.task_suite", SimpleNamespace(names=[]))
-    assert run(root, "evaluate", *HALF) == 0
-    assert found["before"][1] == "bfloat16" and found["after"][1] == "float32"
+    assert run(root, "evaluate", *HALF) == run(root, "evaluate", HALF[0]) == run(root, "evaluate") == 0
+    half, exported_in_half, whole = found
+    assert half["before"] == exported_in_half["before"] != whole["before"]
+    assert half["after"] != exported_in_half["after"] != whole["after"]
 
 
 def test_the_plan_counts_the_exported_dtype(root):

@@ -11,6 +11,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_inputs import learning_arguments
 from agnostic_train.pipeline.stages import STAGES
+from agnostic_train.pipeline.stages import evaluate as evaluate_stage
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.report import figures
@@ -160,6 +161,7 @@ def test_force_goes_on_from_nothing(root):
     def left_after(*flags):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "something").touch()
         assert run(root, "train", *flags) == 0
         return [folder.name for folder in folders if folder.exists()]
 
@@ -291,3 +293,26 @@ def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
         assert message in printed.err and "detect:" not in printed.out
         shutil.rmtree(root / "out" / folder)
     assert run(root, "detect") == 0
+
+
+def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monkeypatch, capsys):
+    """Another format beside the enhanced checkpoint takes its evaluation away, whose numbers aren't lost."""
+    assert run(root, "run") == 0
+    before = read_json(root / "out/evaluation.json")
+    assert run(root, "export", "--export.to=lora") == 0
+    printed = capsys.readouterr().out
+    assert "evaluate: removed, for it was of an earlier result; `run` brings it up to date" in printed
+    assert "report: what is there comes from an earlier run" in printed and not (root / "out/evaluation.json").exists()
+    measured = []
+    monkeypatch.setattr(evaluate_stage, "evaluate_languages", lambda model, its, name, progress: measured.append(name))
+    monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run(root, "evaluate", "--export.to=lora", "--evaluation.max_forgetting=0.1") == 0
+    after = read_json(root / "out/evaluation.json")
+    assert after.pop("objectives") and before.pop("objectives") and after == before and not measured
+    assert all(
+        "| before | after |" in (root / f"out/{folder}/README.md").read_text() for folder in ("enhanced", "lora")
+    )
+    # Other weights, or other text, are.
+    monkeypatch.undo()
+    assert run(root, "evaluate", "--export.dtype=bfloat16") == 0
+    assert read_json(root / "out/evaluation.json")["languages"] != before["languages"]

@@ -116,7 +116,7 @@ def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model.name=nowhere"], "model.name: can't load nowhere"),
+        (["--model.name=nowhere"], "model.name: can't load the config of nowhere"),
         (["--corpus.languages=en,sw,xx"], "'xx' has no file"),
         (["--training.languages=xx"], "training.languages: 'xx' isn't in"),
         (["--training.optim=adamx"], "training: "),

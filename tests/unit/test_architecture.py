@@ -26,7 +26,7 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "stage_table",
+        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "stage_table",
         "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],

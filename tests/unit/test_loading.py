@@ -1,9 +1,12 @@
-"""Where a model is loaded to."""
+"""Where a model is loaded to, and files that don't fit its config."""
+
+import json
 
 import pytest
 import torch
 from conftest import tiny_llama
 
+from agnostic_train.files import UserError
 from agnostic_train.model.loading import find_accelerator, load_model
 from agnostic_train.recipe import ModelSection
 
@@ -22,3 +25,25 @@ def test_a_launcher_for_cpus_is_heeded_beside_a_gpu(monkeypatch, flag, expected)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     assert find_accelerator() == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"intermediate_size": 52}, "has weights of other shapes than its config.json says, such as"),
+        ({"num_hidden_layers": 3}, "lacks 9 weights that its config asks for, such as model.layers.2."),
+        ({"num_hidden_layers": 1}, "has 9 weights that its config has no use for, such as model.layers.1."),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_of_in_one_line(tmp_path, capfd, caplog, change, message):
+    tiny_llama().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    told = []
+    try:
+        load_model(ModelSection(name=str(tmp_path)), tmp_path)
+    except UserError as error:
+        told.append(str(error))
+    told += caplog.messages
+    assert len(told) == 1 and f"model.name: {tmp_path} {message}" in told[0]
+    assert "LOAD REPORT" not in capfd.readouterr().err

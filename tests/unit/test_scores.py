@@ -121,6 +121,13 @@ def test_perplexity_refuses_what_no_float_holds(llama):
         perplexity(llama, [padded_batch([4])])
 
 
+@pytest.mark.parametrize("name", ["num_bytes", "sentence_index"])
+def test_perplexity_wants_one_number_a_sentence(llama, name):
+    for numbers in (torch.tensor([1]), torch.tensor(3), [1, 2, 3]):
+        with pytest.raises(ValueError, match=f"{name}: expected one for each of 2 sentences"):
+            perplexity(llama, [padded_batch([4, 6]) | {name: numbers}])
+
+
 def test_perplexity_refuses_nan(llama):
     with torch.no_grad():
         llama.lm_head.weight.fill_(torch.nan)

@@ -1,7 +1,7 @@
 """`evaluate`: every language before and after, on text that selected nothing."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -10,28 +10,32 @@ from transformers import PreTrainedModel
 
 from agnostic_train.evaluation.languages import compare_languages, describe, evaluate_languages
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
+from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
-from agnostic_train.files import whole_file, write_json
-from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model, model_identity
+from agnostic_train.files import fingerprint, hash_file, whole_file, write_json
+from agnostic_train.model.inference import Batch
+from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
+from agnostic_train.pipeline.measured import Measured, keep_measured, kept_measured
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
-from agnostic_train.scores.perplexity import Perplexity
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """identity: tells its weights, as they are loaded, from others; plain JSON values."""
+
+    identity: dict
+    load: Callable[[], PreTrainedModel]
 
 
 def evaluate(context: Context) -> dict:
     """Measures the base, the enhanced checkpoint as it was exported, and the named ones, on text and on tasks."""
-    recipe, progress = context.recipe, context.processes.is_local_main_process
+    recipe = context.recipe
     # Validation text is measured too, for what selects: sweeps.
     batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
     checkpoints = _checkpoints(context)
-    measured: dict[str, dict[str, dict[str, Perplexity]]] = {}
-    dtypes: dict[str, str] = {}
-    for name, load in checkpoints.items():
-        model = load()
-        dtypes[name] = str(model.dtype).removeprefix("torch.")
-        measured[name] = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
-        del model  # there may be no room for the next one beside it
+    measured = {name: _measure(context, name, checkpoint, batches) for name, checkpoint in checkpoints.items()}
     before, after = measured["before"], measured["after"]
     compared = {kind: compare_languages(before[kind], after[kind]) for kind in batches}
     evaluation: dict[str, Any] = {
@@ -54,7 +58,7 @@ def evaluate(context: Context) -> dict:
         for (first, one), (second, other) in combinations(measured.items(), 2)
         if (first, second) != ("before", "after")
     ]
-    evaluation["tasks"] = _evaluate_tasks(context, checkpoints, dtypes)
+    evaluation["tasks"] = _evaluate_tasks(context, checkpoints)
     found = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
     evaluation["objectives"] = found
     cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
@@ -74,39 +78,56 @@ def evaluate(context: Context) -> dict:
     return {"outputs": ["evaluation.json", *cards.values()]}
 
 
-def _checkpoints(context: Context) -> dict[str, Callable[[], PreTrainedModel]]:
-    """What is evaluated: by name, what loads it."""
-    section = context.recipe.model
+def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
+    """What is evaluated, by name."""
+    section, base = context.recipe.model, context.inputs("evaluate")["model"]
     # As whoever uses the checkpoint has it: `model.dtype` would round what `export.dtype` has kept.
     own_dtype = replace(section, dtype="auto")
+    enhanced = context.directory / EXPORTS["merged"]
+    # Exported once more, with the same weights, it is the same checkpoint.
+    hashes = {file.name: hash_file(file) for file in sorted(enhanced.iterdir()) if file.name not in (CARD, MANIFEST)}
     return {
-        "before": context.materials.take_model,
-        "after": partial(load_model, own_dtype, context.directory / EXPORTS["merged"]),
+        "before": _Checkpoint({"base": base}, context.materials.take_model),
+        "after": _Checkpoint(hashes, partial(load_model, own_dtype, enhanced)),
         **{
-            it: partial(load_checkpoint, section, it, "evaluation.checkpoints")
+            it: _Checkpoint(
+                {"checkpoint": checkpoint_identity(section, it), "dtype": section.dtype},
+                partial(load_checkpoint, section, it, "evaluation.checkpoints"),
+            )
             for it in context.recipe.evaluation.checkpoints
         },
     }
 
 
-def _evaluate_tasks(
-    context: Context, checkpoints: Mapping[str, Callable[[], PreTrainedModel]], dtypes: Mapping[str, str]
-) -> dict | None:
+def _measure(
+    context: Context, name: str, checkpoint: _Checkpoint, batches: Mapping[str, Mapping[str, Sequence[Batch]]]
+) -> Measured:
+    """Its perplexities, from an earlier evaluation if that had the same weights and text: then it isn't loaded."""
+    inputs = context.inputs("evaluate")
+    key = [checkpoint.identity, *(inputs[it] for it in ("text", "corpus", "agnostic_train"))]
+    file = context.work / f"{fingerprint(key)[:16]}.safetensors"
+    if file.exists():
+        context.materials.forget_model()
+        return kept_measured(file)
+    model, progress = checkpoint.load(), context.processes.is_local_main_process
+    measured = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
+    if context.processes.is_main_process:
+        keep_measured(measured, file)
+    context.processes.wait_for_everyone()
+    return measured
+
+
+def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) -> dict | None:
     """The harness's tasks on the base, the enhanced and the named checkpoints; None without tasks."""
-    suite, section = context.materials.task_suite, context.recipe.model
+    suite = context.materials.task_suite
     if suite is None:
         return None
-    identities = {
-        "before": context.inputs("evaluate")["model"]["files"],
-        "after": model_identity(section, context.directory / EXPORTS["merged"]),
-        **{it: checkpoint_identity(section, it) for it in context.recipe.evaluation.checkpoints},
-    }
     result = evaluate_tasks(
-        checkpoints,
+        {name: checkpoint.load for name, checkpoint in checkpoints.items()},
         context.materials.tokenizer,
         suite,
         directory=context.work,
-        identity=lambda name: [identities[name], dtypes[name]],
+        identity=lambda name: checkpoints[name].identity,
         write=context.processes.is_main_process,
         progress=context.processes.is_local_main_process,
     )
