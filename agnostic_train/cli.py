@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 when its files are complete, 2 for a user's mistake, 1 if the device's memory doesn't suffice.
     """
+    is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     # PEFT asks transformers by a name that it is about to drop, and recipes set what older versions know, too.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
@@ -96,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         from agnostic_train.pipeline.run import Pipeline
 
-        # The libraries stay to the end: a Trainer that collects garbage, as each does, needn't look for it there.
-        gc.freeze()
+        if is_command:
+            # The libraries stay to the end: a Trainer that collects garbage, as each does, needn't look for it there.
+            gc.freeze()
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
         if known.stage == "run" and pipeline.processes.is_main_process:

@@ -1,5 +1,6 @@
 """The command line in a process of its own, which dies (SIGKILL) at a chosen moment or finds the disk full."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ def _run(arguments, functions=(), call=1, most_bytes=None, errors=os.devnull):
     import torch
 
     sys.stdout = sys.stderr = open(errors, "w")  # noqa: SIM115 (closed by the end of the process)
+    gc.freeze()  # what was loaded before the fork isn't looked through anew
     torch.set_num_threads(1)  # nothing here is large, and waiting threads cost the most on a busy machine
     if most_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead, as on a full disk

@@ -129,8 +129,15 @@ class Encoder:
         """Sentences to train on, as `input_ids` of `max_length` tokens, one sentence joined to the next, none cut off.
 
         Each is closed by the end-of-sequence token. The last sequence is shorter, and left out if it is one token.
+
+        Raises:
+            UserError: the tokenizer has no end-of-sequence token.
         """
         assert self.max_length is not None
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "training.packing: the tokenizer has no end-of-sequence token to stand between sentences; set it to false"
+            )
         rows = replace(self, max_length=None).encode(sentences, purpose, add_eos=True)
         ids = list(chain.from_iterable(row["input_ids"] for row in rows))
         starts = range(0, max(len(ids) - 1, 1), self.max_length)

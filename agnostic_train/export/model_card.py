@@ -50,8 +50,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     details.append(
         "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
     )
-    if recipe.training.packing:
-        details.append(f"sentences packed to {recipe.corpus.max_length} tokens")
+    if training.get("packed_to"):
+        details.append(f"sentences packed to {training['packed_to']} tokens")
     listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
     metadata = ModelCardData(

@@ -239,7 +239,7 @@ class OutputChange:
         result = start.new_zeros(len(start), self.head_dim)
         for block in self.blocks:
             rows, keys, attention = block.rows, block.keys, self.attention_in(block)
-            for heads, neurons in self._chunks(block):
+            for heads, neurons in self._chunks(block.num_rows, block.num_keys):
                 left_a, left_c = a[heads, neurons, rows, None], c[heads, neurons, rows, None]
                 right_b, right_d = b[heads, neurons, None, keys], d[heads, neurons, None, keys]
                 changed = start[heads, None, rows, keys]
@@ -266,7 +266,7 @@ class OutputChange:
         visible = self._visible_by_head()
         attentions = [self.attention_in(block) for block in self.blocks]
         result = query.new_zeros(len(query), self.head_dim)
-        for heads, neurons in self._chunks(Block(slice(0, self.length), slice(0, self.length))):
+        for heads, neurons in self._chunks(self.length, self.length):
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
             states = norm(heads_of[heads, None] * kept[None, :, None, :])
             sentence = torch.arange(len(query), device=query.device)[heads] // self.num_heads
@@ -327,21 +327,33 @@ class OutputChange:
         bytes_per_neuron = num_rows * (3 * num_keys + 2 * self.head_dim) * self.value.element_size()
         return max(1, self._chunk_bytes // bytes_per_neuron)
 
-    def _chunks(self, block: Block) -> Iterator[tuple[slice, slice]]:
+    def _chunks(self, num_rows: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
         """Slices over (batch * heads) and head_dim."""
-        at_once = self._num_at_once(block.num_rows, block.num_keys)
+        at_once = self._num_at_once(num_rows, num_keys)
         neurons_at_once, heads_at_once = min(self.head_dim, at_once), max(1, at_once // self.head_dim)
         for head in range(0, self.batch * self.num_heads, heads_at_once):
             for neuron in range(0, self.head_dim, neurons_at_once):
                 yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
 
     def _squares(self, heads: slice, block: Block, logits: Tensor, attention: Tensor) -> Tensor:
-        """Over a block's rows. logits: (heads, neurons, rows, keys), changed. attention: in the block. Returns (heads, neurons)."""
-        change = logits.softmax(-1).sub_(attention[heads, None])
-        # One product a head is faster than one a neuron.
-        moved = change.flatten(1, 2) @ self.centred_value[heads, block.keys]
-        squares = torch.linalg.vector_norm(moved, dim=-1).square_().view(change.shape[:3])
-        return (squares * self.weight[heads, None, block.rows]).sum(-1)
+        """Some heads' `squared_changes` over a block's rows; attention: of all heads, in the block."""
+        value, weight = self.centred_value[heads, block.keys], self.weight[heads, block.rows]
+        return squared_changes(logits, attention[heads], value, weight)
+
+
+def squared_changes(logits: Tensor, attention: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    """What changed logits make of the output, squared and summed over features and counted rows.
+
+    Args:
+        logits: (heads, neurons, rows, keys), changed. attention: unchanged, (heads, rows, keys). value: (heads, keys,
+            head_dim). weight: (heads, rows), 1 at counted rows.
+
+    Returns: (heads, neurons).
+    """
+    change = logits.softmax(-1).sub_(attention.unsqueeze(1))
+    # One product a head is faster than one a neuron.
+    moved = torch.linalg.vector_norm(change.flatten(1, 2) @ value, dim=-1).square_()
+    return moved.view(change.shape[:3]).mul_(weight.unsqueeze(1)).sum(-1)
 
 
 def _by_neuron(part: Tensor) -> Tensor:

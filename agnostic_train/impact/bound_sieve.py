@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.attention import LogitChange, OutputChange, squared_changes
 from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layout import QueryKeyLayout
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
@@ -166,9 +166,7 @@ class BoundSieve:
                 changed = changed * growth[0].index_select(0, neurons).view_as(left_a)
                 changed.mul_(growth[1].index_select(0, neurons).view_as(right_b))
             changed = torch.addcmul(changed, left_a, right_b, value=-1, out=changed if growth else None)
-            changed = changed.addcmul_(left_c, right_d, value=-1).softmax(-1)
-            changed -= attention.index_select(0, part.head).unsqueeze(1)
-            moved = changed.flatten(1, 2) @ value.index_select(0, part.head)
-            moved = torch.linalg.vector_norm(moved, dim=-1).square_().view(shape[:3])
-            squares[part.target] = moved.mul_(weight.index_select(0, part.head).unsqueeze(1)).sum(-1)
+            changed.addcmul_(left_c, right_d, value=-1)
+            of_heads = (it.index_select(0, part.head) for it in (attention, value, weight))
+            squares[part.target] = squared_changes(changed, *of_heads)
         return squares[:-1].view(len(value), -1)

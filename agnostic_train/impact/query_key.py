@@ -171,10 +171,11 @@ class QueryKeyImpacts:
             covered &= on_kernels and not any(it.grows for it in closed.values())
         if self._top_ratio is None or not covered:
             self.unprunable |= self._top_ratio is not None
-            # The kernels see to unseen keys by themselves.
-            num_logits = change.length**2 if on_kernels else sum(block.num_logits for block in change.blocks)
             for name in rest:
                 impacts[name] = self._all_impacts(change, name, closed, projected[name], angles)
+                # The kernels see to unseen keys by themselves, and where a norm spans all heads their rows are whole.
+                whole = on_kernels if name in closed else self.layer.norm_spans_heads(name)
+                num_logits = change.length**2 if whole else sum(block.num_logits for block in change.blocks)
                 self.work[name].add_all(impacts[name].numel(), num_logits, change.length)
         elif closed and on_kernels:
             impacts |= interval_impacts(change, closed, self.layer.num_kv_heads, self._top_ratio, self.work)

@@ -43,8 +43,9 @@ def row_blocks(visible: Tensor) -> list[Block]:
     rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
     seen = visible.flatten(0, 1).any(0)
     seen = torch.stack([seen[block].any(0) for block in rows]).int()
-    first, last = seen.argmax(1).tolist(), seen.flip(1).argmax(1).tolist()
+    # Read together, for a GPU is waited for.
+    ends_of_keys = torch.stack([seen.argmax(1), length - seen.flip(1).argmax(1)], 1).tolist()
     return [
-        Block(block, slice(f, min(length, max(length - t, f + _LEAST_KEYS))))
-        for block, f, t in zip(rows, first, last, strict=True)
+        Block(block, slice(first, min(length, max(last, first + _LEAST_KEYS))))
+        for block, (first, last) in zip(rows, ends_of_keys, strict=True)
     ]

@@ -58,7 +58,7 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        logger.warning(
+        logger.warning_once(
             f"model.name: {name} has {len(unused)} weights that its config has no use for, such as {unused[0]}"
         )
     return model.to(find_accelerator() or "cpu").eval()
@@ -168,14 +168,21 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Leaves out the table by which transformers says which weights don't fit."""
-    reporter = logging.getLogger("transformers.modeling_utils")
-    reporter.addFilter(_is_no_report)
+    """Holds back the table by which transformers says which weights don't fit, unless loading fails because of them."""
+    reporter, held = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not is_report
+
+    reporter.addFilter(is_no_report)
     try:
         yield
+    except UserError:
+        reporter.removeFilter(is_no_report)
+        for record in held:
+            reporter.handle(record)
+        raise
     finally:
-        reporter.removeFilter(_is_no_report)
-
-
-def _is_no_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+        reporter.removeFilter(is_no_report)

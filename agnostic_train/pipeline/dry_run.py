@@ -1,7 +1,7 @@
 """What a recipe would take, told before anything is loaded or written: model, text, steps and memory."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
 from pathlib import Path
@@ -91,10 +91,8 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     layout = Layout.of(model, decoder)
     tokenizer = load_tokenizer(recipe.model, model_path)
     encoder = Encoder.of(tokenizer, recipe.corpus, model.config)
-    # Packing cuts nothing off.
-    sampled = replace(encoder, max_length=None) if recipe.training.packing else encoder
     mean_tokens = {
-        language: fmean(len(row["input_ids"]) for row in sampled.encode(text.detection[:_SAMPLE], "detection text"))
+        language: fmean(len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], "detection text"))
         for language, text in texts.items()
     }
     length = encoder.max_length or tokenizer.model_max_length
@@ -105,7 +103,9 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         entries = {it: sum(len(named[site]) * size for site, size in layout.entry_sizes.items()) for it in strategies}
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
-    num_examples = _count_examples(recipe, num_sentences, mean_tokens, length)
+    num_examples = sum(num_sentences[language]["training"] for language in recipe.training.languages)
+    if recipe.training.packing and texts:
+        num_examples = sum(_num_packed(encoder, texts[language].training) for language in recipe.training.languages)
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
     return Plan(
         layout=layout,
@@ -170,14 +170,12 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
 
 
-def _count_examples(
-    recipe: Recipe, num_sentences: Mapping[str, Mapping[str, int]], mean_tokens: Mapping[str, float], length: int
-) -> int:
-    """Sequences to train on in an epoch; packed ones by the mean length, or at most where that isn't known."""
-    counts = {language: num_sentences[language]["training"] for language in recipe.training.languages}
-    if recipe.training.packing and mean_tokens:
-        counts = {it: ceil(count * (mean_tokens[it] + 1) / length) for it, count in counts.items()}
-    return sum(counts.values())
+def _num_packed(encoder: Encoder, sentences: Sequence[str]) -> int:
+    """About how many sequences they are packed to, by the length of the first of them."""
+    assert encoder.max_length is not None
+    first = replace(encoder, max_length=None).encode(sentences[:_SAMPLE], "training text", add_eos=True)
+    num_tokens = fmean(len(row["input_ids"]) for row in first) * len(sentences) if first else 0
+    return ceil(num_tokens / encoder.max_length)
 
 
 def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
@@ -284,7 +282,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
         "processes": str(plan.num_processes),
         "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
-        "optimizer steps": _how_exact(recipe, plan) + f"{plan.num_steps:,}",
+        "optimizer steps": _steps(recipe, plan),
         "output": recipe.output_dir,
     }
     if stage == "compare":
@@ -299,11 +297,11 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     return table
 
 
-def _how_exact(recipe: Recipe, plan: Plan) -> str:
-    """Of the number of optimizer steps: packed sequences are counted by the sentences' mean length, if that is known."""
+def _steps(recipe: Recipe, plan: Plan) -> str:
+    """The number of optimizer steps; of packed text it rests on how long the sentences are."""
     if not recipe.training.packing or recipe.training.arguments.get("max_steps", -1) > 0:
-        return ""
-    return "about " if plan.mean_tokens else "at most "
+        return f"{plan.num_steps:,}"
+    return f"about {plan.num_steps:,}" if plan.mean_tokens else "known once the text is read: it is packed"
 
 
 def _text_table(recipe: Recipe, plan: Plan) -> Table:

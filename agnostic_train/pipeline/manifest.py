@@ -68,14 +68,18 @@ class Manifest:
         record = self.record(stage)
         return [*record.get("files", {}), *record.get("rewritten", [])]
 
-    def remove_outputs(self, stage: str) -> None:
-        """Deletes the files that the stage's last finished run wrote, and the folders that are empty then."""
-        files = [self.directory / name for name in self.outputs(stage)]
+    def remove_outputs(self, stage: str) -> bool:
+        """Deletes the files that the stage's last finished run wrote, and the folders that are empty then.
+
+        Returns whether there were any.
+        """
+        files = [file for name in self.outputs(stage) if (file := self.directory / name).exists()]
         for file in files:
-            file.unlink(missing_ok=True)
+            file.unlink()
         for folder in {file.parent for file in files} - {self.directory}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        return bool(files)
 
     def start(self, stage: str, inputs: dict[str, Any], num_processes: int, head: dict[str, Any]) -> None:
         """Records that a run of the stage has begun. `head`: the manifest's top-level fields."""

@@ -60,6 +60,7 @@ class Pipeline:
         self._make_directory()
         self.manifest = Manifest(self.directory)
         self.inputs = StageInputs(recipe, self.training_arguments, self.materials, self.manifest)
+        self._removed: set[str] = set()
 
     def run(self, stage: str) -> None:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
@@ -87,18 +88,17 @@ class Pipeline:
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
         """Says which stages rest on those that ran anew: some are there as they were, some were removed."""
-        older: dict[bool, list[str]] = {True: [], False: []}
-        for name in stages:
-            if self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}:
-                older[all((self.directory / it).exists() for it in self.manifest.outputs(name))].append(name)
-        for is_there, names in older.items():
-            if names:
-                what = (
-                    "what is there comes from an earlier run"
-                    if is_there
-                    else "removed, for it was of an earlier result"
-                )
-                self.say(f"{', '.join(names)}: {what}; `run` brings it up to date")
+        older = [
+            name
+            for name in stages
+            if self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
+        ]
+        removed = [name for name in older if name in self._removed]
+        there = [name for name in older if name not in removed]
+        if removed:
+            self.say(f"{', '.join(removed)}: removed, for it was of an earlier result; `run` makes it anew")
+        if there:
+            self.say(f"{', '.join(there)}: what is there comes from an earlier run; `run` brings it up to date")
 
     def _check_training(self) -> None:
         section = self.recipe.training
@@ -132,7 +132,8 @@ class Pipeline:
         )  # fmt: skip
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:
-                self.manifest.remove_outputs(written)
+                if self.manifest.remove_outputs(written):
+                    self._removed.add(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -301,7 +303,7 @@ def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monke
     before = read_json(root / "out/evaluation.json")
     assert run(root, "export", "--export.to=lora") == 0
     printed = capsys.readouterr().out
-    assert "evaluate: removed, for it was of an earlier result; `run` brings it up to date" in printed
+    assert "evaluate: removed, for it was of an earlier result; `run` makes it anew" in printed
     assert "report: what is there comes from an earlier run" in printed and not (root / "out/evaluation.json").exists()
     measured = []
     monkeypatch.setattr(evaluate_stage, "evaluate_languages", lambda model, its, name, progress: measured.append(name))
@@ -312,7 +314,36 @@ def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monke
     assert all(
         "| before | after |" in (root / f"out/{folder}/README.md").read_text() for folder in ("enhanced", "lora")
     )
-    # Other weights, or other text, are.
-    monkeypatch.undo()
-    assert run(root, "evaluate", "--export.dtype=bfloat16") == 0
-    assert read_json(root / "out/evaluation.json")["languages"] != before["languages"]
+    assert capsys.readouterr().out.count(" was measured before (kept)\n") == 2
+
+
+def test_other_weights_text_or_tokens_are_measured_anew(root):
+    """Each time as if nothing were kept."""
+    shutil.copytree(root / "model", root / "named")
+    named = f"--evaluation.checkpoints={root / 'named'}"
+    found = []
+
+    def evaluated(*flags):
+        assert run(root, "evaluate", named, *flags) == 0
+        found.append(read_json(root / "out/evaluation.json"))
+        assert run(root, "evaluate", named, *flags, "--force") == 0
+        assert read_json(root / "out/evaluation.json") == found[-1]
+
+    evaluated()
+    evaluated("--export.dtype=bfloat16")
+    evaluated("--corpus.test_sentences=5")
+    evaluated("--corpus.max_length=8")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
+    tokenizer.save_pretrained(root / "model")
+    evaluated()
+    of_named = [next(iter(it["checkpoints"].values()))["test"]["sw"]["perplexity"] for it in found]
+    assert of_named[0] == of_named[1] and len({*of_named[1:]}) == 4
+    assert found[0]["languages"]["sw"]["after"] != found[1]["languages"]["sw"]["after"]
+
+
+def test_an_exported_folder_may_hold_folders(root):
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(root / "model")
+    assert run(root, "evaluate") == 0 and any(it.is_dir() for it in (root / "out/enhanced").iterdir())

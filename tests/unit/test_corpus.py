@@ -199,6 +199,10 @@ def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
     (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
     assert first["input_ids"] == ids[:-1]
     assert len(training_examples(encoder, {"en": texts, "sw": texts}, packing=True)) == 2 * len(packed)
+    tokenizer = build_tokenizer(SENTENCES, vocab_size=300)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="training.packing: the tokenizer has no end-of-sequence token"):
+        Encoder.of(tokenizer, section(max_length=7), config()).packed_examples(texts, "text")
 
 
 def table(folder, name, rows):

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from agnostic_train.evaluation.languages import compare_languages, describe, evaluate_languages
@@ -15,6 +17,7 @@ from agnostic_train.export.model_card import model_card
 from agnostic_train.files import fingerprint, hash_file, whole_file, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
+from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.measured import Measured, keep_measured, kept_measured
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
@@ -23,7 +26,7 @@ from agnostic_train.report.tables import evaluation_table, task_comparison_table
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """identity: tells its weights, as they are loaded, from others; plain JSON values."""
+    """identity: tells its weights, as they are loaded, from others with the same base; plain JSON values."""
 
     identity: dict
     load: Callable[[], PreTrainedModel]
@@ -80,15 +83,13 @@ def evaluate(context: Context) -> dict:
 
 def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
     """What is evaluated, by name."""
-    section, base = context.recipe.model, context.inputs("evaluate")["model"]
+    section = context.recipe.model
     # As whoever uses the checkpoint has it: `model.dtype` would round what `export.dtype` has kept.
     own_dtype = replace(section, dtype="auto")
     enhanced = context.directory / EXPORTS["merged"]
-    # Exported once more, with the same weights, it is the same checkpoint.
-    hashes = {file.name: hash_file(file) for file in sorted(enhanced.iterdir()) if file.name not in (CARD, MANIFEST)}
     return {
-        "before": _Checkpoint({"base": base}, context.materials.take_model),
-        "after": _Checkpoint(hashes, partial(load_model, own_dtype, enhanced)),
+        "before": _Checkpoint({}, context.materials.take_model),
+        "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, own_dtype, enhanced)),
         **{
             it: _Checkpoint(
                 {"checkpoint": checkpoint_identity(section, it), "dtype": section.dtype},
@@ -99,14 +100,31 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
     }
 
 
+def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
+    """Of the files of a checkpoint: exported once more with the same weights, it is the same one."""
+    hashes = [dict[str, str]()]
+    if context.processes.is_main_process:
+        files = [it for it in sorted(enhanced.rglob("*")) if it.is_file() and it.name not in (CARD, MANIFEST)]
+        hashes[0] = {str(file.relative_to(enhanced)): hash_file(file) for file in files}
+    broadcast_object_list(hashes)
+    return hashes[0]
+
+
+def _key(context: Context, checkpoint: _Checkpoint) -> list:
+    """What a checkpoint's results depend on, beside the text: its weights, the base with its tokenizer, what computes."""
+    inputs = context.inputs("evaluate")
+    return [checkpoint.identity, inputs["model"], inputs["corpus"], package_versions()]
+
+
 def _measure(
     context: Context, name: str, checkpoint: _Checkpoint, batches: Mapping[str, Mapping[str, Sequence[Batch]]]
 ) -> Measured:
     """Its perplexities, from an earlier evaluation if that had the same weights and text: then it isn't loaded."""
-    inputs = context.inputs("evaluate")
-    key = [checkpoint.identity, *(inputs[it] for it in ("text", "corpus", "agnostic_train"))]
+    sizes = [context.recipe.evaluation.batch_size, context.recipe.corpus.batch_size]
+    key = [*_key(context, checkpoint), context.inputs("evaluate")["text"], sizes]
     file = context.work / f"{fingerprint(key)[:16]}.safetensors"
     if file.exists():
+        context.say(f"evaluate: {name} was measured before (kept)")
         context.materials.forget_model()
         return kept_measured(file)
     model, progress = checkpoint.load(), context.processes.is_local_main_process
@@ -127,7 +145,7 @@ def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) ->
         context.materials.tokenizer,
         suite,
         directory=context.work,
-        identity=lambda name: checkpoints[name].identity,
+        identity=lambda name: _key(context, checkpoints[name]),
         write=context.processes.is_main_process,
         progress=context.processes.is_local_main_process,
     )

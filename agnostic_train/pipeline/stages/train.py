@@ -73,6 +73,7 @@ def train(context: Context) -> dict:
         "strategy": choice.strategy,
         "reason": choice.reason,
         "neurons": choice.neurons.counts() if choice.neurons else None,
+        "packed_to": context.materials.encoder.max_length if recipe.training.packing else None,
     }
 
 
