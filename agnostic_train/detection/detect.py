@@ -119,7 +119,8 @@ def detect_neurons(
         activations: also measure each neuron's mean absolute activation in each language, which `random_like` can match;
             `impact` alone.
         pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
-            fraction of the work. Layers that it doesn't cover (soft caps on a CPU) are done in full.
+            fraction of the work. Layers that it doesn't cover (soft caps on a CPU) are done in full, and so are sentences in
+            which it turns out to rule out too few.
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there

@@ -26,6 +26,9 @@ from agnostic_train.model.decoder import Layer, Rotation
 
 # Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20
+# If bounds leave more than this part of the logits to compute, all at once are faster; and less where a norm makes them
+# grow, which costs more beside gathered neurons. They are tried again on sentences that are so much shorter.
+_MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.36, 0.24, 0.7
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class QueryKeyImpacts:
         self._top_ratio = top_ratio
         self._angles = angles
         self._eps: dict[str, float | None] = {}
+        self._fruitless_length: int | None = None
 
     def measure(
         self,
@@ -169,20 +173,39 @@ class QueryKeyImpacts:
         covered = len(closed) == len(rest)
         if change.softcap is not None:
             covered &= on_kernels and not any(it.grows for it in closed.values())
-        if self._top_ratio is None or not covered:
-            self.unprunable |= self._top_ratio is not None
+        top_ratio = self._top_ratio if covered and closed else None
+        if top_ratio is not None and on_kernels:
+            impacts |= interval_impacts(change, closed, self.layer.num_kv_heads, top_ratio, self.work)
+        elif top_ratio is not None and not self._is_fruitless(change.length):
+            impacts |= self._bounded_impacts(change, closed, top_ratio, chunk_bytes)
+        else:
+            self.unprunable |= self._top_ratio is not None and not covered
             for name in rest:
                 impacts[name] = self._all_impacts(change, name, closed, projected[name], angles)
                 # The kernels see to unseen keys by themselves, and where a norm spans all heads their rows are whole.
                 whole = on_kernels if name in closed else self.layer.norm_spans_heads(name)
                 num_logits = change.length**2 if whole else sum(block.num_logits for block in change.blocks)
                 self.work[name].add_all(impacts[name].numel(), num_logits, change.length)
-        elif closed and on_kernels:
-            impacts |= interval_impacts(change, closed, self.layer.num_kv_heads, self._top_ratio, self.work)
-        elif closed:
-            sieve = BoundSieve(change, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
-            impacts |= sieve.impacts(self._top_ratio, self.work)
         return impacts, change.output.view_as(inputs.query)
+
+    def _is_fruitless(self, length: int) -> bool:
+        """Whether bounds have left too much to compute in sentences about as long."""
+        return self._fruitless_length is not None and length > _SHORTER * self._fruitless_length
+
+    def _bounded_impacts(
+        self, change: OutputChange, closed: dict[str, LogitChange], top_ratio: float, chunk_bytes: int
+    ) -> dict[str, Tensor]:
+        """The impacts that bounds can't rule out, zero for the others."""
+        work = {name: Work() for name in closed}
+        sieve = BoundSieve(change, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
+        impacts = sieve.impacts(top_ratio, work)
+        left = sum(int(it.logits) for it in work.values()) / sum(it.all_logits for it in work.values())
+        grows = any(it.grows for it in closed.values())
+        if left > (_MOST_LEFT_GROWING if grows else _MOST_LEFT):
+            self._fruitless_length = change.length
+        for name, done in work.items():
+            self.work[name] += done
+        return impacts
 
     def _closed_forms(
         self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, bound_sieve, unverified_impacts
+from agnostic_train.impact import ImpactMeter, bound_sieve, query_key, unverified_impacts
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.impact.row_blocks import row_blocks
@@ -232,6 +232,28 @@ def test_detection_says_how_much_was_computed(llama, tmp_path):
     assert found.exact_share.keys() == {"q", "k"} and all(0 < share < 1 for share in found.exact_share.values())
     found.save(tmp_path / "neurons")
     assert type(found).load(tmp_path / "neurons").exact_share == found.exact_share
+
+
+@pytest.mark.parametrize(("most_left", "sieved"), [(0.0, [20, 13]), (1.0, [20, 20, 15, 13])])
+def test_where_bounds_leave_too_much_all_are_computed(llama, monkeypatch, most_left, sieved):
+    """Until sentences are much shorter; the top sets are the same either way."""
+    monkeypatch.setattr(query_key, "_MOST_LEFT", most_left)
+    lengths, original = [], bound_sieve.BoundSieve.impacts
+
+    def spied(self, *args):
+        lengths.append(self.change.length)
+        return original(self, *args)
+
+    monkeypatch.setattr(bound_sieve.BoundSieve, "impacts", spied)
+    batches = [padded_batch([length, 9]) for length in (20, 20, 15, 13)]
+    expected = [unverified_impacts(llama, batch, ["q", "k"]) for batch in batches]
+    with left_as_found(llama), ImpactMeter(llama, ["q", "k"], top_ratio=0.1) as meter:
+        for batch, impacts in zip(batches, expected, strict=True):
+            found = meter.measure(batch)
+            for site, values in impacts.items():
+                count = num_top(0.1, values.shape[1])
+                assert torch.equal(in_top(found[site], count), in_top(values, count))
+    assert lengths == [length for length in sieved for _ in range(2)] and not meter.unpruned
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
