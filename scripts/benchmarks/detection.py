@@ -55,6 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", default="../shared/data/corpus", help="text for --model")
     parser.add_argument("--languages", nargs="+", default=["en", "zh", "sw", "de", "fr"])
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=1,
+        help="random batches a detection; on a CPU the first decides what pruning is worth",
+    )
     parser.add_argument("--length", type=int, nargs="+", default=[64], help="tokens, for random weights")
     parser.add_argument("--top-ratio", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=7)
@@ -242,9 +248,8 @@ def main() -> None:
     if options.model is None:
         config = AutoConfig.for_model(options.family, **SHAPES[options.device])
         model = AutoModelForCausalLM.from_config(config).to(options.device, dtype).eval()
-        inputs = {
-            length: random_batches(model, options.batch_size, length, options.batch_size) for length in options.length
-        }
+        num_sentences = options.batches * options.batch_size
+        inputs = {length: random_batches(model, num_sentences, length, options.batch_size) for length in options.length}
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
         inputs = {"real sentences": real_batches(model, options)}
@@ -257,6 +262,7 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "model": options.model or {"model_type": options.family} | SHAPES[options.device],
         "batch_size": options.batch_size,
+        "batches": None if options.model else options.batches,
         "dtype": str(dtype).removeprefix("torch."),
         "top_ratio": options.top_ratio,
         "rounds": options.rounds,
