@@ -336,12 +336,12 @@ class OutputChange:
                 yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
 
     def _squares(self, heads: slice, block: Block, logits: Tensor, attention: Tensor) -> Tensor:
-        """Some heads' `squared_changes` over a block's rows; attention: of all heads, in the block."""
+        """Some heads' `squared_output_change` over a block's rows; attention: of all heads, in the block."""
         value, weight = self.centred_value[heads, block.keys], self.weight[heads, block.rows]
-        return squared_changes(logits, attention[heads], value, weight)
+        return squared_output_change(logits, attention[heads], value, weight)
 
 
-def squared_changes(logits: Tensor, attention: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+def squared_output_change(logits: Tensor, attention: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     """What changed logits make of the output, squared and summed over features and counted rows.
 
     Args:

@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange, squared_changes
+from agnostic_train.impact.attention import LogitChange, OutputChange, squared_output_change
 from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layout import QueryKeyLayout
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
@@ -168,5 +168,5 @@ class BoundSieve:
             changed = torch.addcmul(changed, left_a, right_b, value=-1, out=changed if growth else None)
             changed.addcmul_(left_c, right_d, value=-1)
             of_heads = (it.index_select(0, part.head) for it in (attention, value, weight))
-            squares[part.target] = squared_changes(changed, *of_heads)
+            squares[part.target] = squared_output_change(changed, *of_heads)
         return squares[:-1].view(len(value), -1)

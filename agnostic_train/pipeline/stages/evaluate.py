@@ -125,7 +125,7 @@ def _measure(
     file = context.work / f"{fingerprint(key)[:16]}.safetensors"
     if file.exists():
         context.say(f"evaluate: {name} was measured before (kept)")
-        context.materials.forget_model()
+        context.materials.forget_model()  # there may be no room for the next one beside it
         return kept_measured(file)
     model, progress = checkpoint.load(), context.processes.is_local_main_process
     measured = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
