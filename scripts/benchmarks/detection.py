@@ -199,12 +199,14 @@ def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
             memory[num_sentences] = {
                 "microseconds_per_token": seconds * 1e6 / tokens, "peak_gib": peak_memory(options.device)
             }  # fmt: skip
-    batches = random_batches(model, options.batch_size, length, options.batch_size)
+    batches = random_batches(model, options.batches * options.batch_size, length, options.batch_size)
     by_ratio = {ratio: measure(model, batches, options, ratio) for ratio in GROWTH_RATIOS}
     by_length = {}
     for length in GROWTH_LENGTHS:
         size = max(1, TOKENS_PER_GROWTH_BATCH // length)
-        by_length[length] = measure(model, random_batches(model, size, length, size), options, options.top_ratio)
+        by_length[length] = measure(
+            model, random_batches(model, options.batches * size, length, size), options, options.top_ratio
+        )
     return {"by_sentences": memory, "by_ratio": by_ratio, "by_length": by_length}
 
 
