@@ -134,14 +134,18 @@ class Encoder:
             UserError: the tokenizer has no end-of-sequence token.
         """
         assert self.max_length is not None
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(
-                "training.packing: the tokenizer has no end-of-sequence token to stand between sentences; set it to false"
-            )
+        self.check_packing()
         rows = replace(self, max_length=None).encode(sentences, purpose, add_eos=True)
         ids = list(chain.from_iterable(row["input_ids"] for row in rows))
         starts = range(0, max(len(ids) - 1, 1), self.max_length)
         return [{"input_ids": ids[start : start + self.max_length]} for start in starts]
+
+    def check_packing(self) -> None:
+        """Raises `UserError` if the tokenizer has no end-of-sequence token."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "training.packing: the tokenizer has no end-of-sequence token to stand between sentences; set it to false"
+            )
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""

@@ -91,6 +91,8 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     layout = Layout.of(model, decoder)
     tokenizer = load_tokenizer(recipe.model, model_path)
     encoder = Encoder.of(tokenizer, recipe.corpus, model.config)
+    if recipe.training.packing:
+        encoder.check_packing()
     mean_tokens = {
         language: fmean(len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], "detection text"))
         for language, text in texts.items()

@@ -69,6 +69,8 @@ class Pipeline:
             check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
         # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
         _ = self.materials.tokenizer
+        if self.recipe.training.packing:
+            self.materials.encoder.check_packing()
         if "train" in stages:
             self._check_training()
         for name in stages:

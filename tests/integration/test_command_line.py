@@ -142,6 +142,16 @@ def test_packed_text(root, capsys):
     assert "(changed: training.packing)" in capsys.readouterr().out
 
 
+def test_text_that_cannot_be_packed_is_refused_before_anything_runs(root, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(root / "model")
+    flags = ["--training.packing=true", "--corpus.max_length=30"]
+    for more in ([], ["--dry-run"]):
+        assert_mistake(root, "run", [*flags, *more], "training.packing: the tokenizer has no end-of-sequence", capsys)
+    assert not (root / "out/neurons").exists()
+
+
 @pytest.mark.parametrize("strategy", ["random", "full"])
 def test_baselines(root, strategy):
     assert run(root, "run", f"--training.strategy={strategy}") == 0
