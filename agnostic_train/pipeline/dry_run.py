@@ -94,7 +94,9 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     if recipe.training.packing:
         encoder.check_packing()
     mean_tokens = {
-        language: fmean(len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], "detection text"))
+        language: fmean(
+            len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], f"detection text of {language}")
+        )
         for language, text in texts.items()
     }
     length = encoder.max_length or tokenizer.model_max_length
