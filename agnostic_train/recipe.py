@@ -93,8 +93,8 @@ class CorpusSection:
 
     path: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, compressed or not, or .parquet); "
-        f"or {EMBEDDED}.",
+        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, compressed or "
+        f"not, or .parquet); or {EMBEDDED}.",
     )
     dataset: LocalPath | None = Field(
         default=None,

@@ -29,7 +29,8 @@ def evaluate_languages(
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:
     """Per language perplexity and bits per byte before and after, and the relative change with its 95% interval.
 
-    Any two models on the same sentences will do. The interval is of the change on resampled sentences, the same ones before and after.
+    Any two models on the same sentences will do. The interval is of the change on resampled sentences, the same ones before
+    and after.
     """
     languages = {}
     for seed, language in enumerate(before):

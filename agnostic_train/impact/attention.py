@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.impact import kernels
+from agnostic_train.impact import kernel_trial, kernels
 from agnostic_train.impact.row_blocks import Block, row_blocks
 from agnostic_train.model.decoder import Rotation
 
@@ -225,7 +225,7 @@ class OutputChange:
         """For every neuron of every query head: (batch, query heads, head_dim)."""
         start = self.changed_logits
         a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
-        if kernels.available(self.value):
+        if kernel_trial.available(self.value):
             factors = [part.flatten(0, 1) for part in (a, b, c, d)]
             growths = [_by_neuron(part).flatten(0, 1) for part in change.growths()]
             squares = kernels.squared_changes(

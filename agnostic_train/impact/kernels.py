@@ -8,11 +8,9 @@ impact of exactly zero rather than of rounding noise.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 try:
     import triton
@@ -28,33 +26,6 @@ BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 # Neurons of a head that one program handles in turn: they read the same logits, from the cache.
 GROUP = 16
 LARGEST_HEAD = 256
-
-logger = logging.get_logger(__name__)
-
-
-def available(value: Tensor) -> bool:
-    """Whether the kernels take values like these, (heads, length, head_dim): else there is the torch form."""
-    return (
-        triton is not None
-        and value.is_cuda
-        and value.dtype == torch.float32
-        and value.shape[-1] <= LARGEST_HEAD
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(value.device) >= (8, 0)
-        and _driver_loads()
-    )
-
-
-@cache
-def _driver_loads() -> bool:
-    """Triton builds its driver with a C compiler, Python's headers and CUDA's library: not every machine has them."""
-    try:
-        triton.runtime.driver.active.get_current_target()
-    # What is missing shows as errors of many kinds, an assertion's among them; the torch form needs none of it.
-    except Exception as error:
-        logger.warning("Triton can't be used (%s): q and k impacts take longer", error)
-        return False
-    return True
 
 
 def key_spans(visible: Tensor) -> Tensor:

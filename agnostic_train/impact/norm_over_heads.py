@@ -1,10 +1,10 @@
 """Certified pruning where a norm spans all heads (OLMo 2), so that a neuron of q or k acts through every head.
 
-Where one entry goes, the others grow by one factor r (`rms_norm`). In the neuron's own heads, the change of the logits has its
-closed form. In the others the logits S_ij become `r_i S_ij` (q) or `r_j S_ij` (k), with r close to 1, because one entry is a
-small part of all heads. With `u = r - 1` and `y_ij = u_i S_ij` or `u_j S_ij`, a query's output changes by `Cov(y, v)`, under its
-attention, and a rest. `Cov(y, v)` is linear in u: one vector (q) or one matrix (k) gives its square for all neurons. The rest
-is half the joint cumulant of y, y and v under some attention between the old one and the new, at most
+Where one entry goes, the others grow by one factor r (`rms_norm`). In the neuron's own heads, the change of the logits has
+its closed form. In the others the logits S_ij become `r_i S_ij` (q) or `r_j S_ij` (k), with r close to 1, because one entry
+is a small part of all heads. With `u = r - 1` and `y_ij = u_i S_ij` or `u_j S_ij`, a query's output changes by `Cov(y, v)`,
+under its attention, and a rest. `Cov(y, v)` is linear in u: one vector (q) or one matrix (k) gives its square for all
+neurons. The rest is half the joint cumulant of y, y and v under some attention between the old one and the new, at most
 `max ||v|| exp(max y - min y) E[(y - E y)^2]`.
 
 This encloses every squared impact in an interval. Neurons whose interval doesn't decide whether they are among their
@@ -26,9 +26,9 @@ from agnostic_train.impact.rms_norm import LARGEST_GROWTH
 class _OtherHeads:
     """What growth of the logits does to the output of some heads, in terms of `u = growth - 1` by token.
 
-    linear: of the linear part's square, the coefficients of u^2, (..., length), for q, of u u^T, (..., length, length), for k.
-    rest: of the rest's squared bound, before the exponential, the coefficients of u^4, (..., length). error: of what rounding
-    adds to the linear part, squared, the coefficients of u^2, (..., length).
+    linear: of the linear part's square, the coefficients of u^2, (..., length), for q, of u u^T, (..., length, length), for
+    k. rest: of the rest's squared bound, before the exponential, the coefficients of u^4, (..., length). error: of what
+    rounding adds to the linear part, squared, the coefficients of u^2, (..., length).
     """
 
     linear: Tensor
@@ -124,7 +124,10 @@ def _query_growth(change: OutputChange) -> _OtherHeads:
 
 
 def _key_growth(change: OutputChange) -> _OtherHeads:
-    """Where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`. By head: (batch * heads, length[, length])."""
+    """Where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`.
+
+    By head: (batch * heads, length[, length]).
+    """
     attention, value, weight = change.attention, change.centred_value, change.weight.unsqueeze(-1)
     logits = _seen_logits(change)
     output = attention @ value
@@ -156,7 +159,7 @@ def _rounding(change: OutputChange) -> float:
 
 
 def _noise(change: OutputChange) -> Tensor:
-    """What the rounding of logits and attention weights moves a sentence's output by, here and in the exact form: (batch, 1)."""
+    """By what the rounding of logits and weights moves a sentence's output, here and in the exact form: (batch, 1)."""
     roundings = 4 * change.largest_logits + (2 * change.length**0.5 + 16)
     # Norms compute in float32, whatever the dtype of their input.
     per_row = torch.finfo(torch.float32).eps * roundings * change.longest_value.squeeze(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
-from agnostic_train.impact import kernels, norm_over_heads
+from agnostic_train.impact import kernel_trial, norm_over_heads
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
@@ -35,8 +35,8 @@ _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.36, 0.24, 0.7
 class Angles:
     """How the positions of a batch are rotated.
 
-    rotation: of the layers. cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other: what the rotation makes
-    of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
+    rotation: of the layers. cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other:
+    what the rotation makes of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
     """
 
     rotation: Rotation
@@ -167,7 +167,7 @@ class QueryKeyImpacts:
                 )
         rest = [name for name in self.names if name not in impacts]
         closed = {name: changes[name] for name in rest if name in changes and name not in growths}
-        on_kernels = kernels.available(change.value)
+        on_kernels = kernel_trial.available(change.value)
         # Both other ways of pruning need changes in closed form. Of a soft cap the bounds know nothing, and the intervals not
         # beside a norm.
         covered = len(closed) == len(rest)

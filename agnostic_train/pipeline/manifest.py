@@ -37,7 +37,7 @@ class Manifest:
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run; or else of its lost files."""
+        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run; else of its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():

@@ -129,8 +129,8 @@ class Pipeline:
             replaced += f" (changed: {', '.join(changed[:3])}{more})"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
-            stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state, self.say,
-            tracker,
+            stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state,
+            self.say, tracker,
         )  # fmt: skip
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:

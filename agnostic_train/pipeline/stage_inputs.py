@@ -218,7 +218,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The TrainingArguments that a trial's result depends on, without its own seed and learning rate, and those for logging."""
+    """The TrainingArguments that a trial's result depends on, without its own seed and rate, and those for logging."""
     own = (*UNSAVED, "seed", "learning_rate")
     arguments = learning_arguments(arguments)
     return {

@@ -110,20 +110,32 @@ def evaluation_table(evaluation: dict) -> Table:
 def task_table(tasks: dict) -> Table:
     """Each checkpoint's metrics on each task, as in `evaluation.json`'s `tasks`."""
     return [
-        {"task": name, "checkpoint": checkpoint, "metric": metric, "value": it["value"], "standard_error": it["standard_error"], "items": task["num_items"]}
+        {
+            "task": name,
+            "checkpoint": checkpoint,
+            "metric": metric,
+            "value": it["value"],
+            "standard_error": it["standard_error"],
+            "items": task["num_items"],
+        }
         for name, task in tasks["tasks"].items()
         for checkpoint, row in task["checkpoints"].items()
         for metric, it in row["metrics"].items()
-    ]  # fmt: skip
+    ]
 
 
 def task_comparison_table(tasks: dict) -> Table:
     """Each two checkpoints on each task, on the same items, as in `evaluation.json`'s `tasks`."""
     return [
-        {"task": name, **{key: value for key, value in it.items() if key != "interval"}, "low": it["interval"][0], "high": it["interval"][1]}
+        {
+            "task": name,
+            **{key: value for key, value in it.items() if key != "interval"},
+            "low": it["interval"][0],
+            "high": it["interval"][1],
+        }
         for name, task in tasks["tasks"].items()
         for it in task["comparisons"]
-    ]  # fmt: skip
+    ]
 
 
 def emergence_table(rows: list[dict]) -> Table:
@@ -131,7 +143,7 @@ def emergence_table(rows: list[dict]) -> Table:
     table = []
     for row in rows:
         low, high = row["interval"] or (None, None)
-        flat = {"step": row["step"], "checkpoint": row["checkpoint"], "shared": row["shared"], "score": row["score"], "low": low, "high": high}  # fmt: skip
+        flat = {it: row[it] for it in ("step", "checkpoint", "shared", "score")} | {"low": low, "high": high}
         flat |= {f"score_{name}": value for name, value in row["variants"].items()}
         flat["clipped"] = ", ".join(row["clipped"]["score"])
         for kind in ("controls", "matched_controls"):

@@ -18,7 +18,7 @@ from kernel_cases import (
 from test_families import family_model
 
 from agnostic_train.detection.top_counts import TopCounts, in_top
-from agnostic_train.impact import ImpactMeter, kernels, unverified_impacts
+from agnostic_train.impact import ImpactMeter, kernel_trial, kernels, unverified_impacts
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.inference import left_as_found
 
@@ -37,9 +37,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def test_it_is_used():
-    assert kernels.available(torch.zeros(1, 4, 8, device="cuda"))
-    assert not kernels.available(torch.zeros(1, 4, 8, device="cuda", dtype=torch.float64))
-    assert not kernels.available(torch.zeros(1, 4, kernels.LARGEST_HEAD + 1, device="cuda"))
+    assert kernel_trial.available(torch.zeros(1, 4, 8, device="cuda"))
+    assert not kernel_trial.available(torch.zeros(1, 4, 8, device="cuda", dtype=torch.float64))
+    assert not kernel_trial.available(torch.zeros(1, 4, kernels.LARGEST_HEAD + 1, device="cuda"))
 
 
 @pytest.mark.parametrize("more", [{}, {"growth": 0.5}, {"softcap": 5.0}])
@@ -120,7 +120,7 @@ def test_models(family, dtype, side, attention, monkeypatch):
     by_kernel = unverified_impacts(on_gpu, batch, ["q", "k"], attention)
     with left_as_found(on_gpu), ImpactMeter(on_gpu, ["q", "k"], attention, top_ratio=0.1) as meter:
         pruned = meter.measure(batch)
-    monkeypatch.setattr(kernels, "available", lambda value: False)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: False)
     by_torch = unverified_impacts(on_gpu, batch, ["q", "k"], attention)
     for site, values in by_kernel.items():
         assert values.is_cuda and values.dtype == torch.float32

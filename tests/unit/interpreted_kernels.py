@@ -1,6 +1,7 @@
 """The kernel on a CPU. `test_kernels.py` runs this file, with Triton's interpreter switched on before Triton is loaded."""
 
 from dataclasses import replace
+from functools import partial
 from math import floor, log2
 
 import pytest
@@ -24,9 +25,10 @@ from test_pruning import pruned_impacts
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
-from agnostic_train.impact import interval_sieve, kernels, unverified_impacts
+from agnostic_train.impact import interval_sieve, kernel_trial, kernels, unverified_impacts
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
 from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.kernels import squared_changes
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 
@@ -41,6 +43,25 @@ def small_llama():
 @pytest.mark.parametrize("length", [1, 6, 17, 42, 123])
 def test_odd_sizes(length, head_dim):
     assert_equals_the_reference(random_case(length, head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [10, 64])
+def test_they_are_tried_before_they_are_used(head_dim, monkeypatch):
+    """Kernels that a device computes wrongly aren't used there, be they off by little."""
+    works = partial(kernel_trial._work_on.__wrapped__, torch.device("cpu"), head_dim)
+    assert works()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_trial, "squared_changes", lambda *args: squared_changes(*args) * 1.001)
+        assert not works()
+    for part in (0.5, 2.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                kernel_trial,
+                "squared_intervals",
+                lambda *args, part=part: [it * part for it in squared_intervals(*args)],
+            )
+            assert not works()
+    assert works()
 
 
 @pytest.mark.parametrize("mask", ["sliding window", "left padding", "right padding", "full"])
@@ -295,7 +316,7 @@ def test_equals_the_torch_form(common, grows, softcap, before_cap, monkeypatch):
     if grows:
         logit_change = replace(logit_change, **{grows: 1 + torch.rand(2, 3, 21, 10)})
     expected = change.of_logits(logit_change)
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     monkeypatch.setattr(OutputChange, "_squares", None)
     torch.testing.assert_close(change.of_logits(logit_change), expected, rtol=1e-5, atol=0)
 
@@ -315,7 +336,7 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     model = small_llama() if family == "Llama" else family_model(family, **SMALL)
     batch = padded_batch([1, 17], side)
     expected = unverified_impacts(model, batch, ["q", "k"], attention)
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     unpruned = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, 0.1, attention)
     for site, values in expected.items():
@@ -335,7 +356,7 @@ def test_a_norm_over_all_heads(monkeypatch):
     """The kernel computes the changes in each neuron's own heads."""
     model, batch = family_model("OLMo 2", num_hidden_layers=1), padded_batch([1, 17], "left")
     expected = unverified_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     monkeypatch.setattr(OutputChange, "_squares", None)
     for top_ratio in (0.1, 1.0):
         impacts, meter = pruned_impacts(model, batch, top_ratio)
@@ -354,7 +375,7 @@ def test_the_sieve_at_any_scale(scale, monkeypatch):
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
     batch = padded_batch([26, 9])
     expected = unverified_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     unpruned = unverified_impacts(model, batch, ["q", "k"])
     for top_ratio in (0.05, 0.3, 1.0):
         impacts, _ = pruned_impacts(model, batch, top_ratio)
@@ -367,7 +388,7 @@ def test_the_sieve_at_any_scale(scale, monkeypatch):
 def test_a_neuron_that_is_in_the_top_by_its_lower_end_alone(monkeypatch):
     """One of its rows may have overflowed: its impact is finite none the less."""
     model, batch = small_llama(), padded_batch([26])
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     expected = pruned_impacts(model, batch, 0.1)[0]
 
     def without_upper_end(*args):
@@ -382,7 +403,7 @@ def test_a_neuron_that_is_in_the_top_by_its_lower_end_alone(monkeypatch):
 
 def test_intervals_that_do_not_hold_are_found_by_the_self_check(monkeypatch):
     model, batch = small_llama(), padded_batch([26, 9])
-    monkeypatch.setattr(kernels, "available", lambda value: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     assert verify_impacts(model, batch)
 
     def too_low(*args):

@@ -12,8 +12,8 @@ ORDER = {
     "model": ["decoder", "memory", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
-        "activations", "feed_forward", "rms_norm", "kernels", "pruning", "row_blocks", "attention", "intervals", "bounds",
-        "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
+        "attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "agnostic_score", "emergence"],
@@ -26,8 +26,8 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs", "stage_table",
-        "run", "dry_run",
+        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs",
+        "stage_table", "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip

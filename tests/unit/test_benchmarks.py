@@ -1,4 +1,4 @@
-"""The benchmarks start on a machine that has torch, transformers and PEFT, and none of the packages that read recipes and text."""
+"""The benchmarks start where torch, transformers and PEFT are, and none of the packages that read recipes and text."""
 
 import subprocess
 import sys

@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from packaging.version import Version
 
-from agnostic_train.impact import intervals, kernels
+from agnostic_train.impact import intervals, kernel_trial, kernels
 
 # The most that one block of threads may have: 163 KiB on an A100, 227 on an H100.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
@@ -92,15 +91,18 @@ def test_compiles(capability, head_dim, length, more, tmp_path, monkeypatch):
 
 
 def test_is_not_for_a_cpu():
-    assert not kernels.available(torch.zeros(1, 4, 8))
+    assert not kernel_trial.available(torch.zeros(1, 4, 8))
 
 
 @needs_triton
 def test_a_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
-    def fail():
+    def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=fail))
-    assert not kernels._driver_loads.__wrapped__()
-    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: "cuda"))
-    assert kernels._driver_loads.__wrapped__()
+    warnings = []
+    monkeypatch.setattr(kernel_trial.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(kernels._squared_changes, "run", fail)
+    assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8)
+    assert warnings == [
+        "the Triton kernels can't be used on cpu (RuntimeError: Failed to find C compiler): q and k impacts take longer"
+    ]

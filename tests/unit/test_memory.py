@@ -44,7 +44,7 @@ def kept_for_backward(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Gemma2Config, Gemma3TextConfig])
 def test_activations_are_what_a_forward_pass_keeps(config_class, dtype, checkpointing, all_weights):
-    """Three more layers keep what the formula says of three layers, to a tenth; where norms learn, what they keep differs by family."""
+    """Three more layers keep what the formula says, to a tenth; where norms learn, what they keep differs by family."""
     kept, estimates = [], []
     for num_layers in (3, 6):
         model = small(config_class, dtype, num_layers)

@@ -1,0 +1,76 @@
+"""Whether a device runs the Triton kernels: before anything rests on them, each is tried once against its definition."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.kernels import LARGEST_HEAD, key_spans, squared_changes, triton
+
+# What the exact kernel may be off by; in `tf32`, of one part instead of three, it would be off by more.
+_TOLERANCE = 1e-4
+# Two blocks of rows, the second one short, and no multiple of a warp.
+_NUM_HEADS, _NUM_NEURONS, _LENGTH = 2, 3, 70
+
+logger = logging.get_logger(__name__)
+
+
+def available(value: Tensor) -> bool:
+    """Whether the kernels take values like these, (heads, length, head_dim): else there is the torch form."""
+    return (
+        triton is not None
+        and value.is_cuda
+        and value.dtype == torch.float32
+        and value.shape[-1] <= LARGEST_HEAD
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+        and _work_on(value.device, value.shape[-1])
+    )
+
+
+@cache
+def _work_on(device: torch.device, head_dim: int) -> bool:
+    """Tries both kernels; a log line says why they aren't used.
+
+    Triton needs a C compiler, Python's headers and CUDA's library, which not every machine has, and GPUs are made that it
+    doesn't know yet.
+    """
+    try:
+        problem = None if _are_right(device, head_dim) else "their results are wrong there"
+    except torch.OutOfMemoryError:
+        raise
+    # What is missing shows as errors of many kinds, an assertion's among them; the torch form needs none of it.
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        logger.warning("the Triton kernels can't be used on %s (%s): q and k impacts take longer", device, problem)
+    return problem is None
+
+
+def _are_right(device: torch.device, head_dim: int) -> bool:
+    """Compares both kernels with float64 on random attention, and waits for the device."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
+
+    visible = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=device).tril()
+    products, value = random(_NUM_HEADS, _LENGTH, _LENGTH), random(_NUM_HEADS, _LENGTH, head_dim)
+    logits, weight = products.masked_fill(~visible, -torch.inf), torch.ones_like(value[..., 0])
+    factors = [random(_NUM_HEADS * _NUM_NEURONS, _LENGTH) for _ in range(4)]
+    spans = key_spans(visible.expand(1, 1, -1, -1))
+
+    a, b, c, d = (it.double().view(_NUM_HEADS, _NUM_NEURONS, _LENGTH) for it in factors)
+    before = logits.double().unsqueeze(1)
+    after = before - a.unsqueeze(3) * b.unsqueeze(2) - c.unsqueeze(3) * d.unsqueeze(2)
+    moved = (after.softmax(-1) - before.softmax(-1)) @ value.double().unsqueeze(1)
+    expected = moved.square().sum((2, 3)).flatten()
+
+    exact = squared_changes(logits, value, weight, factors, spans)
+    largest = products.abs().amax((1, 2))
+    low, high = squared_intervals(logits, logits.softmax(-1), value, weight, factors, spans, largest)
+    close = (exact - expected).abs() <= _TOLERANCE * expected
+    enclosed = (low <= expected * (1 + _TOLERANCE)) & (expected <= high * (1 + _TOLERANCE))
+    return bool((close & enclosed).all())
