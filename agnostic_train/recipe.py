@@ -229,10 +229,21 @@ class TrainingSection:
         description="Join sentences, each closed by the end-of-sequence token, to sequences of corpus.max_length tokens: no "
         "padding, and nothing is cut off. Attention sees what stands before in the sequence.",
     )
+    mixture: Annotated[dict[Language, Rate], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Each language's share of the training text, such as {sw: 4, en: 1}: of the enhanced languages, and of "
+        "others that must not be forgotten. An epoch has all text of the enhanced ones; where a language has too little "
+        "for its share, its text repeats. Default: the enhanced languages' text as it is.",
+    )
     neurons: LocalPath | None = Field(
         default=None, description="Train the neurons in this file instead of a strategy's."
     )
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_languages(self) -> list[str]:
+        """The languages whose text is trained on."""
+        return self.languages if self.mixture is None else list(self.mixture)
 
     @property
     def needs_detection(self) -> bool:
@@ -363,8 +374,8 @@ class Recipe:
 
     @property
     def languages_with_training_text(self) -> list[str]:
-        """Those whose training text is read: the enhanced ones, and all if detection asks how stable its sets are."""
-        return self.corpus.languages if self.detection.stability else self.training.languages
+        """Those whose training text is read: trained on, or all if detection asks how stable its sets are."""
+        return self.corpus.languages if self.detection.stability else self.training.text_languages
 
     def to_dict(self) -> dict:
         """Plain values, JSON-serialisable."""

@@ -178,7 +178,8 @@ def _check_plain(value: Any, where: str) -> None:
 
 def _check_truth(value: Any, kind: Any, where: str) -> None:
     """Refuses `true` and `false` where they would be read as the numbers 1 and 0. kind: the key's type, None if unknown."""
-    truths = [it for it in (value if isinstance(value, list) else [value]) if isinstance(it, bool)]
+    values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    truths = [it for it in values if isinstance(it, bool)]
     if truths and kind is not None and not _holds(kind, bool) and (_holds(kind, int) or _holds(kind, float)):
         raise UserError(f"{where}: takes a number, not {str(truths[0]).lower()}")
 

@@ -1,6 +1,7 @@
 """The model card of what is exported: what was trained how, and what it did to every language."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -50,6 +51,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     details.append(
         "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
     )
+    if training.get("mixture"):
+        details.append(f"shares of the training text: {_shares(training['mixture'])}")
     if training.get("packed_to"):
         details.append(f"sentences packed to {training['packed_to']} tokens")
     listed = "\n".join(f"- {it}" for it in details if it)
@@ -81,6 +84,10 @@ _USES = {
         "It is an adapter of rows and columns: `import agnostic_train`, then `PeftModel.from_pretrained`.",
     ),
 }
+
+
+def _shares(mixture: Mapping[str, float]) -> str:
+    return ", ".join(f"{language} {share / sum(mixture.values()):.3g}" for language, share in mixture.items())
 
 
 def _shown(value: object) -> str:

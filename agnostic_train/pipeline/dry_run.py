@@ -22,6 +22,7 @@ from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.fitting import epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.settings import check_inputs, training_arguments
 from agnostic_train.quickstart.tiny_model import cache_directory
@@ -107,9 +108,10 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         entries = {it: sum(len(named[site]) * size for site, size in layout.entry_sizes.items()) for it in strategies}
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
-    num_examples = sum(num_sentences[language]["training"] for language in recipe.training.languages)
+    examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}
     if recipe.training.packing and texts:
-        num_examples = sum(_num_packed(encoder, texts[language].training) for language in recipe.training.languages)
+        examples = {language: _num_packed(encoder, texts[language].training) for language in examples}
+    num_examples = sum(epoch_sizes(examples, recipe.training).values())
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
     return Plan(
         layout=layout,
@@ -315,10 +317,10 @@ def _text_table(recipe: Recipe, plan: Plan) -> Table:
         table.add_column(purpose, justify="right")
     table.add_column("tokens each", justify="right")
     for language, counts in plan.num_sentences.items():
-        mark = " *" if language in recipe.training.languages else ""
+        mark = " *" if language in recipe.training.text_languages else ""
         tokens = f"{plan.mean_tokens[language]:.0f}" if language in plan.mean_tokens else "?"
         table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in _PURPOSES), tokens)
-    table.caption = "* enhanced: the training text of these is trained on"
+    table.caption = "* the training text of these is trained on"
     return table
 
 

@@ -1,6 +1,7 @@
 """A training as the recipe asks for it: what learns, from which text, on the recipe's model."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 
 from peft import get_peft_model
 from transformers import PrinterCallback
@@ -8,6 +9,7 @@ from transformers import PrinterCallback
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.pipeline.materials import Materials
+from agnostic_train.recipe import TrainingSection
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
@@ -32,7 +34,8 @@ def make_trainer(
         UserError: a language without a training sentence.
     """
     encoder = materials.encoder
-    examples = training_examples(encoder, training, materials.recipe.training.packing)
+    section = materials.recipe.training
+    examples = training_examples(encoder, training, section)
     settings = dict(args=arguments, train_dataset=examples, data_collator=encoder.collate)
     if held_out is not None:
         settings["eval_dataset"] = {
@@ -40,7 +43,7 @@ def make_trainer(
         }
     model = materials.model
     if choice.neurons is not None:
-        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
+        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=section.update)
     else:
         trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
     if not arguments.disable_tqdm:
@@ -49,14 +52,24 @@ def make_trainer(
 
 
 def training_examples(
-    encoder: Encoder, training: Mapping[str, Sequence[str]], packing: bool = False
+    encoder: Encoder, training: Mapping[str, Sequence[str]], section: TrainingSection
 ) -> list[dict[str, list[int]]]:
-    """The sentences of all languages, one language after the other; raises `UserError` if one has none.
+    """An epoch's sequences, one language after the other; raises `UserError` if one has no sentence.
 
-    packing: a language's sentences are joined, see `Encoder.packed_examples`.
+    training: per language, the sentences to train on. section: says whether they are packed, and mixed.
     """
-    examples, of = [], encoder.packed_examples if packing else encoder.examples
+    examples, of = {}, encoder.packed_examples if section.packing else encoder.examples
     for language, sentences in training.items():
         check_training_text(language, sentences)
-        examples += of(sentences, f"training text of {language}")
-    return examples
+        examples[language] = of(sentences, f"training text of {language}")
+    sizes = epoch_sizes({language: len(rows) for language, rows in examples.items()}, section)
+    return [row for language, rows in examples.items() for row in islice(cycle(rows), sizes[language])]
+
+
+def epoch_sizes(available: Mapping[str, int], section: TrainingSection) -> dict[str, int]:
+    """How many sequences of each language an epoch has, of so many that are there."""
+    mixture = section.mixture
+    if mixture is None:
+        return dict(available)
+    per_share = max(available[language] / mixture[language] for language in section.languages)
+    return {language: max(1, round(per_share * mixture[language])) for language in available}

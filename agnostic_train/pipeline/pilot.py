@@ -21,15 +21,17 @@ def split_pilot_text(
         UserError: the pilot would take more than half of them.
     """
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    wanted = math.ceil(recipe.training.pilot_steps * batch / len(training))
+    shares = recipe.training.mixture or dict.fromkeys(training, 1.0)
+    proper, pilot = {}, {}
     for language, sentences in training.items():
+        wanted = math.ceil(recipe.training.pilot_steps * batch * shares[language] / sum(shares.values()))
         if 2 * wanted > len(sentences):
             raise UserError(
                 f"training.pilot_steps: {recipe.training.pilot_steps} steps read {wanted} sentences of {language!r}, "
                 f"more than half of its {len(sentences)}; lower it or add text"
             )
-    proper = {language: sentences[: len(sentences) - wanted] for language, sentences in training.items()}
-    pilot = {language: sentences[len(sentences) - wanted :] for language, sentences in training.items()}
+        proper[language] = sentences[: len(sentences) - wanted]
+        pilot[language] = sentences[len(sentences) - wanted :]
     return proper, pilot
 
 

@@ -106,7 +106,7 @@ class Pipeline:
         section = self.recipe.training
         if section.neurons is not None:
             NeuronSet.read(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
-        training = {language: self.materials.corpus.texts[language].training for language in section.languages}
+        training = {language: self.materials.corpus.texts[language].training for language in section.text_languages}
         for language, sentences in training.items():
             check_training_text(language, sentences)
         if section.has_pilot:

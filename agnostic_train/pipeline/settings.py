@@ -1,7 +1,7 @@
 """What a recipe asks of a training, made ready and checked before any work begins."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,8 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
             raise UserError(
                 f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
             )
+    if recipe.training.mixture is not None:
+        _check_mixture(recipe, recipe.training.mixture)
     if recipe.training.needs_detection and len(recipe.corpus.languages) < 2:
         raise UserError("corpus.languages: one language shares nothing with others; name at least two")
     if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
@@ -180,6 +182,17 @@ def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies:
             "without FSDP or DeepSpeed"
         )
     _check_mask(recipe, arguments, strategies)
+
+
+def _check_mixture(recipe: Recipe, mixture: Mapping[str, float]) -> None:
+    for language in mixture:
+        if language not in recipe.corpus.languages:
+            raise UserError(
+                f"training.mixture: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
+            )
+    for language in recipe.training.languages:
+        if language not in mixture:
+            raise UserError(f"training.mixture: gives no share to {language!r}, which training.languages enhances")
 
 
 def _check_mask(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str]) -> None:

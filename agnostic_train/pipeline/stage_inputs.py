@@ -162,7 +162,7 @@ class StageInputs:
     @property
     def _training_text(self) -> dict:
         section = self._recipe.training
-        text = self._text("training", languages=section.languages)
+        text = self._text("training", languages=section.text_languages)
         if section.has_pilot or reads_held_out_text(self._arguments):
             text["text"] |= self._text("validation")["text"]
         return text
@@ -184,11 +184,13 @@ class StageInputs:
 
     def _comparison_inputs(self) -> dict:
         recipe, text = self._recipe.to_dict(), self._judging_text
-        text["text"] |= self._text("training", languages=self._recipe.training.languages)["text"]
+        text["text"] |= self._text("training", languages=self._recipe.training.text_languages)["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             "comparison": recipe["comparison"] | {"learning_rates": rates},
-            "training": {key: recipe["training"][key] for key in ("languages", "update", "packing", "random_like")}
+            "training": {
+                key: recipe["training"][key] for key in ("languages", "update", "mixture", "packing", "random_like")
+            }
             | result_arguments(recipe["training"]["arguments"]),
             "processes": self._materials.processes.num_processes,
             "precision": self._arguments.mixed_precision,

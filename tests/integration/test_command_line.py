@@ -142,6 +142,21 @@ def test_packed_text(root, capsys):
     assert "(changed: training.packing)" in capsys.readouterr().out
 
 
+def test_mixed_text(root, capsys):
+    """An epoch of four parts of the enhanced language and one of another; the dry run counts it."""
+    flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]
+    assert run(root, "run", "--dry-run", *flags) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"sw \* .*180", told) and re.search(r"en \* .*180", told)
+    assert re.search(r"optimizer steps +│ 57 ", told)  # 180 and 45 sentences, in fours
+    assert run(root, "run", *flags) == 0
+    assert "train: 57 steps" in capsys.readouterr().out
+    assert "shares of the training text: sw 0.8, en 0.2" in (root / "out/enhanced/README.md").read_text()
+    assert run(root, "train", "--training.mixture={sw: 4, en: 2}", *flags[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "(changed: training.mixture)" in printed and "train: 68 steps" in printed
+
+
 def test_text_that_cannot_be_packed_is_refused_before_anything_runs(root, capsys):
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     tokenizer.eos_token = None
@@ -445,6 +460,12 @@ MISTAKES = [
     (["--training.high=.inf"], "training.high"),
     (["--training.packing=true"], "corpus.max_length: training.packing joins sentences to so many tokens"),
     (["--training.packing=true", "--corpus.max_length=9", "--training.strategy=pilot"], "training.packing: a pilot's"),
+    (["--training.mixture={sw: 1, fr: 1}"], "training.mixture: 'fr' isn't in corpus.languages"),
+    (["--training.mixture={en: 1}"], "training.mixture: gives no share to 'sw'"),
+    (["--training.mixture={sw: 1, en: 0}"], "training.mixture.en: input should be greater than 0"),
+    (["--training.mixture={sw: 1, en: true}"], "training.mixture: takes a number, not true"),
+    (["--training.mixture={}"], "training.mixture: needs at least 1"),
+    (["--training.mixture=sw:4,en:1"], "training.mixture: input should be a valid dictionary"),
     (
         [
             "--corpus.path=",

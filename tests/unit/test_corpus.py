@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import shutil
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
@@ -23,7 +24,7 @@ from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.files import UserError
 from agnostic_train.pipeline.fitting import training_examples
 from agnostic_train.quickstart.tiny_model import build_tokenizer
-from agnostic_train.recipe import CorpusSection
+from agnostic_train.recipe import CorpusSection, TrainingSection
 
 SENTENCES = [f"sentence number {index} is here" for index in range(40)]
 
@@ -181,9 +182,12 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
 
 def test_training_text_runs_out(folder, tokenizer):
     encoder = Encoder.of(tokenizer, section(), config())
-    assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training})) == 20
+    english = TrainingSection(languages=["en"])
+    assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training}, english)) == 20
     with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
-        training_examples(encoder, {"en": load_corpus(section(detection_sentences=30), folder).texts["en"].training})
+        training_examples(
+            encoder, {"en": load_corpus(section(detection_sentences=30), folder).texts["en"].training}, english
+        )
 
 
 def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
@@ -198,11 +202,36 @@ def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
     ids = whole[0] * 2
     (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
     assert first["input_ids"] == ids[:-1]
-    assert len(training_examples(encoder, {"en": texts, "sw": texts}, packing=True)) == 2 * len(packed)
+    both = TrainingSection(languages=["en", "sw"], packing=True)
+    assert len(training_examples(encoder, {"en": texts, "sw": texts}, both)) == 2 * len(packed)
     tokenizer = build_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="training.packing: the tokenizer has no end-of-sequence token"):
         Encoder.of(tokenizer, section(max_length=7), config()).packed_examples(texts, "text")
+
+
+@pytest.mark.parametrize(
+    ("languages", "mixture", "expected"),
+    [
+        (["sw"], {"sw": 4, "en": 1}, {"sw": 8, "en": 2}),  # all of sw; of en what stands first
+        (["sw"], {"en": 0.75, "sw": 0.25}, {"sw": 8, "en": 24}),  # of en there is too little
+        (["sw", "en"], {"sw": 1, "en": 1}, {"sw": 16, "en": 16}),
+        (["sw", "en"], {"sw": 1, "en": 3}, {"sw": 8, "en": 24}),
+        (["sw"], {"sw": 1000, "en": 1}, {"sw": 8, "en": 1}),
+    ],
+)
+def test_mixtures(languages, mixture, expected, tokenizer):
+    """Of each language its share, and all of the enhanced ones at least once."""
+    encoder = Encoder.of(tokenizer, section(), config())
+    texts = {"sw": SENTENCES[:8], "en": SENTENCES[8:24]}
+    rows = [tuple(it["input_ids"]) for it in training_examples(
+        encoder, texts, TrainingSection(languages=languages, mixture=mixture)
+    )]  # fmt: skip
+    assert len(rows) == sum(expected.values())
+    for language, count in expected.items():
+        own = [tuple(it["input_ids"]) for it in encoder.examples(texts[language], "text")]
+        found = Counter(row for row in rows if row in own)
+        assert found == Counter(own[place % len(own)] for place in range(count))
 
 
 def table(folder, name, rows):

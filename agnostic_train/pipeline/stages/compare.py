@@ -45,7 +45,7 @@ def compare(context: Context) -> dict:
     trials = Trials(
         context.materials,
         choose,
-        {language: texts[language].training for language in recipe.training.languages},
+        {language: texts[language].training for language in recipe.training.text_languages},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
         [_key(context), context.set_hashes],

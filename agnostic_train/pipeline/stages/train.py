@@ -28,7 +28,7 @@ _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
     texts = context.materials.corpus.texts
-    training: Sentences = {language: texts[language].training for language in recipe.training.languages}
+    training: Sentences = {language: texts[language].training for language in recipe.training.text_languages}
     if recipe.training.has_pilot:
         training, pilot_text = split_pilot_text(recipe, arguments, training)
         strategy = _run_pilot(context, pilot_text)
@@ -73,6 +73,7 @@ def train(context: Context) -> dict:
         "strategy": choice.strategy,
         "reason": choice.reason,
         "neurons": choice.neurons.counts() if choice.neurons else None,
+        "mixture": recipe.training.mixture,
         "packed_to": context.materials.encoder.max_length if recipe.training.packing else None,
     }
 
