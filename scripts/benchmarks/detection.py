@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from agnostic_train.detection.top_counts import TopCounts
-from agnostic_train.impact import ImpactMeter, kernels
+from agnostic_train.impact import ImpactMeter, kernel_trial
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
@@ -98,7 +99,9 @@ def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> 
     with FlopCounterMode(display=False) as counter:
         work = function()
     total = counter.get_total_flops()
-    if isinstance(work, dict) and kernels.available(next(model.parameters()).new_empty(0, 1, 1, dtype=torch.float32)):
+    if isinstance(work, dict) and kernel_trial.available(
+        next(model.parameters()).new_empty(0, 1, 1, dtype=torch.float32)
+    ):
         # The counter doesn't see into the kernels, which multiply each changed logit with its value.
         layer = find_decoder(model).layers[0]
         heads = {"q": 1, "k": layer.queries_per_kv}
@@ -119,7 +122,7 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: s
 
 def measure(model: PreTrainedModel, batches: list[Batch], options: argparse.Namespace, top_ratio: float) -> dict:
     """Median seconds of the forward pass, and what detecting costs as multiples of it."""
-    candidates = {
+    candidates: dict[str, Callable[[], object]] = {
         "forward": lambda: [model(**batch) for batch in batches],
         "feed-forward, v and o": lambda: detect(model, batches, top_ratio, WITHOUT_SOFTMAX),
         "everything, exact": lambda: detect(model, batches, top_ratio),
@@ -194,7 +197,7 @@ def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
         detect(model, random_batches(model, options.batch_size, length, options.batch_size), options.top_ratio)
         for num_sentences in GROWTH_SENTENCES:
             batches = random_batches(model, num_sentences, length, options.batch_size)
-            seconds = timed(lambda batches=batches: detect(model, batches, options.top_ratio), options.device)
+            seconds = timed(partial(detect, model, batches, options.top_ratio), options.device)
             tokens = num_sentences * length
             memory[num_sentences] = {
                 "microseconds_per_token": seconds * 1e6 / tokens, "peak_gib": peak_memory(options.device)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
@@ -190,7 +191,7 @@ def measure(
             steps[method]()
         if device == "cuda":
             peaks[method] = torch.cuda.max_memory_allocated() - before
-    seconds = {method: [] for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(rounds):
         for method in methods:
             seconds[method].append(timed(steps[method], device))
@@ -255,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
         for fraction in options.fraction:
             first = {site: range(max(1, int(size * fraction))) for site, size in sizes.items()}
             sets[str(fraction)] = NeuronSet(first, sizes).random_like(0, model)
-    record = {
+    record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
@@ -268,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         "results": {},
     }
     for name, neurons in sets.items():
-        rows = {}
+        rows: dict[str, dict] = {}
         for methods in [[it] for it in options.methods] if options.one_at_a_time else [options.methods]:
             rows |= measure(make, neurons, methods, batch, options.rounds, options.device)
         for row in rows.values():
