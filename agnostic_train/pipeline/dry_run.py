@@ -179,7 +179,7 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
 def _num_packed(encoder: Encoder, sentences: Sequence[str]) -> int:
     """About how many sequences they are packed to, by the length of the first of them."""
     assert encoder.max_length is not None
-    first = replace(encoder, max_length=None).encode(sentences[:_SAMPLE], "training text", add_eos=True)
+    first = replace(encoder, max_length=None).examples(sentences[:_SAMPLE], "training text")
     num_tokens = fmean(len(row["input_ids"]) for row in first) * len(sentences) if first else 0
     return ceil(num_tokens / encoder.max_length)
 

@@ -6,7 +6,7 @@ from itertools import cycle, islice
 from peft import get_peft_model
 from transformers import PrinterCallback
 
-from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.encoding import Encoder, Example
 from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.recipe import TrainingSection
@@ -53,7 +53,7 @@ def make_trainer(
 
 def training_examples(
     encoder: Encoder, training: Mapping[str, Sequence[str]], section: TrainingSection
-) -> list[dict[str, list[int]]]:
+) -> list[Example]:
     """An epoch's sequences, one language after the other; raises `UserError` if one has no sentence.
 
     training: per language, the sentences to train on. section: says whether they are packed, and mixed.

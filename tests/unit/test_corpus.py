@@ -141,7 +141,7 @@ def test_batches_are_padded_and_hold_every_sentence_once(tokenizer):
 @pytest.mark.parametrize("add_bos, begins", [(None, True), (True, True), (False, False)])
 def test_add_bos(tokenizer, add_bos, begins):
     encoder = Encoder.of(tokenizer, section(add_bos=add_bos), config())
-    ids = encoder.encode(["a b"], "text", add_eos=True)[0]["input_ids"]
+    ids = encoder.examples(["a b"], "text")[0]["input_ids"].tolist()
     assert (ids[0] == tokenizer.bos_token_id) is begins
     assert ids.count(tokenizer.bos_token_id) == int(begins) and ids[-1] == tokenizer.eos_token_id
 
@@ -157,6 +157,28 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
     assert len(rows[1]["input_ids"]) == 6
     assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
     assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5
+
+
+def test_text_is_encoded_part_by_part(tokenizer, monkeypatch, caplog):
+    from agnostic_train.corpus import encoding
+
+    encoder = Encoder.of(tokenizer, section(max_length=6, add_bos=True), config())
+    texts = [*SENTENCES[:7], "a"]
+
+    def encoded():
+        examples = encoder.examples(texts, "text") + encoder.packed_examples(texts, "text")
+        return encoder.encode(texts, "text"), [it["input_ids"].tolist() for it in examples]
+
+    whole = encoded()
+    encoding.logger.addHandler(caplog.handler)
+    monkeypatch.setattr(encoding, "_AT_ONCE", 3)
+    monkeypatch.setattr(encoding.logger, "warning_once", encoding.logger.warning)
+    assert encoded() == whole
+    encoding.logger.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"text: 7 of 8 sentences cut at 6 tokens"}
+    bare = Encoder.of(tokenizer, section(add_bos=False), config())
+    with pytest.raises(UserError, match="text: the tokenizer makes no token of number 5, ''"):
+        bare.encode([*texts[:4], "", "a"], "text")
 
 
 def test_a_tokenizer_without_a_pad_token_pads_masked(tokenizer):
@@ -193,7 +215,7 @@ def test_training_text_runs_out(folder, tokenizer):
 def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
     encoder = Encoder.of(tokenizer, section(max_length=7), config())
     texts = ["a", *SENTENCES[:9], "习惯 çà ñandú " * 5]
-    packed = [row["input_ids"] for row in encoder.packed_examples(texts, "text")]
+    packed = [row["input_ids"].tolist() for row in encoder.packed_examples(texts, "text")]
     assert {len(ids) for ids in packed[:-1]} == {7} and 2 <= len(packed[-1]) <= 7
     whole = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
     joined, expected = [*chain(*packed)], [*chain(*whole)]
@@ -201,7 +223,7 @@ def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
     # A last sequence of one token has nothing to predict.
     ids = whole[0] * 2
     (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
-    assert first["input_ids"] == ids[:-1]
+    assert first["input_ids"].tolist() == ids[:-1]
     both = TrainingSection(languages=["en", "sw"], packing=True)
     assert len(training_examples(encoder, {"en": texts, "sw": texts}, both)) == 2 * len(packed)
     tokenizer = build_tokenizer(SENTENCES, vocab_size=300)
