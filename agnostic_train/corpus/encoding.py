@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ Example = dict[str, np.ndarray]
 
 # Sentences: what a tokenizer returns for them takes far more memory than their tokens.
 _AT_ONCE = 1000
+_SAMPLE = 200
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +154,12 @@ class Encoder:
                 packed += [_example(rest[start : start + length]) for start in range(0, len(rest) - length, length)]
                 rest = rest[-((len(rest) - 1) % length + 1) :]
         return [*packed, _example(rest)] if len(rest) > 1 or not packed else packed
+
+    def sentences_packed(self, sentences: Sequence[str]) -> float:
+        """About how many sentences a packed sequence takes, by the length of the first of them."""
+        assert self.max_length is not None
+        first = replace(self, max_length=None)._encoded(sentences[:_SAMPLE], "training text", to_train=True)
+        return self.max_length / fmean(len(row["input_ids"]) for row in first)
 
     def check_packing(self) -> None:
         """Raises `UserError` if the tokenizer has no end-of-sequence token."""

@@ -1,7 +1,7 @@
 """What a recipe would take, told before anything is loaded or written: model, text, steps and memory."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, floor
 from pathlib import Path
@@ -110,7 +110,8 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     micro_batch = arguments.per_device_train_batch_size
     examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}
     if recipe.training.packing and texts:
-        examples = {language: _num_packed(encoder, texts[language].training) for language in examples}
+        packed = {language: encoder.sentences_packed(texts[language].training) for language in examples}
+        examples = {language: ceil(number / packed[language]) for language, number in examples.items()}
     num_examples = sum(epoch_sizes(examples, recipe.training).values())
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
     return Plan(
@@ -174,14 +175,6 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
         check_dataset(recipe.corpus)
     trained = recipe.languages_with_training_text
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
-
-
-def _num_packed(encoder: Encoder, sentences: Sequence[str]) -> int:
-    """About how many sequences they are packed to, by the length of the first of them."""
-    assert encoder.max_length is not None
-    first = replace(encoder, max_length=None).examples(sentences[:_SAMPLE], "training text")
-    num_tokens = fmean(len(row["input_ids"]) for row in first) * len(sentences) if first else 0
-    return ceil(num_tokens / encoder.max_length)
 
 
 def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:

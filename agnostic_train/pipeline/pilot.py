@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import UserError
 from agnostic_train.pipeline.trials import Trial, Trials
@@ -13,9 +14,9 @@ Sentences = dict[str, Sequence[str]]
 
 
 def split_pilot_text(
-    recipe: Recipe, arguments: NeuronTrainingArguments, training: Mapping[str, Sequence[str]]
+    recipe: Recipe, arguments: NeuronTrainingArguments, encoder: Encoder, training: Mapping[str, Sequence[str]]
 ) -> tuple[Sentences, Sentences]:
-    """Parts the training sentences: those of the training proper, and as many as a pilot's steps read once.
+    """Parts the training sentences: those of the training proper, and (about, if packed) as many as a pilot reads once.
 
     Raises:
         UserError: the pilot would take more than half of them.
@@ -24,7 +25,8 @@ def split_pilot_text(
     shares = recipe.training.mixture or dict.fromkeys(training, 1.0)
     proper, pilot = {}, {}
     for language, sentences in training.items():
-        wanted = math.ceil(recipe.training.pilot_steps * batch * shares[language] / sum(shares.values()))
+        num_sequences = recipe.training.pilot_steps * batch * shares[language] / sum(shares.values())
+        wanted = math.ceil(num_sequences * (encoder.sentences_packed(sentences) if recipe.training.packing else 1))
         if 2 * wanted > len(sentences):
             raise UserError(
                 f"training.pilot_steps: {recipe.training.pilot_steps} steps read {wanted} sentences of {language!r}, "

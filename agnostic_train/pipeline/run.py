@@ -110,7 +110,8 @@ class Pipeline:
         for language, sentences in training.items():
             check_training_text(language, sentences)
         if section.has_pilot:
-            split_pilot_text(self.recipe, self.training_arguments, training)  # says if there is too little
+            # Says if there is too little.
+            split_pilot_text(self.recipe, self.training_arguments, self.materials.encoder, training)
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Returns whether it had to run."""

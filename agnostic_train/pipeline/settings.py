@@ -165,8 +165,6 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
         )
     if recipe.training.packing and recipe.corpus.max_length is None:
         raise UserError("corpus.max_length: training.packing joins sentences to so many tokens; set it")
-    if recipe.training.packing and recipe.training.has_pilot:
-        raise UserError("training.packing: a pilot's text is counted in sentences; use another strategy, or false")
     if recipe.training.neurons is None and name == "pilot":
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])

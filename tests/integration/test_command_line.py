@@ -459,7 +459,6 @@ MISTAKES = [
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
     (["--training.packing=true"], "corpus.max_length: training.packing joins sentences to so many tokens"),
-    (["--training.packing=true", "--corpus.max_length=9", "--training.strategy=pilot"], "training.packing: a pilot's"),
     (["--training.mixture={sw: 1, fr: 1}"], "training.mixture: 'fr' isn't in corpus.languages"),
     (["--training.mixture={en: 1}"], "training.mixture: gives no share to 'sw'"),
     (["--training.mixture={sw: 1, en: 0}"], "training.mixture.en: input should be greater than 0"),

@@ -236,26 +236,37 @@ def test_force_trains_again(root, monkeypatch):
     assert len(read) == 2 * trained + 2
 
 
-def test_the_pilot_reads_text_of_its_own(root, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"sw": 12}),
+        (["--training.mixture={sw: 3, en: 1}"], {"sw": 9, "en": 3}),
+        (["--training.packing=true", "--corpus.max_length=60"], {"sw": None}),
+    ],
+)
+def test_the_pilot_reads_text_of_its_own(root, monkeypatch, flags, expected):
+    """Enough for three steps of four sequences, packed or not."""
     from agnostic_train.pipeline import fitting
 
-    read = []
+    read, lengths = [], []
     original = fitting.training_examples
-    monkeypatch.setattr(
-        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
-    )
-    assert (
-        run(
-            root,
-            "train",
-            "--training.strategy=pilot",
-            "--training.pilot_steps=3",
-            "--training.pilot_strategies=shared,related",
-        )
-        == 0
-    )
-    *pilot, proper = [set(text["sw"]) for text in read]
-    assert len(pilot) == 2 and pilot[0] == pilot[1] and len(pilot[0]) == 12 and not pilot[0] & proper
+
+    def examples(encoder, text, section):
+        read.append(text)
+        found = original(encoder, text, section)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(fitting, "training_examples", examples)
+    pilot = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    assert run(root, "train", *pilot, *flags) == 0
+    *trials, proper = read
+    assert len(trials) == 2 and trials[0] == trials[1] and trials[0].keys() == expected.keys()
+    assert lengths[0] == pytest.approx(12, rel=0.1)
+    for language, count in expected.items():
+        own = trials[0][language]
+        assert not set(own) & set(proper[language])
+        assert len(own) > 24 if count is None else len(own) == count
 
 
 def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsys):

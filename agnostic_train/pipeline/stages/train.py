@@ -30,7 +30,7 @@ def train(context: Context) -> dict:
     texts = context.materials.corpus.texts
     training: Sentences = {language: texts[language].training for language in recipe.training.text_languages}
     if recipe.training.has_pilot:
-        training, pilot_text = split_pilot_text(recipe, arguments, training)
+        training, pilot_text = split_pilot_text(recipe, arguments, context.materials.encoder, training)
         strategy = _run_pilot(context, pilot_text)
     else:
         strategy = recipe.training.strategy
