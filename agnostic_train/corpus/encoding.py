@@ -1,6 +1,6 @@
 """From sentences to token ids and padded batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -203,11 +203,15 @@ def batches_of(
 
     Raises:
         UserError: a text of which the tokenizer makes no token, or a tokenizer without a token to pad with.
-        TypeError: one text where several were expected.
+        TypeError: one text where several were expected, or what isn't text.
         ValueError: `batch_size` or `max_length` is below 1.
     """
-    if isinstance(texts, str):
-        raise TypeError("texts: expected several texts, such as a list, not one")
+    if isinstance(texts, (str, Mapping)):
+        what = "one" if isinstance(texts, str) else "a mapping: take one language's, or one column"
+        raise TypeError(f"texts: expected several texts, such as a list, not {what}")
+    texts = list(texts)
+    if strange := [it for it in texts if not isinstance(it, str)]:
+        raise TypeError(f"texts: expected text, got {type(strange[0]).__name__}")
     if batch_size < 1 or (max_length is not None and max_length < 1):
         raise ValueError(f"batch_size and max_length must be at least 1, not {batch_size} and {max_length}")
     if add_bos and tokenizer.bos_token_id is None:
@@ -215,7 +219,7 @@ def batches_of(
     # A tokenizer without a limit gives a number that no text reaches.
     limit = tokenizer.model_max_length if max_length is None else max_length
     encoder = Encoder(tokenizer, add_bos, limit, _pad_id(tokenizer), vocab_size=None)
-    return encoder.batches(list(texts), "texts", batch_size)
+    return encoder.batches(texts, "texts", batch_size)
 
 
 def _example(ids: Sequence[int]) -> Example:

@@ -19,14 +19,15 @@ from agnostic_train.choices import Attention, Exclusive, check_choice
 from agnostic_train.detection.lape import firing_rates, specific_neurons
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import TopCounts
-from agnostic_train.files import UserError
+from agnostic_train.files import UserError, fingerprint
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
-from agnostic_train.model.inference import Batch, find_device, left_as_found, own_sentences
+from agnostic_train.model.inference import Batch, check_corpora, find_device, left_as_found, own_sentences
+from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.activity import Activations
-from agnostic_train.neurons.language_neurons import LanguageNeurons, check_min_languages
+from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
 
@@ -124,13 +125,13 @@ def detect_neurons(
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there
-            goes on from them, to identical sets; use another folder for other settings, text or weights.
-            `lape`, which costs no more than a forward pass, starts anew.
+            goes on from them, to identical sets, and one of other weights or settings begins anew; use another folder
+            for other text. `lape`, which costs no more than a forward pass, always begins anew.
 
     Several processes share the batches and add up their counts: each gets the whole of `corpora`.
 
     Raises:
-        ValueError: an option out of range, or a batch of wrong shapes or tokens.
+        ValueError: an option out of range, or a batch of wrong shapes or tokens. TypeError: no batches by language.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
     if method not in METHODS:
@@ -138,8 +139,10 @@ def detect_neurons(
     for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+    check_corpora(corpora)
     if not corpora:
         raise UserError("corpus.languages: no language to detect the neurons of")
+    check_languages(corpora)
     check_min_languages(min_languages, len(corpora))
     check_choice("attention", attention, Attention)
     check_choice("exclusive", exclusive, Exclusive)
@@ -152,6 +155,9 @@ def detect_neurons(
     mean_activations: dict[str, Activations] = {}
     work = {"q": Work(), "k": Work()}
     unpruned: set[int] = set()
+    key = ""
+    if resume_dir is not None:
+        key = fingerprint([weights_checksum(model), top_ratio, attention, [*projections], activations])
     with left_as_found(model):
         for language, of_language in corpora.items():
             batches = iter(of_language)
@@ -169,7 +175,9 @@ def detect_neurons(
                 )
                 active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
                 share = own_share(chain([first], batches))
-                counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model))
+                counts = (
+                    TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model), key)
+                )
                 bar = tqdm(
                     desc=f"detect {language}", unit=" sentences", total=own_sentences(of_language),
                     initial=counts.num_sentences, disable=not progress, leave=False,

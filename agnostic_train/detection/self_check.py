@@ -22,7 +22,7 @@ from agnostic_train.model.decoder import (
     find_decoder,
     float32_copy,
 )
-from agnostic_train.model.inference import Batch, left_as_found, model_inputs, real_and_counted
+from agnostic_train.model.inference import Batch, check_tokens, left_as_found, model_inputs, real_and_counted
 from agnostic_train.neurons.deactivation import switched_off
 
 TOLERANCE = 1e-3
@@ -87,9 +87,7 @@ def verify_impacts(
     """
     projections = check_projections(projections, model)
     inputs = model_inputs(model, batch)
-    vocab_size, largest = model.get_input_embeddings().weight.shape[0], int(inputs["input_ids"].max())
-    if largest >= vocab_size:
-        raise ValueError(f"input_ids: token {largest} is beyond the model's vocabulary of {vocab_size}")
+    check_tokens(model, inputs["input_ids"])
     # Short sentences would hide a wrong rotation or window: the longest tell most.
     longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}

@@ -19,10 +19,14 @@ _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 
 class TopCounts:
-    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text."""
+    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text.
 
-    def __init__(self, top_ratio: float):
+    key: tells counts in a file from those of another detection.
+    """
+
+    def __init__(self, top_ratio: float, key: str = ""):
         self.top_ratio = top_ratio
+        self.key = key
         self.num_batches = 0
         self.num_sentences = 0
         self.num_tokens: int | Tensor = 0
@@ -87,25 +91,27 @@ class TopCounts:
             for kind, sums in kinds.items()
             for (layer, projection), values in sums.by_site().items()
         }
-        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS}
+        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS} | {"key": self.key}
         with whole_file(file) as temporary:
             save_file(tensors, temporary, progress)
 
     @classmethod
-    def load(cls, file: Path, top_ratio: float, device: torch.device) -> "TopCounts":
-        """Counts to go on from; fresh ones where there is no file. Raises `UserError` if it is damaged."""
-        counts = cls(top_ratio)
+    def load(cls, file: Path, top_ratio: float, device: torch.device, key: str = "") -> "TopCounts":
+        """Counts to go on from; fresh ones where there are none of this key. Raises `UserError` if they are damaged."""
+        counts = cls(top_ratio, key)
         if not file.exists():
             return counts
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                progress = tensors.metadata()
-                for key in tensors.keys():  # noqa: SIM118 (not iterable itself)
-                    *kind, layer, projection = key.split(".")
+                progress = tensors.metadata() or {}
+                if progress.get("key") != key:
+                    return counts
+                for name in tensors.keys():  # noqa: SIM118 (not iterable itself)
+                    *kind, layer, projection = name.split(".")
                     sums = {"not_finite": counts._not_finite, "active": counts._activations}.get(
                         "".join(kind), counts._top
                     )
-                    sums.add((((int(layer), projection),),), tensors.get_tensor(key)[None])
+                    sums.add((((int(layer), projection),),), tensors.get_tensor(name)[None])
             for name in _PROGRESS:
                 setattr(counts, name, int(progress[name]))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

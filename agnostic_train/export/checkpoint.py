@@ -54,17 +54,19 @@ def export_checkpoint(
         tokenizer: saved beside the weights.
         dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
             default. Each weight is rounded once, from the sum in float32. Adapters are float32.
-        neurons: what was trained, as a `NeuronSet` or what makes one; the adapter's, or the model's `trained_neurons`, by
-            default. Where nobody knows, the manifest says `unverified`.
+        neurons: all that was trained since `base`, as a `NeuronSet` or what makes one; by default the adapter's, and the
+            model's `trained_neurons`. Where nobody knows, the manifest says `unverified`.
         model_card: the text of `README.md`.
 
     Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
+        TypeError: a tokenizer's name. UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
             shapes, quantised weights to merge into, or trained weights that aren't finite in `dtype`.
     """
     check_choice("export.to", to, ExportTarget)
+    if isinstance(tokenizer, (str, Path)):
+        raise TypeError("tokenizer: expected a tokenizer, such as AutoTokenizer.from_pretrained gives, not its name")
     dtype = _dtype(dtype)
     check_replaceable(directory, is_exported)
     trained = Trained.of(model, base, neurons)
@@ -176,13 +178,15 @@ def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
 
 def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
     for name, chosen in (trained.chosen or {}).items():
-        weight = trained.model.get_submodule(name).weight
-        values = torch.zeros((), device=weight.device)
+        weight, delta = trained.model.get_submodule(name).weight, trained.adapter.get(name)
+        written = []
         if weight.is_floating_point():  # a quantised weight takes no sum
-            values = weight.index_select(chosen.dim, chosen.index.to(weight.device))
-        if trained.adapter:
-            values = values + trained.adapter[name].values.to(weight.device)
-        if not values.to(dtype).isfinite().all():
+            written.append(weight.index_select(chosen.dim, chosen.index.to(weight.device)))
+        if delta is not None:
+            values = delta.values.to(weight.device)
+            own = weight.index_select(delta.dim, delta.index.to(weight.device)) if weight.is_floating_point() else 0
+            written.append(own + values)
+        if not all(it.to(dtype).isfinite().all() for it in written):
             raise UserError(
                 f"{name}: trained weights aren't finite in {str(dtype).removeprefix('torch.')}; train with a lower "
                 "learning rate, or export in a wider export.dtype"

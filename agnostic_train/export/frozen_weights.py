@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from agnostic_train.export.trained import Trained
 from agnostic_train.files import UserError
+from agnostic_train.model.weights import bit_patterns
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         if other is None or other.shape != weight.shape:
             raise UserError(f"base: parameter {name} is missing there or has another shape; give the model's own base")
         other = other.to(weight.device)
-        differs = _bits(weight.to(dtype)) != _bits(other.to(dtype))
+        differs = bit_patterns(weight.to(dtype)) != bit_patterns(other.to(dtype))
         chosen = trained.chosen.get(name.removesuffix(".weight"))
         if chosen is not None:
             dim, index = chosen.dim, chosen.index.to(weight.device)
             # Counted before rounding: the question is what training moved.
-            moved = _bits(weight.index_select(dim, index)) != _bits(other.index_select(dim, index).to(weight.dtype))
+            moved = bit_patterns(weight.index_select(dim, index)) != bit_patterns(
+                other.index_select(dim, index).to(weight.dtype)
+            )
             num_chosen += moved.numel()
             num_moved += int(moved.sum())
             num_surviving += int((moved & differs.index_select(dim, index)).sum())
@@ -77,9 +79,3 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         num_moved / num_chosen if num_chosen else None,
         num_surviving / num_moved if num_moved else None,
     )
-
-
-def _bits(values: Tensor) -> Tensor:
-    """The bit patterns: NaN equals NaN, and 0 differs from -0."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.contiguous().view(integers[values.element_size()])

@@ -17,6 +17,7 @@ from agnostic_train.processes import check_whole
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
 from agnostic_train.training.compact import adapter_neurons
 from agnostic_train.training.delta import Delta, adapter_deltas, add_deltas, plain_model, read_deltas, weight_deltas
+from agnostic_train.training.trainer import NEURONS_FILE
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,41 @@ class Trained:
         Args:
             model: a model trained by `NeuronTrainer`, one with a neuron adapter, or the folder of such an adapter.
             base: the model before training, or where to load it from; a folder's adapter names its own by default.
-            neurons: what was trained; the adapter's, or the model's `trained_neurons`, by default.
+            neurons: what was trained; by default the adapter's, and the model's `trained_neurons`.
 
         Raises:
-            UserError: adapters that aren't ours, several active ones, no adapter in the folder, weights split over
-                processes, or a base that is the trained model itself.
+            UserError: adapters that aren't ours, several active ones, no adapter in the folder or one of other neurons than
+                the folder says, neurons that leave out some of the adapter's, weights split over processes, or a base that
+                is the trained model itself.
         """
-        neurons = None if neurons is None else NeuronSet.of(neurons)
+        named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
             adapter, name = read_deltas(model)
             if base is None and not name:
                 raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
             loaded = _loaded(name if base is None else base)
-            neurons = _neurons_at(loaded, adapter) if neurons is None else neurons
-            return cls(loaded, adapter, loaded, neurons, loaded.name_or_path or None)
+            own = _neurons_at(loaded, adapter)
+            file = Path(model) / NEURONS_FILE
+            if file.exists() and NeuronSet.load(file) != own:
+                raise UserError(
+                    f"{model}: its adapter isn't the one that trained; that of another name is in a subfolder"
+                )
+            return cls(loaded, adapter, loaded, _all_trained(own, named), loaded.name_or_path or None)
         check_whole(model, "exporting")
         adapter, plain = adapter_deltas(model), plain_model(model)
-        if neurons is None:
-            neurons = adapter_neurons(plain) if adapter else getattr(plain, "trained_neurons", None)
+        earlier = getattr(plain, "trained_neurons", None)
+        if not adapter:
+            trained = earlier if named is None else named
+        else:
+            trained = _all_trained(adapter_neurons(plain), named)
+            if named is None and earlier is not None and base is not None:
+                trained = trained | earlier
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
             raise UserError(
                 "base: it is the trained model itself; give the model as it was before training, or its folder"
             )
-        return cls(plain, adapter, loaded, neurons, (plain if loaded is None else loaded).name_or_path or None)
+        return cls(plain, adapter, loaded, trained, (plain if loaded is None else loaded).name_or_path or None)
 
     @property
     def is_quantised(self) -> bool:
@@ -81,9 +93,7 @@ class Trained:
     @cached_property
     def chosen(self) -> Mapping[str, Delta | ChosenEntries] | None:
         """The entries of weights that may differ from the base's, by module name; None if that isn't known."""
-        if self.adapter or self.neurons is None:
-            return self.adapter or None
-        return chosen_entries(self.model, self.neurons)
+        return None if self.neurons is None else chosen_entries(self.model, self.neurons)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -104,9 +114,18 @@ class Trained:
         """What was learnt, as rows and columns to add to the base's weights.
 
         Raises:
-            UserError: a model without adapter, of which the base or the neurons aren't known.
+            UserError: an adapter on neurons that were trained before it, or a model without adapter, of which the base or the
+                neurons aren't known.
         """
         if self.adapter:
+            num_chosen, num_held = (
+                sum(len(it.index) for it in of.values()) for of in (self.chosen or {}, self.adapter)
+            )
+            if num_chosen > num_held:
+                raise UserError(
+                    "neurons: some were trained before the adapter, which doesn't hold them; merge it first "
+                    "(merge_and_unload), or export to 'merged'"
+                )
             return self.adapter
         if self.base is None:
             raise UserError("base: an adapter is the difference to the model before training; give that as base")
@@ -115,6 +134,15 @@ class Trained:
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, so there are no rows to export")
         return weight_deltas(self.model, self.base, self.neurons)
+
+
+def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:
+    """An adapter's own neurons, or all that were named."""
+    if named is None:
+        return own
+    if len(own - named):
+        raise UserError("neurons: some that the adapter trains aren't among them; name all that were trained, or none")
+    return named
 
 
 def _share_weights(model: nn.Module, other: nn.Module) -> bool:

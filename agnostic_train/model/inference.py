@@ -66,6 +66,24 @@ def find_device(model: nn.Module) -> torch.device:
     return embeddings.weight.device
 
 
+def check_corpora(corpora: object) -> None:
+    """Raises `TypeError` for what isn't batches by language."""
+    if not isinstance(corpora, Mapping):
+        raise TypeError(
+            f"corpora: expected batches by language, such as {{'sw': batches}}, got {type(corpora).__name__}"
+        )
+    for language, batches in corpora.items():
+        if isinstance(batches, Mapping):
+            raise TypeError(f"corpora: {language!r} has one batch where several were expected, such as a list of it")
+
+
+def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
+    """Raises `ValueError` for tokens that the model has no embedding of; a GPU would stop at them without a name."""
+    size, largest = model.get_input_embeddings().weight.shape[0], int(input_ids.max())
+    if largest >= size or int(input_ids.min()) < 0:
+        raise ValueError(f"input_ids: token {largest} is beyond the model's vocabulary of {size}")
+
+
 def own_sentences(batches: Iterable[Batch]) -> int | None:
     """How many sentences this process's share of the batches has; None where that shows only on the way."""
     if not isinstance(batches, Sequence):
@@ -82,23 +100,35 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
 
     Raises:
-        ValueError: a batch without a token, of another shape, or of numbers that aren't integers.
-        TypeError: no batch.
+        ValueError: a batch without a token, of another shape, of numbers that aren't integers, or, unless it is on a GPU
+            already, with a sentence of padding alone or a token beyond the model's vocabulary.
+        TypeError: no batch of tensors.
     """
-    if not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError(
             f"batch: expected a mapping with input_ids, got {type(batch).__name__}; batches_of makes batches"
         )
-    shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
-    if len(shape) != 2 or not batch["input_ids"].numel() or batch["input_ids"].is_floating_point():
-        kind = f"{batch['input_ids'].dtype} {tuple(shape)}"
-        raise ValueError(f"input_ids: expected integers of shape (batch, length), not empty, got {kind}")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    for name, it in (("input_ids", ids), ("attention_mask", mask)):
+        if it is not None and not isinstance(it, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor, got {type(it).__name__}; tokenizers give them with return_tensors='pt', and "
+                "batches_of makes batches"
+            )
+    shape = tuple(ids.shape)
+    if len(shape) != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError(f"input_ids: expected integers of shape (batch, length), not empty, got {ids.dtype} {shape}")
     if mask is not None and mask.shape != shape:
-        raise ValueError(f"attention_mask: expected the shape of input_ids, {tuple(shape)}, got {tuple(mask.shape)}")
+        raise ValueError(f"attention_mask: expected the shape of input_ids, {shape}, got {tuple(mask.shape)}")
+    # A GPU would have to be waited for.
+    if ids.device.type == "cpu":
+        check_tokens(model, ids)
+    if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():
+        raise ValueError("attention_mask: a sentence of the batch is padding alone; leave it out")
     device = find_device(model)
     # A GPU that is still busy with the last batch needn't be waited for.
     ahead = device.type == "cuda"
-    input_ids = batch["input_ids"].to(device, torch.int64, non_blocking=ahead)
+    input_ids = ids.to(device, torch.int64, non_blocking=ahead)
     mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=ahead)
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}

@@ -19,7 +19,8 @@ def deactivate(
 
     Only the chosen rows and columns are copied; afterwards, also after an exception, every weight has the very bits
     that it had before. Blocks can be nested. With adapters or quantised weights it is the sum that is switched off, at
-    the linear's output (for `o` and `down`, at its input): nowhere is there a weight to set to zero.
+    the linear's output (for `o` and `down`, at its input): nowhere is there a weight to set to zero. A backward pass belongs
+    into the block with its forward pass.
 
     Args:
         model: a model that `find_decoder` knows, on any device.

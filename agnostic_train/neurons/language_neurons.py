@@ -1,6 +1,7 @@
 """What detection finds in a model: each language's related neurons, and from them the shared and exclusive ones."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 
 ACTIVATIONS_FILE = "activations.safetensors"
 _OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetensors|summary\.json")
+
+
+def check_languages(languages: Iterable[str]) -> None:
+    """Raises `ValueError` for names that can't be part of a file's name."""
+    for language in languages:
+        if not isinstance(language, str) or not re.fullmatch(r"[^/\\\s]+", language):
+            raise ValueError(f"languages: {language!r} can't be part of a file's name; leave slashes and spaces out")
 
 
 def check_min_languages(min_languages: int | None, num_languages: int) -> None:
@@ -65,11 +73,13 @@ class LanguageNeurons:
             settings: kept beside them, with `exclusive` and `min_languages` added.
 
         Raises:
-            ValueError: an unknown `exclusive`, no language, or `min_languages` out of range.
+            ValueError: an unknown `exclusive`, no language, one that can't be part of a file's name, or `min_languages` out
+                of range.
         """
         check_choice("exclusive", exclusive, Exclusive)
         if not related:
             raise ValueError("no languages: corpora is empty")
+        check_languages(related)
         check_min_languages(min_languages, len(related))
         shared = _in_at_least(min_languages or len(related), related)
         if exclusive == "complement":

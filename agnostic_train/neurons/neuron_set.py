@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class NeuronSet:
             set can't be used on a model of other shapes, nor mixed with a set of one.
 
     Raises:
-        ValueError: an unknown projection, a negative index, or an index beyond its site's size; in `|`, `&` and `-`,
-            sets of models of different shapes.
+        TypeError: no mapping. ValueError: a key that isn't a site, a negative index, or an index beyond its site's size; in
+            `|`, `&` and `-`, sets of models of different shapes.
     """
 
     def __init__(
@@ -46,19 +47,21 @@ class NeuronSet:
     ):
         self.sizes = None if sizes is None else dict(sizes)
         self._sites: dict[Site, Tensor] = {}
+        if sites is not None and not isinstance(sites, Mapping):
+            raise TypeError(f"expected {{(layer, projection): indices}}, got {type(sites).__name__}")
+        for site in sites or {}:
+            _check_site(site)
         for (layer, projection), indices in sorted((sites or {}).items(), key=lambda item: _order(item[0])):
-            if projection not in PROJECTIONS:
-                raise ValueError(f"unknown projection {projection!r}; it is one of {', '.join(PROJECTIONS)}")
             try:
-                indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
-            except (TypeError, RuntimeError, OverflowError) as error:  # text, and numbers beyond 64 bits
+                indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), device="cpu")
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # text, and numbers beyond 64 bits
                 raise ValueError(f"layer {layer} {projection}: expected a list of indices ({error})") from None
             if not indices.numel():
                 continue
             if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
                 what = f"shape {tuple(indices.shape)} of {indices.dtype}"
                 raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {what}")
-            indices = indices.to("cpu", torch.int64).unique()
+            indices = indices.to(torch.int64).unique()
             site = (int(layer), projection)
             if indices[0] < 0 or site[0] < 0:
                 raise ValueError(f"layer {layer} {projection}: a layer or index is negative")
@@ -84,6 +87,7 @@ class NeuronSet:
 
     def __getitem__(self, site: Site) -> Tensor:
         """The site's indices, sorted, int64, as a tensor of the caller's own; empty where the set has none."""
+        _check_site(site)
         return self._at(site).clone()
 
     def _at(self, site: Site) -> Tensor:
@@ -207,6 +211,10 @@ class NeuronSet:
     @classmethod
     def load(cls, file: str | Path) -> "NeuronSet":
         """Reads what `save` wrote; raises `UserError` that names the file if it is missing or isn't one."""
+        if Path(file).is_dir():
+            raise UserError(
+                f"{file}: a folder, where the file of a neuron set was expected; an adapter is loaded by PEFT"
+            )
         if not Path(file).is_file():
             raise UserError(f"{file}: no such neuron file")
         try:
@@ -285,6 +293,13 @@ class NeuronSet:
             raise UserError(f"{file}: not a set of neurons per projection and layer ({error})") from None
         neurons.check(model, source=str(file))
         return cls(sites, decoder.sizes)
+
+
+def _check_site(site: object) -> None:
+    if not isinstance(site, tuple) or len(site) != 2 or not isinstance(site[0], Integral):
+        raise ValueError(f"a site is (layer, projection), such as (0, 'q'), not {site!r}")
+    if site[1] not in PROJECTIONS:
+        raise ValueError(f"unknown projection {site[1]!r}; it is one of {', '.join(PROJECTIONS)}")
 
 
 def _order(site: Site) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.model.decoder import find_decoder
-from agnostic_train.model.inference import Batch
+from agnostic_train.model.inference import Batch, check_corpora
 from agnostic_train.neurons.activity import Activations, activation_ratio
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -54,9 +54,10 @@ def language_agnostic_score(
         resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
 
     Raises:
-        ValueError: a language without a corpus.
+        ValueError: a language without a corpus. TypeError: no batches by language.
         UserError: neurons of another model.
     """
+    check_corpora(corpora)
     missing = [language for language in neurons.languages if language not in corpora]
     if missing:
         raise ValueError(f"no corpus for {', '.join(missing)}")

@@ -9,7 +9,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from agnostic_train.detection.detect import detect_neurons
-from agnostic_train.model.inference import Batch
+from agnostic_train.model.inference import Batch, check_corpora
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.result import AgnosticScore
@@ -34,10 +34,13 @@ class DetectionCallback(TrainerCallback):
         detect_keywords: passed on to `detect_neurons` (`top_ratio`, `consistency`, ...).
 
     Attributes, afterwards:
-        neurons: the last `LanguageNeurons`. score: the last `AgnosticScore`. choice: what a `NeuronTrainer` trains.
+        neurons: the last `LanguageNeurons`. score: the last `AgnosticScore`. Both are None after a resumed training in which
+            no detection was due: its checkpoint says which neurons train, and its history what the score was.
+        choice: what a `NeuronTrainer` trains.
 
     Raises:
-        ValueError: `every_n_steps` below 1. TypeError: a keyword that `detect_neurons` doesn't know.
+        ValueError: `every_n_steps` below 1, or `score_corpora` lacks a language. TypeError: no batches by language, or a
+            keyword that `detect_neurons` doesn't know.
         UserError: an unknown strategy, or one of languages that `corpora` lacks.
     """
 
@@ -53,12 +56,16 @@ class DetectionCallback(TrainerCallback):
     ):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
-        unknown = detect_keywords.keys() - inspect.signature(detect_neurons).parameters.keys()
+        unknown = detect_keywords.keys() - (inspect.signature(detect_neurons).parameters.keys() - {"model", "corpora"})
         if unknown:
             raise TypeError(f"detect_neurons has no option {sorted(unknown)[0]!r}")
+        check_corpora(corpora)
         self.corpora = {language: list(batches) for language, batches in corpora.items()}
         self.score_corpora = self.corpora
         if score_corpora is not None:
+            check_corpora(score_corpora)
+            if missing := [language for language in self.corpora if language not in score_corpora]:
+                raise ValueError(f"score_corpora: no corpus for {', '.join(missing)}")
             self.score_corpora = {language: list(batches) for language, batches in score_corpora.items()}
         self.strategy = strategy if isinstance(strategy, Strategy) else Strategy(strategy or "shared+exclusive")
         if self.strategy.name != "full":
@@ -110,12 +117,12 @@ class DetectionCallback(TrainerCallback):
         return {name: value for name, value in values.items() if value is not None}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Detects and scores, if a `NeuronTrainer` hasn't done so for this step, and reports."""
+        """Detects and scores, if a `NeuronTrainer` hasn't done so for this step, and reports; not in a resumed run."""
+        if state.global_step:
+            return
         if self._last_step != state.global_step:
             self.run(kwargs["model"], state.global_step)
-        # A resumed run brings along what it logged before.
-        if not any(entry["step"] == state.global_step and "neurons/shared" in entry for entry in state.log_history):
-            self._report(args, state, control, kwargs)
+        self._report(args, state, control, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects, scores and reports every `every_n_steps` steps."""
@@ -130,7 +137,10 @@ class DetectionCallback(TrainerCallback):
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
         metrics = self.metrics()
         if self.log is not None:
+            should_log = control.should_log
             self.log(metrics)
+            # A trainer takes what was due at this step, its loss, for logged.
+            control.should_log = should_log
             return
         # A callback has no handle on its trainer: the history and the integrations are what it can reach.
         state.log_history.append({**metrics, "step": state.global_step})

@@ -121,7 +121,9 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{directory}: no readable neuron adapter ({shorten(str(error), 200)})") from None
+        raise UserError(
+            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); a plain checkpoint is given as a loaded model"
+        ) from None
     return deltas, config.base_model_name_or_path
 
 

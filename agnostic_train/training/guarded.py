@@ -1,14 +1,14 @@
 """A Trainer that stops where training has failed and says where, and refuses to go on from a damaged checkpoint."""
 
 import json
-from copy import copy
 from pathlib import Path
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,15 +28,20 @@ class GuardedTrainer(Trainer):
         UserError: naming the file of a checkpoint that can't be resumed from.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *others, **kwargs):
+    def __init__(self, *args, **kwargs):
         # Losses since the last look, and their batches' tokens.
         self._unchecked: list[tuple[Tensor, Tensor | None]] = []
-        if isinstance(model, PeftModel) and args is not None and args.ddp_find_unused_parameters is None:
+        super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        settings = super()._build_accelerator_args(**kwargs)
+        if isinstance(self.model, PeftModel) and self.args.ddp_find_unused_parameters is None:
             # A forward pass uses all of an adapter. A Trainer has DDP look for what isn't used in every model that isn't
             # transformers' own: a walk through each graph, at which reentrant checkpointing fails.
-            args = copy(args)
-            args.ddp_find_unused_parameters = False
-        super().__init__(model, args, *others, **kwargs)
+            for handler in settings["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = False
+        return settings
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.

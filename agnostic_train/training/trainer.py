@@ -19,7 +19,7 @@ from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
-from agnostic_train.training.strategy import BASELINES, STRATEGIES
+from agnostic_train.training.strategy import BASELINES, STRATEGIES, Choice
 
 NEURONS_FILE = "neurons.safetensors"
 
@@ -90,7 +90,8 @@ class NeuronTrainer(GuardedTrainer):
         update: Update | None = None,
         **kwargs,
     ):
-        arguments = args[0] if args else kwargs.get("args")
+        # Trainers for preferences, such as TRL's, have them in another place.
+        arguments = next((it for it in (*args, *kwargs.values()) if isinstance(it, TrainingArguments)), None)
         self.update = update or getattr(arguments, "update", "compact")
         check_choice("training.update", self.update, Update)
         self.neurons: NeuronSet | str | Path | None = (
@@ -171,6 +172,8 @@ class NeuronTrainer(GuardedTrainer):
             detection.log = self.log
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
+            if detection is not None:
+                detection.choice = Choice(detection.strategy.name, self.neurons, "as the checkpoint has them")
         elif self.neurons is None:
             assert detection is not None
             detection.run(model)
@@ -200,7 +203,10 @@ class NeuronTrainer(GuardedTrainer):
         neurons = self._read_neurons(model)
         if adapters:
             if not isinstance(model, PeftModel):
-                raise UserError("model: its adapter isn't in a PeftModel; load it with PeftModel.from_pretrained")
+                raise UserError(
+                    "model: it holds an adapter, perhaps of an earlier NeuronTrainer, but is no PeftModel; go on with that "
+                    "trainer's model (trainer.model), or take the adapter out (trainer.model.unload())"
+                )
             if len(model.active_adapters) != 1:
                 raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
             found = adapter_neurons(model)

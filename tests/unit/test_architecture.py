@@ -9,7 +9,7 @@ ORDER = {
         "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "judging", "encoding"],
-    "model": ["decoder", "memory", "inference", "loading"],
+    "model": ["decoder", "memory", "weights", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",

@@ -80,6 +80,50 @@ def test_a_resumed_run_logs_the_same_values(tmp_path):
     assert histories[0] == histories[1]
 
 
+@pytest.mark.parametrize("update", ["compact", "mask"])
+def test_a_resumed_run_detects_only_when_it_is_due(tmp_path, update):
+    """At its checkpoint of step 10 none is; what it trains comes from there."""
+
+    def train(*more, resume=None):
+        callback = DetectionCallback(corpora(), "related", 7, top_ratio=0.2, consistency=0.6, progress=False)
+        settings = arguments(tmp_path, save_strategy="steps", save_steps=10, max_steps=12)
+        trainer = NeuronTrainer(
+            tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback, *more], update=update
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return callback, trainer
+
+    first, trainer = train(StopAtTen())
+    resumed, again = train(resume=True)
+    assert resumed.neurons is None and resumed.score is None
+    assert resumed.choice.neurons == again.neurons == trainer.neurons == first.choice.neurons
+    assert [it["step"] for it in again.state.log_history if "neurons/shared" in it] == [0, 7]
+
+
+def test_losses_are_logged_beside_detections(tmp_path):
+    callback = DetectionCallback(corpora(), "related", 2, top_ratio=0.2, consistency=0.6, progress=False)
+    settings = arguments(tmp_path, max_steps=4, logging_steps=2)
+    trainer = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback])
+    trainer.train()
+    for name in ("loss", "neurons/shared"):
+        assert [it["step"] for it in trainer.state.log_history if name in it and it["step"]] == [2, 4]
+
+
+def test_counts_of_other_weights_are_no_beginning(tmp_path):
+    """A callback that detects again finds the first detection's counts in its folder, finished."""
+    callback = DetectionCallback(
+        corpora(), "related", top_ratio=0.2, consistency=0.6, progress=False, resume_dir=tmp_path / "counts"
+    )
+    model, found = tiny_llama(), []
+    for _ in range(2):
+        callback.run(model)
+        found.append(callback.neurons)
+        with torch.no_grad():
+            for layer in find_decoder(model).layers:
+                layer.projections["down"].linear.weight[:, :20] *= 3
+    assert found[0].related != found[1].related
+
+
 def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
     logged = []
 
@@ -103,6 +147,12 @@ def test_a_language_without_text_is_refused_at_once():
 def test_a_misspelt_option_is_refused_at_once():
     with pytest.raises(TypeError, match="no option 'top_ration'"):
         DetectionCallback(corpora(), top_ration=0.1)
+    with pytest.raises(TypeError, match="no option 'model'"):
+        DetectionCallback(corpora(), model=tiny_llama())
+    with pytest.raises(TypeError, match="'sw' has one batch where several were expected"):
+        DetectionCallback({"sw": padded_batch([5])})
+    with pytest.raises(ValueError, match="score_corpora: no corpus for sw"):
+        DetectionCallback(corpora(), score_corpora={"en": []})
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -538,6 +538,10 @@ def test_batches_of_texts(tokenizer):
 def test_mistaken_texts_are_named(tokenizer):
     with pytest.raises(TypeError, match="expected several texts"):
         batches_of("one text", tokenizer)
+    with pytest.raises(TypeError, match="not a mapping: take one language's"):
+        batches_of({"en": ["one text"]}, tokenizer)
+    with pytest.raises(TypeError, match="texts: expected text, got dict"):
+        batches_of(Dataset.from_list([{"text": "one text"}]), tokenizer)
     with pytest.raises(ValueError, match="must be at least 1, not 0 and None"):
         batches_of(["a"], tokenizer, batch_size=0)
     without_special_tokens = build_tokenizer(SENTENCES, vocab_size=300)

@@ -16,6 +16,7 @@ from agnostic_train.impact import unverified_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.perplexity import perplexity
+from agnostic_train.training.callbacks import DetectionCallback
 
 
 def brute_force_top(row, count):
@@ -151,9 +152,26 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
         ({"input_ids": ids.float()}, "expected integers"),
         ({"input_ids": ids, "attention_mask": torch.ones(2, 5)}, r"expected the shape of input_ids, \(2, 9\)"),
         ({"input_ids": ids + 100}, "beyond the model's vocabulary of"),
+        ({"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "is padding alone"),
     ):
-        with pytest.raises(ValueError, match=message):
+        for measure in (neuron_impacts, lambda model, batch: perplexity(model, [batch])):
+            with pytest.raises(ValueError, match=message):
+                measure(llama, batch)
+    for batch, message in (
+        ({"input_ids": ids.tolist()}, "input_ids: expected a tensor, got list; .* return_tensors='pt'"),
+        ({"input_ids": ids, "attention_mask": [1]}, "attention_mask: expected a tensor, got list"),
+        ({"ids": ids}, "expected a mapping with input_ids, got dict"),
+        ("sw", "expected a mapping with input_ids, got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
             neuron_impacts(llama, batch)
+    for corpora, message in (
+        ([{"input_ids": ids}], "expected batches by language, such as .*, got list"),
+        ({"sw": {"input_ids": ids}}, "'sw' has one batch where several were expected"),
+    ):
+        for measure in (lambda given: detect_neurons(llama, given), DetectionCallback):
+            with pytest.raises(TypeError, match=message):
+                measure(corpora)
     short, long = (perplexity(llama, [{"input_ids": it}]) for it in (ids.int(), ids))
     assert short.value == long.value
 

@@ -347,3 +347,34 @@ def test_a_single_sum_in_float32_is_there_at_a_time(tmp_path, monkeypatch, dtype
     assert len(most) == 2 * 6 and max(most) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_what_was_trained_earlier_counts_too(tmp_path):
+    """An adapter on a model that was trained before: all of it may differ from the first base, and nothing else."""
+    base = tiny_llama()
+    second = NeuronSet({(0, "q"): [1, 4], (1, "up"): [7]})
+    model = adapted(trained(base), second)
+    check = export_checkpoint(model, tmp_path / "out", base=base)
+    assert check.status == "identical" and check.chosen_moved == 1.0
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["neurons"] == (CHOSEN | second).counts()
+    del model.get_base_model().trained_neurons
+    assert export_checkpoint(model, tmp_path / "out", base=base).status == "changed"
+    assert export_checkpoint(model, tmp_path / "out", base=base, neurons=CHOSEN | second).status == "identical"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="some that the adapter trains aren't among them"):
+        export_checkpoint(model, tmp_path / "out", base=base, neurons=CHOSEN)
+    with pytest.raises(UserError, match="some were trained before the adapter, which doesn't hold them"):
+        export_checkpoint(model, tmp_path / "lora", "lora", base=base, neurons=CHOSEN | second)
+
+
+def test_a_folder_with_another_adapter_than_the_trained_one_is_refused(tmp_path):
+    adapted(neurons=CHOSEN).save_pretrained(tmp_path / "checkpoint")
+    second = NeuronSet({(0, "q"): [2]})
+    second.save(tmp_path / "checkpoint/neurons.safetensors")
+    with pytest.raises(UserError, match="its adapter isn't the one that trained"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama())
+    CHOSEN.save(tmp_path / "checkpoint/neurons.safetensors")
+    assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama()).status == "identical"
+    with pytest.raises(TypeError, match="tokenizer: expected a tokenizer"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama(), tokenizer="name")

@@ -37,7 +37,7 @@ def test_algebra():
 
 @pytest.mark.parametrize(
     "sites",
-    [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}]
+    [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}, {"q": [1]}, {(0.5, "q"): [1]}, {(0, "q"): "12"}]
     + [{(0, "q"): [1.5]}, {(0, "q"): torch.tensor([True, False])}, {(0, "q"): torch.zeros(2, 2, dtype=torch.int64)}],
 )
 def test_impossible_neurons_are_refused(sites):
@@ -213,6 +213,16 @@ def test_what_makes_no_set_is_named():
     ):
         with pytest.raises(TypeError, match=message):
             NeuronSet.of(value)
+    with pytest.raises(TypeError, match=r"expected \{\(layer, projection\): indices\}, got list"):
+        NeuronSet([(0, "q")])
+    with pytest.raises(ValueError, match=r"a site is \(layer, projection\), such as \(0, 'q'\), not 'q'"):
+        A["q"]
+
+
+def test_a_language_is_part_of_a_files_name():
+    for name in ("zh/Hans", "a b", ""):
+        with pytest.raises(ValueError, match=f"languages: {name!r} can't be part of a file's name"):
+            LanguageNeurons.from_related({name: A, "en": A})
 
 
 def test_languages_that_share_a_neuron_are_counted_from_one():

@@ -124,6 +124,36 @@ def test_packed_sentences_are_learnt_alike(tmp_path):
 
 
 @both_updates
+def test_trl_for_preferences(tmp_path, update):
+    """Its trainer has the arguments behind a reference model."""
+    trl = pytest.importorskip("trl", reason="trl isn't installed; it is in the dev extra")
+    from datasets import Dataset
+
+    class NeuronDPOTrainer(NeuronTrainer, trl.DPOTrainer):
+        pass
+
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_steps=2, learning_rate=1e-2,
+        save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    rows = [{"prompt": f"number {place} is", "chosen": " good", "rejected": " bad"} for place in range(8)]
+    tokenizer = build_tokenizer([it["prompt"] + it["chosen"] + it["rejected"] for it in rows], vocab_size=300)
+    before = plain_weights(tiny_llama(vocab_size=300))
+    reference = tiny_llama(vocab_size=300)
+    # Without a reference TRL takes the model without its adapter, or loads it anew by its name.
+    for more in [{"ref_model": reference}, {}] if update == "compact" else [{"ref_model": reference}]:
+        trainer = NeuronDPOTrainer(
+            tiny_llama(vocab_size=300), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            args=config, neurons=CHOSEN, update=update, **more,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.args is config
+        losses = [it["loss"] for it in trainer.state.log_history if "loss" in it]
+        assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[1] < losses[0]
+        assert_only_chosen_moved(before, plain_weights(trainer.model), CHOSEN)
+
+
+@both_updates
 def test_trl(tmp_path, update):
     trl = pytest.importorskip("trl", reason="trl isn't installed; it is in the dev extra")
     from datasets import Dataset

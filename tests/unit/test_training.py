@@ -324,7 +324,7 @@ def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
         trainer_of(two, tmp_path, "compact", neurons=None)
     native = tiny_llama()
     native.add_adapter(NeuronConfig(neurons=CHOSEN))
-    with pytest.raises(UserError, match="isn't in a PeftModel"):
+    with pytest.raises(UserError, match="perhaps of an earlier NeuronTrainer"):
         trainer_of(native, tmp_path, "compact", neurons=None)
 
 

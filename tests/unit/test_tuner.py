@@ -225,6 +225,21 @@ def test_several_adapters():
         assert torch.equal(logits(wrapped), plain)
 
 
+def test_an_adapter_is_no_reference_for_a_copy_of_it():
+    """TRL makes a reference for preferences by a second adapter of the same configuration, and copies no delta into it."""
+    wrapped = get_peft_model(tiny_llama(), NeuronConfig(neurons=NeuronSet({(0, "q"): [1]}), task_type="CAUSAL_LM"))
+    wrapped.add_adapter("ref", wrapped.peft_config["default"])  # both are the base model
+    fill(wrapped)
+    with pytest.raises(UserError, match="adapter 'default' of this NeuronConfig has learnt already"):
+        wrapped.add_adapter("other", wrapped.peft_config["default"])
+    assert "other" not in wrapped.peft_config
+
+
+def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
+    with pytest.raises(ValueError, match="adapter_names: neuron adapters can't be mixed"):
+        adapted()(**BATCH, adapter_names=["default", "__base__"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_base_gets_a_float32_delta(dtype):
     base = tiny_llama().to(dtype)

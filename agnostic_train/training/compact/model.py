@@ -1,5 +1,7 @@
 """The tuner that puts a `NeuronLinear` around every linear with a chosen neuron."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -36,6 +38,13 @@ class NeuronModel(BaseTuner):
         if strangers:
             raise UserError(f"neurons: the adapter has rows of {strangers[0]}, which this model lacks")
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        # PEFT drops it for tuners that don't know it, and every row would silently take the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: neuron adapters can't be mixed in a batch; use set_adapter")
+        yield
+
     @staticmethod
     def _check_target_module_exists(peft_config: NeuronConfig, key: str) -> bool:
         return key in peft_config.rows or key in peft_config.columns
@@ -57,6 +66,14 @@ class NeuronModel(BaseTuner):
         else:
             layer = NeuronLinear(target, dim)
             self._replace_module(parent, target_name, layer, target)
+        for other in layer.neuron_delta:
+            if self.peft_config[other] is peft_config and layer.neuron_delta[other].any():
+                # TRL's trainers for preferences make a reference of an adapter so, and would copy no neuron's.
+                raise UserError(
+                    f"neurons: adapter {other!r} of this NeuronConfig has learnt already, and another begins at the base "
+                    "model; merge it first (merge_and_unload), give a trainer that wants a reference a ref_model, or make "
+                    "a NeuronConfig of its own"
+                )
         layer.add(adapter_name, index)
         layer.set_adapter(self.active_adapters)
 

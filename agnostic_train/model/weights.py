@@ -1,0 +1,29 @@
+"""The bits of a model's weights: what a comparison looks at, and what tells one model's from another's."""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from agnostic_train.files import fingerprint
+
+
+def bit_patterns(values: Tensor) -> Tensor:
+    """As signed integers of the same size: NaN equals NaN, and 0 differs from -0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.contiguous().view(integers[values.element_size()])
+
+
+@torch.no_grad()
+def weights_checksum(model: nn.Module) -> str:
+    """Tells weights, adapters' included, from those of before a training step; the same on every device.
+
+    Offloaded weights, which aren't on any, are left out.
+    """
+    sums = [
+        # Of integers, whose sum doesn't depend on the order.
+        [name, list(value.shape), int(bit_patterns(value).sum(dtype=torch.int64))]
+        for name, value in chain(model.named_parameters(), model.named_buffers())
+        if not value.is_meta and not value.is_complex()
+    ]
+    return fingerprint(sums)
