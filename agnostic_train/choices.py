@@ -8,6 +8,7 @@ Attention = Literal["exact", "paper"]
 Exclusive = Literal["complement", "unique"]
 Update = Literal["compact", "mask"]
 ExportTarget = Literal["merged", "lora", "delta"]
+SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
 
 UPDATES: tuple[Update, ...] = get_args(Update)
 

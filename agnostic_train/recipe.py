@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from agnostic_train.choices import Attention, Exclusive, ExportTarget, Update
+from agnostic_train.choices import Attention, Exclusive, ExportTarget, SetStrategy, Update
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -67,7 +67,6 @@ EMBEDDED = "embedded:quickstart"
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0)]
-SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
 Trainable = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
 
 

@@ -98,8 +98,8 @@ def verify_impacts(
             for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers), projections):
                 comparisons += _compare(excerpt, neurons_per_site, generator, pruning, memory_gb)
                 del excerpt  # the next layer is copied before the loop lets go of this one
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # which say nothing of the model
     except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(
             f"model.name: {type(model).__name__} isn't supported: its attention can't be followed "

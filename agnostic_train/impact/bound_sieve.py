@@ -77,7 +77,9 @@ class BoundSieve:
         """
         bounds, estimates = self._bounds()
         # By site from here on, q's and k's neurons side by side: (batch, neurons[, blocks]).
-        rest = self.layout.by_site(bounds).flip(-1).cumsum(-1).flip(-1)
+        bounds = self.layout.by_site(bounds)
+        # Not `cumsum`: of floats, a GPU refuses it where results must be the same in every run.
+        rest = torch.stack([bounds[..., block:].sum(-1) for block in range(bounds.shape[-1])], -1)
         estimates = self.layout.by_site(estimates)
         counts = [num_top(top_ratio, size) for size in self.layout.sizes]
         first = torch.zeros_like(estimates, dtype=torch.bool)

@@ -36,9 +36,11 @@ def decide(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def settle(low: Tensor, high: Tensor, certain: Tensor, unclear: Tensor, exact: Tensor) -> Tensor:
-    """The middle of the interval for neurons in the top for certain, exact impacts for undecided ones, zero for others."""
-    # An upper end may be infinite where the lower one alone puts a neuron into the top.
-    middle = torch.where(high.isfinite(), (low + high) / 2, low)
+    """The middle of the interval for neurons in the top for certain, exact impacts for undecided ones, zero for others.
+
+    Where the upper end is far off, or infinite, the lower one stands for the interval: it alone decided.
+    """
+    middle = torch.where(high <= 2 * low, (low + high) / 2, low)
     return torch.where(certain, middle, torch.where(unclear, exact, 0))
 
 

@@ -172,7 +172,8 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
+        # Flat: a softmax over another dimension than the last would copy the logits once more.
         losses[part] = nn.functional.cross_entropy(
-            logits[part].to(dtype).transpose(1, 2), targets[part], reduction="none"
-        )
+            logits[part].to(dtype).flatten(0, 1), targets[part].flatten(), reduction="none"
+        ).view_as(targets[part])
     return losses

@@ -10,10 +10,10 @@ from typing import get_args
 from peft import LoraConfig
 from torch import nn
 
+from agnostic_train.choices import SetStrategy
 from agnostic_train.files import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.recipe import SetStrategy
 from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore
 from agnostic_train.training.equal_lora import equal_lora, num_weights
 

@@ -99,11 +99,9 @@ def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> 
     with FlopCounterMode(display=False) as counter:
         work = function()
     total = counter.get_total_flops()
-    if isinstance(work, dict) and kernel_trial.available(
-        next(model.parameters()).new_empty(0, 1, 1, dtype=torch.float32)
-    ):
+    layer = find_decoder(model).layers[0]
+    if isinstance(work, dict) and kernel_trial.available(torch.empty(0, 1, layer.head_dim, device=model.device)):
         # The counter doesn't see into the kernels, which multiply each changed logit with its value.
-        layer = find_decoder(model).layers[0]
         heads = {"q": 1, "k": layer.queries_per_kv}
         total += sum(2 * layer.head_dim * (it.logits + it.rough_logits) * heads[name] for name, it in work.items())
     return total
@@ -252,7 +250,8 @@ def main() -> None:
     dtype = torch.bfloat16 if cuda else torch.float32
     if options.model is None:
         config = AutoConfig.for_model(options.family, **SHAPES[options.device])
-        model = AutoModelForCausalLM.from_config(config).to(options.device, dtype).eval()
+        with torch.device(options.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         num_sentences = options.batches * options.batch_size
         inputs = {length: random_batches(model, num_sentences, length, options.batch_size) for length in options.length}
     else:

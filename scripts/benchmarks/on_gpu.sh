@@ -14,7 +14,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 measure() {
   case "$1" in
-    tests) "$python" -m pytest -q -rs tests/gpu 2>&1 | tee "$folder/tests.log" ;;
+    # Most of their time goes into compiling kernels.
+    tests) "$python" -m pytest -q -rs -n 8 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
     detection)
       "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --rounds 5 --growth \
         --output "$folder/detection_gpu.json" --figure "$folder/detection_gpu.svg" ;;

@@ -71,16 +71,7 @@ class Step:
 
     def __init__(self, method: str, model: nn.Module, neurons: NeuronSet, batch: dict[str, Tensor]):
         self.method, self.batch = method, batch
-        num_entries = sum(
-            len(indices) * it.linear.weight.numel() // it.num_neurons
-            for site, indices in neurons.items()
-            for it in [find_decoder(model).projection(site)]
-        )
-        # A rank of LoRA, and of SHiRA, costs in + out parameters a linear.
-        per_rank = sum(
-            sum(module.weight.shape) for name, module in model.named_modules() if name.endswith(tuple(LINEARS))
-        )
-        rank = max(1, round(num_entries / per_rank))
+        rank = equal_rank(model, neurons)
         if method == "floor":
             model.requires_grad_(False)
         elif method == "compact":
@@ -145,6 +136,27 @@ class Step:
         with tempfile.TemporaryDirectory() as directory:
             self.model.save_pretrained(directory)
             return (Path(directory) / "adapter_model.safetensors").stat().st_size
+
+
+def linears(model: nn.Module) -> list[nn.Module]:
+    """Those that LoRA and SHiRA train."""
+    return [module for name, module in model.named_modules() if name.endswith(tuple(LINEARS))]
+
+
+def equal_rank(model: nn.Module, neurons: NeuronSet) -> int:
+    """The rank at which LoRA and SHiRA train as many parameters: a rank costs in + out of them a linear."""
+    num_entries = sum(
+        len(indices) * it.linear.weight.numel() // it.num_neurons
+        for site, indices in neurons.items()
+        for it in [find_decoder(model).projection(site)]
+    )
+    return max(1, round(num_entries / sum(sum(module.weight.shape) for module in linears(model))))
+
+
+def takes(method: str, model: nn.Module, neurons: NeuronSet) -> bool:
+    """Whether a method can train as many parameters: SHiRA has no more of a linear than are there."""
+    rank = equal_rank(model, neurons)
+    return method != "shira" or all(rank * sum(it.weight.shape) <= it.weight.numel() for it in linears(model))
 
 
 def random_mask(base_layer: nn.Module, r: int, **_) -> Tensor:
@@ -224,8 +236,12 @@ def draw(record: dict, file: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
         for method in record["settings"]["methods"]:
-            values = [value(rows[method], rows) for rows in results.values()]
-            axis.plot(fractions, values, styles[method], label=method, markerfacecolor="white")
+            points = [
+                (it, value(rows[method], rows))
+                for it, rows in zip(fractions, results.values(), strict=True)
+                if method in rows
+            ]
+            axis.plot(*zip(*points, strict=True), styles[method], label=method, markerfacecolor="white")
         axis.set(xlabel="fraction of the neurons chosen", ylabel=label, xscale="log", ylim=(0, None))
         axis.set_xticks(fractions, [f"{it:.4g}" for it in fractions])
         axis.minorticks_off()
@@ -270,8 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, neurons in sets.items():
         rows: dict[str, dict] = {}
-        for methods in [[it] for it in options.methods] if options.one_at_a_time else [options.methods]:
-            rows |= measure(make, neurons, methods, batch, options.rounds, options.device)
+        methods = [it for it in options.methods if takes(it, model, neurons)]
+        for at_once in [[it] for it in methods] if options.one_at_a_time else [methods]:
+            rows |= measure(make, neurons, at_once, batch, options.rounds, options.device)
         for row in rows.values():
             row["times"] = {
                 other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)

@@ -75,8 +75,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant)
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
-    """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2."""
-    ends = [end_of(tmp_path, update, torch_compile=compiled, max_steps=3) for compiled in (False, True)]
+    """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2.
+
+    Without `tf32=False`, transformers turns TF32 on for compiled trainings.
+    """
+    ends = [end_of(tmp_path, update, torch_compile=it, tf32=False, max_steps=3) for it in (False, True)]
     assert_near(ends[1], ends[0], 1e-5)
 
 
@@ -168,4 +171,5 @@ def test_compact_training_takes_less_memory_than_lora_of_as_many_weights(tmp_pat
         return GuardedTrainer(get_peft_model(model, equal_lora(neurons, model)[0]), settings, train_dataset=rows)
 
     settings = settings_of(tmp_path, max_steps=3, save_strategy="no", bf16=True)
+    compact().train()  # the first training of a process makes cuBLAS's workspaces
     assert peak(compact) < peak(lora)

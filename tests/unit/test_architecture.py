@@ -58,6 +58,29 @@ def test_imports_run_one_way(pytestconfig):
     assert {package: seen[package] for package in ORDER} == {package: set(names) for package, names in ORDER.items()}
 
 
+def test_training_needs_nothing_that_reads_recipes_or_text(pytestconfig):
+    """`tests/gpu` and the benchmarks run where these packages aren't."""
+    root = pytestconfig.rootpath / "agnostic_train"
+    left, seen, packages = [("training", "trainer"), ("export", "checkpoint"), ("scores", "emergence")], set(), set()
+    while left:
+        parts = left.pop()
+        file = root.joinpath(*parts).with_suffix(".py")
+        if not file.exists():
+            file = root.joinpath(*parts, "__init__.py")
+        if not file.exists() or file in seen:  # what isn't a module is a name in one
+            if file not in seen and len(parts) > 1:
+                left.append(parts[:-1])
+            continue
+        seen.add(file)
+        left += imported(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [it.name for it in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            packages |= {name.split(".")[0] for name in names}
+    assert {"torch", "transformers", "peft", "agnostic_train"} < packages and len(seen) > 40
+    assert not packages & {"pydantic", "datasets", "wandb", "ruamel", "trl", "lm_eval"}
+
+
 def test_nothing_is_read_or_written_that_could_run_code(pytestconfig):
     """Our own files are safetensors, JSON and YAML of the safe kind; of a Trainer's pickles, plain values alone."""
     loads = 0
