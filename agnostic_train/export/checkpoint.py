@@ -61,8 +61,9 @@ def export_checkpoint(
     Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        TypeError: a tokenizer's name. UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
+        UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
             shapes, quantised weights to merge into, or trained weights that aren't finite in `dtype`.
+        TypeError: a tokenizer's name instead of the tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
     if isinstance(tokenizer, (str, Path)):

@@ -79,9 +79,11 @@ def check_corpora(corpora: object) -> None:
 
 def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
     """Raises `ValueError` for tokens that the model has no embedding of; a GPU would stop at them without a name."""
-    size, largest = model.get_input_embeddings().weight.shape[0], int(input_ids.max())
-    if largest >= size or int(input_ids.min()) < 0:
-        raise ValueError(f"input_ids: token {largest} is beyond the model's vocabulary of {size}")
+    size = model.get_input_embeddings().weight.shape[0]
+    smallest, largest = (int(it) for it in input_ids.aminmax())
+    if smallest < 0 or largest >= size:
+        token = smallest if smallest < 0 else largest
+        raise ValueError(f"input_ids: token {token} is beyond the model's vocabulary of {size}")
 
 
 def own_sentences(batches: Iterable[Batch]) -> int | None:

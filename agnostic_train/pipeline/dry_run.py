@@ -110,8 +110,9 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     micro_batch = arguments.per_device_train_batch_size
     examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}
     if recipe.training.packing and texts:
-        packed = {language: encoder.sentences_packed(texts[language].training) for language in examples}
-        examples = {language: ceil(number / packed[language]) for language, number in examples.items()}
+        for language, number in examples.items():
+            if number:
+                examples[language] = ceil(number / encoder.sentences_packed(texts[language].training))
     num_examples = sum(epoch_sizes(examples, recipe.training).values())
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
     return Plan(

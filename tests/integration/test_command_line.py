@@ -142,6 +142,12 @@ def test_packed_text(root, capsys):
     assert "(changed: training.packing)" in capsys.readouterr().out
 
 
+def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
+    for flags in ([], ["--training.packing=true", "--corpus.max_length=30"]):
+        assert run(root, "detect", "--dry-run", "--corpus.detection_sentences=200", *flags) == 0
+        assert re.search(r"sw \* .*200 .* 0 ", capsys.readouterr().out)
+
+
 def test_mixed_text(root, capsys):
     """An epoch of four parts of the enhanced language and one of another; the dry run counts it."""
     flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]

@@ -151,7 +151,8 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
         ({"input_ids": ids[:0]}, "not empty"),
         ({"input_ids": ids.float()}, "expected integers"),
         ({"input_ids": ids, "attention_mask": torch.ones(2, 5)}, r"expected the shape of input_ids, \(2, 9\)"),
-        ({"input_ids": ids + 100}, "beyond the model's vocabulary of"),
+        ({"input_ids": ids + 100}, r"token 1\d\d is beyond the model's vocabulary of"),
+        ({"input_ids": ids - 100}, r"token -\d+ is beyond the model's vocabulary of"),
         ({"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "is padding alone"),
     ):
         for measure in (neuron_impacts, lambda model, batch: perplexity(model, [batch])):
