@@ -122,7 +122,7 @@ def _compare(
     comparisons = []
     layer, scores = excerpt.layer, excerpt.scores(pruning, memory_gb)
     for name in excerpt.projections:
-        neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator).tolist()
+        neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator, device="cpu").tolist()
         neurons.append(int(scores[name][0].argmax()))
         before = excerpt.output(name)
         if not before.isfinite().all():
@@ -131,7 +131,7 @@ def _compare(
                 "broken, or model.dtype overflows (try float32)"
             )
         for neuron in neurons:
-            with switched_off([(layer.projections[name], torch.tensor([neuron]))]):
+            with switched_off([(layer.projections[name], torch.tensor([neuron], device="cpu"))]):
                 change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
             for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
                 comparisons.append(

@@ -278,7 +278,7 @@ def _find_layer(index: int, attention: nn.Module | None, feed_forward: nn.Module
 def _attention_projections(index: int, attention: nn.Module, head_dim: int) -> dict[str, Projection]:
     if hasattr(attention, "query_key_value"):
         fused = _linear(index, attention, "query_key_value")
-        by_head = torch.arange(fused.out_features).view(-1, 3, head_dim)
+        by_head = torch.arange(fused.out_features, device="cpu").view(-1, 3, head_dim)
         rows = {name: by_head[:, part].flatten() for part, name in enumerate("qkv")}
         output = _linear(index, attention, "dense")
     elif hasattr(attention, "qkv_proj"):
@@ -286,7 +286,7 @@ def _attention_projections(index: int, attention: nn.Module, head_dim: int) -> d
         output = _linear(index, attention, "o_proj")
         num_queries = output.in_features
         sizes = [num_queries, *[(fused.out_features - num_queries) // 2] * 2]
-        rows = dict(zip("qkv", torch.arange(fused.out_features).split(sizes), strict=True))
+        rows = dict(zip("qkv", torch.arange(fused.out_features, device="cpu").split(sizes), strict=True))
     else:
         return {name: Projection(name, _linear(index, attention, f"{name}_proj")) for name in ATTENTION_PROJECTIONS}
     return {name: Projection(name, fused, its_rows) for name, its_rows in rows.items()} | {"o": Projection("o", output)}
@@ -298,7 +298,7 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
         return {name: Projection(name, _linear(index, feed_forward, linear)) for name, linear in names.items()}
     if hasattr(feed_forward, "gate_up_proj"):
         fused = _linear(index, feed_forward, "gate_up_proj")
-        gate, up = torch.arange(fused.out_features).chunk(2)
+        gate, up = torch.arange(fused.out_features, device="cpu").chunk(2)
         down = Projection("down", _linear(index, feed_forward, "down_proj"))
         return {"gate": Projection("gate", fused, gate), "up": Projection("up", fused, up), "down": down}
     return {name: Projection(name, _linear(index, feed_forward, f"{name}_proj")) for name in FEED_FORWARD_PROJECTIONS}

@@ -91,7 +91,7 @@ class NeuronSet:
         return self._at(site).clone()
 
     def _at(self, site: Site) -> Tensor:
-        return self._sites.get(site, torch.empty(0, dtype=torch.int64))
+        return self._sites.get(site, torch.empty(0, dtype=torch.int64, device="cpu"))
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
@@ -281,7 +281,7 @@ class NeuronSet:
                     raise UserError(f"{file}: unknown key {name!r}; expected {', '.join(names)}")
                 projection = names[name]
                 for key, values in by_layer.items():
-                    indices = torch.tensor(values)
+                    indices = torch.tensor(values, device="cpu")
                     layer = int(key)
                     if published and projection in ("k", "v") and layer < len(decoder.layers):
                         indices = _kv_rows(indices, decoder.layers[layer], file)

@@ -21,7 +21,7 @@ def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
     Gate, up and down of a hidden unit move together, likewise v with the o columns that read it.
     """
     drawn = {
-        name: torch.randperm(layer.projections[name].num_neurons, generator=generator)
+        name: torch.randperm(layer.projections[name].num_neurons, generator=generator, device="cpu")
         for name in ("down", "v", "q", "k")
     }
     return _joint_moves(layer, drawn, generator)
@@ -47,23 +47,23 @@ def matched_moves(
 
 def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
     """A map of all indices that takes each member to one of its `NUM_NEAREST` nearest free neurons, each used once."""
-    free = torch.ones(len(activation), dtype=torch.bool)
+    free = torch.ones(len(activation), dtype=torch.bool, device="cpu")
     if 2 * len(members) <= len(activation):
         free[members] = False
     candidates = free.nonzero().flatten()
     ordered, upward = activation.double()[candidates].sort(stable=True)
     downward = activation.double()[candidates].argsort(stable=True, descending=True)
     as_active, less_active = (_Line(candidates[order].tolist()) for order in (upward, downward))
-    move = torch.arange(len(activation))
+    move = torch.arange(len(activation), device="cpu")
     levels, sorted_levels = activation.double().tolist(), ordered.tolist()
     # The order is random, so that no member always has the first choice.
-    for member in members[torch.randperm(len(members), generator=generator)].tolist():
+    for member in members[torch.randperm(len(members), generator=generator, device="cpu")].tolist():
         level = levels[member]
         num_less = bisect_left(sorted_levels, level)
         found = as_active.first(num_less, NUM_NEAREST)
         found += less_active.first(len(sorted_levels) - num_less, NUM_NEAREST)
         nearest = sorted(found, key=lambda index: (abs(levels[index] - level), index))[:NUM_NEAREST]
-        choice = nearest[int(torch.randint(len(nearest), (), generator=generator))]
+        choice = nearest[int(torch.randint(len(nearest), (), generator=generator, device="cpu"))]
         move[member] = choice
         as_active.take(choice)
         less_active.take(choice)
@@ -101,7 +101,7 @@ class _Line:
 
 def channels_read(layer: Layer) -> Tensor:
     """For each column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
-    column = torch.arange(layer.projections["o"].num_neurons)
+    column = torch.arange(layer.projections["o"].num_neurons, device="cpu")
     head, channel = column // layer.head_dim, column % layer.head_dim
     return (head // layer.queries_per_kv) * layer.head_dim + channel
 
@@ -111,8 +111,8 @@ def _joint_moves(layer: Layer, drawn: Mapping[str, Tensor], generator: torch.Gen
     head_dim, queries_per_kv = layer.head_dim, layer.queries_per_kv
     # A column of o follows the channel that it reads to its new place, and takes there a query head of the new group,
     # shifted by a random number.
-    head = torch.arange(layer.projections["o"].num_neurons) // head_dim
-    shift = torch.randint(queries_per_kv, (len(channels),), generator=generator)
+    head = torch.arange(layer.projections["o"].num_neurons, device="cpu") // head_dim
+    shift = torch.randint(queries_per_kv, (len(channels),), generator=generator, device="cpu")
     source = channels_read(layer)
     target = channels[source]
     slot = (head % queries_per_kv + shift[source]) % queries_per_kv

@@ -42,7 +42,7 @@ class Ablation:
         result = self.measured.get(off, {}).get(language)
         if result is None:
             return None
-        counts = torch.ones(len(result.sentence_nats), dtype=torch.float64) if resamples is None else resamples
+        counts = torch.ones_like(result.sentence_nats, dtype=torch.float64) if resamples is None else resamples
         return (counts @ result.sentence_nats.double() / (counts @ result.sentence_tokens.double())).exp()
 
     def to_json(self) -> dict:

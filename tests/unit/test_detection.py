@@ -15,6 +15,7 @@ from agnostic_train.files import UserError
 from agnostic_train.impact import unverified_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.perplexity import perplexity
 from agnostic_train.training.callbacks import DetectionCallback
 
@@ -175,6 +176,25 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
                 measure(corpora)
     short, long = (perplexity(llama, [{"input_ids": it}]) for it in (ids.int(), ids))
     assert short.value == long.value
+
+
+def test_a_default_device_changes_nothing(llama):
+    """Scripts set one (`torch.set_default_device("cuda")`); here "meta", on which nothing could be computed."""
+    corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate("ab")}
+
+    def measured():
+        found = detect_neurons(llama, corpora, 0.2, 0.5, progress=False)
+        score = language_agnostic_score(llama, found, corpora, control_seeds=[1])
+        drawn = [found.shared.random_like(0, llama, it) for it in (None, found.mean_activations)]
+        return found.related, drawn, score.to_json()
+
+    expected = measured()
+    torch.set_default_device("meta")
+    try:
+        assert measured() == expected
+        assert NeuronSet({(0, "q"): [1]})[(0, "k")].tolist() == []
+    finally:
+        torch.set_default_device(None)
 
 
 def test_wrong_options_are_refused(llama):
