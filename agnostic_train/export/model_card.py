@@ -1,7 +1,6 @@
 """The model card of what is exported: what was trained how, and what it did to every language."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -51,10 +50,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     details.append(
         "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
     )
-    if training.get("mixture"):
-        details.append(f"shares of the training text: {_shares(training['mixture'])}")
-    if training.get("packed_to"):
-        details.append(f"sentences packed to {training['packed_to']} tokens")
+    if training.get("text"):
+        details.append(f"training text: {training['text']}")
     listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
     metadata = ModelCardData(
@@ -84,10 +81,6 @@ _USES = {
         "It is an adapter of rows and columns: `import agnostic_train`, then `PeftModel.from_pretrained`.",
     ),
 }
-
-
-def _shares(mixture: Mapping[str, float]) -> str:
-    return ", ".join(f"{language} {share / sum(mixture.values()):.3g}" for language, share in mixture.items())
 
 
 def _shown(value: object) -> str:

@@ -66,6 +66,17 @@ def training_examples(
     return [row for language, rows in examples.items() for row in islice(cycle(rows), sizes[language])]
 
 
+def describe_text(section: TrainingSection, max_length: int | None) -> str:
+    """How the text is mixed and packed, for people; empty where it is neither."""
+    parts = []
+    if section.mixture is not None:
+        total = sum(section.mixture.values())
+        parts.append(", ".join(f"{language} {share / total:.3g}" for language, share in section.mixture.items()))
+    if section.packing:
+        parts.append(f"sentences packed to {max_length} tokens")
+    return "; ".join(parts)
+
+
 def epoch_sizes(available: Mapping[str, int], section: TrainingSection) -> dict[str, int]:
     """How many sequences of each language an epoch has, of so many that are there."""
     mixture = section.mixture

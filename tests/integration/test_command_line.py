@@ -137,7 +137,8 @@ def test_packed_text(root, capsys):
     assert run(root, "run", *flags) == 0
     (steps,) = re.findall(r"^train: (\d+) steps", capsys.readouterr().out, re.MULTILINE)
     assert int(steps) == pytest.approx(int(told), rel=0.1) and int(steps) < 45  # as many as 180 sentences are, in fours
-    assert "sentences packed to 30 tokens" in (root / "out/enhanced/README.md").read_text()
+    for file in ("enhanced/README.md", "report.html"):
+        assert "raining text: sentences packed to 30 tokens" in (root / "out" / file).read_text()
     assert run(root, "train", *flags[1:]) == 0
     assert "(changed: training.packing)" in capsys.readouterr().out
 
@@ -157,7 +158,8 @@ def test_mixed_text(root, capsys):
     assert re.search(r"optimizer steps +│ 57 ", told)  # 180 and 45 sentences, in fours
     assert run(root, "run", *flags) == 0
     assert "train: 57 steps" in capsys.readouterr().out
-    assert "shares of the training text: sw 0.8, en 0.2" in (root / "out/enhanced/README.md").read_text()
+    for file in ("enhanced/README.md", "report.html"):
+        assert "raining text: sw 0.8, en 0.2" in (root / "out" / file).read_text()
     assert run(root, "train", "--training.mixture={sw: 4, en: 2}", *flags[1:]) == 0
     printed = capsys.readouterr().out
     assert "(changed: training.mixture)" in printed and "train: 68 steps" in printed

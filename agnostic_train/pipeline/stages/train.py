@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.files import UserError, public_name, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
 from agnostic_train.pipeline.settings import make_strategy, reads_held_out_text
@@ -73,8 +73,7 @@ def train(context: Context) -> dict:
         "strategy": choice.strategy,
         "reason": choice.reason,
         "neurons": choice.neurons.counts() if choice.neurons else None,
-        "mixture": recipe.training.mixture,
-        "packed_to": context.materials.encoder.max_length if recipe.training.packing else None,
+        "text": describe_text(recipe.training, context.materials.encoder.max_length),
     }
 
 
