@@ -242,7 +242,8 @@ class TrainingSection:
     @property
     def text_languages(self) -> list[str]:
         """The languages whose text is trained on."""
-        return self.languages if self.mixture is None else list(self.mixture)
+        # By name: recipes are told apart by their mixtures, and a mapping has no order there.
+        return self.languages if self.mixture is None else sorted(self.mixture)
 
     @property
     def needs_detection(self) -> bool:

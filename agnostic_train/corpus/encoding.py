@@ -155,10 +155,10 @@ class Encoder:
                 rest = rest[-((len(rest) - 1) % length + 1) :]
         return [*packed, _example(rest)] if len(rest) > 1 or not packed else packed
 
-    def sentences_packed(self, sentences: Sequence[str]) -> float:
+    def sentences_packed(self, sentences: Sequence[str], purpose: str) -> float:
         """About how many sentences a packed sequence takes, by the length of the first of them."""
         assert self.max_length is not None
-        first = replace(self, max_length=None)._encoded(sentences[:_SAMPLE], "training text", to_train=True)
+        first = replace(self, max_length=None)._encoded(sentences[:_SAMPLE], purpose, to_train=True)
         return self.max_length / fmean(len(row["input_ids"]) for row in first)
 
     def check_packing(self) -> None:

@@ -125,8 +125,8 @@ def detect_neurons(
         verify: compare a few scores with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there
-            goes on from them, to identical sets, and one of other weights or settings begins anew; use another folder
-            for other text. `lape`, which costs no more than a forward pass, always begins anew.
+            goes on from them, to identical sets. One of other weights, settings or first batches begins anew; use another
+            folder for other text. `lape`, which costs no more than a forward pass, always begins anew.
 
     Several processes share the batches and add up their counts: each gets the whole of `corpora`.
 
@@ -155,9 +155,9 @@ def detect_neurons(
     mean_activations: dict[str, Activations] = {}
     work = {"q": Work(), "k": Work()}
     unpruned: set[int] = set()
-    key = ""
+    settings_key = [top_ratio, attention, [*projections], activations]
     if resume_dir is not None:
-        key = fingerprint([weights_checksum(model), top_ratio, attention, [*projections], activations])
+        settings_key.append(weights_checksum(model))
     with left_as_found(model):
         for language, of_language in corpora.items():
             batches = iter(of_language)
@@ -166,8 +166,9 @@ def detect_neurons(
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             if verify and not related:
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
-            file = None
+            file, key = None, ""
             if resume_dir is not None:
+                key = fingerprint([*settings_key, first["input_ids"].tolist()])
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ExitStack() as stack:
                 meter = stack.enter_context(

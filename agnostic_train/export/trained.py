@@ -54,8 +54,8 @@ class Trained:
 
         Raises:
             UserError: adapters that aren't ours, several active ones, no adapter in the folder or one of other neurons than
-                the folder says, neurons that leave out some of the adapter's, weights split over processes, or a base that
-                is the trained model itself.
+                the folder says, neurons that leave out some of the adapter's or that were trained before it and no base,
+                weights split over processes, or a base that is the trained model itself.
         """
         named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
@@ -77,7 +77,11 @@ class Trained:
             trained = earlier if named is None else named
         else:
             trained = _all_trained(adapter_neurons(plain), named)
-            if named is None and earlier is not None and base is not None:
+            if named is None and earlier is not None:
+                if base is None and len(earlier - trained):
+                    raise UserError(
+                        "base: neurons were trained before this adapter; give the model as it was before them"
+                    )
                 trained = trained | earlier
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):

@@ -80,7 +80,7 @@ def check_corpora(corpora: object) -> None:
 def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
     """Raises `ValueError` for tokens that the model has no embedding of; a GPU would stop at them without a name."""
     size = model.get_input_embeddings().weight.shape[0]
-    smallest, largest = (int(it) for it in input_ids.aminmax())
+    smallest, largest = (int(it) for it in input_ids.long().aminmax())
     if smallest < 0 or largest >= size:
         token = smallest if smallest < 0 else largest
         raise ValueError(f"input_ids: token {token} is beyond the model's vocabulary of {size}")
@@ -103,13 +103,12 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a batch without a token, of another shape, of numbers that aren't integers, or, unless it is on a GPU
-            already, with a sentence of padding alone or a token beyond the model's vocabulary.
+            already, with a token beyond the model's vocabulary.
         TypeError: no batch of tensors.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(
-            f"batch: expected a mapping with input_ids, got {type(batch).__name__}; batches_of makes batches"
-        )
+        what = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"batch: expected a mapping with input_ids, got {what}; batches_of makes batches")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     for name, it in (("input_ids", ids), ("attention_mask", mask)):
         if it is not None and not isinstance(it, Tensor):
@@ -125,8 +124,6 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     # A GPU would have to be waited for.
     if ids.device.type == "cpu":
         check_tokens(model, ids)
-    if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():
-        raise ValueError("attention_mask: a sentence of the batch is padding alone; leave it out")
     device = find_device(model)
     # A GPU that is still busy with the last batch needn't be waited for.
     ahead = device.type == "cuda"
@@ -140,7 +137,13 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     """Which tokens are real, and which of them count in a norm: both (batch, length) bool, on the input device.
 
     inputs: what `model_inputs` made of the batch.
+
+    Raises:
+        ValueError: unless it is on a GPU already, a batch with a sentence of padding alone, which would count as one.
     """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():
+        raise ValueError("attention_mask: a sentence of the batch is padding alone; leave it out")
     real = inputs["attention_mask"].bool()
     if "special_tokens_mask" not in batch:
         return real, real

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from agnostic_train.files import fingerprint
 
+_AT_ONCE = 1 << 24
+
 
 def bit_patterns(values: Tensor) -> Tensor:
     """As signed integers of the same size: NaN equals NaN, and 0 differs from -0."""
@@ -21,9 +23,13 @@ def weights_checksum(model: nn.Module) -> str:
     Offloaded weights, which aren't on any, are left out.
     """
     sums = [
-        # Of integers, whose sum doesn't depend on the order.
-        [name, list(value.shape), int(bit_patterns(value).sum(dtype=torch.int64))]
+        [name, list(value.shape), _sum(bit_patterns(value))]
         for name, value in chain(model.named_parameters(), model.named_buffers())
         if not value.is_meta and not value.is_complex()
     ]
     return fingerprint(sums)
+
+
+def _sum(values: Tensor) -> int:
+    """Of integers, whose sum doesn't depend on the order; a part at a time, for torch makes int64 of them first."""
+    return sum(int(part.sum(dtype=torch.int64)) for part in values.flatten().split(_AT_ONCE))

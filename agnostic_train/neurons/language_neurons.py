@@ -21,8 +21,8 @@ _OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetens
 def check_languages(languages: Iterable[str]) -> None:
     """Raises `ValueError` for names that can't be part of a file's name."""
     for language in languages:
-        if not isinstance(language, str) or not re.fullmatch(r"[^/\\\s]+", language):
-            raise ValueError(f"languages: {language!r} can't be part of a file's name; leave slashes and spaces out")
+        if not isinstance(language, str) or not re.fullmatch(r"[^/\\\0\n]+", language):
+            raise ValueError(f"languages: {language!r} can't be part of a file's name; leave slashes out")
 
 
 def check_min_languages(min_languages: int | None, num_languages: int) -> None:

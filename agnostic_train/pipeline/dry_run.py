@@ -14,7 +14,7 @@ from rich.table import Table
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.hub import check_dataset
 from agnostic_train.corpus.judging import judging_text
-from agnostic_train.corpus.purposes import LanguageText, load_corpus
+from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.files import UserError
@@ -109,10 +109,14 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
     examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}
+    if texts and stage not in ("detect", "score"):
+        for language in examples:
+            check_training_text(language, texts[language].training)
     if recipe.training.packing and texts:
         for language, number in examples.items():
             if number:
-                examples[language] = ceil(number / encoder.sentences_packed(texts[language].training))
+                sentences = texts[language].training
+                examples[language] = ceil(number / encoder.sentences_packed(sentences, f"training text of {language}"))
     num_examples = sum(epoch_sizes(examples, recipe.training).values())
     steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
     return Plan(

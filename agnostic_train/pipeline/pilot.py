@@ -26,7 +26,9 @@ def split_pilot_text(
     proper, pilot = {}, {}
     for language, sentences in training.items():
         num_sequences = recipe.training.pilot_steps * batch * shares[language] / sum(shares.values())
-        wanted = math.ceil(num_sequences * (encoder.sentences_packed(sentences) if recipe.training.packing else 1))
+        if recipe.training.packing:
+            num_sequences *= encoder.sentences_packed(sentences, f"training text of {language}")
+        wanted = math.ceil(num_sequences)
         if 2 * wanted > len(sentences):
             raise UserError(
                 f"training.pilot_steps: {recipe.training.pilot_steps} steps read {wanted} sentences of {language!r}, "

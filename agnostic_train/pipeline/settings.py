@@ -21,6 +21,9 @@ from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES, Strategy
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
+# Of shares of the training text: beyond it an epoch is one language's text over and over.
+_MOST_TIMES = 10_000
+
 
 def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
     """A strategy by name, with the recipe's languages and thresholds."""
@@ -188,6 +191,10 @@ def _check_mixture(recipe: Recipe, mixture: Mapping[str, float]) -> None:
             raise UserError(
                 f"training.mixture: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
             )
+    if max(mixture.values()) > _MOST_TIMES * min(mixture.values()):
+        raise UserError(
+            f"training.mixture: one share is more than {_MOST_TIMES:,} times another; leave the language out"
+        )
     for language in recipe.training.languages:
         if language not in mixture:
             raise UserError(f"training.mixture: gives no share to {language!r}, which training.languages enhances")

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.model.inference import Batch, check_corpora
-from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice, Strategy
@@ -60,6 +60,7 @@ class DetectionCallback(TrainerCallback):
         if unknown:
             raise TypeError(f"detect_neurons has no option {sorted(unknown)[0]!r}")
         check_corpora(corpora)
+        check_languages(corpora)
         self.corpora = {language: list(batches) for language, batches in corpora.items()}
         self.score_corpora = self.corpora
         if score_corpora is not None:
@@ -103,10 +104,11 @@ class DetectionCallback(TrainerCallback):
 
         `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons,
         `neurons/shared_ratio/<l>` the part of the related ones that is shared, `agnostic_score/importance/<l>` and
-        `agnostic_score` as `language_agnostic_score` defines them.
+        `agnostic_score` as `language_agnostic_score` defines them. Raises `ValueError` before any detection.
         """
         neurons, score = self.neurons, self.score
-        assert neurons is not None and score is not None
+        if neurons is None or score is None:
+            raise ValueError("nothing was detected so far: training was resumed where no detection was due")
         values: dict[str, float | None] = {"neurons/shared": len(neurons.shared)}
         for language in neurons.languages:
             values[f"neurons/related/{language}"] = len(neurons.related[language])

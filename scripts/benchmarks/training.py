@@ -241,7 +241,8 @@ def draw(record: dict, file: Path) -> None:
                 for it, rows in zip(fractions, results.values(), strict=True)
                 if method in rows
             ]
-            axis.plot(*zip(*points, strict=True), styles[method], label=method, markerfacecolor="white")
+            if points:
+                axis.plot(*zip(*points, strict=True), styles[method], label=method, markerfacecolor="white")
         axis.set(xlabel="fraction of the neurons chosen", ylabel=label, xscale="log", ylim=(0, None))
         axis.set_xticks(fractions, [f"{it:.4g}" for it in fractions])
         axis.minorticks_off()

@@ -145,8 +145,10 @@ def test_packed_text(root, capsys):
 
 def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
     for flags in ([], ["--training.packing=true", "--corpus.max_length=30"]):
-        assert run(root, "detect", "--dry-run", "--corpus.detection_sentences=200", *flags) == 0
+        flags = ["--dry-run", "--corpus.detection_sentences=200", *flags]
+        assert run(root, "detect", *flags) == 0
         assert re.search(r"sw \* .*200 .* 0 ", capsys.readouterr().out)
+        assert_mistake(root, "run", flags, "detection takes every train sentence of 'sw'", capsys)
 
 
 def test_mixed_text(root, capsys):
@@ -471,6 +473,7 @@ MISTAKES = [
     (["--training.mixture={en: 1}"], "training.mixture: gives no share to 'sw'"),
     (["--training.mixture={sw: 1, en: 0}"], "training.mixture.en: input should be greater than 0"),
     (["--training.mixture={sw: 1, en: true}"], "training.mixture: takes a number, not true"),
+    (["--training.mixture={sw: 1, en: 20000}"], "training.mixture: one share is more than 10,000 times another"),
     (["--training.mixture={}"], "training.mixture: needs at least 1"),
     (["--training.mixture=sw:4,en:1"], "training.mixture: input should be a valid dictionary"),
     (

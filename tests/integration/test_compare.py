@@ -219,6 +219,19 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
 
 
+def test_every_strategy_reads_the_mixture(root, monkeypatch):
+    from agnostic_train.pipeline import fitting
+
+    read = []
+    original = fitting.training_examples
+    monkeypatch.setattr(
+        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
+    )
+    flags = ["--comparison.strategies=shared,full", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
+    assert run(root, "compare", *flags, "--comparison.seeds=1", "--training.mixture={sw: 1, en: 1}") == 0
+    assert len(read) == 4 and all(text.keys() == {"sw", "en"} for text in read)
+
+
 def test_force_trains_again(root, monkeypatch):
     from agnostic_train.pipeline import fitting
 

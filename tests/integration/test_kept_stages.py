@@ -143,6 +143,16 @@ def test_text_concerns_the_stages_that_read_it(root):
     assert both[0] != both[1]
 
 
+def test_a_mixture_and_all_of_its_text_concern_what_is_trained(root):
+    mixed = {"training.mixture": "{sw: 4, en: 1}"}
+    before = inputs(root, mixed)
+    assert inputs(root, {"training.mixture": "{en: 1, sw: 4}"}) == before
+    other = inputs(root, {"training.mixture": "{sw: 4, en: 2}"})
+    assert {stage for stage in ALL if other[stage] != before[stage]} == {"train", "compare"}
+    other = inputs(root, mixed, en_train="A sentence to train on.")
+    assert all(other[stage] != before[stage] for stage in ("train", "compare"))
+
+
 def test_stages_are_kept(root, capsys):
     assert run(root, "export") == 0
     capsys.readouterr()
@@ -275,10 +285,7 @@ def test_what_is_of_an_earlier_run_is_said(root, capsys):
     assert "an earlier" not in printed
     assert run(root, "train", "--training.max_steps=4") == 0
     printed = capsys.readouterr().out
-    assert (
-        "train: train the chosen neurons on the text of the languages to enhance; this replaces an earlier result "
-        "(changed: training.max_steps)" in printed
-    )
+    assert "train: train the chosen neurons; this replaces an earlier result (changed: training.max_steps)" in printed
     assert "export, evaluate, report: what is there comes from an earlier run" in printed
     assert run(root, "run", "--training.max_steps=4") == 0
     assert "comes from" not in capsys.readouterr().out

@@ -6,6 +6,7 @@ from conftest import padded_batch, tiny_llama
 from small_training import arguments, assert_only_chosen_moved, plain_weights, sentences
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.files import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.training import callbacks
@@ -95,6 +96,8 @@ def test_a_resumed_run_detects_only_when_it_is_due(tmp_path, update):
 
     first, trainer = train(StopAtTen())
     resumed, again = train(resume=True)
+    with pytest.raises(ValueError, match="nothing was detected so far"):
+        resumed.metrics()
     assert resumed.neurons is None and resumed.score is None
     assert resumed.choice.neurons == again.neurons == trainer.neurons == first.choice.neurons
     assert [it["step"] for it in again.state.log_history if "neurons/shared" in it] == [0, 7]
@@ -122,6 +125,20 @@ def test_counts_of_other_weights_are_no_beginning(tmp_path):
             for layer in find_decoder(model).layers:
                 layer.projections["down"].linear.weight[:, :20] *= 3
     assert found[0].related != found[1].related
+
+
+def test_counts_of_other_settings_or_batches_are_no_beginning(tmp_path):
+    model = tiny_llama()
+
+    def detect(batches, resume_dir, **settings):
+        settings = dict(top_ratio=0.2, consistency=0.6, progress=False) | settings
+        return detect_neurons(model, {"a": batches, "b": batches}, **settings, resume_dir=resume_dir)
+
+    lengths = [5, 9, 7, 4]
+    four, two = [padded_batch(lengths)], [padded_batch(lengths[:2]), padded_batch(lengths[2:])]
+    for batches, settings in ((four, {}), (two, {}), (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
+        found, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
+        assert found.related == expected.related and found.settings == expected.settings
 
 
 def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):

@@ -154,15 +154,19 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
         ({"input_ids": ids, "attention_mask": torch.ones(2, 5)}, r"expected the shape of input_ids, \(2, 9\)"),
         ({"input_ids": ids + 100}, r"token 1\d\d is beyond the model's vocabulary of"),
         ({"input_ids": ids - 100}, r"token -\d+ is beyond the model's vocabulary of"),
-        ({"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}, "is padding alone"),
     ):
         for measure in (neuron_impacts, lambda model, batch: perplexity(model, [batch])):
             with pytest.raises(ValueError, match=message):
                 measure(llama, batch)
+    nothing = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [0] * 9])}
+    with pytest.raises(ValueError, match="a sentence of the batch is padding alone"):
+        neuron_impacts(llama, nothing)
+    assert perplexity(llama, [nothing]).sentence_tokens.tolist() == [8, 0]
+    assert perplexity(llama, [{"input_ids": ids.to(torch.uint16)}]).num_tokens == 16
     for batch, message in (
         ({"input_ids": ids.tolist()}, "input_ids: expected a tensor, got list; .* return_tensors='pt'"),
         ({"input_ids": ids, "attention_mask": [1]}, "attention_mask: expected a tensor, got list"),
-        ({"ids": ids}, "expected a mapping with input_ids, got dict"),
+        ({"ids": ids, "mask": ids}, "expected a mapping with input_ids, got one with ids, mask"),
         ("sw", "expected a mapping with input_ids, got str"),
     ):
         with pytest.raises(TypeError, match=message):

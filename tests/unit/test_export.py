@@ -357,6 +357,8 @@ def test_what_was_trained_earlier_counts_too(tmp_path):
     check = export_checkpoint(model, tmp_path / "out", base=base)
     assert check.status == "identical" and check.chosen_moved == 1.0
     assert json.loads((tmp_path / "out/manifest.json").read_text())["neurons"] == (CHOSEN | second).counts()
+    with pytest.raises(UserError, match="base: neurons were trained before this adapter"):
+        export_checkpoint(model, tmp_path / "delta", "delta")
     del model.get_base_model().trained_neurons
     assert export_checkpoint(model, tmp_path / "out", base=base).status == "changed"
     assert export_checkpoint(model, tmp_path / "out", base=base, neurons=CHOSEN | second).status == "identical"

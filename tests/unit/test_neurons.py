@@ -220,7 +220,8 @@ def test_what_makes_no_set_is_named():
 
 
 def test_a_language_is_part_of_a_files_name():
-    for name in ("zh/Hans", "a b", ""):
+    LanguageNeurons.from_related({"Swiss German": A})
+    for name in ("zh/Hans", ""):
         with pytest.raises(ValueError, match=f"languages: {name!r} can't be part of a file's name"):
             LanguageNeurons.from_related({name: A, "en": A})
 

@@ -13,7 +13,7 @@ from agnostic_train.detection.top_counts import in_top
 from agnostic_train.files import UserError
 from agnostic_train.impact import ImpactMeter, bound_sieve, query_key, unverified_impacts
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.pruning import num_top
+from agnostic_train.impact.pruning import decide, num_top, settle
 from agnostic_train.impact.row_blocks import row_blocks
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
@@ -278,3 +278,10 @@ def test_blocks_cover_every_row_and_every_visible_key():
             outside = visible[block.rows].clone()
             outside[:, block.keys] = False
             assert not outside.any()
+
+
+def test_what_a_wide_interval_reports_is_its_lower_end():
+    low, high = torch.tensor([[9.0, 8.0, 7.0, 1.0, 0.0]]), torch.tensor([[210.0, torch.inf, 8.0, 2.5, 1.5]])
+    certain, unclear = decide(low, high, 3)
+    assert certain.tolist() == [[True, True, True, False, False]] and not unclear.any()
+    assert settle(low, high, certain, unclear, torch.zeros_like(low)).tolist() == [[9.0, 8.0, 7.5, 0.0, 0.0]]

@@ -349,3 +349,17 @@ def test_before_training_too_a_trainer_saves_its_neurons(tmp_path):
     )
     trainer.save_model(str(tmp_path / "untrained"))
     assert NeuronSet.load(tmp_path / "untrained" / NEURONS_FILE) == CHOSEN
+
+
+def test_arguments_may_stand_in_any_place(tmp_path):
+    """Trainers for preferences have a reference model before them."""
+
+    class WithReference(Trainer):
+        def __init__(self, model, reference=None, args=None, **kwargs):
+            super().__init__(model, args, **kwargs)
+
+    class Mixed(NeuronTrainer, WithReference):
+        pass
+
+    trainer = Mixed(tiny_llama(), None, arguments(tmp_path, update="mask"), train_dataset=sentences(), neurons=CHOSEN)
+    assert trainer.update == "mask"

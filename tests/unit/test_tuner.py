@@ -233,6 +233,7 @@ def test_an_adapter_is_no_reference_for_a_copy_of_it():
     with pytest.raises(UserError, match="adapter 'default' of this NeuronConfig has learnt already"):
         wrapped.add_adapter("other", wrapped.peft_config["default"])
     assert "other" not in wrapped.peft_config
+    assert not any("other" in name for name, _ in wrapped.named_parameters())
 
 
 def test_rows_of_a_batch_cannot_have_adapters_of_their_own():

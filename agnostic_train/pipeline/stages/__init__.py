@@ -3,7 +3,7 @@
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
     "score": "switch neurons off and compute the language-agnostic score",
-    "train": "train the chosen neurons on the text of the languages to enhance",
+    "train": "train the chosen neurons",
     "export": "write the enhanced checkpoint, and check that nothing else moved",
     "evaluate": "measure every language before and after, on test text",
     "report": "write report.html and the figures",

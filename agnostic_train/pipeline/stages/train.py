@@ -1,4 +1,4 @@
-"""`train`: what the strategy chose learns from the text of the languages to enhance."""
+"""`train`: what the strategy chose learns from the training text."""
 
 import shutil
 from collections.abc import Sequence

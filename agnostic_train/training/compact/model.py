@@ -33,10 +33,22 @@ class NeuronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
         self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
+        self._check_unlearnt(peft_config, model)
         modules = {name for name, _ in model.named_modules()}
         strangers = [name for name in (*peft_config.rows, *peft_config.columns) if name not in modules]
         if strangers:
             raise UserError(f"neurons: the adapter has rows of {strangers[0]}, which this model lacks")
+
+    def _check_unlearnt(self, peft_config: NeuronConfig, model: nn.Module) -> None:
+        """TRL's trainers for preferences make a reference of an adapter by its configuration, and would copy no neuron's."""
+        for module in model.modules():
+            for other in module.neuron_delta if isinstance(module, NeuronLinear) else []:
+                if self.peft_config.get(other) is peft_config and module.neuron_delta[other].any():
+                    raise UserError(
+                        f"neurons: adapter {other!r} of this NeuronConfig has learnt already, and another begins at the "
+                        "base model; merge it first (merge_and_unload), give a trainer that wants a reference a ref_model, "
+                        "or make a NeuronConfig of its own"
+                    )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
@@ -66,14 +78,6 @@ class NeuronModel(BaseTuner):
         else:
             layer = NeuronLinear(target, dim)
             self._replace_module(parent, target_name, layer, target)
-        for other in layer.neuron_delta:
-            if self.peft_config[other] is peft_config and layer.neuron_delta[other].any():
-                # TRL's trainers for preferences make a reference of an adapter so, and would copy no neuron's.
-                raise UserError(
-                    f"neurons: adapter {other!r} of this NeuronConfig has learnt already, and another begins at the base "
-                    "model; merge it first (merge_and_unload), give a trainer that wants a reference a ref_model, or make "
-                    "a NeuronConfig of its own"
-                )
         layer.add(adapter_name, index)
         layer.set_adapter(self.active_adapters)
 
