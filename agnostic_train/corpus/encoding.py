@@ -14,11 +14,12 @@ from agnostic_train.files import UserError
 from agnostic_train.recipe import CorpusSection
 
 Example = dict[str, np.ndarray]
-"""A sequence to train on: its `input_ids`, int32, which take a tenth of the memory that a list of them would."""
+"""A sequence to train on: its `input_ids`, int32, which take a quarter of the memory that a list of them would."""
 
 # Sentences: what a tokenizer returns for them takes far more memory than their tokens.
 _AT_ONCE = 1000
-_SAMPLE = 200
+SAMPLE = 200
+"""Of how many sentences the length is looked at, where an estimate will do."""
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +75,7 @@ class Encoder:
             )
             for place, sentence in enumerate(part):
                 ids = encoded["input_ids"][place]
-                begins = self.add_bos and ids[:1] != [tokenizer.bos_token_id]
+                begins = bool(self.add_bos) and ids[:1] != [tokenizer.bos_token_id]
                 if begins:
                     ids = [tokenizer.bos_token_id, *ids]
                 if to_train and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -95,17 +96,21 @@ class Encoder:
                     yield {"input_ids": kept}
                     continue
                 text = sentence
-                if len(kept) < len(ids) and tokenizer.is_fast:
-                    ends = [end for _, end in encoded["offset_mapping"][place]]
-                    text = sentence[: max(([0, *ends] if begins else ends)[: len(kept)])]
-                elif len(kept) < len(ids):
-                    text = tokenizer.decode(kept, skip_special_tokens=True)
+                if len(kept) < len(ids):
+                    offsets = encoded["offset_mapping"][place][: len(kept) - begins] if tokenizer.is_fast else None
+                    text = self._covered(sentence, kept, offsets)
                 special = encoded["special_tokens_mask"][place]
                 special = ([1, *special] if begins else special)[: len(kept)]
                 yield {"input_ids": kept, "special_tokens_mask": special, "num_bytes": len(text.encode())}
         if num_cut:
             # Several stages read the same text: once is enough.
             logger.warning_once(f"{purpose}: {num_cut} of {len(sentences)} sentences cut at {self.max_length} tokens")
+
+    def _covered(self, sentence: str, kept: list[int], offsets: Sequence[tuple[int, int]] | None) -> str:
+        """The text of the tokens that are kept. offsets: of those that the tokenizer made; None of a slow one."""
+        if offsets is None:
+            return self.tokenizer.decode(kept, skip_special_tokens=True)
+        return sentence[: max((end for _, end in offsets), default=0)]
 
     def batches(
         self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
@@ -158,7 +163,7 @@ class Encoder:
     def sentences_packed(self, sentences: Sequence[str], purpose: str) -> float:
         """About how many sentences a packed sequence takes, by the length of the first of them."""
         assert self.max_length is not None
-        first = replace(self, max_length=None)._encoded(sentences[:_SAMPLE], purpose, to_train=True)
+        first = replace(self, max_length=None)._encoded(sentences[:SAMPLE], purpose, to_train=True)
         return self.max_length / fmean(len(row["input_ids"]) for row in first)
 
     def check_packing(self) -> None:

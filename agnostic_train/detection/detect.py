@@ -24,7 +24,7 @@ from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
-from agnostic_train.model.inference import Batch, check_corpora, find_device, left_as_found, own_sentences
+from agnostic_train.model.inference import Batch, check_batch, check_corpora, find_device, left_as_found, own_sentences
 from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
@@ -155,20 +155,21 @@ def detect_neurons(
     mean_activations: dict[str, Activations] = {}
     work = {"q": Work(), "k": Work()}
     unpruned: set[int] = set()
-    settings_key = [top_ratio, attention, [*projections], activations]
-    if resume_dir is not None:
-        settings_key.append(weights_checksum(model))
+    weights = None if resume_dir is None else weights_checksum(model)
     with left_as_found(model):
         for language, of_language in corpora.items():
             batches = iter(of_language)
             first = next(batches, None)
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
+            check_batch(model, first)
             if verify and not related:
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
             file, key = None, ""
             if resume_dir is not None:
-                key = fingerprint([*settings_key, first["input_ids"].tolist()])
+                key = fingerprint(
+                    [weights, top_ratio, attention, [*projections], activations, first["input_ids"].tolist()]
+                )
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ExitStack() as stack:
                 meter = stack.enter_context(

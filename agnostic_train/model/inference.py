@@ -93,13 +93,8 @@ def own_sentences(batches: Iterable[Batch]) -> int | None:
     return sum(len(batch["input_ids"]) for batch in own_share(batches) if isinstance(batch, Mapping))
 
 
-def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The forward arguments for a padded batch, on the model's input device.
-
-    Positions count real tokens only, so that a sentence's result doesn't depend on how it was padded.
-
-    Args:
-        batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
+def check_batch(model: nn.Module, batch: Batch) -> None:
+    """Refuses what isn't a batch for the model.
 
     Raises:
         ValueError: a batch without a token, of another shape, of numbers that aren't integers, or, unless it is on a GPU
@@ -124,6 +119,21 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     # A GPU would have to be waited for.
     if ids.device.type == "cpu":
         check_tokens(model, ids)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The forward arguments for a padded batch, on the model's input device.
+
+    Positions count real tokens only, so that a sentence's result doesn't depend on how it was padded.
+
+    Args:
+        batch: `input_ids` and, unless every token is real, `attention_mask`, both (batch, length).
+
+    Raises:
+        ValueError, TypeError: as by `check_batch`.
+    """
+    check_batch(model, batch)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
     device = find_device(model)
     # A GPU that is still busy with the last batch needn't be waited for.
     ahead = device.type == "cuda"

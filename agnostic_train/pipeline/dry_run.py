@@ -11,7 +11,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from agnostic_train.corpus.encoding import Encoder
+from agnostic_train.corpus.encoding import SAMPLE, Encoder
 from agnostic_train.corpus.hub import check_dataset
 from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
@@ -31,7 +31,6 @@ from agnostic_train.training.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SAMPLE = 200
 _PURPOSES = ("detection", "training", "validation", "test")
 
 
@@ -96,7 +95,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         encoder.check_packing()
     mean_tokens = {
         language: fmean(
-            len(row["input_ids"]) for row in encoder.encode(text.detection[:_SAMPLE], f"detection text of {language}")
+            len(row["input_ids"]) for row in encoder.encode(text.detection[:SAMPLE], f"detection text of {language}")
         )
         for language, text in texts.items()
     }

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline import fitting
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.report.page import in_terminal
 
@@ -219,27 +220,27 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
 
 
-def test_every_strategy_reads_the_mixture(root, monkeypatch):
-    from agnostic_train.pipeline import fitting
+@pytest.fixture
+def read(monkeypatch):
+    """Of each training so far, its sentences by language and how many sequences these made."""
+    trainings, original = [], fitting.training_examples
 
-    read = []
-    original = fitting.training_examples
-    monkeypatch.setattr(
-        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
-    )
+    def examples(encoder, text, section):
+        found = original(encoder, text, section)
+        trainings.append((text, len(found)))
+        return found
+
+    monkeypatch.setattr(fitting, "training_examples", examples)
+    return trainings
+
+
+def test_every_strategy_reads_the_mixture(root, read):
     flags = ["--comparison.strategies=shared,full", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
     assert run(root, "compare", *flags, "--comparison.seeds=1", "--training.mixture={sw: 1, en: 1}") == 0
-    assert len(read) == 4 and all(text.keys() == {"sw", "en"} for text in read)
+    assert len(read) == 4 and all(text.keys() == {"sw", "en"} for text, _ in read)
 
 
-def test_force_trains_again(root, monkeypatch):
-    from agnostic_train.pipeline import fitting
-
-    read = []
-    original = fitting.training_examples
-    monkeypatch.setattr(
-        fitting, "training_examples", lambda encoder, text, *how: read.append(text) or original(encoder, text, *how)
-    )
+def test_force_trains_again(root, read):
     flags = ["--comparison.strategies=shared,related", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
     assert run(root, "compare", *flags, "--comparison.seeds=1") == 0
     trained = len(read)
@@ -257,27 +258,15 @@ def test_force_trains_again(root, monkeypatch):
         (["--training.packing=true", "--corpus.max_length=60"], {"sw": None}),
     ],
 )
-def test_the_pilot_reads_text_of_its_own(root, monkeypatch, flags, expected):
+def test_the_pilot_reads_text_of_its_own(root, read, flags, expected):
     """Enough for three steps of four sequences, packed or not."""
-    from agnostic_train.pipeline import fitting
-
-    read, lengths = [], []
-    original = fitting.training_examples
-
-    def examples(encoder, text, section):
-        read.append(text)
-        found = original(encoder, text, section)
-        lengths.append(len(found))
-        return found
-
-    monkeypatch.setattr(fitting, "training_examples", examples)
     pilot = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
     assert run(root, "train", *pilot, *flags) == 0
-    *trials, proper = read
-    assert len(trials) == 2 and trials[0] == trials[1] and trials[0].keys() == expected.keys()
-    assert lengths[0] == pytest.approx(12, rel=0.1)
+    (first, num_sequences), (second, _), (proper, _) = read
+    assert first == second and first.keys() == expected.keys()
+    assert num_sequences == pytest.approx(12, rel=0.1)
     for language, count in expected.items():
-        own = trials[0][language]
+        own = first[language]
         assert not set(own) & set(proper[language])
         assert len(own) > 24 if count is None else len(own) == count
 

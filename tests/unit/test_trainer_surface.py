@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_llama
+from datasets import Dataset
 from peft import PeftModel
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 from torch._dynamo.utils import counters
@@ -123,19 +124,26 @@ def test_packed_sentences_are_learnt_alike(tmp_path):
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)
 
 
+@pytest.fixture
+def trl():
+    return pytest.importorskip("trl", reason="trl isn't installed; it is in the dev extra")
+
+
+def trl_settings(directory):
+    return dict(
+        output_dir=str(directory), report_to=[], use_cpu=True, bf16=False, learning_rate=1e-2, disable_tqdm=True,
+        logging_steps=1,
+    )  # fmt: skip
+
+
 @both_updates
-def test_trl_for_preferences(tmp_path, update):
+def test_trl_for_preferences(tmp_path, trl, update):
     """Its trainer has the arguments behind a reference model."""
-    trl = pytest.importorskip("trl", reason="trl isn't installed; it is in the dev extra")
-    from datasets import Dataset
 
     class NeuronDPOTrainer(NeuronTrainer, trl.DPOTrainer):
         pass
 
-    config = trl.DPOConfig(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_steps=2, learning_rate=1e-2,
-        save_strategy="no", disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+    config = trl.DPOConfig(**trl_settings(tmp_path), max_steps=2, save_strategy="no")
     rows = [{"prompt": f"number {place} is", "chosen": " good", "rejected": " bad"} for place in range(8)]
     tokenizer = build_tokenizer([it["prompt"] + it["chosen"] + it["rejected"] for it in rows], vocab_size=300)
     before = plain_weights(tiny_llama(vocab_size=300))
@@ -154,17 +162,13 @@ def test_trl_for_preferences(tmp_path, update):
 
 
 @both_updates
-def test_trl(tmp_path, update):
-    trl = pytest.importorskip("trl", reason="trl isn't installed; it is in the dev extra")
-    from datasets import Dataset
-
+def test_trl(tmp_path, trl, update):
     class NeuronSFTTrainer(NeuronTrainer, trl.SFTTrainer):
         pass
 
     config = trl.SFTConfig(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=6, learning_rate=1e-2, weight_decay=0.1,
-        save_strategy="steps", save_steps=3, disable_tqdm=True, bf16=False, max_length=16, logging_steps=1,
-    )  # fmt: skip
+        **trl_settings(tmp_path), max_steps=6, weight_decay=0.1, save_strategy="steps", save_steps=3, max_length=16
+    )
     text = Dataset.from_dict({"text": [f"sentence number {index} of a few" for index in range(24)]})
     tokenizer = build_tokenizer(text["text"], vocab_size=300)
     before = plain_weights(tiny_llama(vocab_size=300))
