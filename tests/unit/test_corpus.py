@@ -157,6 +157,13 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
     assert len(rows[1]["input_ids"]) == 6
     assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
     assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5
+    # Of a beginning that the tokenizer doesn't make by itself it knows no place in the text.
+    bare = build_tokenizer(SENTENCES, vocab_size=300)
+    bare.backend_tokenizer.post_processor = processors.ByteLevel()
+    for length in (2, 3, 6):
+        (row,) = Encoder.of(bare, section(max_length=length, add_bos=True), config()).encode(["a bc def ghij"], "text")
+        assert row["input_ids"][0] == bare.bos_token_id and len(row["input_ids"]) == length
+        assert row["num_bytes"] == len(bare.decode(row["input_ids"], skip_special_tokens=True).encode())
 
 
 def test_text_is_encoded_part_by_part(tokenizer, monkeypatch, caplog):

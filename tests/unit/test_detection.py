@@ -145,7 +145,7 @@ def test_a_family_without_a_gate_has_no_gates_to_detect():
     assert {name for _, name in neuron_impacts(model, padded_batch([5]), ["gate", "up"])} == {"up"}
 
 
-def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
+def test_batches_of_wrong_shapes_or_tokens_are_refused(llama, tmp_path):
     ids = padded_batch([5, 9])["input_ids"]
     for batch, message in (
         ({"input_ids": ids[0]}, r"input_ids: expected integers of shape \(batch, length\)"),
@@ -171,6 +171,8 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama):
     ):
         with pytest.raises(TypeError, match=message):
             neuron_impacts(llama, batch)
+        with pytest.raises(TypeError, match=message):
+            detect_neurons(llama, {"a": [batch]}, verify=False, resume_dir=tmp_path)
     for corpora, message in (
         ([{"input_ids": ids}], "expected batches by language, such as .*, got list"),
         ({"sw": {"input_ids": ids}}, "'sw' has one batch where several were expected"),
