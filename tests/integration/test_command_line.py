@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import padded_batch
+from killing import run_and_kill
 from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -244,27 +245,14 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch):
     assert not (root / "out/checkpoint-5").exists()
 
 
-def test_killed_detection_goes_on_from_its_counts(root, tmp_path):
+def test_killed_detection_goes_on_from_its_counts(root):
     """kill -9 in the middle; what is left is a whole file of counts, and the sets come out the same."""
     flags = ["--corpus.batch_size=1", "--detection.verify=false"]
     assert run(root, "detect", *flags, f"--output_dir={root / 'whole'}") == 0
-    killer = tmp_path / "killer.py"
-    killer.write_text(
-        "import os, signal, sys\n"
-        "from agnostic_train import cli\n"
-        "from agnostic_train.detection import detect\n"
-        "detect.SECONDS_BETWEEN_CHECKPOINTS = 0\n"
-        "original, calls = detect.ImpactMeter.measure, []\n"
-        "def measure(self, batch):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 27:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, batch)\n"
-        "detect.ImpactMeter.measure = measure\n"
-        "sys.exit(cli.main())\n"
-    )
-    done = subprocess.run([sys.executable, str(killer), "detect", str(root / "recipe.yaml"), *flags], timeout=300)
-    assert done.returncode == -9 and not (root / "out/neurons").exists()
+    command = ["detect", str(root / "recipe.yaml"), *flags]
+    at_once = ("agnostic_train.detection.detect.SECONDS_BETWEEN_CHECKPOINTS", 0)
+    killed = run_and_kill(command, ["agnostic_train.detection.detect.ImpactMeter.measure"], call=27, changes=[at_once])
+    assert killed == -9 and not (root / "out/neurons").exists()
     counts = sorted(path.name for path in next((root / "out/.work/detect").iterdir()).iterdir())
     assert counts == ["en.0-of-1.safetensors", "sw.0-of-1.safetensors"]
     assert run(root, "detect", *flags) == 0

@@ -4,11 +4,10 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import in_two_processes
 from peft import PeftModel
 from small_run import assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM
@@ -345,10 +344,8 @@ def test_two_processes_compare_as_one(root):
     flags += ["--comparison.learning_rates=[1e-2, 1e30]", "--training.max_grad_norm=0"]
     assert run(root, "compare", *flags) == 0
     alone = sw_changes(root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["agnostic_train", "compare", str(root / "recipe.yaml"), "--training.per_device_train_batch_size=2"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("full, rate 0.01, seed 2") == 1 and "diverged" in done.stdout
+    command = ["compare", str(root / "recipe.yaml"), "--training.per_device_train_batch_size=2", *flags]
+    printed = in_two_processes("agnostic_train.cli", "main", command)
+    assert printed.count("full, rate 0.01, seed 2") == 1 and "diverged" in printed
     for name, by_seed in sw_changes(root).items():
         assert by_seed == pytest.approx(alone[name], abs=1e-4)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import tiny_llama
-from launched import launched
+from forked import in_two_processes
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_run import RECIPE, root, run, template  # noqa: F401
@@ -87,9 +87,9 @@ def train_by_both(directory: Path):
 
 @pytest.fixture(scope="module")
 def by_zero(tmp_path_factory):
-    """The folder of what two processes trained by each stage, in one launch."""
+    """The folder of what two processes trained by each stage, at once."""
     directory = tmp_path_factory.mktemp("zero")
-    launched(directory, __file__, f"it.train_by_both(it.Path({str(directory)!r}))", **ON_A_CPU)
+    in_two_processes(__name__, "train_by_both", directory, **ON_A_CPU)
     return directory
 
 
@@ -124,28 +124,25 @@ def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestcon
     """`train` under recipes/accelerate/zero3.yaml, on a CPU; then `export` alone. `detect` needs the whole model there."""
     config = yaml.safe_load((pytestconfig.rootpath / "recipes/accelerate/zero3.yaml").read_text())
     (root / "zero3.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
+    recipe = str(root / "recipe.yaml")
     (root / "main.py").write_text(
         "import os, sys\n"
         f"sys.path[:0] = {sys.path!r}\n"
         "import test_deepspeed\n"
         "test_deepspeed.without_compiling()\n"
-        "status = test_deepspeed.main()\n"
+        f"refused = test_deepspeed.main(['detect', {recipe!r}, {f'--output_dir={root}/other'!r}])\n"
+        f"trained = test_deepspeed.main(['train', {recipe!r}])\n"
         "sys.stdout.flush(), sys.stderr.flush()\n"
-        "os._exit(status)\n"
+        "os._exit(trained or refused != 2)\n"
     )
-
-    def launch(stage):
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "zero3.yaml"),
-            str(root / "main.py"), stage, str(root / "recipe.yaml"),
-        ]  # fmt: skip
-        return subprocess.run(command, env=os.environ | ON_A_CPU, capture_output=True, text=True, timeout=300)
-
-    refused = launch("detect")
-    assert refused.returncode and "agnostic-train: error: model: running a model to measure it needs" in refused.stderr
     assert run(root, "detect") == 0
-    trained = launch("train")
-    assert trained.returncode == 0, trained.stderr[-3000:]
-    assert "0.1 M parameters" in trained.stdout
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "zero3.yaml"),
+        str(root / "main.py"),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | ON_A_CPU, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "agnostic-train: error: model: running a model to measure it needs" in done.stderr
+    assert "0.1 M parameters" in done.stdout
     assert run(root, "export") == 0
     assert "weights are bit-identical to the base's, 100.0% of" in capfd.readouterr().out

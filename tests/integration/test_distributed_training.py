@@ -9,7 +9,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import tiny_llama
-from launched import FSDP2, launched
+from forked import in_two_processes
+from launched import FSDP2
 from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 
@@ -94,9 +95,9 @@ def train_by_ddp(directory: Path):
 
 @pytest.fixture(scope="module")
 def by_ddp(tmp_path_factory):
-    """The folder of what two processes trained, in one launch."""
+    """The folder of what two processes trained, at once."""
     directory = tmp_path_factory.mktemp("ddp")
-    launched(directory, __file__, f"it.train_by_ddp(it.Path({str(directory)!r}))")
+    in_two_processes(__name__, "train_by_ddp", directory)
     return directory
 
 
@@ -118,7 +119,7 @@ def test_ddp_trains_a_lora_beside_reentrant_checkpointing(by_ddp, tmp_path):
 
 
 def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):
-    launched(tmp_path, __file__, f"it.shard_and_train({str(tmp_path / 'adapter')!r})")
+    in_two_processes(__name__, "shard_and_train", tmp_path / "adapter")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, weight_decay=0.0)
     for batch in batches_of_four():
@@ -169,7 +170,7 @@ def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path):
     base = tiny_llama().double()
     base.save_pretrained(tmp_path / "base")
     directory = tmp_path / "two"
-    launched(tmp_path, __file__, f"it.train_by_fsdp(it.Path({str(directory)!r}))", **FSDP2, CUDA_VISIBLE_DEVICES="")
+    in_two_processes(__name__, "train_by_fsdp", directory, **FSDP2, CUDA_VISIBLE_DEVICES="")
     one = plain_weights(train(tmp_path / "one", "compact", 4).model)
     two = loaded(directory / "checkpoint-6", "compact")
     assert_only_chosen_moved(plain_weights(base), two, CHOSEN)

@@ -1,36 +1,17 @@
 """Two processes give the sets and numbers of one, and an interrupted detection ends like a whole one."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import padded_batch, tiny_llama
+from launched import launched
 
 from agnostic_train.detection import detect as detection
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.perplexity import perplexity
-
-WORKER = """
-import sys
-sys.path[:0] = [{tests!r}]
-import torch, torch.distributed as dist
-from conftest import tiny_llama
-from test_processes import corpora, detect
-from agnostic_train.scores.perplexity import perplexity
-
-dist.init_process_group("gloo")
-model = tiny_llama()
-found = detect(model)
-lape = detect(model, method="lape", lape_ratio=0.2)
-result = perplexity(model, corpora()["a"])
-if dist.get_rank() == 1:
-    found.save({out!r} + "/neurons")
-    lape.save({out!r} + "/lape")
-    torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), {out!r} + "/perplexity.pt")
-dist.destroy_process_group()
-"""
 
 
 def corpora():
@@ -49,17 +30,20 @@ def detect(model, **settings):
     return detect_neurons(model, corpora(), 0.2, 0.6, progress=False, **settings)
 
 
-def test_two_processes_give_the_result_of_one(tmp_path, pytestconfig):
-    tests = [str(pytestconfig.rootpath / "tests"), str(pytestconfig.rootpath / "tests/integration")]
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        WORKER.format(tests=tests[0], out=str(tmp_path)).replace(
-            "import torch,", f"sys.path.append({tests[1]!r})\nimport torch,"
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def measure(directory: Path):
+    dist.init_process_group("gloo")
+    model = tiny_llama()
+    found = detect(model)
+    lape = detect(model, method="lape", lape_ratio=0.2)
+    result = perplexity(model, corpora()["a"])
+    if dist.get_rank() == 1:
+        found.save(directory / "neurons")
+        lape.save(directory / "lape")
+        torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), directory / "perplexity.pt")
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    launched(tmp_path, __file__, f"it.measure(it.Path({str(tmp_path)!r}))")
     model = tiny_llama()
     assert LanguageNeurons.load(tmp_path / "neurons") == detect(model)
     assert LanguageNeurons.load(tmp_path / "lape") == detect(model, method="lape", lape_ratio=0.2)

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from small_run import root, run, template  # noqa: F401 (fixtures)
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from agnostic_train.cli import main
 from agnostic_train.files import read_json
 from agnostic_train.recipe_file import load_recipe
 
@@ -49,21 +50,28 @@ def test_every_point_of_a_sweep_is_a_recipe(pytestconfig, name, monkeypatch):
 
 
 def test_two_points_of_a_sweep_really_run(pytestconfig, root, monkeypatch):
-    every = list(commands(sweep(pytestconfig, "strategy")))
-    changes = []
-    for index in (0, -1):
-        monkeypatch.setenv("WANDB_RUN_ID", f"run{index}")
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        # The sweep's own command, on the small recipe.
-        command = [
-            part.replace("recipes/real_text.yaml", str(root / "recipe.yaml")).replace("runs/", f"{root}/runs/")
-            for part in every[index]
-        ]
+    """The sweep's own commands on the small recipe: the first as an agent runs it, the last in this process."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+    def by_agent(command):
         done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        folder = root / f"runs/sweeps/strategy/run{index}"
-        assert next((folder / "wandb").glob(f"offline-run-*run{index}"))
+
+    def in_this_process(command):
+        assert main(command[command.index("agnostic_train") + 1 :]) == 0
+
+    every, changes = list(commands(sweep(pytestconfig, "strategy"))), []
+    for run_id, point, execute in (("first", every[0], by_agent), ("last", every[-1], in_this_process)):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        execute(
+            [
+                part.replace("recipes/real_text.yaml", str(root / "recipe.yaml")).replace("runs/", f"{root}/runs/")
+                for part in point
+            ]
+        )
+        folder = root / f"runs/sweeps/strategy/{run_id}"
+        assert next((folder / "wandb").glob(f"offline-run-*{run_id}"))
         changes.append(read_json(folder / "evaluation.json")["languages"]["sw"]["bits_per_byte_change"])
     assert changes[0] != changes[1]
 

@@ -168,25 +168,34 @@ def exported(request, tmp_path):
     return tmp_path / "base", expected, {to: tmp_path / to for to in TO}, checks
 
 
-def test_all_targets_have_the_logits_of_the_trained_model(exported, tmp_path):
+def test_all_targets_have_the_logits_of_the_trained_model(exported):
     base, expected, folders, checks = exported
     for check in checks:
         assert check.status == "identical" and check.chosen_moved == check.chosen_surviving == 1.0
     models = {
         "merged": AutoModelForCausalLM.from_pretrained(folders["merged"]),
-        "delta": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders["delta"]),
+        **{
+            to: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folders[to])
+            for to in ("delta", "lora")
+        },
     }
     tied = models["merged"].config.tie_word_embeddings
     assert (models["merged"].lm_head.weight is models["merged"].get_input_embeddings().weight) is tied
     results = {to: logits(model) for to, model in models.items()}
-    command = [sys.executable, "-c", STRANGER, str(base), str(folders["lora"]), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    results["lora"] = torch.load(tmp_path / "logits.pt")
     for result in results.values():
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     for to, folder in folders.items():
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["format"] == to and manifest["frozen_weights"]["status"] == "identical"
+
+
+def test_a_lora_needs_nothing_of_this_package(tmp_path):
+    model = adapted(tiny_llama(), CHOSEN)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    export_checkpoint(model, tmp_path / "lora", to="lora")
+    command = [sys.executable, "-c", STRANGER, tmp_path / "base", tmp_path / "lora", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_a_delta_is_the_file_that_peft_saves(tmp_path):

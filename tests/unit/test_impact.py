@@ -14,19 +14,28 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 LENGTHS = [1, 6, 13]
 
 
+class Seen(Exception):
+    """Ends a forward pass where what is observed has been computed."""
+
+
 def observed_output(model, layer, projection, sentence):
     """What the definition measures a change in, for one sentence without padding: (length, features)."""
     linears = {name: part.linear for name, part in find_decoder(model).layers[layer].projections.items()}
-    seen = {}
+
+    def before(module, args):
+        raise Seen(args[0][0])
+
+    def after(module, args, output):
+        raise Seen(output[0])
+
     if projection in ("q", "k", "v"):
-        handle = linears["o"].register_forward_pre_hook(lambda module, args: seen.update(it=args[0][0].clone()))
+        handle = linears["o"].register_forward_pre_hook(before)
     else:
-        linear = linears["o" if projection == "o" else "down"]
-        handle = linear.register_forward_hook(lambda module, args, output: seen.update(it=output[0].clone()))
-    with torch.no_grad():
+        handle = linears["o" if projection == "o" else "down"].register_forward_hook(after)
+    with torch.no_grad(), pytest.raises(Seen) as seen:
         model(input_ids=sentence[None])
     handle.remove()
-    return seen["it"]
+    return seen.value.args[0]
 
 
 def brute_force(model, sentences):

@@ -1,12 +1,10 @@
 """A model that is measured is left as it was found, and so is torch."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from forked import started
 
-from agnostic_train.model.inference import left_as_found
+from agnostic_train.model.inference import full_precision, left_as_found
 
 SETTINGS = {
     "default": "",
@@ -15,40 +13,38 @@ SETTINGS = {
     "newer interface": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "every backend": "torch.backends.fp32_precision = 'tf32'",
 }
-PROGRAM = """
-import torch
-from agnostic_train.model.inference import full_precision
 
-def read(function):
-    try:
-        return function()
-    except RuntimeError:
-        return "refused"
 
 def state():
+    """What torch's interfaces say of TF32; one that was mixed with another refuses to say."""
     matmul = torch.backends.cuda.matmul
-    return [
-        read(it)
-        for it in (
-            lambda: matmul.fp32_precision, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision,
-            lambda: torch.backends.fp32_precision,
-        )
-    ]
+    found = []
+    for read in (
+        lambda: matmul.fp32_precision, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision,
+        lambda: torch.backends.fp32_precision,
+    ):  # fmt: skip
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("refused")
+    return found
 
-{setting}
-before = state()
-with full_precision():
-    assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
-    assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
-assert state() == before, (before, state())
-"""
+
+def turn_on_and_off(setting):
+    exec(setting)
+    before = state()
+    with full_precision():
+        assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+        assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    assert state() == before, (before, state())
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_tf32_is_off_in_between_however_it_was_turned_on(setting):
+def test_tf32_is_off_in_between_however_it_was_turned_on(setting, tmp_path):
     """In a process of its own: torch's two interfaces don't mix, and what was set through one stays."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(setting=setting)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = started(__name__, "turn_on_and_off", setting, stderr=str(tmp_path / "errors"))
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
 
 
 def test_what_measures_a_model_turns_tf32_off(llama):
