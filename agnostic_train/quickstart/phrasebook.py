@@ -17,27 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agnostic_train.quickstart.grammar import chinese, english, french, german, swahili
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import (
     ACTIONS,
     ADJECTIVES,
@@ -60,7 +40,7 @@ from agnostic_train.quickstart.lexicon import (
     Word,
 )
 
-RENDERERS: dict[str, Callable[[Meaning], str]] = {
+RENDERERS: dict[str, Callable[[means.Meaning], str]] = {
     "en": english.render,
     "zh": chinese.render,
     "sw": swahili.render,
@@ -72,7 +52,7 @@ LANGUAGES: tuple[str, ...] = tuple(RENDERERS)
 SUBJECTS = PRONOUNS + RELATIVES + PEOPLE
 NOUNS = RELATIVES + PEOPLE + ANIMALS + THINGS + FOODS
 FEW = NUMBERS[1:5]
-FORMS: tuple[Form, ...] = ("statement", "negation", "question")
+FORMS: tuple[means.Form, ...] = ("statement", "negation", "question")
 
 Filling = tuple[Word, ...]
 
@@ -82,7 +62,7 @@ class Pattern(NamedTuple):
 
     name: str
     fillings: Callable[[], Iterable[Filling]]
-    variants: Callable[..., Iterable[Meaning]]
+    variants: Callable[..., Iterable[means.Meaning]]
 
 
 class Entry(NamedTuple):
@@ -172,7 +152,7 @@ def divide_fillings(rng: random.Random, num_entries: dict[str, int]) -> dict[str
 
 def entries_of(pattern: Pattern, fillings: list[Filling], rng: random.Random) -> Iterator[Entry]:
     """One entry of every filling, then a second of each, and so on: many fillings before many variants."""
-    waiting: deque[tuple[Filling, list[Meaning]]] = deque()
+    waiting: deque[tuple[Filling, list[means.Meaning]]] = deque()
     for filling in fillings:
         variants = list(pattern.variants(*filling))
         rng.shuffle(variants)
@@ -185,7 +165,7 @@ def entries_of(pattern: Pattern, fillings: list[Filling], rng: random.Random) ->
             waiting.append((filling, variants))
 
 
-def entry_of(pattern: Pattern, filling: Filling, meaning: Meaning) -> Entry:
+def entry_of(pattern: Pattern, filling: Filling, meaning: means.Meaning) -> Entry:
     sentences = {language: render(meaning) for language, render in RENDERERS.items()}
     return Entry(pattern.name, tuple(word.name for word in filling), sentences)
 
@@ -198,44 +178,44 @@ def of_kind(words: tuple[Word, ...], *kinds: str) -> list[Word]:
     return [word for word in words if any(kind in word.kinds for kind in kinds)]
 
 
-def owned(noun: Word, plural: bool = False) -> list[Phrase]:
+def owned(noun: Word, plural: bool = False) -> list[means.Phrase]:
     """My, your, our and their ..."""
-    return [Phrase(noun, owner=Phrase(pronoun), plural=plural) for pronoun in PRONOUNS]
+    return [means.Phrase(noun, owner=means.Phrase(pronoun), plural=plural) for pronoun in PRONOUNS]
 
 
-def person(word: Word) -> list[Phrase]:
+def person(word: Word) -> list[means.Phrase]:
     """One person: I, my sister, the teacher."""
     if "pronoun" in word.kinds:
-        return [Phrase(word)]
-    return owned(word) if "relative" in word.kinds else [Phrase(word, "the")]
+        return [means.Phrase(word)]
+    return owned(word) if "relative" in word.kinds else [means.Phrase(word, "the")]
 
 
-def people(word: Word) -> list[Phrase]:
+def people(word: Word) -> list[means.Phrase]:
     """One person or animal, or several; relatives stay single, being spoken of one by one."""
     is_unrelated = "someone" in word.kinds or "animal" in word.kinds
-    return person(word) + ([Phrase(word, "the", plural=True)] if is_unrelated else [])
+    return person(word) + ([means.Phrase(word, "the", plural=True)] if is_unrelated else [])
 
 
-def counted(noun: Word, numbers: Iterable[Word], adjective: Word | None = None) -> list[Phrase]:
+def counted(noun: Word, numbers: Iterable[Word], adjective: Word | None = None) -> list[means.Phrase]:
     """One book, two books ..."""
-    return [Phrase(noun, plural=n.name != "one", number=n, adjective=adjective) for n in numbers]
+    return [means.Phrase(noun, plural=n.name != "one", number=n, adjective=adjective) for n in numbers]
 
 
-def objects(verb: Word, noun: Word) -> list[Phrase]:
+def objects(verb: Word, noun: Word) -> list[means.Phrase]:
     """What a verb may be done to: a book, this book, my book, two books; bread; the teacher."""
     if "person" in noun.kinds:
         return person(noun)
     if "mass" in noun.kinds:
-        return [Phrase(noun)]
-    known = [Phrase(noun, "this"), Phrase(noun, "this", plural=True)]
+        return [means.Phrase(noun)]
+    known = [means.Phrase(noun, "this"), means.Phrase(noun, "this", plural=True)]
     if "goods" in noun.kinds or "tame" in noun.kinds:
         known += owned(noun)
     # One does not look for three phones, nor open five doors.
     is_single = "process" in verb.kinds or "opening" in verb.kinds
-    return [Phrase(noun, "a"), *known, *(() if is_single else counted(noun, FEW))]
+    return [means.Phrase(noun, "a"), *known, *(() if is_single else counted(noun, FEW))]
 
 
-def forms(subject: Phrase) -> tuple[Form, ...]:
+def forms(subject: means.Phrase) -> tuple[means.Form, ...]:
     """Statement, negation and, except about oneself, question."""
     about_oneself = subject.person in ("1sg", "1pl")
     return FORMS[:2] if about_oneself else FORMS
@@ -244,7 +224,7 @@ def forms(subject: Phrase) -> tuple[Form, ...]:
 # The variants of each pattern: all that can be said with one filling.
 
 
-def activities(subject: Word, verb: Word, noun: Word) -> Iterator[Activity]:
+def activities(subject: Word, verb: Word, noun: Word) -> Iterator[means.Activity]:
     kinds = ["near"]
     if "meal" not in verb.kinds:
         kinds.append("far")
@@ -256,37 +236,37 @@ def activities(subject: Word, verb: Word, noun: Word) -> Iterator[Activity]:
         kinds.append("habitual")
     for who, what, time in product(people(subject), objects(verb, noun), of_kind(TIMES, *kinds)):
         if not (what.number and "moment" in time.kinds):
-            yield Activity(who, verb, what, time, "statement")
+            yield means.Activity(who, verb, what, time, "statement")
         # What does not happen is not counted, nor done every day.
         if not (what.number or "habitual" in time.kinds):
-            yield Activity(who, verb, what, time, "negation")
+            yield means.Activity(who, verb, what, time, "negation")
 
 
-def scenes(subject: Word, action: Word, place: Word) -> Iterator[Scene]:
+def scenes(subject: Word, action: Word, place: Word) -> Iterator[means.Scene]:
     for who, time in product(people(subject), of_kind(TIMES, "moment", "habitual", "near")):
         for form in forms(who):
             if not (form == "negation" and "habitual" in time.kinds):
-                yield Scene(who, action, place, time, form)
+                yield means.Scene(who, action, place, time, form)
 
 
-def journeys(subject: Word, place: Word) -> Iterator[Journey]:
+def journeys(subject: Word, place: Word) -> Iterator[means.Journey]:
     for who, time in product(people(subject), of_kind(TIMES, "day", "habitual", "near", "far")):
         for form in forms(who):
             if not (form == "negation" and "habitual" in time.kinds):
-                yield Journey(who, place, time, form)
+                yield means.Journey(who, place, time, form)
 
 
-def reasons(subject: Word, place: Word, state: Word) -> Iterator[Reason]:
+def reasons(subject: Word, place: Word, state: Word) -> Iterator[means.Reason]:
     for who, time in product(people(subject), of_kind(TIMES, "day", "near")):
-        if tense_of(time) != "future":
-            yield Reason(who, place, state, time)
+        if means.tense_of(time) != "future":
+            yield means.Reason(who, place, state, time)
 
 
-def locations(thing: Word, relation: Word, landmark: Word) -> Iterator[Location]:
+def locations(thing: Word, relation: Word, landmark: Word) -> Iterator[means.Location]:
     for plural in (False, True):
-        for what in [Phrase(thing, "the", plural), *owned(thing, plural)]:
+        for what in [means.Phrase(thing, "the", plural), *owned(thing, plural)]:
             for form in forms(what):
-                yield Location(what, relation, Phrase(landmark, "the"), form)
+                yield means.Location(what, relation, means.Phrase(landmark, "the"), form)
 
 
 def are_at_hand(thing: Word, landmark: Word) -> bool:
@@ -294,52 +274,52 @@ def are_at_hand(thing: Word, landmark: Word) -> bool:
     return "pet" in thing.kinds or ("vehicle" in thing.kinds) == ("outdoors" in landmark.kinds)
 
 
-def searches(thing: Word, owner: Word) -> Iterator[Search]:
+def searches(thing: Word, owner: Word) -> Iterator[means.Search]:
     for who, plural in product(person(owner), (False, True)):
-        yield Search(Phrase(thing, plural=plural, owner=who))
+        yield means.Search(means.Phrase(thing, plural=plural, owner=who))
 
 
-def inquiries(subject: Word, verb: Word) -> Iterator[Inquiry]:
+def inquiries(subject: Word, verb: Word) -> Iterator[means.Inquiry]:
     kinds = ("near",) if "instant" in verb.kinds else ("near", "moment")
     for who, time in product(people(subject), of_kind(TIMES, *kinds)):
-        yield Inquiry(who, verb, time)
+        yield means.Inquiry(who, verb, time)
 
 
-def ownerships(subject: Word, noun: Word) -> Iterator[Ownership]:
+def ownerships(subject: Word, noun: Word) -> Iterator[means.Ownership]:
     for who in people(subject):
         for possession in counted(noun, NUMBERS):
-            yield Ownership(who, possession, "statement")
+            yield means.Ownership(who, possession, "statement")
         for form in forms(who)[1:]:
-            yield Ownership(who, Phrase(noun, "a"), form)
+            yield means.Ownership(who, means.Phrase(noun, "a"), form)
 
 
-def descriptions(noun: Word, adjective: Word) -> Iterator[Description]:
+def descriptions(noun: Word, adjective: Word) -> Iterator[means.Description]:
     things = []
     if "relative" not in noun.kinds:
-        things.append(Phrase(noun, "this"))
+        things.append(means.Phrase(noun, "this"))
     if "relative" not in noun.kinds and "news" not in noun.kinds:
-        things.append(Phrase(noun, "this", plural=True))
+        things.append(means.Phrase(noun, "this", plural=True))
     if any(kind in noun.kinds for kind in ("relative", "goods", "tame")):
         things += owned(noun)
     for thing, form in product(things, FORMS):
-        yield Description(thing, adjective, form)
+        yield means.Description(thing, adjective, form)
 
 
-def occupations(subject: Word, occupation: Word) -> Iterator[Occupation]:
+def occupations(subject: Word, occupation: Word) -> Iterator[means.Occupation]:
     for who, is_wish in product(people(subject), (False, True)):
-        what = Phrase(occupation, plural=True) if who.person.endswith("pl") else Phrase(occupation, "a")
+        what = means.Phrase(occupation, plural=True) if who.person.endswith("pl") else means.Phrase(occupation, "a")
         for form in forms(who):
-            yield Occupation(who, what, is_wish, form)
+            yield means.Occupation(who, what, is_wish, form)
 
 
-def wishes(subject: Word, verb: Word, noun: Word, adjective: Word | None = None) -> Iterator[Wish]:
+def wishes(subject: Word, verb: Word, noun: Word, adjective: Word | None = None) -> Iterator[means.Wish]:
     for who in people(subject):
-        what = Phrase(noun) if "mass" in noun.kinds else Phrase(noun, "a", adjective=adjective)
+        what = means.Phrase(noun) if "mass" in noun.kinds else means.Phrase(noun, "a", adjective=adjective)
         for form in forms(who):
-            yield Wish(who, verb, what, form)
+            yield means.Wish(who, verb, what, form)
         if "mass" not in noun.kinds:
             for several in counted(noun, FEW, adjective):
-                yield Wish(who, verb, several, "statement")
+                yield means.Wish(who, verb, several, "statement")
 
 
 def wish_fillings() -> Iterator[Filling]:
@@ -351,30 +331,30 @@ def wish_fillings() -> Iterator[Filling]:
                 yield (subject, verb, noun, described) if described else (subject, verb, noun)
 
 
-def contrasts(subject: Word, other_subject: Word, liking: Word, other_liking: Word) -> Iterator[Contrast]:
-    what, other_what = (Phrase(noun, plural="mass" not in noun.kinds) for noun in (liking, other_liking))
+def contrasts(subject: Word, other_subject: Word, liking: Word, other_liking: Word) -> Iterator[means.Contrast]:
+    what, other_what = (means.Phrase(noun, plural="mass" not in noun.kinds) for noun in (liking, other_liking))
     for who, other_who, is_opposed in product(people(subject), people(other_subject), (False, True)):
         # Both are relatives of the same person, if both are relatives.
         if not (who.owner and other_who.owner) or who.owner == other_who.owner:
-            yield Contrast(who, what, other_who, other_what, is_opposed)
+            yield means.Contrast(who, what, other_who, other_what, is_opposed)
 
 
-def requests(verb: Word, noun: Word) -> Iterator[Request]:
+def requests(verb: Word, noun: Word) -> Iterator[means.Request]:
     for what in objects(verb, noun):
-        yield Request(verb, what, "statement")
+        yield means.Request(verb, what, "statement")
         if what.is_definite or what.is_mass:
-            yield Request(verb, what, "negation")
+            yield means.Request(verb, what, "negation")
 
 
-def opening_hours(place: Word, verb: Word, hour: Word) -> Iterator[OpeningHours]:
-    asked_or_not: tuple[Form, ...] = ("statement", "question")
+def opening_hours(place: Word, verb: Word, hour: Word) -> Iterator[means.OpeningHours]:
+    asked_or_not: tuple[means.Form, ...] = ("statement", "question")
     for weekday, form in product(WEEKDAYS, asked_or_not):
-        yield OpeningHours(place, verb, hour, weekday, form)
+        yield means.OpeningHours(place, verb, hour, weekday, form)
 
 
-def weather_reports(weather: Word, place: Word) -> Iterator[Weather]:
+def weather_reports(weather: Word, place: Word) -> Iterator[means.Weather]:
     for time, form in product(of_kind(TIMES, "day", "near", "far"), FORMS):
-        yield Weather(weather, place, time, form)
+        yield means.Weather(weather, place, time, form)
 
 
 # Who acts, whom one asks about, what people own, what lies about, what people like, what "what?" asks after.

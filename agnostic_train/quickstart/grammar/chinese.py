@@ -1,94 +1,73 @@
 """Chinese: measure words, aspect instead of tense, and the order of time, place and verb."""
 
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    is_female,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import Word
 
 
-def render(meaning: Meaning) -> str:
+def render(meaning: means.Meaning) -> str:
     """The meaning as a Chinese sentence."""
     match meaning:
-        case Activity(subject, verb, object, time, form):
+        case means.Activity(subject, verb, object, time, form):
             when = time.zh[-1] if form == "negation" else time.zh[0]
-            does = predicate(verb, tense_of(time), form)
+            does = predicate(verb, means.tense_of(time), form)
             what = noun_phrase(object, is_negated=form == "negation")
             return sentence(noun_phrase(subject), when, does, what)
-        case Scene(subject, action, place, time, form):
+        case means.Scene(subject, action, place, time, form):
             before = {
                 "present": {"statement": "正", "negation": "没", "question": "正"},
                 "habitual": {"statement": "都", "question": "都"},
                 "past": {"statement": "", "negation": "没", "question": ""},
                 "future": {"statement": "会", "negation": "不会", "question": "会"},
-            }[tense_of(time)][form]
-            after = "了" if tense_of(time) == "past" and form == "question" else ""
+            }[means.tense_of(time)][form]
+            after = "了" if means.tense_of(time) == "past" and form == "question" else ""
             here = f"在{at(place)}{action.zh[0]}"
             return sentence(time.zh[0], noun_phrase(subject), before, here, after, form=form)
-        case Journey(subject, place, time, form):
-            return sentence(time.zh[0], noun_phrase(subject), going(place, tense_of(time), form), form=form)
-        case Reason(subject, place, state, time):
-            goes_not = going(place, tense_of(time), "negation")
+        case means.Journey(subject, place, time, form):
+            return sentence(time.zh[0], noun_phrase(subject), going(place, means.tense_of(time), form), form=form)
+        case means.Reason(subject, place, state, time):
+            goes_not = going(place, means.tense_of(time), "negation")
             is_so = f"{pronoun(subject)}{state.zh[0]}"
             return sentence(time.zh[0], noun_phrase(subject), goes_not, "，因为", is_so)
-        case Location(thing, relation, landmark, form):
+        case means.Location(thing, relation, landmark, form):
             where = f"{noun_phrase(landmark)}{relation.zh[0]}"
             return sentence(noun_phrase(thing), "不" if form == "negation" else "", "在", where, form=form)
-        case Search(thing):
+        case means.Search(thing):
             return sentence(noun_phrase(thing), "在哪里", form="question", particle="")
-        case Inquiry(subject, verb, time):
-            does = predicate(verb, tense_of(time), "statement")
+        case means.Inquiry(subject, verb, time):
+            does = predicate(verb, means.tense_of(time), "statement")
             return sentence(noun_phrase(subject), time.zh[0], does, "什么", form="question", particle="")
-        case Ownership(subject, possession, form):
+        case means.Ownership(subject, possession, form):
             has = "没有" if form == "negation" else "有"
             possessed = noun_phrase(possession, is_negated=form != "statement")
             return sentence(noun_phrase(subject), has, possessed, form=form)
-        case Description(thing, adjective, form):
+        case means.Description(thing, adjective, form):
             return sentence(noun_phrase(thing), adjective_predicate(adjective, form), form=form)
-        case Occupation(subject, occupation, is_wish, form):
+        case means.Occupation(subject, occupation, is_wish, form):
             is_or_wants = ("不" if form == "negation" else "") + ("想当" if is_wish else "是")
             return sentence(noun_phrase(subject), is_or_wants, occupation.noun.zh[0], form=form)
-        case Wish(subject, verb, object, form):
+        case means.Wish(subject, verb, object, form):
             wants = ("不想" if form == "negation" else "想") + verb.zh[0]
             what = noun_phrase(object, is_negated=form == "negation")
             return sentence(noun_phrase(subject), wants, what, form=form)
-        case Contrast(subject, liking, other_subject, other_liking, is_opposed):
+        case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)}喜欢{noun_phrase(liking)}"
             other_likes = f"{noun_phrase(other_subject)}喜欢{noun_phrase(other_liking)}"
             return sentence(likes, "，", "但是" if is_opposed else "", other_likes)
-        case Request(verb, object, form):
+        case means.Request(verb, object, form):
             return sentence("请", "不要" if form == "negation" else "", verb.zh[-1], noun_phrase(object))
-        case OpeningHours(place, verb, hour, weekday, form):
+        case means.OpeningHours(place, verb, hour, weekday, form):
             return sentence(place.zh[0], weekday.zh[0], hour.zh[0], verb.zh[0], form=form)
-        case Weather(weather, place, time, form):
-            is_so = weather_predicate(weather, tense_of(time), form)
+        case means.Weather(weather, place, time, form):
+            is_so = weather_predicate(weather, means.tense_of(time), form)
             return sentence(time.zh[0], at(place), is_so, form=form)
 
 
-def sentence(*parts: str, form: Form = "statement", particle: str = "吗") -> str:
+def sentence(*parts: str, form: means.Form = "statement", particle: str = "吗") -> str:
     """One sentence; a question that has no question word ends in a particle."""
     return "".join(parts) + (f"{particle}？" if form == "question" else "。")
 
 
-def predicate(verb: Word, tense: str, form: Form) -> str:
+def predicate(verb: Word, tense: str, form: means.Form) -> str:
     """A transitive verb, whose aspect says what other languages say with tense."""
     under_way, done = verb.zh[0], verb.zh[-1]
     if form == "negation":
@@ -107,7 +86,7 @@ def predicate(verb: Word, tense: str, form: Form) -> str:
     }[tense]
 
 
-def going(place: Word, tense: str, form: Form) -> str:
+def going(place: Word, tense: str, form: means.Form) -> str:
     """Going somewhere, where a question asks after the fact and so ends in "了" in the past."""
     to_place = f"去{place.zh[0]}"
     if form == "negation":
@@ -117,7 +96,7 @@ def going(place: Word, tense: str, form: Form) -> str:
     return {"future": "会", "habitual": "都"}.get(tense, "") + to_place
 
 
-def weather_predicate(weather: Word, tense: str, form: Form) -> str:
+def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
     """Rain falls and wind blows as verbs do; heat and cold are adjectives, fog is there or is not."""
     word = weather.zh[0]
     future = {"negation": "不会"}.get(form, "会") if tense == "future" else ""
@@ -133,7 +112,7 @@ def weather_predicate(weather: Word, tense: str, form: Form) -> str:
     return f"{word}了" if tense == "past" else word
 
 
-def adjective_predicate(adjective: Word, form: Form) -> str:
+def adjective_predicate(adjective: Word, form: means.Form) -> str:
     """What something is like: plain adjectives take "很" when they assert, colours take "是"."""
     word = adjective.zh[1]
     link = "是" if word.endswith("的") else ""
@@ -142,7 +121,7 @@ def adjective_predicate(adjective: Word, form: Form) -> str:
     return (link or ("很" if form == "statement" else "")) + word
 
 
-def noun_phrase(phrase: Phrase, is_negated: bool = False) -> str:
+def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
     """The phrase with its measure word; under negation nothing is counted, so "a" goes unsaid."""
     noun = phrase.noun.zh[0]
     if phrase.is_pronoun or phrase.is_mass:
@@ -166,7 +145,7 @@ def noun_phrase(phrase: Phrase, is_negated: bool = False) -> str:
     return noun
 
 
-def possessive(phrase: Phrase) -> str:
+def possessive(phrase: means.Phrase) -> str:
     """The owner with "的", left out between relatives: for my own, and where another "的" follows."""
     owner = phrase.owner
     assert owner is not None
@@ -176,11 +155,11 @@ def possessive(phrase: Phrase) -> str:
     return noun_phrase(owner) + ("" if is_close else "的")
 
 
-def pronoun(phrase: Phrase) -> str:
+def pronoun(phrase: means.Phrase) -> str:
     """The pronoun that takes up the phrase."""
     if phrase.is_pronoun:
         return phrase.noun.zh[0]
-    return ("她" if is_female(phrase) else "他") + ("们" if phrase.plural else "")
+    return ("她" if means.is_female(phrase) else "他") + ("们" if phrase.plural else "")
 
 
 def at(place: Word) -> str:

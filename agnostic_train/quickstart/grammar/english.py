@@ -3,28 +3,7 @@
 import re
 from collections.abc import Callable
 
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    is_female,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import IT, Word
 
 BE = {"1sg": "am", "2sg": "are", "3sg": "is", "1pl": "are", "3pl": "are"}
@@ -32,65 +11,65 @@ WAS = {"1sg": "was", "2sg": "were", "3sg": "was", "1pl": "were", "3pl": "were"}
 GO = ("go", "went")
 
 
-def render(meaning: Meaning) -> str:
+def render(meaning: means.Meaning) -> str:
     """The meaning as an English sentence."""
     match meaning:
-        case Activity(subject, verb, object, time, form):
+        case means.Activity(subject, verb, object, time, form):
             return sentence(activity(subject, verb, noun_phrase(object), time, form))
-        case Scene(subject, action, place, time, form):
-            return sentence(clause(subject, action.en, at(place), tense_of(time), form), time.name, form=form)
-        case Journey(subject, place, time, form):
-            goes = clause(subject, GO, f"to the {place.name}", tense_of(time), form)
+        case means.Scene(subject, action, place, time, form):
+            return sentence(clause(subject, action.en, at(place), means.tense_of(time), form), time.name, form=form)
+        case means.Journey(subject, place, time, form):
+            goes = clause(subject, GO, f"to the {place.name}", means.tense_of(time), form)
             return sentence(goes, time.name, form=form) if form == "question" else sentence(time.name, goes)
-        case Reason(subject, place, state, time):
-            goes_not = clause(subject, GO, f"to the {place.name}", tense_of(time), "negation")
-            be = (WAS if tense_of(time) == "past" else BE)[subject.person]
+        case means.Reason(subject, place, state, time):
+            goes_not = clause(subject, GO, f"to the {place.name}", means.tense_of(time), "negation")
+            be = (WAS if means.tense_of(time) == "past" else BE)[subject.person]
             return sentence(time.name, goes_not, "because", pronoun(subject), be, state.name)
-        case Location(thing, relation, landmark, form):
+        case means.Location(thing, relation, landmark, form):
             where = f"{relation.name} {noun_phrase(landmark)}"
             return sentence(be_clause(thing, where, "present", form), form=form)
-        case Search(thing):
+        case means.Search(thing):
             return sentence("where", BE[thing.person], noun_phrase(thing), form="question")
-        case Inquiry(subject, verb, time):
-            does = clause(subject, verb.en, time.name, tense_of(time), "question")
+        case means.Inquiry(subject, verb, time):
+            does = clause(subject, verb.en, time.name, means.tense_of(time), "question")
             return sentence("what", does, form="question")
-        case Ownership(subject, possession, form):
+        case means.Ownership(subject, possession, form):
             return sentence(clause(subject, ("have",), noun_phrase(possession), "habitual", form), form=form)
-        case Description(thing, adjective, form):
+        case means.Description(thing, adjective, form):
             return sentence(be_clause(thing, adjective.name, "present", form), form=form)
-        case Occupation(subject, occupation, is_wish, form):
+        case means.Occupation(subject, occupation, is_wish, form):
             if is_wish:
                 return sentence(want_clause(subject, f"become {noun_phrase(occupation)}", form), form=form)
             return sentence(be_clause(subject, noun_phrase(occupation), "present", form), form=form)
-        case Wish(subject, verb, object, form):
+        case means.Wish(subject, verb, object, form):
             return sentence(want_clause(subject, f"{verb.name} {noun_phrase(object)}", form), form=form)
-        case Contrast(subject, liking, other_subject, other_liking, is_opposed):
+        case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = clause(subject, ("like",), noun_phrase(liking), "habitual", "statement")
             other_likes = clause(other_subject, ("like",), noun_phrase(other_liking), "habitual", "statement")
             return sentence(f"{likes}, {'but' if is_opposed else 'and'} {other_likes}")
-        case Request(verb, object, form):
+        case means.Request(verb, object, form):
             return sentence("please", "do not" if form == "negation" else "", verb.name, noun_phrase(object))
-        case OpeningHours(place, verb, hour, weekday, form):
-            opens = clause(Phrase(place, "the"), verb.en, f"at {hour.name}", "habitual", form)
+        case means.OpeningHours(place, verb, hour, weekday, form):
+            opens = clause(means.Phrase(place, "the"), verb.en, f"at {hour.name}", "habitual", form)
             on_days = f"on {weekday.name}"
             return sentence(opens, on_days, form=form) if form == "question" else sentence(on_days, opens)
-        case Weather(weather, place, time, form):
-            it, where = Phrase(IT), f"{at(place)} {time.name}"
+        case means.Weather(weather, place, time, form):
+            it, where = means.Phrase(IT), f"{at(place)} {time.name}"
             if "verb" in weather.kinds:
-                return sentence(clause(it, weather.en, where, tense_of(time), form), form=form)
-            return sentence(be_clause(it, f"{weather.name} {where}", tense_of(time), form), form=form)
+                return sentence(clause(it, weather.en, where, means.tense_of(time), form), form=form)
+            return sentence(be_clause(it, f"{weather.name} {where}", means.tense_of(time), form), form=form)
 
 
-def sentence(*parts: str, form: Form = "statement") -> str:
+def sentence(*parts: str, form: means.Form = "statement") -> str:
     """The parts that are not empty, as one sentence."""
     text = " ".join(part for part in parts if part)
     return text[0].upper() + text[1:] + ("?" if form == "question" else ".")
 
 
-def activity(subject: Phrase, verb: Word, object: str, time: Word, form: Form) -> str:
+def activity(subject: means.Phrase, verb: Word, object: str, time: Word, form: means.Form) -> str:
     """A transitive clause with its time, where "already" and "yet" call for the perfect."""
-    if tense_of(time) != "perfect":
-        return f"{clause(subject, verb.en, object, tense_of(time), form)} {time.name}"
+    if means.tense_of(time) != "perfect":
+        return f"{clause(subject, verb.en, object, means.tense_of(time), form)} {time.name}"
     already, yet = time.en
     who, have = noun_phrase(subject), "has" if subject.person == "3sg" else "have"
     participle = principal_parts(verb.en)[2]
@@ -99,7 +78,7 @@ def activity(subject: Phrase, verb: Word, object: str, time: Word, form: Form) -
     return f"{who} {have} {already} {participle} {object}"
 
 
-def clause(subject: Phrase, verb: tuple[str, ...], complement: str, tense: str, form: Form) -> str:
+def clause(subject: means.Phrase, verb: tuple[str, ...], complement: str, tense: str, form: means.Form) -> str:
     """A clause with the auxiliary that its tense and form need: "does not buy", "will buy", "did she buy"."""
     base, past, _ = principal_parts(verb)
     auxiliary, main = {
@@ -120,7 +99,7 @@ def clause(subject: Phrase, verb: tuple[str, ...], complement: str, tense: str, 
     return f"{who} {auxiliary} {main} {complement}"
 
 
-def be_clause(subject: Phrase, complement: str, tense: str, form: Form) -> str:
+def be_clause(subject: means.Phrase, complement: str, tense: str, form: means.Form) -> str:
     """What something is like, or where it is."""
     who, be = noun_phrase(subject), (WAS if tense == "past" else BE)[subject.person]
     if tense == "future":
@@ -130,7 +109,7 @@ def be_clause(subject: Phrase, complement: str, tense: str, form: Form) -> str:
     return f"{who} {be} {'not ' if form == 'negation' else ''}{complement}"
 
 
-def want_clause(subject: Phrase, wish: str, form: Form) -> str:
+def want_clause(subject: means.Phrase, wish: str, form: means.Form) -> str:
     """What someone wants to do."""
     return clause(subject, ("want",), f"to {wish}", "habitual", form)
 
@@ -177,7 +156,7 @@ def with_s(word: str) -> str:
     return re.sub(r"(?<=[^aeiou])y$", "ie", word) + "s"
 
 
-def noun_phrase(phrase: Phrase) -> str:
+def noun_phrase(phrase: means.Phrase) -> str:
     """The phrase with what determines it: "an old hat", "these cups", "my sister's key"."""
     if phrase.is_pronoun:
         return phrase.noun.name
@@ -188,7 +167,7 @@ def noun_phrase(phrase: Phrase) -> str:
     return f"{determiner(phrase, described)} {described}".strip()
 
 
-def determiner(phrase: Phrase, described: str) -> str:
+def determiner(phrase: means.Phrase, described: str) -> str:
     """What precedes the adjective and the noun."""
     if phrase.owner:
         return phrase.owner.noun.en[1] if phrase.owner.is_pronoun else f"{noun_phrase(phrase.owner)}'s"
@@ -201,13 +180,13 @@ def determiner(phrase: Phrase, described: str) -> str:
     return "" if phrase.determiner == "none" else "the"
 
 
-def pronoun(phrase: Phrase) -> str:
+def pronoun(phrase: means.Phrase) -> str:
     """The pronoun that takes up the phrase."""
     if phrase.is_pronoun:
         return phrase.noun.name
     if phrase.plural:
         return "they"
-    return "she" if is_female(phrase) else "he"
+    return "she" if means.is_female(phrase) else "he"
 
 
 def at(place: Word) -> str:

@@ -2,29 +2,7 @@
 
 import re
 
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Person,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    is_female,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import FEMININE_OCCUPATIONS, IT, Word
 
 BE = {"1sg": "suis", "2sg": "es", "3sg": "est", "1pl": "sommes", "3pl": "sont"}
@@ -44,76 +22,76 @@ QUESTION_MARK = "\u202f?"
 PLEASE = "s'il te plaît"
 
 
-def render(meaning: Meaning) -> str:
+def render(meaning: means.Meaning) -> str:
     """The meaning as a French sentence."""
     match meaning:
-        case Activity(subject, verb, object, time, form):
-            finite, rest = predicate(verb.fr, tense_of(time), subject.person)
+        case means.Activity(subject, verb, object, time, form):
+            finite, rest = predicate(verb.fr, means.tense_of(time), subject.person)
             what = noun_phrase(object, is_negated=form == "negation")
-            if tense_of(time) == "perfect":
+            if means.tense_of(time) == "perfect":
                 already, yet = time.fr
                 adverb = yet if form == "negation" else already
                 return sentence(noun_phrase(subject), negate(finite, form), adverb, rest, what)
             return sentence(noun_phrase(subject), negate(finite, form), rest, what, time.fr[0])
-        case Scene(subject, action, place, time, form):
-            finite, rest = predicate(action.fr, tense_of(time), subject.person)
+        case means.Scene(subject, action, place, time, form):
+            finite, rest = predicate(action.fr, means.tense_of(time), subject.person)
             does = f"{noun_phrase(subject)} {negate(finite, form)}"
             return sentence(does, rest, at(place), time.fr[0], form=form)
-        case Journey(subject, place, time, form):
-            goes = f"{noun_phrase(subject)} {going(subject, tense_of(time), form)} {at(place)}"
+        case means.Journey(subject, place, time, form):
+            goes = f"{noun_phrase(subject)} {going(subject, means.tense_of(time), form)} {at(place)}"
             if form == "question":
                 return sentence(goes, time.fr[0], form=form)
             return sentence(f"{time.fr[0]},", goes)
-        case Reason(subject, place, state, time):
-            goes_not = f"{noun_phrase(subject)} {going(subject, tense_of(time), 'negation')} {at(place)}"
-            is_so = be(state, subject, tense_of(time))
+        case means.Reason(subject, place, state, time):
+            goes_not = f"{noun_phrase(subject)} {going(subject, means.tense_of(time), 'negation')} {at(place)}"
+            is_so = be(state, subject, means.tense_of(time))
             return sentence(f"{time.fr[0]},", goes_not, "parce que", pronoun(subject), is_so)
-        case Location(thing, relation, landmark, form):
+        case means.Location(thing, relation, landmark, form):
             is_at = negate(BE[thing.person], form)
             return sentence(noun_phrase(thing), is_at, relation.fr[0], noun_phrase(landmark), form=form)
-        case Search(thing):
+        case means.Search(thing):
             return open_question("où", BE[thing.person], noun_phrase(thing))
-        case Inquiry(subject, verb, time):
-            finite, rest = predicate(verb.fr, tense_of(time), subject.person)
+        case means.Inquiry(subject, verb, time):
+            finite, rest = predicate(verb.fr, means.tense_of(time), subject.person)
             return open_question("qu'est-ce que", noun_phrase(subject), finite, rest, time.fr[0])
-        case Ownership(subject, possession, form):
+        case means.Ownership(subject, possession, form):
             has = negate(HAVE[subject.person], form)
             possessed = noun_phrase(possession, is_negated=form == "negation")
             return sentence(noun_phrase(subject), has, possessed, form=form)
-        case Description(thing, adjective, form):
+        case means.Description(thing, adjective, form):
             is_so = negate(BE[thing.person], form)
             described = agreeing(adjective.fr[1:3], gender(thing) == "f", thing.plural)
             return sentence(noun_phrase(thing), is_so, described, form=form)
-        case Occupation(subject, occupation, is_wish, form):
+        case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, rest = (WANT, "devenir") if is_wish else (BE, "")
             what = occupation_of(subject, occupation)
             return sentence(noun_phrase(subject), negate(verb_forms[subject.person], form), rest, what, form=form)
-        case Wish(subject, verb, object, form):
+        case means.Wish(subject, verb, object, form):
             wants = negate(WANT[subject.person], form)
             what = noun_phrase(object, is_negated=form == "negation")
             return sentence(noun_phrase(subject), wants, verb.fr[0], what, form=form)
-        case Contrast(subject, liking, other_subject, other_liking, is_opposed):
+        case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {present(LIKE, subject.person)} {in_general(liking)}"
             other_likes = f"{present(LIKE, other_subject.person)} {in_general(other_liking)}"
             conjunction = ", mais" if is_opposed else " et"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
-        case Request(verb, object, form):
+        case means.Request(verb, object, form):
             what = noun_phrase(object, is_negated=form == "negation")
             return sentence(negate(present(verb.fr, "1sg"), form), f"{what}, {PLEASE}")
-        case OpeningHours(place, verb, hour, weekday, form):
-            opens = f"{noun_phrase(Phrase(place, 'the'))} {verb.fr[0]} à {hour.fr[0]}"
+        case means.OpeningHours(place, verb, hour, weekday, form):
+            opens = f"{noun_phrase(means.Phrase(place, 'the'))} {verb.fr[0]} à {hour.fr[0]}"
             on_days = f"le {weekday.fr[0]}"
             if form == "question":
                 return sentence(opens, on_days, form=form)
             return sentence(f"{on_days},", opens)
-        case Weather(weather, place, time, form):
-            conditions = f"{IT.fr[0]} {weather_predicate(weather, tense_of(time), form)} {at(place)}"
+        case means.Weather(weather, place, time, form):
+            conditions = f"{IT.fr[0]} {weather_predicate(weather, means.tense_of(time), form)} {at(place)}"
             if form == "question":
                 return sentence(conditions, time.fr[0], form=form)
             return sentence(f"{time.fr[0]},", conditions)
 
 
-def sentence(*parts: str, form: Form = "statement") -> str:
+def sentence(*parts: str, form: means.Form = "statement") -> str:
     """The parts that are not empty, as one sentence; "est-ce que" makes a statement a question."""
     if form == "question":
         return open_question("est-ce que", *parts)
@@ -134,11 +112,11 @@ def finish(parts: tuple[str, ...]) -> str:
     return text[0].upper() + text[1:]
 
 
-def negate(finite: str, form: Form) -> str:
+def negate(finite: str, form: means.Form) -> str:
     return f"ne {finite} pas" if form == "negation" else finite
 
 
-def predicate(verb: tuple[str, ...], tense: str, person: Person) -> tuple[str, str]:
+def predicate(verb: tuple[str, ...], tense: str, person: means.Person) -> tuple[str, str]:
     """The finite verb, which negation surrounds, and the participle or infinitive that follows it."""
     if verb[0] == "chercher" and tense == "future":
         # "Va chercher" is to fetch, not to be about to look for.
@@ -150,7 +128,7 @@ def predicate(verb: tuple[str, ...], tense: str, person: Person) -> tuple[str, s
     return present(verb, person), ""
 
 
-def present(verb: tuple[str, ...], person: Person) -> str:
+def present(verb: tuple[str, ...], person: means.Person) -> str:
     """The present, from the parts a verb gives; one that gives only its infinitive goes like "aimer"."""
     first = verb[1] if len(verb) > 1 else verb[0][:-1]
     stem = verb[2] if len(verb) > 1 else verb[0][:-2]
@@ -166,7 +144,7 @@ def present(verb: tuple[str, ...], person: Person) -> str:
     return first
 
 
-def going(subject: Phrase, tense: str, form: Form) -> str:
+def going(subject: means.Phrase, tense: str, form: means.Form) -> str:
     """Going somewhere, which in the past is done with "être" and agrees."""
     if tense == "past":
         gone = agreeing(("allé", "allée"), gender(subject) == "f", subject.person.endswith("pl"))
@@ -174,7 +152,7 @@ def going(subject: Phrase, tense: str, form: Form) -> str:
     return negate("ir" + FUTURE_ENDING[subject.person] if tense == "future" else GO[subject.person], form)
 
 
-def be(state: Word, subject: Phrase, tense: str) -> str:
+def be(state: Word, subject: means.Phrase, tense: str) -> str:
     """How someone is: "est fatiguée", "avait faim"."""
     verb, *words = state.fr
     if verb == "avoir":
@@ -183,7 +161,7 @@ def be(state: Word, subject: Phrase, tense: str) -> str:
     return f"{(WAS if tense == 'past' else BE)[subject.person]} {state_word}"
 
 
-def weather_predicate(weather: Word, tense: str, form: Form) -> str:
+def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
     """Rain and snow are verbs; warmth is made ("il fait chaud"), wind is there ("il y a du vent")."""
     if "verb" in weather.kinds:
         infinitive, now, participle = weather.fr
@@ -205,14 +183,14 @@ def weather_predicate(weather: Word, tense: str, form: Form) -> str:
     return f"{negate(then if tense == 'past' else now, form)} {what}"
 
 
-def occupation_of(subject: Phrase, occupation: Phrase) -> str:
+def occupation_of(subject: means.Phrase, occupation: means.Phrase) -> str:
     """What someone is, which takes no article."""
     if occupation.plural:
         return plural(occupation.noun.fr[1])
-    return FEMININE_OCCUPATIONS[occupation.noun.name][1] if is_female(subject) else occupation.noun.fr[1]
+    return FEMININE_OCCUPATIONS[occupation.noun.name][1] if means.is_female(subject) else occupation.noun.fr[1]
 
 
-def noun_phrase(phrase: Phrase, is_negated: bool = False) -> str:
+def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
     """The phrase with its determiner; negating one that is not definite leaves only "de"."""
     if phrase.is_pronoun:
         return phrase.noun.fr[0]
@@ -224,7 +202,7 @@ def noun_phrase(phrase: Phrase, is_negated: bool = False) -> str:
     return f"{determiner(phrase, noun)} {noun}"
 
 
-def determiner(phrase: Phrase, noun: str) -> str:
+def determiner(phrase: means.Phrase, noun: str) -> str:
     """What precedes the adjective and the noun."""
     is_feminine = gender(phrase) == "f"
     elides = re.match(ELIDING, noun) is not None
@@ -242,18 +220,18 @@ def determiner(phrase: Phrase, noun: str) -> str:
     return "une" if is_feminine else "un"
 
 
-def definite_article(phrase: Phrase) -> str:
+def definite_article(phrase: means.Phrase) -> str:
     if phrase.plural:
         return "les"
     return {"m": "le", "f": "la", "pl": "les"}[gender(phrase)]
 
 
-def in_general(phrase: Phrase) -> str:
+def in_general(phrase: means.Phrase) -> str:
     """What one likes, which French says with the definite article."""
     return f"{definite_article(phrase)} {described_noun(phrase)}"
 
 
-def described_noun(phrase: Phrase) -> str:
+def described_noun(phrase: means.Phrase) -> str:
     """The noun with its adjective, before or after it."""
     noun = phrase.noun.fr[1]
     if phrase.plural:
@@ -283,12 +261,12 @@ def plural(word: str) -> str:
     return re.sub("al$", "aux", word) if word.endswith("al") else word + "s"
 
 
-def gender(phrase: Phrase) -> str:
+def gender(phrase: means.Phrase) -> str:
     """The gender of the noun, where a pronoun stands for a man or a mixed company."""
     return "m" if phrase.is_pronoun else phrase.noun.fr[0]
 
 
-def pronoun(phrase: Phrase) -> str:
+def pronoun(phrase: means.Phrase) -> str:
     """The pronoun that takes up the phrase, by the gender of its noun."""
     if phrase.is_pronoun:
         return phrase.noun.fr[0]
@@ -298,4 +276,4 @@ def pronoun(phrase: Phrase) -> str:
 def at(place: Word) -> str:
     """Where something is and where one goes, which French says alike."""
     _, noun, preposition = place.fr
-    return f"{preposition} {noun if preposition == 'en' else noun_phrase(Phrase(place, 'the'))}"
+    return f"{preposition} {noun if preposition == 'en' else noun_phrase(means.Phrase(place, 'the'))}"

@@ -2,29 +2,7 @@
 
 import re
 
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Person,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    is_female,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import FEMININE_OCCUPATIONS, IT, Word
 
 # By case and gender, where "pl" is the plural of all genders.
@@ -53,73 +31,73 @@ LIKE = {"1sg": "mag", "2sg": "magst", "3sg": "mag", "1pl": "mögen", "3pl": "mö
 GO = ("gehen", "geht", "gegangen")
 
 
-def render(meaning: Meaning) -> str:
+def render(meaning: means.Meaning) -> str:
     """The meaning as a German sentence."""
     match meaning:
-        case Activity(subject, verb, object, time, form):
-            finite, final = predicate(verb.de, tense_of(time), subject.person)
+        case means.Activity(subject, verb, object, time, form):
+            finite, final = predicate(verb.de, means.tense_of(time), subject.person)
             when = time.de[-1] if form == "negation" else time.de[0]
             return sentence(noun_phrase(subject), finite, middle_field(verb, object, form, when), final)
-        case Scene(subject, action, place, time, form):
-            finite, final = predicate(action.de, tense_of(time), subject.person, auxiliary=action.de[3])
+        case means.Scene(subject, action, place, time, form):
+            finite, final = predicate(action.de, means.tense_of(time), subject.person, auxiliary=action.de[3])
             does = opening(noun_phrase(subject), finite, form)
             return sentence(does, time.de[0], negation(form), at(place), final, form=form)
-        case Journey(subject, place, time, form):
-            finite, final = predicate(GO, tense_of(time), subject.person, auxiliary="sein")
+        case means.Journey(subject, place, time, form):
+            finite, final = predicate(GO, means.tense_of(time), subject.person, auxiliary="sein")
             if form == "question":
                 return sentence(finite, noun_phrase(subject), time.de[0], to(place), final, form=form)
             return sentence(time.de[0], finite, noun_phrase(subject), negation(form), to(place), final)
-        case Reason(subject, place, state, time):
-            finite, final = predicate(GO, tense_of(time), subject.person, auxiliary="sein")
+        case means.Reason(subject, place, state, time):
+            finite, final = predicate(GO, means.tense_of(time), subject.person, auxiliary="sein")
             goes_not = sentence(time.de[0], finite, noun_phrase(subject), "nicht", to(place), final)
-            is_so = be(state, subject.person, tense_of(time))
+            is_so = be(state, subject.person, means.tense_of(time))
             return f"{goes_not[:-1]}, weil {pronoun(subject)} {is_so}."
-        case Location(thing, relation, landmark, form):
+        case means.Location(thing, relation, landmark, form):
             where = f"{relation.de[0]} {noun_phrase(landmark, 'dative')}"
             is_there = opening(noun_phrase(thing), BE[thing.person], form)
             return sentence(is_there, negation(form), where, form=form)
-        case Search(thing):
+        case means.Search(thing):
             return sentence("wo", BE[thing.person], noun_phrase(thing), form="question")
-        case Inquiry(subject, verb, time):
-            finite, final = predicate(verb.de, tense_of(time), subject.person)
+        case means.Inquiry(subject, verb, time):
+            finite, final = predicate(verb.de, means.tense_of(time), subject.person)
             return sentence("was", finite, noun_phrase(subject), time.de[0], final, form="question")
-        case Ownership(subject, possession, form):
+        case means.Ownership(subject, possession, form):
             possessed = noun_phrase(possession, "accusative", is_negated=form == "negation")
             return sentence(opening(noun_phrase(subject), HAVE[subject.person], form), possessed, form=form)
-        case Description(thing, adjective, form):
+        case means.Description(thing, adjective, form):
             is_so = opening(noun_phrase(thing), BE[thing.person], form)
             return sentence(is_so, negation(form), adjective.de[0], form=form)
-        case Occupation(subject, occupation, is_wish, form):
+        case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, final = (WANT, "werden") if is_wish else (BE, "")
             what = occupation_of(subject, occupation, is_negated=form == "negation")
             is_or_wants = opening(noun_phrase(subject), verb_forms[subject.person], form)
             return sentence(is_or_wants, what, final, form=form)
-        case Wish(subject, verb, object, form):
+        case means.Wish(subject, verb, object, form):
             what = noun_phrase(object, "accusative", is_negated=form == "negation")
             wants = opening(noun_phrase(subject), WANT[subject.person], form)
             return sentence(wants, what, infinitive(verb.de), form=form)
-        case Contrast(subject, liking, other_subject, other_liking, is_opposed):
+        case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {LIKE[subject.person]} {noun_phrase(liking, 'accusative')}"
             other_likes = f"{LIKE[other_subject.person]} {noun_phrase(other_liking, 'accusative')}"
             conjunction = ", aber" if is_opposed else " und"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
-        case Request(verb, object, form):
+        case means.Request(verb, object, form):
             what = middle_field(verb, object, form)
             return sentence("bitte", imperative(verb.de), what, separable_prefix(verb.de))
-        case OpeningHours(place, verb, hour, weekday, form):
-            where, at_hour = noun_phrase(Phrase(place, "the")), f"um {hour.de[0]}"
+        case means.OpeningHours(place, verb, hour, weekday, form):
+            where, at_hour = noun_phrase(means.Phrase(place, "the")), f"um {hour.de[0]}"
             if form == "question":
                 return sentence(verb.de[0], where, weekday.de[0], at_hour, form=form)
             return sentence(weekday.de[0], verb.de[0], where, at_hour)
-        case Weather(weather, place, time, form):
-            finite, final = weather_predicate(weather, tense_of(time))
+        case means.Weather(weather, place, time, form):
+            finite, final = weather_predicate(weather, means.tense_of(time))
             rest = (at(place), negation(form), final)
             if form == "question":
                 return sentence(finite, IT.de[0], time.de[0], *rest, form=form)
             return sentence(time.de[0], finite, IT.de[0], *rest)
 
 
-def sentence(*parts: str, form: Form = "statement") -> str:
+def sentence(*parts: str, form: means.Form = "statement") -> str:
     """The parts that are not empty, as one sentence, with prepositions and articles contracted."""
     text = " ".join(part for part in parts if part)
     text = re.sub(r"\b(in|an) dem\b", lambda match: match[1][0] + "m", text)
@@ -127,16 +105,16 @@ def sentence(*parts: str, form: Form = "statement") -> str:
     return text[0].upper() + text[1:] + ("?" if form == "question" else ".")
 
 
-def opening(subject: str, finite: str, form: Form) -> str:
+def opening(subject: str, finite: str, form: means.Form) -> str:
     """The verb stands second; a question begins with it."""
     return f"{finite} {subject}" if form == "question" else f"{subject} {finite}"
 
 
-def negation(form: Form) -> str:
+def negation(form: means.Form) -> str:
     return "nicht" if form == "negation" else ""
 
 
-def predicate(verb: tuple[str, ...], tense: str, person: Person, auxiliary: str = "haben") -> tuple[str, str]:
+def predicate(verb: tuple[str, ...], tense: str, person: means.Person, auxiliary: str = "haben") -> tuple[str, str]:
     """The finite verb, and what closes the clause: a prefix, a participle or an infinitive."""
     if tense == "future":
         return WILL[person], infinitive(verb)
@@ -145,7 +123,7 @@ def predicate(verb: tuple[str, ...], tense: str, person: Person, auxiliary: str 
     return present(verb, person), separable_prefix(verb)
 
 
-def present(verb: tuple[str, ...], person: Person) -> str:
+def present(verb: tuple[str, ...], person: means.Person) -> str:
     """The present of a verb, known from its infinitive and its third person."""
     stem_and_n = verb[0].split("+")[-1]
     third = verb[1]
@@ -170,7 +148,7 @@ def separable_prefix(verb: tuple[str, ...]) -> str:
     return verb[0].split("+")[0] if "+" in verb[0] else ""
 
 
-def middle_field(verb: Word, object: Phrase, form: Form, when: str = "") -> str:
+def middle_field(verb: Word, object: means.Phrase, form: means.Form, when: str = "") -> str:
     """Object, time, "nicht": a known object precedes the time; a new one follows it, negated by "kein"."""
     government = verb.de[4] if len(verb.de) > 4 else "accusative"
     if government == "auf":
@@ -182,7 +160,7 @@ def middle_field(verb: Word, object: Phrase, form: Form, when: str = "") -> str:
     return " ".join(part for part in parts if part)
 
 
-def be(state: Word, person: Person, tense: str) -> str:
+def be(state: Word, person: means.Person, tense: str) -> str:
     """How someone is, as a subordinate clause ends: "müde ist", "Hunger hatte"."""
     verb, word = state.de
     forms = {"sein": (BE, WAS), "haben": (HAVE, HAD)}[verb]
@@ -196,18 +174,18 @@ def weather_predicate(weather: Word, tense: str) -> tuple[str, str]:
     return {"present": "ist", "past": "war", "future": "wird"}[tense], weather.de[0]
 
 
-def occupation_of(subject: Phrase, occupation: Phrase, is_negated: bool) -> str:
+def occupation_of(subject: means.Phrase, occupation: means.Phrase, is_negated: bool) -> str:
     """What someone is, which takes no article but under negation: "Ärztin", "keine Ärztin"."""
     if occupation.plural:
         noun, kein = occupation.noun.de[2], "keine "
-    elif is_female(subject):
+    elif means.is_female(subject):
         noun, kein = FEMININE_OCCUPATIONS[occupation.noun.name][0], "keine "
     else:
         noun, kein = occupation.noun.de[1], "kein "
     return (kein if is_negated else "") + noun
 
 
-def noun_phrase(phrase: Phrase, case: str = "nominative", is_negated: bool = False) -> str:
+def noun_phrase(phrase: means.Phrase, case: str = "nominative", is_negated: bool = False) -> str:
     """The phrase in a case; negating one that is not definite makes its article "kein"."""
     if phrase.is_pronoun:
         return phrase.noun.de[0]
@@ -223,7 +201,7 @@ def noun_phrase(phrase: Phrase, case: str = "nominative", is_negated: bool = Fal
     return " ".join(word for word in words if word)
 
 
-def determiner(phrase: Phrase, case: str, gender: str, is_negated: bool) -> str:
+def determiner(phrase: means.Phrase, case: str, gender: str, is_negated: bool) -> str:
     """What precedes the adjective and the noun."""
     if phrase.determiner == "the":
         return ARTICLE[case][gender]
@@ -242,7 +220,7 @@ def determiner(phrase: Phrase, case: str, gender: str, is_negated: bool) -> str:
     return stem if (case, gender) in WITHOUT_ENDING else stem + ENDING[case][gender]
 
 
-def inflected_noun(phrase: Phrase, case: str) -> str:
+def inflected_noun(phrase: means.Phrase, case: str) -> str:
     """The noun itself, of which only weak nouns and the genitive have a form of their own in the singular."""
     gender, singular, *others = phrase.noun.de
     if phrase.plural:
@@ -257,7 +235,7 @@ def inflected_noun(phrase: Phrase, case: str) -> str:
     return singular + ("es" if has_one_syllable else "s")
 
 
-def pronoun(phrase: Phrase) -> str:
+def pronoun(phrase: means.Phrase) -> str:
     """The pronoun that takes up the phrase, by the gender of its noun."""
     if phrase.is_pronoun:
         return phrase.noun.de[0]
@@ -266,9 +244,9 @@ def pronoun(phrase: Phrase) -> str:
 
 def at(place: Word) -> str:
     """Where something is: the dative."""
-    return f"{place.de[2]} {noun_phrase(Phrase(place, 'the'), 'dative')}"
+    return f"{place.de[2]} {noun_phrase(means.Phrase(place, 'the'), 'dative')}"
 
 
 def to(place: Word) -> str:
     """Where someone goes: the accusative."""
-    return f"{place.de[2]} {noun_phrase(Phrase(place, 'the'), 'accusative')}"
+    return f"{place.de[2]} {noun_phrase(means.Phrase(place, 'the'), 'accusative')}"

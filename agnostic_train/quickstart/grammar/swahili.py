@@ -1,31 +1,10 @@
 """Swahili: noun classes and everything that agrees with them, verb prefixes, sound changes."""
 
-from agnostic_train.quickstart.grammar.meaning import (
-    Activity,
-    Contrast,
-    Description,
-    Form,
-    Inquiry,
-    Journey,
-    Location,
-    Meaning,
-    Occupation,
-    OpeningHours,
-    Ownership,
-    Person,
-    Phrase,
-    Reason,
-    Request,
-    Scene,
-    Search,
-    Weather,
-    Wish,
-    tense_of,
-)
+from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import Word
 
 # Verbs agree with the noun class of their subject, or with the person of a pronoun.
-Agreement = int | Person
+Agreement = int | means.Person
 
 # fmt: off
 SUBJECT: dict[Agreement, str] = {
@@ -61,64 +40,64 @@ IRREGULAR_ADJECTIVES = {
 IRREGULAR_IMPERATIVES = {"leta": "lete"}
 
 
-def render(meaning: Meaning) -> str:
+def render(meaning: means.Meaning) -> str:
     """The meaning as a Swahili sentence."""
     match meaning:
-        case Activity(subject, verb, object, time, form):
-            tense, is_negated = tense_of(time), form == "negation"
+        case means.Activity(subject, verb, object, time, form):
+            tense, is_negated = means.tense_of(time), form == "negation"
             marker = object_marker(object, verb.sw[0])
             does = conjugate(verb.sw, agreement(subject), tense, is_negated, marker)
             if tense == "perfect":
                 return sentence(noun_phrase(subject), time.sw[is_negated], does, noun_phrase(object))
             return sentence(noun_phrase(subject), does, noun_phrase(object), time.sw[0])
-        case Scene(subject, action, place, time, form):
-            does = act(action, agreement(subject), tense_of(time), form == "negation")
+        case means.Scene(subject, action, place, time, form):
+            does = act(action, agreement(subject), means.tense_of(time), form == "negation")
             return sentence(noun_phrase(subject), does, at(place), time.sw[0], form=form)
-        case Journey(subject, place, time, form):
-            goes = go(agreement(subject), tense_of(time), form == "negation")
+        case means.Journey(subject, place, time, form):
+            goes = go(agreement(subject), means.tense_of(time), form == "negation")
             return sentence(time.sw[0], noun_phrase(subject), goes, at(place), form=form)
-        case Reason(subject, place, state, time):
-            goes_not = go(agreement(subject), tense_of(time), is_negated=True)
-            is_so = be(state, agreement(subject), tense_of(time))
+        case means.Reason(subject, place, state, time):
+            goes_not = go(agreement(subject), means.tense_of(time), is_negated=True)
+            is_so = be(state, agreement(subject), means.tense_of(time))
             return sentence(time.sw[0], noun_phrase(subject), goes_not, at(place), "kwa sababu", is_so)
-        case Location(thing, relation, landmark, form):
+        case means.Location(thing, relation, landmark, form):
             is_at = is_located(thing, form == "negation")
             return sentence(noun_phrase(thing), is_at, relation.sw[0], noun_phrase(landmark), form=form)
-        case Search(thing):
+        case means.Search(thing):
             return open_question(noun_phrase(thing), is_located(thing), "wapi")
-        case Inquiry(subject, verb, time):
-            does = conjugate(verb.sw, agreement(subject), tense_of(time))
+        case means.Inquiry(subject, verb, time):
+            does = conjugate(verb.sw, agreement(subject), means.tense_of(time))
             return open_question(noun_phrase(subject), does, "nini", time.sw[0])
-        case Ownership(subject, possession, form):
+        case means.Ownership(subject, possession, form):
             has = subject_prefix(agreement(subject), form == "negation") + "na"
             return sentence(noun_phrase(subject), has, noun_phrase(possession), form=form)
-        case Description(thing, adjective, form):
+        case means.Description(thing, adjective, form):
             is_or_not = "si" if form == "negation" else "ni"
             return sentence(noun_phrase(thing), is_or_not, concord(adjective, noun_class(thing)), form=form)
-        case Occupation(subject, occupation, is_wish, form):
+        case means.Occupation(subject, occupation, is_wish, form):
             if is_wish:
                 wants = want(subject, form == "negation")
                 return sentence(noun_phrase(subject), wants, "kuwa", noun_phrase(occupation), form=form)
             is_or_not = "si" if form == "negation" else "ni"
             return sentence(emphatic(subject), is_or_not, noun_phrase(occupation), form=form)
-        case Wish(subject, verb, object, form):
+        case means.Wish(subject, verb, object, form):
             wants = want(subject, form == "negation")
             return sentence(noun_phrase(subject), wants, infinitive(verb), noun_phrase(object), form=form)
-        case Contrast(subject, liking, other_subject, other_liking, is_opposed):
+        case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             conjunction = "lakini" if is_opposed else "na"
             return sentence(f"{like(subject, liking)},", conjunction, like(other_subject, other_liking))
-        case Request(verb, object, form):
+        case means.Request(verb, object, form):
             return sentence("tafadhali", imperative(verb, object, form == "negation"), noun_phrase(object))
-        case OpeningHours(place, verb, hour, weekday, form):
+        case means.OpeningHours(place, verb, hour, weekday, form):
             noun, _, noun_class_number = place.sw
             opens = conjugate(verb.sw, int(noun_class_number), "present")
             return sentence(f"kila {weekday.sw[0]}", noun, opens, hour.sw[0], form=form)
-        case Weather(weather, place, time, form):
-            conditions = weather_clause(weather, tense_of(time), form == "negation")
+        case means.Weather(weather, place, time, form):
+            conditions = weather_clause(weather, means.tense_of(time), form == "negation")
             return sentence(time.sw[0], conditions, at(place), form=form)
 
 
-def sentence(*parts: str, form: Form = "statement") -> str:
+def sentence(*parts: str, form: means.Form = "statement") -> str:
     """The parts that are not empty, as one sentence; "Je" opens a question to be answered with yes or no."""
     text = " ".join(part for part in parts if part)
     return f"Je, {text}?" if form == "question" else text[0].upper() + text[1:] + "."
@@ -129,12 +108,12 @@ def open_question(*parts: str) -> str:
     return sentence(*parts)[:-1] + "?"
 
 
-def agreement(phrase: Phrase) -> Agreement:
+def agreement(phrase: means.Phrase) -> Agreement:
     """What a verb agrees with."""
     return phrase.person if phrase.is_pronoun else noun_class(phrase)
 
 
-def noun_class(phrase: Phrase, kin: str = "1/2") -> int:
+def noun_class(phrase: means.Phrase, kin: str = "1/2") -> int:
     """The noun class in the number of the phrase; relatives agree as people do, so as `kin`."""
     classes = phrase.noun.sw[2].replace("kin", kin)
     return int(classes.split("/")[phrase.plural])
@@ -174,7 +153,7 @@ def infinitive(verb: Word) -> str:
     return verb.sw[1] if len(verb.sw) > 1 else "ku" + verb.sw[0]
 
 
-def imperative(verb: Word, object: Phrase, is_negated: bool) -> str:
+def imperative(verb: Word, object: means.Phrase, is_negated: bool) -> str:
     """A request to one person; with an object marker, and when negated, it is a subjunctive."""
     stem = verb.sw[0]
     marker = object_marker(object, stem)
@@ -185,7 +164,7 @@ def imperative(verb: Word, object: Phrase, is_negated: bool) -> str:
     return IRREGULAR_IMPERATIVES.get(stem, verb.sw[-1])
 
 
-def object_marker(object: Phrase, stem: str) -> str:
+def object_marker(object: means.Phrase, stem: str) -> str:
     """The marker a verb owes to an object that is alive and known; other objects go unmarked."""
     is_alive = "person" in object.noun.kinds or "animal" in object.noun.kinds
     if not is_alive or not object.is_definite:
@@ -199,11 +178,11 @@ def go(subject: Agreement, tense: str, is_negated: bool) -> str:
     return conjugate(("enda", "kwenda"), subject, tense, is_negated)
 
 
-def want(subject: Phrase, is_negated: bool) -> str:
+def want(subject: means.Phrase, is_negated: bool) -> str:
     return conjugate(("taka",), agreement(subject), "present", is_negated)
 
 
-def like(subject: Phrase, liking: Phrase) -> str:
+def like(subject: means.Phrase, liking: means.Phrase) -> str:
     likes = conjugate(("penda",), agreement(subject), "present")
     return f"{emphatic(subject)} {likes} {noun_phrase(liking)}"
 
@@ -226,7 +205,7 @@ def be(state: Word, subject: Agreement, tense: str) -> str:
     return f"{was} {is_so}" if tense == "past" else is_so
 
 
-def is_located(thing: Phrase, is_negated: bool = False) -> str:
+def is_located(thing: means.Phrase, is_negated: bool = False) -> str:
     """That a thing is somewhere: "kiko", "hakiko"; in the singular of the living, "yuko"."""
     number = noun_class(thing)
     return ("ha" if is_negated else "") + ("yu" if number == 1 else SUBJECT[number]) + "ko"
@@ -244,7 +223,7 @@ def weather_clause(weather: Word, tense: str, is_negated: bool) -> str:
     return f"{there_is} {weather.sw[0]}"
 
 
-def noun_phrase(phrase: Phrase) -> str:
+def noun_phrase(phrase: means.Phrase) -> str:
     """The noun, then possessive, adjective, number and demonstrative. Pronouns go unsaid."""
     if phrase.is_pronoun:
         return ""
@@ -260,12 +239,12 @@ def noun_phrase(phrase: Phrase) -> str:
     return " ".join(words)
 
 
-def emphatic(phrase: Phrase) -> str:
+def emphatic(phrase: means.Phrase) -> str:
     """The phrase where a pronoun has to be said, for want of a verb or for contrast."""
     return phrase.noun.sw[0] if phrase.is_pronoun else noun_phrase(phrase)
 
 
-def possessive(phrase: Phrase) -> str:
+def possessive(phrase: means.Phrase) -> str:
     """Whose it is: "changu", or "cha mwalimu"."""
     assert phrase.owner is not None
     link = LINK[noun_class(phrase, kin="9/10")]
