@@ -3,8 +3,9 @@
 The change of a language is its bits per byte after training over those before, minus one; on the same sentences that
 is the ratio of nats. Two things make it uncertain. Other sentences: the bootstrap resamples them, the same draw for
 every strategy. Other seeds: a few runs can't be resampled (three give no value beyond the largest of the three), so
-their mean gets the error that Student's t distribution says, from the runs' variance. That variance is pooled over
-strategies, which few seeds estimate far better, but is never taken below a strategy's own.
+their mean gets the error that Student's t distribution says, from the runs' variance. Few seeds estimate it far better
+when it is pooled over strategies, but strategies may differ in it by orders of magnitude. So an interval is the wider of
+two: by the pooled variance, and by a strategy's own with the few degrees of freedom that it has.
 """
 
 import math
@@ -70,8 +71,8 @@ def compare_strategies(
             mean over its languages) `mean`, `interval` (95%) and `by_seed`. With one seed the intervals know of
             sentences alone.
         differences: for each pair of strategies and group, the first's mean minus the second's, its 95% `interval`,
-            and `beyond_noise`: whether an interval that holds for all pairs at once (Bonferroni) leaves out zero; None
-            with one seed, which says nothing of how another training would come out.
+            and `beyond_noise`: whether that leaves out zero, and so does one of the pooled variance that holds for all
+            pairs at once (Bonferroni); None with one seed, which says nothing of how another training would come out.
         best: per group, the strategies that no other one is beyond noise better than.
     """
     names, languages = list(after), list(before)
@@ -96,7 +97,7 @@ def compare_strategies(
 
     def summary(key: str, index: int) -> dict:
         by_seed = points[key]
-        noise = _seed_noise(by_seed, by_seed[index], num_resamples)
+        noise = _wider(_seed_noise(by_seed, by_seed[index], num_resamples))
         return {
             "mean": float(by_seed[index].mean()),
             "interval": interval(draws[key][:, index].mean(-1) + noise, LEVEL),
@@ -117,38 +118,59 @@ def compare_strategies(
         gaps = torch.stack([by_seed[a] - by_seed[b] for a, b in pairs]) if pairs else by_seed[:0]
         for gap, (a, b) in zip(gaps, pairs, strict=True):
             # Of all strategies together there are (strategies - 1) * (seeds - 1) independent differences.
-            noise = _seed_noise(gaps, gap, num_resamples, num_independent=len(names) - 1)
-            values = drawn[:, a] - drawn[:, b] + noise
-            low, high = interval(values, 1 - (1 - LEVEL) / len(pairs))
+            noises = _seed_noise(gaps, gap, num_resamples, num_independent=len(names) - 1)
+            difference = drawn[:, a] - drawn[:, b]
+            alone = interval(difference + _wider(noises), LEVEL)
+            among_all = interval(difference + noises[0], 1 - (1 - LEVEL) / len(pairs))
             differences.append(
                 {
                     "strategies": [names[a], names[b]],
                     "group": group,
                     "mean": float(gap.mean()),
-                    "interval": interval(values, LEVEL),
-                    "beyond_noise": None if len(seeds) == 1 else not low <= 0 <= high,
+                    "interval": alone,
+                    "beyond_noise": None
+                    if len(seeds) == 1
+                    else all(not it[0] <= 0 <= it[1] for it in (alone, among_all)),
                 }
             )
     best = {group: _undominated(names, [it for it in differences if it["group"] == group]) for group in groups}
     return {"strategies": strategies, "differences": differences, "best": best}
 
 
-def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | None = None) -> Tensor:
-    """What the mean over seeds is off by, (count,): Student's t, scaled by the runs' standard deviation.
+def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | None = None) -> tuple[Tensor, Tensor]:
+    """What the mean over seeds is off by, (count,) each: by variances that are pooled, or its own if larger, and by its own.
 
     Args:
-        pool: (series, seeds), whose variances are pooled. own: (seeds,), whose variance is the least that is used.
+        pool: (series, seeds), whose variances are pooled. own: (seeds,).
         num_independent: how many of the series are independent; all by default.
     """
     num_seeds = own.shape[-1]
     if num_seeds == 1:
-        return torch.zeros(count, dtype=torch.float64)
+        nothing = torch.zeros(count, dtype=torch.float64)
+        return nothing, nothing
+    variance = float(own.var())
+    pooled = max(float(pool.var(-1).mean()), variance)
     degrees = (num_independent or len(pool)) * (num_seeds - 1)
-    variance = max(float(pool.var(-1).mean()), float(own.var()))
+    return (
+        _student(degrees, count) * math.sqrt(pooled / num_seeds),
+        _student(num_seeds - 1, count) * math.sqrt(variance / num_seeds),
+    )
+
+
+def _student(degrees: int, count: int) -> Tensor:
+    """Draws from Student's t distribution, (count,), float64."""
     generator = torch.Generator().manual_seed(_SEED)
     normal = torch.randn(count, generator=generator, dtype=torch.float64)
     squares = torch.randn(count, degrees, generator=generator, dtype=torch.float64).square().mean(1)
-    return normal / squares.sqrt() * math.sqrt(variance / num_seeds)
+    return normal / squares.sqrt()
+
+
+def _wider(noises: Sequence[Tensor]) -> Tensor:
+    def width(noise: Tensor) -> float:
+        low, high = interval(noise, LEVEL)
+        return high - low
+
+    return max(noises, key=width)
 
 
 def _undominated(names: Sequence[str], differences: Sequence[dict]) -> list[str]:
