@@ -13,10 +13,10 @@ Batch = Mapping[str, Tensor]
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Runs its body in evaluation mode without gradients, then restores every module's training flag and all random states.
+    """Runs its body in evaluation mode without gradients, then restores every module's training flag and torch's random states.
 
-    Products of float32 are computed in float32, see `full_precision`. A model in training may hold modules that are kept in
-    evaluation mode, so each module's own flag is restored.
+    The model computes in its weights' own precision, see `full_precision` and `without_autocast`. A model in training may hold
+    modules that are kept in evaluation mode, so each module's own flag is restored.
 
     Raises:
         UserError: weights split over processes. Such models deadlock when processes have unequal numbers of batches.
@@ -24,7 +24,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     check_whole(model, "running a model to measure it")
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad(), full_precision():
+    forked = torch.random.fork_rng(devices=sorted(devices, key=str))
+    with forked, torch.no_grad(), full_precision(), without_autocast(model):
         model.eval()
         try:
             yield
@@ -55,6 +56,23 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
         else:
             matmul.fp32_precision = "none" if torch.backends.fp32_precision == "tf32" else "tf32"
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Keeps autocast out of its body, the caller's and the one that a training in bf16 or fp16 leaves around `forward`.
+
+    A model before, during and after training is measured alike, so that only its weights make a difference.
+    """
+    autocast = [(module, vars(module)["forward"]) for module in model.modules() if "_original_forward" in vars(module)]
+    with torch.autocast(find_device(model).type, enabled=False):
+        for module, _ in autocast:
+            module.forward = module._original_forward  # accelerate's name for it
+        try:
+            yield
+        finally:
+            for module, forward in autocast:
+                module.forward = forward
 
 
 def find_device(model: nn.Module) -> torch.device:

@@ -79,18 +79,16 @@ class DetectionCallback(TrainerCallback):
         self.choice: Choice | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
         """A trainer's `log`, where the trainer offers it; otherwise its reporting integrations are called."""
-        self._last_step: int | None = None
+        self._is_fresh = False
 
-    def run(self, model: nn.Module, step: int = 0) -> None:
+    def run(self, model: nn.Module) -> None:
         """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`.
 
-        Args:
-            model: left as found.
-            step: the optimizer step that it stands at; training that begins at this one doesn't detect again.
+        A training that begins afterwards doesn't detect again before its first step. model: left as found.
         """
         self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
         self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
-        self._last_step = step
+        self._is_fresh = True
 
     def choose(self, model: nn.Module) -> Choice:
         """What trains, as `Strategy.choose` has it, from what `run` found; `model` gives the shapes."""
@@ -119,22 +117,23 @@ class DetectionCallback(TrainerCallback):
         return {name: value for name, value in values.items() if value is not None}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Detects and scores, if a `NeuronTrainer` hasn't done so for this step, and reports; not in a resumed run."""
-        if state.global_step:
-            return
-        if self._last_step != state.global_step:
-            self.run(kwargs["model"], state.global_step)
-        self._report(args, state, control, kwargs)
+        """Detects and scores, if a `NeuronTrainer` hasn't just done so, and reports; not in a resumed run."""
+        if not state.global_step:
+            if not self._is_fresh:
+                self.run(kwargs["model"])
+            self._report(args, state, control, kwargs)
+        self._is_fresh = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects, scores and reports every `every_n_steps` steps."""
         if self.every_n_steps and state.global_step % self.every_n_steps == 0:
-            self.run(kwargs["model"], state.global_step)
+            self.run(kwargs["model"])
+            self._is_fresh = False
             self._report(args, state, control, kwargs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def end(self) -> None:
         """What was found stays; another training, perhaps of another model and by another trainer, detects anew."""
-        self._last_step = self.log = None
+        self._is_fresh, self.log = False, None
 
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
         metrics = self.metrics()

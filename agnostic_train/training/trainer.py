@@ -138,13 +138,15 @@ class NeuronTrainer(GuardedTrainer):
                     f"{Path(checkpoint) / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
                     "start in another output_dir"
                 )
-        if self.model_init is None:
-            prepared = self._prepared(self.model)
-            if prepared is not self.model:
-                self.model = self.model_wrapped = self.callback_handler.model = prepared
         try:
+            if self.model_init is None:
+                prepared = self._prepared(self.model)
+                if prepared is not self.model:
+                    self.model = self.model_wrapped = self.callback_handler.model = prepared
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            if self._detection is not None:
+                self._detection.end()
             if self._mask is not None:
                 # A mask left on the model would silently freeze what another training is told to train.
                 self._mask.remove()

@@ -1,5 +1,7 @@
 """`DetectionCallback`: what a `NeuronTrainer` trains, and a plain `Trainer` only reports."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
@@ -178,18 +180,26 @@ def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_
         NeuronTrainer(tiny_llama(), arguments(tmp_path), callbacks=[DetectionCallback(corpora(), name)])
 
 
-def test_another_training_of_the_same_callback_detects_anew(tmp_path):
-    """Of another model, by another kind of trainer: nothing is left of the first."""
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("first_kind", [NeuronTrainer, Trainer])
+@pytest.mark.parametrize("more", [(), (Interrupt(),)], ids=["whole", "interrupted"])
+def test_another_training_of_the_same_callback_detects_anew(tmp_path, first_kind, more):
+    """Of another model, by another kind of trainer: nothing is left of the first, even if it was interrupted."""
     callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
-    NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), callbacks=[callback]).train()
-    first = callback.neurons
-    plain = TrainingArguments(
-        output_dir=str(tmp_path / "plain"), report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True
-    )  # fmt: skip
-    trainer = Trainer(tiny_llama(initializer_range=0.1), plain, train_dataset=sentences(), callbacks=[callback])
-    trainer.train()
+    settings = arguments(tmp_path, max_steps=1)
+    one = first_kind(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback, *more])
+    with pytest.raises(KeyboardInterrupt) if more else nullcontext():
+        one.train()
+    first, reports = callback.neurons, [it for it in one.state.log_history if "neurons/shared" in it]
+    two = Trainer(tiny_llama(initializer_range=0.1), settings, train_dataset=sentences(), callbacks=[callback])
+    two.train()
     assert callback.neurons is not first and callback.neurons.related != first.related
-    assert "neurons/shared" in trainer.state.log_history[0]
+    assert two.state.log_history[0]["neurons/shared"] == len(callback.neurons.shared)
+    assert [it for it in one.state.log_history if "neurons/shared" in it] == reports and len(reports) == 1
 
 
 def test_batches_that_can_be_read_once_are_kept(tmp_path):
@@ -198,6 +208,6 @@ def test_batches_that_can_be_read_once_are_kept(tmp_path):
     callback = DetectionCallback(
         batches, score_corpora=score_on, every_n_steps=1, top_ratio=0.2, consistency=0.6, progress=False
     )
-    for step in range(2):
-        callback.run(tiny_llama(), step)
+    for _ in range(2):
+        callback.run(tiny_llama())
     assert callback.score.value is not None

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from conftest import padded_batch, tiny_llama
 from forked import started
+from small_training import CHOSEN, arguments, sentences
 
+from agnostic_train import NeuronTrainer, neuron_impacts, perplexity
+from agnostic_train.choices import UPDATES
 from agnostic_train.model.inference import full_precision, left_as_found
 
 SETTINGS = {
@@ -55,3 +59,22 @@ def test_what_measures_a_model_turns_tf32_off(llama):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_training_in_bf16_is_measured_as_its_weights_are(tmp_path, update):
+    """accelerate leaves autocast around the model: nothing was learnt, so nothing may differ."""
+    model, batch = tiny_llama(), padded_batch([9, 5])
+    before, impacts = perplexity(model, [batch]), neuron_impacts(model, batch)
+    trainer = NeuronTrainer(
+        model, arguments(tmp_path, max_steps=1, learning_rate=0.0, weight_decay=0.0, bf16=True),
+        train_dataset=sentences(), neurons=CHOSEN, update=update,
+    )  # fmt: skip
+    trainer.train()
+    inside = trainer.model.forward
+    assert torch.equal(perplexity(trainer.model, [batch]).sentence_nats, before.sentence_nats)
+    assert trainer.model.forward is inside
+    with torch.autocast("cpu", torch.bfloat16):
+        for site, values in neuron_impacts(trainer.model, batch).items():
+            torch.testing.assert_close(values, impacts[site])
+        assert torch.is_autocast_enabled("cpu")
