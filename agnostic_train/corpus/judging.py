@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.local_files import find_file, local_sentences, read_text
 from agnostic_train.corpus.purposes import Corpus
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
@@ -67,18 +68,26 @@ def judging_text(
     if evaluation.parallel is not None:
         languages = [*section.languages, *evaluation.languages]
         texts["parallel"] = parallel_text(
-            evaluation.parallel, corpus, languages, evaluation.parallel_sentences, section.seed
+            evaluation.parallel, corpus, languages, evaluation.parallel_sentences, section.seed, section.split_sentences
         )
         hashes |= {f"parallel/{it}.txt": hash_file(Path(evaluation.parallel) / f"{it}.txt") for it in texts["parallel"]}
     return texts, hashes
 
 
-def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], count: int | None, seed: int) -> dict:
+def parallel_text(
+    folder: str | Path,
+    corpus: Corpus,
+    languages: Sequence[str],
+    count: int | None,
+    seed: int,
+    split_sentences: bool = False,
+) -> dict:
     """Aligned lines of `{lang}.txt`, for those of the languages that have a file: `{language: [line, ...]}`.
 
     Args:
-        corpus: no line may stand in its detection, training or validation text.
+        corpus: no line, or all of a line's sentences, may stand in its detection, training or validation text.
         count: draw so many lines, the same in every language; all by default.
+        split_sentences: whether the corpus was split at the ends of sentences, too.
 
     Raises:
         UserError: no folder, no file, lines that aren't aligned, or a line that something was chosen or trained by.
@@ -108,7 +117,8 @@ def parallel_text(folder: str | Path, corpus: Corpus, languages: Sequence[str], 
         kept = sorted(random.Random(seed).sample(kept, count))
     for language, text in corpus.texts.items():
         seen = {line for line in (*text.detection, *text.training, *text.validation)}
-        repeated = [lines[language][index] for index in kept if language in lines and lines[language][index] in seen]
+        of_language = [lines[language][index] for index in kept if language in lines]
+        repeated = [it for it in of_language if seen.issuperset(split_documents([it], split_sentences))]
         if repeated:
             raise UserError(
                 f"{key}: {len(repeated)} lines of {files[language]} stand in the train or valid text, such as "

@@ -33,6 +33,8 @@ from agnostic_train.processes import num_processes, own_share, process_index, su
 
 METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
+"""What a batch says of its tokens."""
 
 logger = logging.get_logger(__name__)
 
@@ -167,9 +169,8 @@ def detect_neurons(
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
             file, key = None, ""
             if resume_dir is not None:
-                key = fingerprint(
-                    [weights, top_ratio, attention, [*projections], activations, first["input_ids"].tolist()]
-                )
+                tokens = [first[it].tolist() for it in _OF_TOKENS if it in first]
+                key = fingerprint([weights, top_ratio, attention, [*projections], activations, tokens])
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
             with ExitStack() as stack:
                 meter = stack.enter_context(

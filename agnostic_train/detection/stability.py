@@ -31,17 +31,17 @@ def detection_stability(
         sentences: per language, in random order.
         others: per language, further sentences, for a second sample of equal size where there are as many.
 
-    Returns: `halves` (the two halves of the sample), `second sample` (another sample of equal size, as another seed
+    Returns: `halves` (the two halves of the sample, if it has two), `second sample` (another sample of equal size, as another seed
     would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the sample's size.
     """
     size = min(len(it) for it in sentences.values())
     middle = size // 2
-    result = {
-        "halves": _overlaps(
+    result: dict[str, Overlaps] = {}
+    if middle:
+        result["halves"] = _overlaps(
             detect({language: it[:middle] for language, it in sentences.items()}),
             detect({language: it[middle:size] for language, it in sentences.items()}),
         )
-    }
     if all(len(others[language]) >= len(it) for language, it in sentences.items()):
         second = detect({language: others[language][: len(it)] for language, it in sentences.items()})
         result["second sample"] = _overlaps(found, second)

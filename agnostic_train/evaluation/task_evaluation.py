@@ -31,7 +31,7 @@ from agnostic_train.evaluation.task_loading import (
     set_up,
 )
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks, result_of_group, result_of_task
-from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
 from agnostic_train.model.inference import left_as_found
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class TaskSuite:
         self.limit = limit
         self.batch_size = batch_size
         self.harness_version = version("lm_eval")
-        folders = [Path(it) for it in task_paths]
+        self.folders = folders = [Path(it) for it in task_paths]
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"evaluation.task_paths: no such folder {folder}")
@@ -102,7 +102,10 @@ class TaskSuite:
             yield from loaded["tasks"].values()
 
     def identity(self, name: str) -> str:
-        """A fingerprint of all that a task's result depends on, but for the checkpoint."""
+        """A fingerprint of all that a task's result depends on, but for the checkpoint.
+
+        Of `task_paths` all code counts: a function's source doesn't say what it calls.
+        """
         tasks = {
             task_name: {
                 "config": {key: value for key, value in task.dump_config().items() if key != "custom_dataset"},
@@ -113,7 +116,8 @@ class TaskSuite:
         }
         # The fields of a result count, because a kept one must have them.
         shape = [it.name for it in fields(TaskResult)]
-        content = [self.harness_version, self.batch_size, shape, tasks]
+        code = sorted(hash_file(file) for folder in self.folders for file in folder.rglob("*.py"))
+        content = [self.harness_version, self.batch_size, shape, tasks, code]
         return fingerprint(json.dumps(content, sort_keys=True, default=_named))
 
     def run(

@@ -143,7 +143,8 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
         return {"name": str(name), "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
     files = {}
     for file in sorted(folder.glob("*")):
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".bin", ".txt"):
+        # Not only weights and tokenizers, which have many names: a model's own code, too.
+        if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
             stat = file.stat()
             files[file.name] = hash_file(file) if stat.st_size < _SMALL_FILE else [stat.st_size, stat.st_mtime_ns]
     return {"name": str(name), "files": files}

@@ -73,6 +73,11 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         raise UserError(f"training: {error}") from None
 
 
+def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
+    """What trials that are compared with each other take from their launcher: trainings of another one are no part of them."""
+    return {"processes": arguments.world_size, "precision": arguments.mixed_precision}
+
+
 def reads_held_out_text(arguments: NeuronTrainingArguments) -> bool:
     """Whether a training follows the loss on text that it doesn't learn from."""
     return arguments.eval_strategy != IntervalStrategy.NO or bool(arguments.eval_on_start)

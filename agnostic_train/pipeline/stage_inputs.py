@@ -11,7 +11,7 @@ from agnostic_train.model.loading import checkpoint_identity, model_identity
 from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.settings import reads_held_out_text
+from agnostic_train.pipeline.settings import launch_inputs, reads_held_out_text
 from agnostic_train.pipeline.stages import STAGES
 from agnostic_train.pipeline.trials import UNSAVED
 from agnostic_train.recipe import Recipe
@@ -157,7 +157,10 @@ class StageInputs:
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
-        return {"training": own | learning_arguments(section.arguments), **self._training_text}
+        learning = learning_arguments(section.arguments)
+        if not self._arguments.load_best_model_at_end:
+            learning = {key: value for key, value in learning.items() if not key.startswith("save_")}
+        return {"training": own | learning, **self._training_text}
 
     @property
     def _training_text(self) -> dict:
@@ -192,8 +195,7 @@ class StageInputs:
                 key: recipe["training"][key] for key in ("languages", "update", "mixture", "packing", "random_like")
             }
             | result_arguments(recipe["training"]["arguments"]),
-            "processes": self._materials.processes.num_processes,
-            "precision": self._arguments.mixed_precision,
+            **launch_inputs(self._arguments),
             **text,
         }
 

@@ -16,6 +16,7 @@ from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline import fitting
+from agnostic_train.pipeline.stages import train as train_stage
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.report.page import in_terminal
 
@@ -217,6 +218,26 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
     assert run(root, "train", *flags[:1], "--training.pilot_steps=30") == 2
     assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("launch", "num_trainings"), [({}, 1), ({"processes": 2}, 4)])
+def test_a_pilot_goes_on_from_candidates_of_the_same_launcher(root, read, monkeypatch, launch, num_trainings):
+    """Those that two processes trained have read other text."""
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=1"]
+    flags.append("--training.pilot_strategies=shared,exclusive,related")
+    rank = train_stage.rank_candidates
+
+    def interrupted(*args):
+        rank(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_stage, "rank_candidates", interrupted)
+        assert run(root, "train", *flags) == 130 and len(read) == 3
+    original = train_stage.launch_inputs
+    monkeypatch.setattr(train_stage, "launch_inputs", lambda arguments: original(arguments) | launch)
+    read.clear()
+    assert run(root, "train", *flags) == 0 and len(read) == num_trainings
 
 
 @pytest.fixture

@@ -32,7 +32,16 @@ CHANGES = [
     # A comparison tries multiples of it.
     ({"training.learning_rate": "5e-2"}, {"train", "compare"}),
     ({"training.seed": "5"}, {"train"}),
-    ({"training.save_steps": "2"}, {"train"}),
+    ({"training.save_steps": "2"}, set()),
+    (
+        {
+            "training.save_steps": "2",
+            "training.load_best_model_at_end": "true",
+            "training.eval_strategy": "steps",
+            "training.eval_steps": "2",
+        },
+        {"train"},
+    ),
     ({"training.eval_strategy": "epoch"}, {"train"}),
     ({"training.warmup_steps": "2"}, {"train", "compare"}),
     ({"training.update": "mask"}, {"train", "compare"}),

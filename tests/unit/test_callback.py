@@ -114,8 +114,12 @@ def test_losses_are_logged_beside_detections(tmp_path):
         assert [it["step"] for it in trainer.state.log_history if name in it and it["step"]] == [2, 4]
 
 
-def test_counts_of_other_weights_are_no_beginning(tmp_path):
-    """A callback that detects again finds the first detection's counts in its folder, finished."""
+@pytest.mark.parametrize("change", [lambda it: it[:, :20].mul_(3), lambda it: it.copy_(it.flip(1))])
+def test_counts_of_other_weights_are_no_beginning(tmp_path, change):
+    """A callback that detects again finds the first detection's counts in its folder, finished.
+
+    The same weights in another order are other ones.
+    """
     callback = DetectionCallback(
         corpora(), "related", top_ratio=0.2, consistency=0.6, progress=False, resume_dir=tmp_path / "counts"
     )
@@ -125,7 +129,7 @@ def test_counts_of_other_weights_are_no_beginning(tmp_path):
         found.append(callback.neurons)
         with torch.no_grad():
             for layer in find_decoder(model).layers:
-                layer.projections["down"].linear.weight[:, :20] *= 3
+                change(layer.projections["down"].linear.weight)
     assert found[0].related != found[1].related
 
 
@@ -138,7 +142,11 @@ def test_counts_of_other_settings_or_batches_are_no_beginning(tmp_path):
 
     lengths = [5, 9, 7, 4]
     four, two = [padded_batch(lengths)], [padded_batch(lengths[:2]), padded_batch(lengths[2:])]
-    for batches, settings in ((four, {}), (two, {}), (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
+    shorter = [four[0] | {"attention_mask": four[0]["attention_mask"].clone()}]
+    shorter[0]["attention_mask"][1, 5:] = 0
+    uncounted = [four[0] | {"special_tokens_mask": torch.arange(9).expand(4, -1) < 2}]
+    changes = [(it, {}) for it in (four, two, shorter, uncounted)]
+    for batches, settings in (*changes, (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
         found, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
         assert found.related == expected.related and found.settings == expected.settings
 

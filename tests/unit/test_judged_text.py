@@ -1,5 +1,7 @@
 """Text that only judges: languages that are only measured, and aligned lines."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from agnostic_train.corpus.judging import held_out_text, parallel_text
@@ -50,6 +52,19 @@ def test_aligned_lines_stay_aligned(folder):
     # A line that one language lacks is left out of all.
     (folder / "parallel/sw.txt").write_text("a\n\nc\nd\ne")
     assert [len(it) for it in parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0).values()] == [4, 4]
+
+
+def test_a_line_whose_sentences_were_trained_on_was_trained_on(folder):
+    corpus = load_corpus(section(), folder)
+    corpus.texts["sw"].training.extend(["One.", "Two!"])  # as text that was split has them
+    for first, split, is_refused in (
+        ("One. Two!", True, True),
+        ("One. Two!", False, False),
+        ("One. New!", True, False),
+    ):
+        (folder / "parallel/sw.txt").write_text("\n".join([first, "b", "c", "d", "e"]))
+        with pytest.raises(UserError, match="1 lines of") if is_refused else nullcontext():
+            parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0, split)
 
 
 def test_mistakes_in_parallel_text(folder):

@@ -7,8 +7,19 @@ import torch
 from conftest import tiny_llama
 
 from agnostic_train.files import UserError
-from agnostic_train.model.loading import find_accelerator, load_model
+from agnostic_train.model.loading import find_accelerator, load_model, model_identity
 from agnostic_train.recipe import ModelSection
+
+
+def test_a_models_own_code_and_vocabulary_are_part_of_it(tmp_path):
+    """Whatever their names; a card isn't."""
+    tiny_llama().save_pretrained(tmp_path)
+    identities = [model_identity(ModelSection(name="x"), tmp_path)]
+    for name in ("README.md", ".gitattributes", "modeling_own.py", "own.tiktoken"):
+        (tmp_path / name).write_text("some")
+        identities.append(model_identity(ModelSection(name="x"), tmp_path))
+    assert identities[0] == identities[1] == identities[2]
+    assert identities[2] != identities[3] != identities[4]
 
 
 @pytest.mark.parametrize("name, expected", [("mps", "cpu"), ("meta", "meta"), (None, "cpu")])

@@ -35,3 +35,5 @@ def test_every_comparison_takes_the_sentences_that_it_says():
     assert result["second sample"]["a"]["all"] == pytest.approx(200 / 600) and result["second sample"]["b"]["all"] == 0
     assert [it["a"] for it in asked] == [400, 200, 200, 400, 100, 300]
     assert "second sample" not in detection_stability(detect, found, sentences, {"a": [], "b": []})
+    one = {language: lines[:1] for language, lines in sentences.items()}
+    assert list(detection_stability(detect, detect(one), one, others)) == ["second sample"]

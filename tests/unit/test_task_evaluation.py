@@ -306,6 +306,14 @@ def test_identity_is_what_a_result_depends_on(own_tasks, tmp_path):
         folder = write_choices(tmp_path / "tasks", [0] * 5, extra="training_split: train\n" + extra)
         return TaskSuite(["choose"], task_paths=[folder], **settings).identity("choose")
 
+    def with_helper(prefix):
+        """Of a function's code, but not in its source."""
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks/helper.py").write_text(f"PREFIX = {prefix!r}\n\ndef text(doc):\n    return PREFIX\n")
+        return identity("doc_to_text: !function helper.text\n")
+
+    assert with_helper("A") != with_helper("B")
+    (tmp_path / "tasks/helper.py").unlink()
     others = [
         identity(limit=3),
         identity(batch_size=2),

@@ -13,7 +13,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
-from agnostic_train.pipeline.settings import make_strategy, reads_held_out_text
+from agnostic_train.pipeline.settings import launch_inputs, make_strategy, reads_held_out_text
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
@@ -120,7 +120,7 @@ def _run_pilot(context: Context, text: Sentences) -> str:
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
-        [inputs | {"training": training}, context.set_hashes],
+        [inputs | {"training": training}, context.set_hashes, launch_inputs(context.arguments)],
         # A warm-up as long as the whole pilot would leave nothing to rank.
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )
