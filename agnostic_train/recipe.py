@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import asdict, field, fields
 from string import Formatter
 from typing import Annotated, Any, Literal, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
@@ -42,6 +43,13 @@ def _filled_in(value: str) -> str:
     return filled
 
 
+def _language(value: str) -> str:
+    # Files are called by it.
+    if not value or re.search(r"[/\\\s]", value):
+        raise ValueError(f"{value!r} is no language's name, which has no space or slash; commas separate several")
+    return value
+
+
 def _of_language(value: str) -> str:
     try:
         names = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(value) if name is not None]
@@ -58,7 +66,7 @@ def _of_language(value: str) -> str:
 # A shell leaves the ~ of --output_dir=~/runs as it is.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 OfLanguage = Annotated[str, AfterValidator(_of_language)]
-Language = Annotated[str, Field(min_length=1, pattern=r"^[^/\\\s]+$")]
+Language = Annotated[str, AfterValidator(_language)]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
 
 EMBEDDED = "embedded:quickstart"
@@ -139,7 +147,8 @@ class CorpusSection:
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusSection":
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("needs either path or dataset")
+            given = "has both" if self.path is not None else "has neither"
+            raise ValueError(f"needs path or dataset, and {given}")
         if self.dataset is not None and not (self.config_pattern or self.data_files):
             raise ValueError("dataset needs config_pattern or data_files to tell the languages apart")
         if len(self.languages) > 1 and not self.tells_languages_apart:

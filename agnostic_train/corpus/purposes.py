@@ -116,7 +116,7 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
         if count is not None and len(sentences) < count:
             raise UserError(
                 f"corpus.{purpose}_sentences: {count} asked for, {language!r} has {len(sentences)} {split} sentences "
-                f"in {path}"
+                f"in {path}, repetitions left out; lower it or add text"
             )
         taken[purpose] = sentences[:count]
     training = train[section.detection_sentences :][: section.training_sentences]

@@ -173,7 +173,7 @@ def _loaded(base: nn.Module | str | Path) -> nn.Module:
         return base
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"base: can't load {base} ({shorten(str(error), 200)})") from None
     check_whole(model, "exporting")
     return model

@@ -57,7 +57,9 @@ class Pipeline:
         self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
         check_inputs(recipe, self.training_arguments, self.directory)
-        self._make_directory()
+        _make_writable("output_dir", self.directory)
+        if recipe.tracking.results_dir is not None:
+            _make_writable("tracking.results_dir", Path(recipe.tracking.results_dir))
         self.manifest = Manifest(self.directory)
         self.inputs = StageInputs(recipe, self.training_arguments, self.materials, self.manifest)
         self._removed: set[str] = set()
@@ -66,6 +68,8 @@ class Pipeline:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
         stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
         if stage == "compare":
+            if self.recipe.training.neurons is not None:
+                raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
             check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
         # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
         _ = self.materials.tokenizer
@@ -188,15 +192,6 @@ class Pipeline:
             remedies.append("set model.dtype to bfloat16, which halves the weights")
         return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
 
-    def _make_directory(self) -> None:
-        probe = self.directory / f".writable.{os.getpid()}"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output_dir: can't write to {self.directory} ({error.strerror})") from None
-
     @cached_property
     def _tracking_id(self) -> str | None:
         """Of the tracked run, the same whenever a command goes on in this folder."""
@@ -236,3 +231,14 @@ class Pipeline:
             "versions": package_versions(),
             "frozen_weights": frozen_weights or {"status": "unverified"},
         }
+
+
+def _make_writable(key: str, directory: Path) -> None:
+    """Makes the folder that a key names; raises `UserError` if nothing can be written there."""
+    probe = directory / f".writable.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{key}: can't write to {directory} ({error.strerror})") from None

@@ -91,6 +91,8 @@ def check_learning(arguments: NeuronTrainingArguments) -> None:
     """
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
+    if arguments.learning_rate < 0:
+        raise UserError(f"training.learning_rate: must be at least 0, not {arguments.learning_rate}")
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     probe = torch.nn.Linear(1, 1)
     with _refused(f"training.optim: {optim} can't be made of learning_rate, weight_decay, adam_* and optim_*"):
@@ -138,8 +140,11 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
         make_strategy(recipe, name, arguments.seed)  # says what it lacks
     if recipe.training.neurons is not None and name not in SET_STRATEGIES:
         raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {name} out")
-    if recipe.training.neurons is not None and not Path(recipe.training.neurons).is_file():
-        raise UserError(f"training.neurons: no such file {recipe.training.neurons}")
+    neurons = recipe.training.neurons
+    if neurons is not None and Path(neurons).is_dir():
+        raise UserError(f"training.neurons: {neurons} is a folder; name a file of it, such as shared.safetensors")
+    if neurons is not None and not Path(neurons).is_file():
+        raise UserError(f"training.neurons: no such file {neurons}")
     results = recipe.tracking.results_dir
     if results is not None and Path(results).exists() and not Path(results).is_dir():
         raise UserError(f"tracking.results_dir: {results} is a file; name a folder")

@@ -284,13 +284,14 @@ def draw_trade(compared: dict) -> Figure:
             color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7,
             label=" = ".join(names),
         )  # fmt: skip
-    axis.set_yscale("symlog", linthresh=1)
-    axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    scale = ""
+    if max(map(abs, axis.get_ylim())) > 2:
+        scale = ", logarithmic beyond 1"
+        axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    axis.set_ylabel(
-        f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %, logarithmic beyond 1"
-    )
+    axis.set_ylabel(f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %{scale}")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -149,7 +149,7 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
             f"{after['perplexity']:.2f}",
             f"{before['bits_per_byte']:.4f}",
             f"{after['bits_per_byte']:.4f}",
-            f"{row['bits_per_byte_change']:+z.1%}",
+            _percent(row["bits_per_byte_change"]),
         )
     return table
 
@@ -164,6 +164,11 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
     }
 
 
+def _percent(value: float) -> str:
+    """Of a change, with a digit more where one alone would show none."""
+    return f"{value:+z.1%}" if value == 0 or abs(value) >= 1e-3 else f"{value:+.2%}"
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("agnostic_train.report", "templates"),
@@ -172,5 +177,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["percent"] = lambda value: f"{100 * value:+z.1f}%"
+    environment.filters["percent"] = _percent
     return environment

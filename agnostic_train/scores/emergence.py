@@ -96,9 +96,13 @@ def follow_checkpoints(
 
 
 def parse_checkpoints(entries: Sequence[str]) -> list[Checkpoint]:
-    """The recipe's list; raises `UserError` if one is there twice."""
+    """The recipe's list; raises `UserError` if one is there twice, or two are of one step."""
     checkpoints = [Checkpoint.parse(entry) for entry in entries]
     for index, checkpoint in enumerate(checkpoints):
         if checkpoint in checkpoints[:index]:
             raise UserError(f"model.checkpoints: {checkpoint.source} is there twice")
+        if checkpoint.step is not None and any(it.step == checkpoint.step for it in checkpoints[:index]):
+            raise UserError(
+                f"model.checkpoints: two are of step {checkpoint.step}, {checkpoint.source} among them; write STEP= before one"
+            )
     return checkpoints

@@ -8,7 +8,7 @@ from accelerate import DistributedDataParallelKwargs
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
@@ -61,7 +61,14 @@ class GuardedTrainer(Trainer):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
             check_resumable(Path(checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            # What is told next would stand in the line of the progress bar.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.close()
+            raise
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed from the checkpoint of its last step, in the middle of an epoch, a Trainer would train one step more.

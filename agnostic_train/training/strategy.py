@@ -108,7 +108,7 @@ class Strategy:
                 empty choice.
         """
         if self.name == "full":
-            return Choice("full", None, "all weights, as asked for")
+            return Choice("full", None, "all weights")
         if found is None:
             raise UserError(f"training.strategy: {self.name!r} chooses among detected neurons, and none are given")
         self.check_languages(found.languages)
@@ -122,12 +122,12 @@ class Strategy:
             neurons = _chosen(name, found, languages)
         else:
             name = self.random_like if self.name == "lora" else self.name
-            neurons, reason = _chosen(name, found, languages), f"{name} of {names}, as asked for"
+            neurons, reason = _chosen(name, found, languages), f"{name} of {names}"
         if not len(neurons):
-            raise UserError(
-                f"training.strategy: {name!r} of {names} has no neuron to train; lower "
-                "detection.consistency or raise detection.top_ratio"
-            )
+            remedy = "lower detection.consistency or raise detection.top_ratio"
+            if found.settings.get("method") == "lape":  # which finds few shared ones
+                remedy = "raise detection.lape_ratio, or train 'related'"
+            raise UserError(f"training.strategy: {name!r} of {names} has no neuron to train; {remedy}")
         if self.name == "lora":
             lora, num_parameters = equal_lora(neurons, model)
             reason = (

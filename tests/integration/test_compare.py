@@ -359,6 +359,12 @@ def test_mistakes(root, capsys, flags, message):
     assert_mistake(root, "compare", flags, message, capsys)
 
 
+def test_a_comparison_has_no_use_for_a_file_of_neurons(root, capsys):
+    NeuronSet({(0, "up"): [1]}).save(root / "mine.safetensors")
+    flags = [f"--training.neurons={root / 'mine.safetensors'}"]
+    assert_mistake(root, "compare", flags, "training.neurons: a comparison trains what its strategies choose", capsys)
+
+
 def test_two_processes_compare_as_one(root):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=2", "--training.max_steps=3"]
     # The second rate diverges, on which both processes must agree.

@@ -264,7 +264,9 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, 
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--training.update=mask"], ["--training.strategy=full"]])
+@pytest.mark.parametrize(
+    "flags", [["--training.disable_tqdm=false"], ["--training.update=mask"], ["--training.strategy=full"]]
+)
 def test_training_that_diverges_on_the_command_line(root, capsys, flags):
     flags = [*flags, "--training.learning_rate=1e36", "--training.max_grad_norm=0", "--training.max_steps=20"]
     flags += ["--training.save_steps=1", f"--output_dir={root / 'diverged'}"]

@@ -125,6 +125,15 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_base_that_does_not_fit_its_config_is_named(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base.config.intermediate_size = 64
+    base.config.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="base: can't load .*base"):
+        export_checkpoint(adapted(tiny_llama(), CHOSEN), tmp_path / "out", base=tmp_path / "base")
+
+
 TO = ("merged", "lora", "delta")
 STRANGER = """
 import sys

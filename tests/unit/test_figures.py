@@ -6,7 +6,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from agnostic_train.report import figures
+from agnostic_train.report import figures, page
 from agnostic_train.report.figures import write_figures
 
 
@@ -43,6 +43,26 @@ def test_characters_without_a_font_are_named(installed, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert figures._families("中አ")[1:] == ["/NotoSans-Regular:中文"]
     assert "no installed font has አ" in caplog.text
+
+
+@pytest.mark.parametrize(("cost", "scale"), [(0.004, "linear"), (0.1, "symlog")])
+def test_small_costs_are_drawn_on_a_plain_scale(cost, scale):
+    """A logarithmic one has no ticks below 1."""
+
+    def group(mean):
+        return {"mean": mean, "interval": [mean - 0.002, mean + 0.002]}
+
+    row = {"groups": {"enhanced": group(-0.01), "others": group(cost)}}
+    axis = figures.draw_trade({"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}).axes[0]
+    assert axis.get_yscale() == scale and ("logarithmic" in axis.get_ylabel()) is (scale == "symlog")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [(0.0, "+0.0%"), (-0.0, "+0.0%"), (3e-4, "+0.03%"), (-3e-4, "-0.03%"), (1e-3, "+0.1%"), (-0.0123, "-1.2%")],
+)
+def test_a_small_change_keeps_its_sign(change, text):
+    assert page._percent(change) == text
 
 
 def test_both_files_are_written_and_text_stays_text(tmp_path):

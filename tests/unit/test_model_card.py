@@ -13,7 +13,7 @@ def card_of(name="my/model", **arguments):
         training=TrainingSection(languages=["no", "sw"], arguments=arguments),
         output_dir="out",
     )
-    return model_card(recipe, {"strategy": "shared", "reason": "as asked for", "neurons": {"q": 2, "k": 0}})
+    return model_card(recipe, {"strategy": "shared", "reason": "shared of sw", "neurons": {"q": 2, "k": 0}})
 
 
 def test_norwegian_is_a_language():

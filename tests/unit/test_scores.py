@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -377,10 +378,13 @@ def test_strategies_choose_what_their_names_say(llama):
         (lambda: chosen("best"), r"training\.strategy"),
         (lambda: chosen("random", random_like="auto"), r"training\.random_like"),
         (lambda: chosen("shared", languages=["d"]), r"training\.languages"),
-        (lambda: chosen("exclusive", languages=["c"]), "no neuron to train"),
+        (lambda: chosen("exclusive", languages=["c"]), "no neuron to train; lower detection.consistency or raise"),
     ):
         with pytest.raises(UserError, match=message):
             wrong()
+    by_lape = replace(found, settings=found.settings | {"method": "lape"})
+    with pytest.raises(UserError, match="no neuron to train; raise detection.lape_ratio, or train 'related'"):
+        Strategy("exclusive", ["c"]).choose(by_lape, None, llama)
 
 
 def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped(llama):

@@ -79,7 +79,7 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
     tunings: dict[str, Tuning] = {}
     results: Results = {}
     total, most = num_trainings(len(section.strategies), len(rates), len(section.seeds))
-    in_all = f"{total} to {most}" if most > total else str(total)
+    in_all = f"at most {most}" if most > total else str(total)
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
 

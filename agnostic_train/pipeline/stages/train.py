@@ -153,7 +153,8 @@ def _choose(context: Context, name: str) -> Choice:
     choice = strategy.choose(found, score, context.materials.model)
     if choice.neurons is None:
         return choice
-    return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}")
+    by_pilot = ", the best of the pilot" if context.recipe.training.strategy == "pilot" else ""
+    return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}{by_pilot}")
 
 
 def _copy_adapter(context: Context, checkpoint: Path) -> None:
