@@ -27,6 +27,8 @@ from agnostic_train.neurons.deactivation import switched_off
 
 TOLERANCE = 1e-3
 """Largest accepted difference, as a part of the largest impact of the site in that sentence."""
+NEURONS_PER_SITE, NUM_SENTENCES = 2, 2
+_SEED = 0
 
 
 class ImpactMismatchError(UserError):
@@ -58,22 +60,19 @@ class Comparison:
 def verify_impacts(
     model: nn.Module,
     batch: Batch,
-    neurons_per_site: int = 2,
-    num_sentences: int = 2,
-    seed: int = 0,
     pruning: bool = True,
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> list[Comparison]:
     """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
 
-    It costs one forward pass of the model on `num_sentences` sentences, and per checked layer one measuring pass of
-    that layer and `neurons_per_site + 2` plain ones per projection.
+    It costs one forward pass of the model on `NUM_SENTENCES` sentences, and per checked layer one measuring pass of
+    that layer and `NEURONS_PER_SITE + 2` plain ones per projection.
 
     Args:
         model: left as found.
-        batch: real sentences, as for `neuron_impacts`; the `num_sentences` longest are used.
-        neurons_per_site: random neurons per projection; the one of largest score is added.
+        batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used. Of each projection
+            `NEURONS_PER_SITE` random neurons are checked, and the one of largest score.
         pruning: check the scores that certified pruning computes, of all neurons here, or those of the plain form.
         projections: which to check.
         memory_gb: as for `ImpactMeter`.
@@ -89,14 +88,14 @@ def verify_impacts(
     inputs = model_inputs(model, batch)
     check_tokens(model, inputs["input_ids"])
     # Short sentences would hide a wrong rotation or window: the longest tell most.
-    longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:num_sentences]
+    longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:NUM_SENTENCES]
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
     try:
         with left_as_found(model):
             comparisons = []
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(_SEED)
             for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers), projections):
-                comparisons += _compare(excerpt, neurons_per_site, generator, pruning, memory_gb)
+                comparisons += _compare(excerpt, generator, pruning, memory_gb)
                 del excerpt  # the next layer is copied before the loop lets go of this one
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # which say nothing of the model
@@ -116,13 +115,11 @@ def verify_impacts(
     return comparisons
 
 
-def _compare(
-    excerpt: "_Excerpt", neurons_per_site: int, generator: torch.Generator, pruning: bool, memory_gb: float
-) -> list[Comparison]:
+def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, memory_gb: float) -> list[Comparison]:
     comparisons = []
     layer, scores = excerpt.layer, excerpt.scores(pruning, memory_gb)
     for name in excerpt.projections:
-        neurons = torch.randint(scores[name].shape[1], (neurons_per_site,), generator=generator, device="cpu").tolist()
+        neurons = torch.randint(scores[name].shape[1], (NEURONS_PER_SITE,), generator=generator, device="cpu").tolist()
         neurons.append(int(scores[name][0].argmax()))
         before = excerpt.output(name)
         if not before.isfinite().all():

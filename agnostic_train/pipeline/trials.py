@@ -15,7 +15,7 @@ from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.measured import Measured, keep_measured, kept_measured
+from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
 from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
@@ -106,7 +106,7 @@ class Trials:
             record, measured = self._measure(trial, choice, self.directory / f".{name}")
             if self.materials.processes.is_main_process:
                 if measured is not None:
-                    keep_measured(measured, file)
+                    save_by_kind(measured, file)
                 # Written last: with it the result is whole.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
@@ -114,7 +114,7 @@ class Trials:
         record = read_json(record_file)
         if record["diverged"]:
             return TrialResult(trial, record, None, kept=True)
-        return TrialResult(trial, record, kept_measured(file), kept=True)
+        return TrialResult(trial, record, load_by_kind(file), kept=True)
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:

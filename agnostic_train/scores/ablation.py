@@ -64,7 +64,7 @@ def ablate(
     sets: Mapping[str, NeuronSet],
     batches: Mapping[str, Sequence[Batch]],
     languages: Mapping[str, Sequence[str]] | None = None,
-    measured: Callable[[], object] = lambda: None,
+    on_measured: Callable[[], object] = lambda: None,
     resume_dir: str | Path | None = None,
 ) -> Ablation:
     """Measures every language with every set off. Each state of the weights is entered once, and none is copied.
@@ -74,7 +74,7 @@ def ablate(
         sets: by name; `NOTHING` is added, empty sets are left out.
         batches: per language, as for `perplexity`.
         languages: by set, the languages to measure if not all.
-        measured: called after each language of each set.
+        on_measured: called after each language of each set.
         resume_dir: a folder that keeps each set's measurements. What is found there isn't measured again; use another
             folder for other sets, text or weights.
 
@@ -89,13 +89,13 @@ def ablate(
         if file is not None and file.exists():
             rows[name] = load_measured(file)
             for _ in wanted:
-                measured()
+                on_measured()
             continue
         rows[name] = {}
         with deactivate(model, neurons):
             for language in wanted:
                 rows[name][language] = _perplexity(model, batches[language], name, language)
-                measured()
+                on_measured()
         if file is not None and process_index() == 0:
             save_measured(rows[name], file)
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})

@@ -18,7 +18,7 @@ from agnostic_train.files import fingerprint, hash_file, whole_file, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
 from agnostic_train.pipeline.manifest import package_versions
-from agnostic_train.pipeline.measured import Measured, keep_measured, kept_measured
+from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
@@ -126,11 +126,11 @@ def _measure(
     if file.exists():
         context.say(f"evaluate: {name} was measured before (kept)")
         context.materials.forget_model()  # there may be no room for the next one beside it
-        return kept_measured(file)
+        return load_by_kind(file)
     model, progress = checkpoint.load(), context.processes.is_local_main_process
     measured = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
     if context.processes.is_main_process:
-        keep_measured(measured, file)
+        save_by_kind(measured, file)
     context.processes.wait_for_everyone()
     return measured
 
