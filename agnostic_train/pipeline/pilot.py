@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from tqdm.auto import tqdm
+
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import UserError
@@ -52,7 +54,10 @@ def rank_candidates(
     """
     base = trials.base()["validation"]
     rows = []
-    for name in candidates:
+    hidden = not trials.materials.processes.is_local_main_process
+    bar = tqdm(candidates, desc="pilot", unit=" strategies", disable=hidden, leave=False)
+    for name in bar:
+        bar.set_postfix_str(name)
         result = trials.run(Trial(name, seed, rate))
         changes = None
         if result.measured is not None:

@@ -131,7 +131,9 @@ class Pipeline:
             replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
         if replaced and (changed := self.manifest.changed(stage, inputs)):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            replaced += f" (changed: {', '.join(changed[:3])}{more})"
+            # The text that serves a purpose is no key.
+            names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
+            replaced += f" (changed: {', '.join(names)}{more})"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         context = Context(
             stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state,

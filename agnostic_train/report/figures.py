@@ -191,8 +191,10 @@ def draw_emergence(rows: list[dict]) -> Figure:
         axis.set_ylabel(title)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if numeric:
-        # Below the first step the axis is linear: a model before any has a place on no logarithmic one.
-        axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
+        if min(steps) > 0:
+            axes[2].set_xscale("log")
+        else:  # linear below the first step: a model before any has a place on no logarithmic axis
+            axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
         axes[2].set_xticks(steps, [str(step) for step in steps])
         axes[2].minorticks_off()
     else:

@@ -126,7 +126,7 @@ def test_sets_that_are_detected_once_more_and_are_the_same_train_nothing_anew(ro
     capsys.readouterr()
     assert run(root, "export", "--detection.stability=true") == 0
     printed = capsys.readouterr().out
-    assert "(changed: detection.stability, text.training)" in printed
+    assert "(changed: detection.stability, training text)" in printed
     assert "train: unchanged, kept" in printed and "export: unchanged, kept" in printed
     assert run(root, "export", "--detection.top_ratio=0.3") == 0
     printed = capsys.readouterr().out
