@@ -17,7 +17,10 @@ _context.set_forkserver_preload(["agnostic_train.pipeline.run", "agnostic_train.
 
 
 def started(module, function, *arguments, stdout=os.devnull, stderr=os.devnull, environment=None):
-    """A process that calls a module's function, both given by name, and has started; it prints to these files."""
+    """A process that calls a module's function, both given by name, and has started; it prints to these files.
+
+    What the function returns is its exit status.
+    """
     process = _context.Process(target=_call, args=(module, function, arguments, stdout, stderr, environment or {}))
     process.start()
     return process
@@ -71,4 +74,4 @@ def _call(module, function, arguments, stdout, stderr, environment):
     os.environ.update(environment)
     gc.freeze()  # what was loaded before the fork isn't looked through anew
     torch.set_num_threads(1)  # nothing here is large, and waiting threads cost the most on a busy machine
-    getattr(importlib.import_module(module), function)(*arguments)
+    sys.exit(getattr(importlib.import_module(module), function)(*arguments))

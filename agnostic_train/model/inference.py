@@ -1,7 +1,7 @@
 """Running a model without leaving a trace on it: what detection and perplexity share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ Batch = Mapping[str, Tensor]
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Runs its body in evaluation mode without gradients, then restores every module's training flag and torch's random states.
 
-    The model computes in its weights' own precision, see `full_precision` and `without_autocast`. A model in training may hold
+    The model computes in its weights' own dtype, see `full_precision` and `without_autocast`. A model in training may hold
     modules that are kept in evaluation mode, so each module's own flag is restored.
 
     Raises:
@@ -62,10 +62,14 @@ def full_precision() -> Iterator[None]:
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Keeps autocast out of its body, the caller's and the one that a training in bf16 or fp16 leaves around `forward`.
 
-    A model before, during and after training is measured alike, so that only its weights make a difference.
+    A model before, during and after training is measured alike, so that only its weights make a difference. One whose weights
+    differ in dtype, and that computes under autocast alone, can't be measured.
     """
-    autocast = [(module, vars(module)["forward"]) for module in model.modules() if "_original_forward" in vars(module)]
-    with torch.autocast(find_device(model).type, enabled=False):
+    names = {"forward", "_original_forward"}
+    autocast = [(module, vars(module)["forward"]) for module in model.modules() if names <= vars(module).keys()]
+    with ExitStack() as stack:
+        for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
         for module, _ in autocast:
             module.forward = module._original_forward  # accelerate's name for it
         try:

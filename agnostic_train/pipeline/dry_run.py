@@ -24,7 +24,7 @@ from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
-from agnostic_train.pipeline.settings import check_inputs, training_arguments
+from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.training.strategy import BASELINES
@@ -83,6 +83,8 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     """
     arguments = training_arguments(recipe)
     check_inputs(recipe, arguments, Path(recipe.output_dir))
+    if stage == "compare":
+        check_comparison(recipe, arguments)
     model_path, corpus_path = _local_paths(recipe)
     texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
     num_sentences = _count_sentences(recipe, texts)

@@ -20,7 +20,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
-from agnostic_train.pipeline.settings import check_inputs, check_trials, training_arguments
+from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages import STAGE_HELP, STAGES, OutOfMemory
@@ -68,9 +68,7 @@ class Pipeline:
         """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
         stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
         if stage == "compare":
-            if self.recipe.training.neurons is not None:
-                raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
-            check_trials(self.recipe, self.training_arguments, self.recipe.comparison.strategies, "compare")
+            check_comparison(self.recipe, self.training_arguments)
         # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
@@ -241,6 +239,6 @@ def _make_writable(key: str, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine may have a process of the same number
     except OSError as error:
         raise UserError(f"{key}: can't write to {directory} ({error.strerror})") from None

@@ -184,6 +184,13 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     check_learning(arguments)
 
 
+def check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
+    """Refuses what would stop a comparison, and what it has no use for."""
+    if recipe.training.neurons is not None:
+        raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
+    check_trials(recipe, arguments, recipe.comparison.strategies, "compare")
+
+
 def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str], what: str) -> None:
     """Refuses what would stop one of several trainings after others have run for hours. `what` names them in errors."""
     by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))

@@ -34,6 +34,8 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
 """Of a training whose last step counts, not the best one."""
+_WHEN_TO_SAVE = ("save_steps", "save_strategy")
+"""Those of them that a finished training can have otherwise and stay as it is."""
 
 
 class StageInputs:
@@ -159,7 +161,7 @@ class StageInputs:
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
         learning = learning_arguments(section.arguments)
         if not self._arguments.load_best_model_at_end:
-            learning = {key: value for key, value in learning.items() if not key.startswith("save_")}
+            learning = {key: value for key, value in learning.items() if key not in _WHEN_TO_SAVE}
         return {"training": own | learning, **self._training_text}
 
     @property

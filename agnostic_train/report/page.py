@@ -166,7 +166,7 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
 
 def _percent(value: float) -> str:
     """Of a change, with a digit more where one alone would show none."""
-    return f"{value:+z.1%}" if value == 0 or abs(value) >= 1e-3 else f"{value:+.2%}"
+    return f"{value:+z.1%}" if value == 0 or abs(value) >= 1e-3 else f"{value:+z.2%}"
 
 
 def _environment() -> Environment:

@@ -79,16 +79,13 @@ class DetectionCallback(TrainerCallback):
         self.choice: Choice | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
         """A trainer's `log`, where the trainer offers it; otherwise its reporting integrations are called."""
-        self._is_fresh = False
+        self.is_fresh = False
+        """Whether a trainer has run it for the training that begins."""
 
     def run(self, model: nn.Module) -> None:
-        """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`.
-
-        A training that begins afterwards doesn't detect again before its first step. model: left as found.
-        """
+        """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`. model: left as found."""
         self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
         self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
-        self._is_fresh = True
 
     def choose(self, model: nn.Module) -> Choice:
         """What trains, as `Strategy.choose` has it, from what `run` found; `model` gives the shapes."""
@@ -119,21 +116,20 @@ class DetectionCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects and scores, if a `NeuronTrainer` hasn't just done so, and reports; not in a resumed run."""
         if not state.global_step:
-            if not self._is_fresh:
+            if not self.is_fresh:
                 self.run(kwargs["model"])
             self._report(args, state, control, kwargs)
-        self._is_fresh = False
+        self.is_fresh = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects, scores and reports every `every_n_steps` steps."""
         if self.every_n_steps and state.global_step % self.every_n_steps == 0:
             self.run(kwargs["model"])
-            self._is_fresh = False
             self._report(args, state, control, kwargs)
 
     def end(self) -> None:
         """What was found stays; another training, perhaps of another model and by another trainer, detects anew."""
-        self._is_fresh, self.log = False, None
+        self.is_fresh, self.log = False, None
 
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
         metrics = self.metrics()

@@ -66,8 +66,11 @@ class GuardedTrainer(Trainer):
         except BaseException:
             # What is told next would stand in the line of the progress bar.
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                    callback.training_bar.close()
+                if isinstance(callback, ProgressCallback):
+                    for bar in (callback.prediction_bar, callback.training_bar):
+                        if bar is not None:
+                            bar.close()
+                    callback.prediction_bar = callback.training_bar = None
             raise
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -143,13 +146,17 @@ class GuardedTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a Trainer finished saving a checkpoint: it writes its state last, and not in one step."""
+def is_resumable(checkpoint: Path) -> bool:
+    """Whether a Trainer finished saving a checkpoint, whose state it writes last and not in one step, with its optimizer.
+
+    `save_only_model` leaves the optimizer out: a training would go on from there with another, and end elsewhere.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    # DeepSpeed keeps its own in a folder of the step.
+    return any(it.name.startswith(("optimizer", "global_step")) for it in checkpoint.iterdir())
 
 
 def check_resumable(checkpoint: Path) -> None:

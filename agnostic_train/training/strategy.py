@@ -126,7 +126,7 @@ class Strategy:
         if not len(neurons):
             remedy = "lower detection.consistency or raise detection.top_ratio"
             if found.settings.get("method") == "lape":  # which finds few shared ones
-                remedy = "raise detection.lape_ratio, or train 'related'"
+                remedy = "raise detection.lape_ratio" + ("" if name == "related" else ", or train 'related'")
             raise UserError(f"training.strategy: {name!r} of {names} has no neuron to train; {remedy}")
         if self.name == "lora":
             lora, num_parameters = equal_lora(neurons, model)

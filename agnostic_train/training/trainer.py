@@ -179,6 +179,7 @@ class NeuronTrainer(GuardedTrainer):
         elif self.neurons is None:
             assert detection is not None
             detection.run(model)
+            detection.is_fresh = True
             self.neurons = detection.choose(model).neurons
             assert self.neurons is not None
         if self.update == "compact":

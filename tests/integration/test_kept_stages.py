@@ -33,6 +33,7 @@ CHANGES = [
     ({"training.learning_rate": "5e-2"}, {"train", "compare"}),
     ({"training.seed": "5"}, {"train"}),
     ({"training.save_steps": "2"}, set()),
+    ({"training.save_only_model": "true"}, {"train"}),
     (
         {
             "training.save_steps": "2",

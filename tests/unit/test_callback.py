@@ -1,6 +1,7 @@
 """`DetectionCallback`: what a `NeuronTrainer` trains, and a plain `Trainer` only reports."""
 
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -195,19 +196,42 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize("first_kind", [NeuronTrainer, Trainer])
 @pytest.mark.parametrize("more", [(), (Interrupt(),)], ids=["whole", "interrupted"])
-def test_another_training_of_the_same_callback_detects_anew(tmp_path, first_kind, more):
+@pytest.mark.parametrize("every_n_steps", [None, 1])
+def test_another_training_of_the_same_callback_detects_anew(tmp_path, first_kind, more, every_n_steps):
     """Of another model, by another kind of trainer: nothing is left of the first, even if it was interrupted."""
-    callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
+    callback = DetectionCallback(corpora(), "related", every_n_steps, top_ratio=0.2, consistency=0.6, progress=False)
     settings = arguments(tmp_path, max_steps=1)
     one = first_kind(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback, *more])
     with pytest.raises(KeyboardInterrupt) if more else nullcontext():
         one.train()
     first, reports = callback.neurons, [it for it in one.state.log_history if "neurons/shared" in it]
+    model = tiny_llama(initializer_range=0.1)
+    expected = detect_neurons(model, corpora(), 0.2, 0.6, progress=False)
+    two = Trainer(model, settings, train_dataset=sentences(), callbacks=[callback])
+    two.train()
+    assert callback.neurons is not first and expected.related != first.related
+    assert two.state.log_history[0]["step"] == 0
+    assert two.state.log_history[0]["neurons/related/en"] == len(expected.related["en"])
+    assert [it for it in one.state.log_history if "neurons/shared" in it] == reports
+
+
+@pytest.mark.parametrize("by_trainer", [True, False])
+def test_a_detection_without_a_training_is_not_the_next_ones(tmp_path, monkeypatch, by_trainer):
+    """Of one that found nothing to train, or that someone else asked for."""
+    callback = DetectionCallback(corpora(), "related", top_ratio=0.2, consistency=0.6, progress=False)
+    settings = arguments(tmp_path, max_steps=1)
+    if by_trainer:
+        trainer = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback])
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="nothing to train"):
+            patch.setattr(callback, "choose", Mock(side_effect=UserError("nothing to train")))
+            trainer.train()
+    else:
+        callback.run(tiny_llama())
+    first = callback.neurons
     two = Trainer(tiny_llama(initializer_range=0.1), settings, train_dataset=sentences(), callbacks=[callback])
     two.train()
-    assert callback.neurons is not first and callback.neurons.related != first.related
+    assert callback.neurons.related != first.related
     assert two.state.log_history[0]["neurons/shared"] == len(callback.neurons.shared)
-    assert [it for it in one.state.log_history if "neurons/shared" in it] == reports and len(reports) == 1
 
 
 def test_batches_that_can_be_read_once_are_kept(tmp_path):

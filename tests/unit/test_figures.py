@@ -59,7 +59,15 @@ def test_small_costs_are_drawn_on_a_plain_scale(cost, scale):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [(0.0, "+0.0%"), (-0.0, "+0.0%"), (3e-4, "+0.03%"), (-3e-4, "-0.03%"), (1e-3, "+0.1%"), (-0.0123, "-1.2%")],
+    [
+        (0.0, "+0.0%"),
+        (-0.0, "+0.0%"),
+        (3e-4, "+0.03%"),
+        (-3e-4, "-0.03%"),
+        (-4e-5, "+0.00%"),
+        (1e-3, "+0.1%"),
+        (-0.0123, "-1.2%"),
+    ],
 )
 def test_a_small_change_keeps_its_sign(change, text):
     assert page._percent(change) == text

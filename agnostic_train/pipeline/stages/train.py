@@ -17,7 +17,7 @@ from agnostic_train.pipeline.settings import launch_inputs, make_strategy, reads
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
-from agnostic_train.training.guarded import is_complete
+from agnostic_train.training.guarded import is_resumable
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
 
@@ -97,9 +97,9 @@ def check_checkpoints(directory: Path, manifest: Manifest, same: bool, num_proce
 
 
 def clear_checkpoints(context: Context, resume: bool) -> None:
-    """Leaves the complete checkpoints of this very training, if it is resumed, and no others."""
+    """Leaves the checkpoints that this very training can go on from, if it is resumed, and no others."""
     for path in saved_checkpoints(context.directory):
-        if not resume or not is_complete(path):
+        if not resume or not is_resumable(path):
             shutil.rmtree(path)
 
 
