@@ -26,8 +26,10 @@ def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
     model = tiny_llama()
     before = plain_weights(model)
     callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
+    callback.run = Mock(wraps=callback.run)
     trainer = NeuronTrainer(model, arguments(tmp_path), train_dataset=sentences(), callbacks=[callback])
     trainer.train()
+    assert callback.run.call_count == 1
     assert trainer.neurons == callback.neurons.related["en"] | callback.neurons.related["sw"]
     assert_only_chosen_moved(before, plain_weights(trainer.model), trainer.neurons)
     first = trainer.state.log_history[0]

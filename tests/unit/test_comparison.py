@@ -136,6 +136,18 @@ def test_a_difference_beyond_noise_is_beyond_its_own_interval():
         assert low <= 0 <= high
 
 
+def test_all_pairs_at_once_are_given_no_less_than_a_pairs_own_variance():
+    """Its own interval leaves out zero, with five seeds and among 28 pairs of which few differ at all."""
+    base, spread = measured([1.0] * 9), 0.01
+    steps = (-1.2649, -0.6325, 0.0, 0.6325, 1.2649)  # of variance 1
+    after = {name: {seed: {"sw": measured([1.0] * 9)} for seed in range(5)} for name in "bcdefgh"}
+    after["a"] = {seed: {"sw": measured([1 + spread * (1.45 + step)] * 9)} for seed, step in enumerate(steps)}
+    result = compare_strategies({"sw": base}, after, ["sw"])
+    of_a = [it for it in result["differences"] if "a" in it["strategies"]]
+    assert len(of_a) == 14 and all(not it["interval"][0] <= 0 <= it["interval"][1] for it in of_a)
+    assert not any(it["beyond_noise"] for it in of_a)
+
+
 def test_a_difference_that_every_seed_shows_is_found():
     generator = torch.Generator().manual_seed(9)
     before = {"sw": measured((1 + torch.rand(40, generator=generator)).tolist())}
