@@ -72,9 +72,9 @@ def compare_strategies(
             sentences alone.
         differences: for each pair of strategies and group, the first's mean minus the second's, its 95% `interval`,
             and `beyond_noise`: whether that leaves out zero, and so does one of the pooled variance that holds for all
-            pairs at once (Bonferroni). Of strategies that are all alike 2 in 100 comparisons find some difference so; 5 to
-            8 if they also differ in their spread over seeds a hundredfold. None with one seed, which says nothing of how
-            another training would come out.
+            pairs at once (Bonferroni). Of strategies that are all alike 1 to 5 in 100 comparisons find some difference so,
+            and up to 8 if they differ widely in their spread over seeds (simulated). None with one seed, which says
+            nothing of how another training would come out.
         best: per group, the strategies that no other one is beyond noise better than.
     """
     names, languages = list(after), list(before)

@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = (
 _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
 """Of a training whose last step counts, not the best one."""
 _WHEN_TO_SAVE = ("save_steps", "save_strategy")
-"""Those of them that a finished training can have otherwise and stay as it is."""
+"""Has an effect only where the best checkpoint is chosen in the end."""
 
 
 class StageInputs:
@@ -159,10 +159,7 @@ class StageInputs:
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
-        learning = learning_arguments(section.arguments)
-        if not self._arguments.load_best_model_at_end:
-            learning = {key: value for key, value in learning.items() if key not in _WHEN_TO_SAVE}
-        return {"training": own | learning, **self._training_text}
+        return {"training": own | learning_arguments(section.arguments), **self._training_text}
 
     @property
     def _training_text(self) -> dict:
@@ -214,12 +211,14 @@ class StageInputs:
 def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """Those of a recipe's TrainingArguments on which it depends what is learnt; of files (an engine's config) the SHA-256.
 
-    How often it is evaluated and saved is among them: the best checkpoint may be chosen by it.
+    How often it is evaluated is among them, for that is logged beside the loss; how often it is saved, where the best checkpoint
+    is chosen in the end.
     """
+    ignored = _WITHOUT_EFFECT if arguments.get("load_best_model_at_end") else (*_WITHOUT_EFFECT, *_WHEN_TO_SAVE)
     return {
         key: hash_file(it) if isinstance(it, str) and os.path.isfile(it) else it
         for key, it in arguments.items()
-        if not key.startswith(_WITHOUT_EFFECT)
+        if not key.startswith(ignored)
     }
 
 

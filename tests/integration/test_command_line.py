@@ -437,7 +437,11 @@ MISTAKES = [
         "unknown flag --training.output_dir; it comes from the recipe's own key, --output_dir",
     ),
     (["--training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: "),
-    (["--training.adam_beta1=2"], "Invalid beta parameter"),
+    (
+        ["--training.adam_beta1=2"],
+        "training.optim: adamw_torch_fused can't be made of learning_rate, weight_decay, adam_* and optim_* (ValueError: "
+        "Invalid beta parameter",
+    ),
     (["--training.optim=lomo"], "training.optim: lomo"),
     (["--training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_type: cosine_with_min_lr"),
     (["--training.dataloader_num_workers=-1"], "training.dataloader_num_workers"),

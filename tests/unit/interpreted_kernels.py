@@ -187,6 +187,8 @@ def test_intervals_of_small_changes(logits, change):
     """As early models have them, and in the noise."""
     for mask in ("causal", "left padding"):
         assert_intervals_hold(random_case(70, 42, mask, logits, change))
+    for mask in ("causal", "sliding window", "left padding", "right padding", "full"):
+        assert_intervals_hold(random_case(17, 42, mask, logits, change))
 
 
 @pytest.mark.parametrize("mask", ["causal", "right padding"])
@@ -212,6 +214,8 @@ def test_intervals_of_logits_at_their_cap(softcap):
     [
         *((head_dim, {}) for head_dim in (6, 64, 123, 256)),
         *((42, more) for more in ({"growth": 0.2}, {"softcap": 50.0}, {"softcap": 5.0})),
+        (256, {"growth": 0.2}),
+        (123, {"softcap": 5.0}),
     ],
 )
 def test_intervals_are_narrow(head_dim, more):
@@ -387,7 +391,7 @@ def test_the_sieve_at_any_scale(scale, monkeypatch):
     expected = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     unpruned = unverified_impacts(model, batch, ["q", "k"])
-    for top_ratio in (0.1, 1.0):
+    for top_ratio in (0.1, 0.3, 1.0):
         impacts, _ = pruned_impacts(model, batch, top_ratio)
         for site, values in unpruned.items():
             count = num_top(top_ratio, values.shape[1])
