@@ -49,7 +49,12 @@ class Encoder:
         pad_id = _pad_id(tokenizer)
         if section.add_bos and tokenizer.bos_token_id is None:
             raise UserError("corpus.add_bos: the tokenizer has no beginning-of-sequence token; set it to false")
-        limits = [limit for limit in (section.max_length, getattr(config, "max_position_embeddings", None)) if limit]
+        positions = getattr(config, "max_position_embeddings", None)
+        limits = [limit for limit in (section.max_length, positions) if limit]
+        if section.max_length and min(limits) < section.max_length:
+            logger.warning_once(
+                f"corpus.max_length: the model has {positions} positions; sentences are cut at so many tokens"
+            )
         return cls(tokenizer, section.add_bos, min(limits, default=None), pad_id, config.vocab_size)
 
     def encode(self, sentences: Sequence[str], purpose: str) -> list[dict]:

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from agnostic_train.choices import ExportTarget
 from agnostic_train.files import public_name
+from agnostic_train.percent import percent
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.strategy import BASELINES
 
@@ -102,5 +103,5 @@ def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:
     for language, row in evaluation.items():
         before, after = row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]
         name = language + (" *" if language in enhanced else "")
-        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {row['bits_per_byte_change']:+z.1%} |")
+        lines.append(f"| {name} | {before:.4f} | {after:.4f} | {percent(row['bits_per_byte_change'])} |")
     return "\n".join([*lines, ""])

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from agnostic_train.detection.stability import jaccard
 from agnostic_train.model.decoder import PROJECTIONS
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.percent import percent
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +108,7 @@ def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
     for position, language in zip(positions, languages, strict=True):
         row = evaluation[language]
         height = max(row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
-        axis.text(position, height + 0.02 * top, f"{row['bits_per_byte_change']:+z.1%}", ha="center", fontsize=10)
+        axis.text(position, height + 0.02 * top, percent(row["bits_per_byte_change"]), ha="center", fontsize=10)
     axis.set_xticks(positions, [name + (" (enhanced)" if name in enhanced else "") for name in languages])
     axis.set_ylabel("bits per byte, test text")
     axis.set_ylim(0, top * 1.15)
@@ -259,7 +260,7 @@ def draw_forgetting(compared: dict) -> Figure:
     shades = np.log1p(changes.clip(min=0))
     # What is hardly a change stays light, where nothing else got worse either.
     darkest = max(np.log1p(1.0), shades.max(initial=0))
-    _heat_map(axis, shades, np.vectorize(lambda value: f"{value:+z.1f}%")(changes), vmax=darkest)
+    _heat_map(axis, shades, np.vectorize(lambda value: percent(value / 100))(changes), vmax=darkest)
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(strategies)), list(strategies))
     return figure

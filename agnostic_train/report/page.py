@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.percent import percent
 from agnostic_train.report import figures as draw
 
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
@@ -149,7 +150,7 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
             f"{after['perplexity']:.2f}",
             f"{before['bits_per_byte']:.4f}",
             f"{after['bits_per_byte']:.4f}",
-            _percent(row["bits_per_byte_change"]),
+            percent(row["bits_per_byte_change"]),
         )
     return table
 
@@ -164,11 +165,6 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
     }
 
 
-def _percent(value: float) -> str:
-    """Of a change, with a digit more where one alone would show none."""
-    return f"{value:+z.1%}" if value == 0 or abs(value) >= 1e-3 else f"{value:+z.2%}"
-
-
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("agnostic_train.report", "templates"),
@@ -177,5 +173,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     return environment

@@ -4,7 +4,7 @@ import ast
 
 ORDER = {
     "": [
-        "files", "choices", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
+        "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
         "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
         "pipeline", "cli", "__main__",
     ],

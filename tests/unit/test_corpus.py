@@ -152,8 +152,12 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
     encoding.logger.addHandler(caplog.handler)
     encoder = Encoder.of(tokenizer, section(max_length=6), config())
     rows = encoder.encode(["a", "ñandú ñandú ñandú ñandú ñandú"], "the text")
+    assert Encoder.of(tokenizer, section(max_length=50), config(max_position_embeddings=5)).max_length == 5
     encoding.logger.removeHandler(caplog.handler)
-    assert "the text: 1 of 2 sentences cut at 6 tokens" in caplog.text
+    assert set(caplog.messages) == {
+        "the text: 1 of 2 sentences cut at 6 tokens",
+        "corpus.max_length: the model has 5 positions; sentences are cut at so many tokens",
+    }
     assert len(rows[1]["input_ids"]) == 6
     assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
     assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5

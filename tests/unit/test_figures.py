@@ -6,7 +6,8 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from agnostic_train.report import figures, page
+from agnostic_train.percent import percent
+from agnostic_train.report import figures
 from agnostic_train.report.figures import write_figures
 
 
@@ -70,7 +71,7 @@ def test_small_costs_are_drawn_on_a_plain_scale(cost, scale):
     ],
 )
 def test_a_small_change_keeps_its_sign(change, text):
-    assert page._percent(change) == text
+    assert percent(change) == text
 
 
 def test_both_files_are_written_and_text_stays_text(tmp_path):

@@ -6,14 +6,15 @@ from agnostic_train.export.model_card import model_card
 from agnostic_train.recipe import CorpusSection, ModelSection, Recipe, TrainingSection
 
 
-def card_of(name="my/model", **arguments):
+def card_of(name="my/model", evaluation=None, **arguments):
     recipe = Recipe(
         model=ModelSection(name=name),
         corpus=CorpusSection(path="text", languages=["no", "sw"]),
         training=TrainingSection(languages=["no", "sw"], arguments=arguments),
         output_dir="out",
     )
-    return model_card(recipe, {"strategy": "shared", "reason": "shared of sw", "neurons": {"q": 2, "k": 0}})
+    training = {"strategy": "shared", "reason": "shared of sw", "neurons": {"q": 2, "k": 0}}
+    return model_card(recipe, training, evaluation=evaluation)
 
 
 def test_norwegian_is_a_language():
@@ -28,3 +29,11 @@ def test_a_card_holds_no_path(tmp_path):
     (tmp_path / "zero3.json").write_text("{}")
     text = card_of(str(tmp_path / "base"), deepspeed=str(tmp_path / "zero3.json"))
     assert str(tmp_path) not in text and "# base, enhanced for no, sw" in text and "deepspeed zero3.json" in text
+
+
+def test_a_small_change_keeps_its_sign():
+    row = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9996}}
+    text = card_of(
+        evaluation={"no": row | {"bits_per_byte_change": -0.0002}, "en": row | {"bits_per_byte_change": -0.02}}
+    )
+    assert "| no * | 2.0000 | 1.9996 | -0.02% |" in text and "| en | 2.0000 | 1.9996 | -2.0% |" in text

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from agnostic_train.evaluation.comparison import compare_strategies, relative_change
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import whole_directory, write_json
+from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
@@ -157,7 +158,7 @@ def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:
 
 
 def _in_words(changes: Mapping[str, float]) -> str:
-    return "  ".join(f"{language} {change:+z.1%}" for language, change in changes.items()) + "  (validation)"
+    return "  ".join(f"{language} {percent(change)}" for language, change in changes.items()) + "  (validation)"
 
 
 def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:
