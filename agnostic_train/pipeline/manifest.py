@@ -81,11 +81,11 @@ class Manifest:
                 folder.rmdir()
         return bool(files)
 
-    def start(self, stage: str, inputs: dict[str, Any], num_processes: int, head: dict[str, Any]) -> None:
-        """Records that a run of the stage has begun. `head`: the manifest's top-level fields."""
+    def start(self, stage: str, inputs: dict[str, Any], launch: dict[str, Any], head: dict[str, Any]) -> None:
+        """Records that a run of the stage has begun. launch: what it took from its launcher. head: the manifest's top-level fields."""
         found, key = self.record(stage), fingerprint(inputs)
         run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
-        record = {"key": key, "run": run, "processes": num_processes, "finished": False, "inputs": inputs}
+        record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs}
         self._write(stage, record, head)
 
     def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
-from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
+from agnostic_train.pipeline.settings import check_comparison, check_inputs, launch_inputs, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages import STAGE_HELP, STAGES, OutOfMemory
@@ -51,6 +51,7 @@ class Pipeline:
         # Transformers sets the processes up when it is first asked for the device; the state is one for all.
         _ = self.training_arguments.device
         self.processes = PartialState()
+        self._launch = launch_inputs(self.training_arguments)
         self.say = say if self.processes.is_main_process else lambda line: None
         if self.processes.num_processes > 1:
             self.say(f"processes: {self.processes.num_processes}")
@@ -145,7 +146,7 @@ class Pipeline:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
                 clear_checkpoints(context, resume=state == "started" and not forced)
-            self.manifest.start(stage, inputs, self.processes.num_processes, self._head(stage))
+            self.manifest.start(stage, inputs, self._launch, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
         try:
@@ -174,7 +175,7 @@ class Pipeline:
         """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
         if stage == "train":
             same = self.manifest.record(stage).get("key") == fingerprint(self.inputs.whole(stage)) and not forced
-            check_checkpoints(self.directory, self.manifest, same, self.processes.num_processes)
+            check_checkpoints(self.directory, self.manifest, same, self._launch)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
 
         def check(folder: str, is_own: Callable[[Path], bool]) -> None:

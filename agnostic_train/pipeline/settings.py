@@ -74,7 +74,7 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
 
 
 def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
-    """What trials that are compared with each other take from their launcher: trainings of another one are no part of them."""
+    """What a training takes from its launcher. One that resumes, or is compared with others, must be launched as they were."""
     return {"processes": arguments.world_size, "precision": arguments.mixed_precision}
 
 

@@ -1,7 +1,7 @@
 """`train`: what the strategy chose learns from the training text."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -77,23 +77,27 @@ def train(context: Context) -> dict:
     }
 
 
-def check_checkpoints(directory: Path, manifest: Manifest, same: bool, num_processes: int) -> None:
-    """Refuses a folder in which someone else's training has saved, or the same one in another number of processes.
+def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: Mapping[str, object]) -> None:
+    """Refuses a folder in which someone else's training has saved, or the same one when it was launched otherwise.
 
     same: whether it is this very training that has saved there, unfinished or with files that were lost since.
+    launch: as by `launch_inputs`.
     """
     found, record = saved_checkpoints(directory), manifest.record("train")
     if found and not record:
         raise UserError(
             f"output_dir: {found[0]} isn't of a run that {manifest.file} records; move it away, or use another folder"
         )
-    begun_by = record.get("processes", num_processes)
-    if found and same and begun_by != num_processes:
-        # With the batch per device goes the batch: the steps done so far would stand for other text.
-        raise UserError(
-            f"output_dir: {found[-1]} is of a training in {begun_by} processes, and these are {num_processes}; go on in "
-            f"{begun_by}, or start it anew with --force"
-        )
+    begun = {key: record.get(key, value) for key, value in launch.items()}
+    if not found or not same or begun == launch:
+        return
+    # With the batch per device goes the batch: the steps done so far would stand for other text.
+    by_whom, now = f"in {begun['processes']} processes", f"these are {launch['processes']}"
+    if begun["processes"] == launch["processes"]:
+        by_whom, now = f"with mixed_precision {begun['precision']}", f"this launcher has {launch['precision']}"
+    raise UserError(
+        f"output_dir: {found[-1]} is of a training {by_whom}, and {now}; go on as it began, or start it anew with --force"
+    )
 
 
 def clear_checkpoints(context: Context, resume: bool) -> None:
