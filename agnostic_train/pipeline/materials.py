@@ -1,7 +1,7 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -111,12 +111,14 @@ class Materials:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        model = load_model(self.recipe.model, self.model_path)
+        # A comparison loads it again for each of its trainings.
+        with _without_bars() if self._told_model else nullcontext():
+            model = load_model(self.recipe.model, self.model_path)
         if not self._told_model:
             # ZeRO-3 has split a weight's entries, and notes how many they were.
             millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
             self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
-            self._told_model = True  # a comparison loads it again for each of its trainings
+            self._told_model = True
         return model
 
     @cached_property
@@ -156,6 +158,18 @@ class Materials:
     def forget_model(self) -> None:
         """Drops the model, which training has changed or another needs the room of: the next access loads it again."""
         self.__dict__.pop("model", None)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
@@ -129,6 +129,7 @@ class Trials:
         with tracking if self.group else nullcontext(Tracker(None)) as tracker:
             set_seed(arguments.seed)
             trainer = make_trainer(self.materials, arguments, choice, self.training)
+            trainer.remove_callback(PrinterCallback)  # what it prints would stand between a line or two for each trial
             learning = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
             # With masks, all of a matrix requires gradients.
             num_trainable = learning if choice.neurons is None else num_weights(choice.neurons, trainer.model)

@@ -46,7 +46,8 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     least, most = map(int, re.search(r"│ (\d+) to (\d+), each of so many steps", capsys.readouterr().out).groups())
     assert (least, most) == (4 * (3 + 2), 4 * (4 + 2))
     assert run(root, "compare", *SMALL) == 0
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "train_loss" not in printed and len(re.findall("Loading weights: 100%", bars)) <= 1
     assert least <= len(re.findall(r"^compare: .*, rate .*, seed \d: ", printed, re.MULTILINE)) <= most
     out = root / "out"
     comparison = read_json(out / "comparison.json")
