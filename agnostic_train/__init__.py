@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from agnostic_train.corpus.encoding import batches_of
     from agnostic_train.detection.detect import detect_neurons, neuron_impacts
     from agnostic_train.detection.self_check import ImpactMismatchError
+    from agnostic_train.errors import UserError
     from agnostic_train.export.checkpoint import export_checkpoint
-    from agnostic_train.files import UserError
     from agnostic_train.neurons.deactivation import deactivate
     from agnostic_train.neurons.language_neurons import LanguageNeurons
     from agnostic_train.neurons.neuron_set import NeuronSet
@@ -59,7 +59,7 @@ _MODULES = {
     "NonFiniteLossError": "scores.perplexity",
     "Perplexity": "scores.perplexity",
     "Strategy": "training.strategy",
-    "UserError": "files",
+    "UserError": "errors",
     "batches_of": "corpus.encoding",
     "deactivate": "neurons.deactivation",
     "detect_neurons": "detection.detect",

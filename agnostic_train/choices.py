@@ -2,10 +2,11 @@
 
 from typing import Any, Literal, get_args
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 
 Attention = Literal["exact", "paper"]
 Exclusive = Literal["complement", "unique"]
+Method = Literal["impact", "lape"]
 Update = Literal["compact", "mask"]
 ExportTarget = Literal["merged", "lora", "delta"]
 SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]

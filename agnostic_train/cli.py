@@ -13,8 +13,8 @@ from typing import NoReturn
 from safetensors import SafetensorError
 
 from agnostic_train import __version__
-from agnostic_train.files import UserError
-from agnostic_train.pipeline.stages import STAGE_HELP, OutOfMemory
+from agnostic_train.errors import UserError
+from agnostic_train.pipeline import STAGE_HELP, OutOfMemory
 from agnostic_train.recipe import OWN_KEYS, recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
 

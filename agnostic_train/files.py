@@ -13,16 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from agnostic_train.errors import UserError
+
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
 """What `whole_file` and `whole_directory` call their files until they are whole, and what is in their place until then."""
-
-
-class UserError(ValueError):
-    """A mistake in the user's input: the message is one line that names the key or file and the fix."""
-
-    def __init__(self, message: str):
-        # It quotes libraries, and keys as the user wrote them, which may have lines of their own.
-        super().__init__(" ".join(message.split()))
 
 
 @contextmanager
@@ -140,14 +134,14 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; raises `UserError` that names the file when it is missing or broken."""
+def read_json(path: str | Path, remedy: str = "delete it and run its stage again") -> Any:
+    """Reads a JSON file; raises `UserError` that names the file when it is missing or broken, and what to do then."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of 5000 digits, nested too deeply
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
+        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
 def fingerprint(value: Any) -> str:

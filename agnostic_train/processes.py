@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 
 T = TypeVar("T")
 

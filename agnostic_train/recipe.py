@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from agnostic_train.choices import Attention, Exclusive, ExportTarget, SetStrategy, Update
+from agnostic_train.choices import Attention, Exclusive, ExportTarget, Method, SetStrategy, Update
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -166,7 +166,7 @@ class CorpusSection:
 class DetectionSection:
     """Which neurons matter for which language."""
 
-    method: Literal["impact", "lape"] = Field(
+    method: Method = Field(
         default="impact", description="By impact, or by activation probability entropy (feed-forward units only)."
     )
     lape_ratio: float = Field(default=0.01, gt=0, le=1, description="'lape': fraction of all units to select.")

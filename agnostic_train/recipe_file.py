@@ -13,7 +13,7 @@ from pydantic_core import ArgsKwargs
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.recipe import (
     OWN_KEYS,
     SECTIONS,
@@ -53,6 +53,8 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         raise UserError(f"{source}: the recipe is empty")
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
+    # A section whose keys are all commented out.
+    values |= {name: {} for name in SECTIONS if name in values and values[name] is None}
     for key, value in (flags or {}).items():
         section, _, name = key.partition(".")
         parsed = _parse_flag(key, value)

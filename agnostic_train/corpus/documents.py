@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError, in_one_line
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
@@ -59,7 +59,3 @@ def row_of(line: str, where: str) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"{where} holds {type(row).__name__}, not an object of named values")
     return row
-
-
-def in_one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -10,13 +10,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.recipe import CorpusSection
 
 Example = dict[str, np.ndarray]
 """A sequence to train on: its `input_ids`, int32, which take a quarter of the memory that a list of them would."""
 
-# Sentences: what a tokenizer returns for them takes far more memory than their tokens.
+# Sentences a call of the tokenizer: what it returns takes far more memory than their tokens.
 _AT_ONCE = 1000
 SAMPLE = 200
 """Of how many sentences the length is looked at, where an estimate will do."""

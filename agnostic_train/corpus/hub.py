@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from datasets import IterableDataset, load_dataset
 
-from agnostic_train.corpus.documents import in_one_line, row_of, texts_of
-from agnostic_train.files import UserError
+from agnostic_train.corpus.documents import row_of, texts_of
+from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.recipe import CorpusSection
 
 _BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}

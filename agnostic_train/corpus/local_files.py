@@ -11,8 +11,8 @@ from typing import IO, Any
 import pyarrow
 from datasets import load_dataset
 
-from agnostic_train.corpus.documents import in_one_line, row_of, split_documents, texts_of
-from agnostic_train.files import UserError
+from agnostic_train.corpus.documents import row_of, split_documents, texts_of
+from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.recipe import CorpusSection
 
 _OPEN: dict[str, Callable[[Path], Any]] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from agnostic_train.corpus.local_files import find_file, local_sentences
 from agnostic_train.corpus.streaming import streamed_by_purpose
-from agnostic_train.files import UserError, fingerprint, hash_file
+from agnostic_train.errors import UserError
+from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.recipe import CorpusSection
 
 
@@ -18,7 +19,6 @@ class LanguageText:
     detection and training come from the train file, validation selects (scores, strategies), test only judges.
     """
 
-    language: str
     detection: list[str]
     training: list[str]
     validation: list[str]
@@ -31,10 +31,6 @@ class Corpus:
 
     texts: dict[str, LanguageText]
     hashes: dict[str, str]
-
-    @property
-    def languages(self) -> list[str]:
-        return list(self.texts)
 
 
 def load_corpus(
@@ -62,7 +58,7 @@ def load_corpus(
         if path is None:
             with_training = trained is None or language in trained
             parts = streamed_by_purpose(section, language, with_training, keep, progress)
-            texts[language] = LanguageText(language, **parts)
+            texts[language] = LanguageText(**parts)
             hashes[f"{language}, streamed"] = fingerprint(parts)
         else:
             texts[language], files = _local(section, Path(path), language)
@@ -120,7 +116,7 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
             )
         taken[purpose] = sentences[:count]
     training = train[section.detection_sentences :][: section.training_sentences]
-    return LanguageText(language, training=training, **taken)
+    return LanguageText(training=training, **taken)
 
 
 def check_training_text(language: str, sentences: Sequence[str]) -> None:

@@ -10,16 +10,16 @@ from itertools import chain, islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from agnostic_train.choices import Attention, Exclusive, check_choice
+from agnostic_train.choices import Attention, Exclusive, Method, check_choice
 from agnostic_train.detection.lape import firing_rates, specific_neurons
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import TopCounts
-from agnostic_train.files import UserError, fingerprint
+from agnostic_train.errors import UserError
+from agnostic_train.files import fingerprint
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import Work
@@ -29,9 +29,8 @@ from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.processes import num_processes, own_share, process_index, sum_over_processes
+from agnostic_train.processes import num_processes, own_share, process_index
 
-METHODS = ("impact", "lape")
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
 """What a batch says of its tokens."""
@@ -91,7 +90,7 @@ def detect_neurons(
     exclusive: Exclusive = "complement",
     *,
     min_languages: int | None = None,
-    method: str = "impact",
+    method: Method = "impact",
     lape_ratio: float = 0.01,
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
@@ -136,8 +135,7 @@ def detect_neurons(
         ValueError: an option out of range, or a batch of wrong shapes or tokens. TypeError: no batches by language.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: {method!r} isn't one of {', '.join(METHODS)}")
+    check_choice("method", method, Method)
     for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
@@ -186,9 +184,9 @@ def detect_neurons(
                     initial=counts.num_sentences, disable=not progress, leave=False,
                 )  # fmt: skip
                 _add_batches(counts, meter, active, share, stack.enter_context(bar), file)
-            work = {name: work[name] + done for name, done in meter.work.items()}
             unpruned.update(layer.index for layer in meter.unpruned)
             counts.sum_over_processes(sizes, find_device(model))
+            work = {name: work[name] + done for name, done in counts.work.items()}
             related[language] = counts.consistent(consistency, sizes)
             num_sentences[language] = counts.num_sentences
             if activations:
@@ -212,17 +210,8 @@ def detect_neurons(
                 "queries or keys by something else than their mean square, or have heads of which one entry is nearly all; "
                 "pruning doesn't cover that, all their neurons were computed"
             )
-        found.exact_share = _exact_share(work, find_device(model))
+        found.exact_share = {name: it.neurons / it.all_neurons for name, it in work.items() if it.all_neurons}
     return found
-
-
-def _exact_share(work: Mapping[str, Work], device: torch.device) -> dict[str, float]:
-    shares = {}
-    for name, it in work.items():
-        computed, available = sum_over_processes(torch.tensor([it.neurons, it.all_neurons], device=device)).tolist()
-        if available:
-            shares[name] = computed / available
-    return shares
 
 
 def _detect_by_lape(
@@ -239,7 +228,7 @@ def _detect_by_lape(
     for language, rates in found.items():
         if not rates.num_sentences:
             raise UserError(f"corpus.languages: {language!r} has no sentence")
-    related = specific_neurons({language: it.rates for language, it in found.items()}, ratio, dict(sizes))
+    related = specific_neurons({language: it.rates for language, it in found.items()}, ratio, sizes)
     settings = {
         "method": "lape",
         "lape_ratio": ratio,
@@ -257,7 +246,11 @@ def _add_batches(
     file: Path | None,
 ) -> None:
     """Counts the batches that aren't counted yet, and writes the file now and then, and at the end."""
-    saved = time.monotonic()
+    saved, before = time.monotonic(), counts.work
+
+    def add_work() -> None:
+        counts.work = {name: before[name] + done for name, done in meter.work.items()}
+
     for batch in islice(batches, counts.num_batches, None):
         if active is not None:
             active.begin(batch)
@@ -268,7 +261,9 @@ def _add_batches(
         counts.num_sentences += len(batch["input_ids"])
         bar.update(len(batch["input_ids"]))
         if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            add_work()
             counts.save(file)
             saved = time.monotonic()
+    add_work()
     if file is not None:
         counts.save(file)

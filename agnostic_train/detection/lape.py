@@ -4,7 +4,7 @@ A feed-forward unit of a language fires with some probability over its tokens. U
 low entropy over languages; the lowest are language-specific.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site, find_decoder
+from agnostic_train.errors import UserError
+from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Projection, Site, find_decoder
 from agnostic_train.model.inference import Batch, find_device, model_inputs, own_sentences, real_and_counted
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import own_share, sum_over_processes
@@ -35,20 +36,23 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
 
     SiLU, GELU and ReLU are above zero where their input is, so the input is looked at: the gate's output, or `up`'s in
     a family without a gate. Several processes share the batches.
+
+    Raises:
+        UserError: a unit's input isn't finite.
     """
     decoder = find_decoder(model)
     counts: dict[int, Tensor] = {}
+    not_finite: dict[int, Tensor] = {}
     counted = torch.empty(0)
     device = find_device(model)
     num_tokens, num_sentences = torch.zeros((), dtype=torch.int64, device=device), 0
 
-    def count(layer: Layer) -> Callable:
-        projection = layer.projections.get("gate", layer.projections["up"])
-
+    def count(layer: int, projection: Projection) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            fires = (projection.output(output) > 0) & counted.to(output.device).unsqueeze(-1)
-            fired = fires.sum((0, 1))
-            counts[layer.index] = counts[layer.index] + fired if layer.index in counts else fired
+            states, at = projection.output(output), counted.to(output.device).unsqueeze(-1)
+            fired, bad = ((states > 0) & at).sum((0, 1)), (~states.isfinite() & at).sum()
+            counts[layer] = counts[layer] + fired if layer in counts else fired
+            not_finite[layer] = not_finite[layer] + bad if layer in not_finite else bad
 
         return hook
 
@@ -63,8 +67,8 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
         ) as bar,
     ):
         for layer in decoder.layers:
-            linear = layer.projections.get("gate", layer.projections["up"]).linear
-            stack.callback(linear.register_forward_hook(count(layer)).remove)
+            projection = layer.projections.get("gate", layer.projections["up"])
+            stack.callback(projection.linear.register_forward_hook(count(layer.index, projection)).remove)
         for batch in own_share(batches):
             inputs = model_inputs(model, batch)
             counted = real_and_counted(inputs, batch)[1]
@@ -73,15 +77,17 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
             num_sentences += len(counted)
             bar.update(len(counted))
     totals = sum_over_processes(torch.stack([num_tokens, torch.tensor(num_sentences, device=device)]))
+    none = torch.zeros((), dtype=torch.int64)
     units = [layer.projections["down"].num_neurons for layer in decoder.layers]
-    fired = torch.stack(
-        [counts.get(index, torch.zeros(size, dtype=torch.int64)).to(device) for index, size in enumerate(units)]
-    )
+    bad = sum_over_processes(torch.stack([not_finite.get(it, none).to(device) for it in range(len(units))])).nonzero()
+    if len(bad):
+        raise UserError(f"model.name: hidden units of layer {int(bad[0])} aren't finite; the model computes NaN or Inf")
+    fired = torch.stack([counts.get(index, none.expand(size)).to(device) for index, size in enumerate(units)])
     fired = sum_over_processes(fired)
     return FiringRates(fired.cpu().double() / int(totals[0]), int(totals[1]))
 
 
-def specific_neurons(rates: dict[str, Tensor], ratio: float, sizes: dict[Site, int]) -> dict[str, NeuronSet]:
+def specific_neurons(rates: Mapping[str, Tensor], ratio: float, sizes: Mapping[Site, int]) -> dict[str, NeuronSet]:
     """Each language's specific units, as the gate, up and down neurons of those units.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
 from agnostic_train.model.decoder import (
     ATTENTION_PROJECTIONS,
@@ -224,7 +224,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
     inputs = model_inputs(model, batch)
     real, counted = real_and_counted(inputs, batch)
     with ExitStack() as stack:
-        # Its attention masks are written out for the observers, who measure nothing, sliding windows included.
+        # The observers measure nothing: for them the model writes its attention masks out, sliding windows included.
         observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB) for layer in decoder.layers]
         for observer in observers:
             observer.begin(real, counted)

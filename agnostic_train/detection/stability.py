@@ -15,7 +15,8 @@ Overlaps = dict[str, dict[str, float | None]]
 def jaccard(a: NeuronSet, b: NeuronSet) -> dict[str, float | None]:
     """Size of the intersection over size of the union, per projection and for `all`; None where both are empty."""
     shared, either = a & b, a | b
-    pairs = {name: (shared.counts()[name], either.counts()[name]) for name in PROJECTIONS}
+    parts, wholes = shared.counts(), either.counts()
+    pairs = {name: (parts[name], wholes[name]) for name in PROJECTIONS}
     pairs["all"] = (len(shared), len(either))
     return {name: part / whole if whole else None for name, (part, whole) in pairs.items()}
 
@@ -31,8 +32,9 @@ def detection_stability(
         sentences: per language, in random order.
         others: per language, further sentences, for a second sample of equal size where there are as many.
 
-    Returns: `halves` (the two halves of the sample, if it has two), `second sample` (another sample of equal size, as another seed
-    would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the sample's size.
+    Returns: `halves` (the two halves of the sample, if it has two), `second sample` (another sample of equal size, as
+        another seed would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the
+        sample's size.
     """
     size = min(len(it) for it in sentences.values())
     middle = size // 2

@@ -8,8 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agnostic_train.files import UserError, whole_file
-from agnostic_train.impact.pruning import num_top
+from agnostic_train.errors import UserError
+from agnostic_train.files import whole_file
+from agnostic_train.impact.pruning import Work, num_top
 from agnostic_train.model.decoder import Site
 from agnostic_train.neurons.activity import MEASURED, Activations
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -21,7 +22,7 @@ _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 class TopCounts:
     """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text.
 
-    key: tells counts in a file from those of another detection.
+    key: tells counts in a file from those of another detection. work: by `q` and `k`, how much pruning left to compute.
     """
 
     def __init__(self, top_ratio: float, key: str = ""):
@@ -30,6 +31,7 @@ class TopCounts:
         self.num_batches = 0
         self.num_sentences = 0
         self.num_tokens: int | Tensor = 0
+        self.work = {"q": Work(), "k": Work()}
         self._top = _Sums()
         self._not_finite = _Sums()
         self._activations = _Sums()
@@ -60,6 +62,9 @@ class TopCounts:
             return
         totals = torch.tensor([self.num_sentences, self.num_batches, int(self.num_tokens)], device=device)
         self.num_sentences, self.num_batches, self.num_tokens = sum_over_processes(totals).tolist()
+        for name, work in self.work.items():
+            numbers = torch.tensor([int(it) for it in vars(work).values()], device=device)
+            self.work[name] = Work(*sum_over_processes(numbers).tolist())
         own = self._top.by_site(), self._not_finite.by_site(), self._activations.by_site()
         self._top, self._not_finite, self._activations = _Sums(), _Sums(), _Sums()
         # Copied, for sums are in place and gate, up and down share a row.
@@ -92,6 +97,8 @@ class TopCounts:
             for (layer, projection), values in sums.by_site().items()
         }
         progress = {name: str(int(getattr(self, name))) for name in _PROGRESS} | {"key": self.key}
+        for name, work in self.work.items():
+            progress |= {f"{name}.{kind}": str(int(number)) for kind, number in vars(work).items()}
         with whole_file(file) as temporary:
             save_file(tensors, temporary, progress)
 
@@ -114,6 +121,8 @@ class TopCounts:
                     sums.add((((int(layer), projection),),), tensors.get_tensor(name)[None])
             for name in _PROGRESS:
                 setattr(counts, name, int(progress[name]))
+            for name, work in counts.work.items():
+                counts.work[name] = Work(*(int(progress[f"{name}.{kind}"]) for kind in vars(work)))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: counts that can't be read ({error}); delete it and detect again") from None
         return counts

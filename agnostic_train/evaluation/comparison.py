@@ -140,7 +140,7 @@ def compare_strategies(
 
 
 def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | None = None) -> tuple[Tensor, Tensor]:
-    """What the mean over seeds is off by, (count,) each: by variances that are pooled, or its own if larger, and by its own.
+    """Draws of the error of a mean over seeds, (count,) each: by the pooled variance, or its own if larger, and by its own.
 
     Args:
         pool: (series, seeds), whose variances are pooled. own: (seeds,).

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from agnostic_train.scores.bootstrap import interval
+
 _NUM_RESAMPLES = 2000
 _SEED = 0
 
@@ -55,4 +57,4 @@ def _interval_of_mean(values: torch.Tensor) -> list[float]:
     means = torch.stack(
         [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(_NUM_RESAMPLES)]
     )
-    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return list(interval(means))

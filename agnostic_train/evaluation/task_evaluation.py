@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_loading import (
     check_task,
     explain_unknown,
@@ -31,7 +32,7 @@ from agnostic_train.evaluation.task_loading import (
     set_up,
 )
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks, result_of_group, result_of_task
-from agnostic_train.files import UserError, fingerprint, hash_file, read_json, write_json
+from agnostic_train.files import fingerprint, hash_file, read_json, write_json
 from agnostic_train.model.inference import left_as_found
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -40,9 +40,7 @@ def load_task(manager: "TaskManager", name: str) -> dict:
             f"or leave the task out"
         ) from None
     except Exception as error:
-        raise UserError(
-            f"evaluation.tasks: can't load {name}: {type(error).__name__}: {shorten(str(error), 300)}"
-        ) from None
+        raise UserError(f"evaluation.tasks: can't load {name}: {in_one_line(error)}") from None
     if refused:
         # The harness swallows the refusal, and would fail when it has run the model.
         raise UserError(_remote_metric(refused[0]))

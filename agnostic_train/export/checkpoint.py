@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agnostic_train.choices import ExportTarget, check_choice
+from agnostic_train.errors import UserError
 from agnostic_train.export.frozen_weights import FrozenWeightCheck, check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.files import UserError, check_replaceable, public_name, read_json, whole_directory, write_json
+from agnostic_train.files import check_replaceable, public_name, read_json, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta

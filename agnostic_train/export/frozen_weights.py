@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agnostic_train.errors import UserError
 from agnostic_train.export.trained import Trained
-from agnostic_train.files import UserError
 from agnostic_train.model.weights import bit_patterns
 
 
@@ -45,8 +45,8 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
     if trained.chosen is None or trained.is_quantised or (trained.base is None and not trained.adapter):
         return FrozenWeightCheck("unverified")
     dtype = dtype or trained.model.dtype
-    others = trained.base or trained.model
-    others = {name.replace(".base_layer.", "."): value for name, value in others.named_parameters()}
+    before = trained.model if trained.base is None else trained.base
+    others = {name.replace(".base_layer.", "."): value for name, value in before.named_parameters()}
     changed, num_compared, num_chosen, num_moved, num_surviving = [], 0, 0, 0, 0
     for name, weight in trained.weights(trained.model.named_parameters()):
         other = others.get(name)

@@ -22,7 +22,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     """
     # The hub's metadata takes only its own names; a local path isn't one.
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
-    title = recipe.model.name if hub_name else Path(recipe.model.name).name  # a card is published, a path is private
+    # A card is published, a path is private.
+    title = recipe.model.name if hub_name else Path(recipe.model.name).resolve().name
     counts = training["neurons"]
     neurons = (
         "none in particular"
@@ -48,9 +49,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
         )
         details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
     arguments = [f"{key} {_shown(value)}" for key, value in recipe.training.arguments.items()]
-    details.append(
-        "; ".join(([] if counts is None else [f"update: {recipe.training.update}"]) + [", ".join(arguments)])
-    )
+    update = None if counts is None else f"update: {recipe.training.update}"
+    details.append("; ".join(filter(None, (update, ", ".join(arguments)))))
     if training.get("text"):
         details.append(f"training text: {training['text']}")
     listed = "\n".join(f"- {it}" for it in details if it)

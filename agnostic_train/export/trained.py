@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
+from agnostic_train.model.completeness import check_complete
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import check_whole
@@ -95,7 +96,7 @@ class Trained:
         return getattr(self.model, "hf_quantizer", None) is not None
 
     @cached_property
-    def chosen(self) -> Mapping[str, Delta | ChosenEntries] | None:
+    def chosen(self) -> Mapping[str, ChosenEntries] | None:
         """The entries of weights that may differ from the base's, by module name; None if that isn't known."""
         return None if self.neurons is None else chosen_entries(self.model, self.neurons)
 
@@ -172,8 +173,11 @@ def _loaded(base: nn.Module | str | Path) -> nn.Module:
             raise UserError("base: it has adapters; give the model as it was before them")
         return base
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"base: can't load {base} ({shorten(str(error), 200)})") from None
+    check_complete(info, base, "base")
     check_whole(model, "exporting")
     return model

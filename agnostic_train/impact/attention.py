@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.impact import kernel_trial, kernels
+from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.row_blocks import Block, row_blocks
-from agnostic_train.model.decoder import Rotation
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,21 @@ def rotated_change(
     inputs: AttentionInputs,
     name: str,
     states: Tensor,
-    rotation: Rotation,
-    unit: tuple[Tensor, Tensor],
+    angles: Angles,
     growth: Tensor | None = None,
 ) -> LogitChange:
     """The logits' change for each row of `q`, less `s q_i[n] (R_i e_n) . k~_j`, or of `k`, less `s k_j[n] (R_j e_n) . q~_i`.
 
     states: what the rotation makes q~ or k~ of, per query head, padding zeroed, (batch, query heads, length, head_dim).
-    unit: the rotation's coefficients. growth: by what the other entries grow, see `rms_norm`.
+    growth: by what the other entries grow, see `rms_norm`.
     """
     if growth is not None:
         states = states * growth
-    own, other = (states * (part * inputs.scaling).unsqueeze(1) for part in unit)
+    own, other = (states * (part * inputs.scaling).unsqueeze(1) for part in (angles.own, angles.other))
+    partner = angles.rotation.partner
     if name == "q":
-        return LogitChange(own, inputs.key, other, inputs.key[..., rotation.partner], row_growth=growth)
-    return LogitChange(inputs.query, own, inputs.query[..., rotation.partner], other, column_growth=growth)
+        return LogitChange(own, inputs.key, other, inputs.key[..., partner], row_growth=growth)
+    return LogitChange(inputs.query, own, inputs.query[..., partner], other, column_growth=growth)
 
 
 def paper_change(inputs: AttentionInputs) -> LogitChange:
@@ -254,9 +254,7 @@ class OutputChange:
                 result[heads, neurons] += self._squares(heads, block, changed, attention)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
-    def replayed(
-        self, name: str, projected: Tensor, norm: nn.Module, rotation: Rotation, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
         """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
 
         projected: (batch, length, neurons), padding zeroed. Returns: (batch, query heads, head_dim).
@@ -270,7 +268,7 @@ class OutputChange:
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
             states = norm(heads_of[heads, None] * kept[None, :, None, :])
             sentence = torch.arange(len(query), device=query.device)[heads] // self.num_heads
-            states = rotation.apply(states, cos[sentence], sin[sentence])
+            states = angles.rotation.apply(states, angles.cos[sentence], angles.sin[sentence])
             left, right = (states, key[heads, None]) if name == "q" else (query[heads, None], states)
             for block, attention in zip(self.blocks, attentions, strict=True):
                 rows, keys = block.rows, block.keys
@@ -280,14 +278,7 @@ class OutputChange:
         return result.view(self.batch, self.num_heads, self.head_dim)
 
     def replayed_over_heads(
-        self,
-        name: str,
-        projected: Tensor,
-        norm: nn.Module,
-        rotation: Rotation,
-        cos: Tensor,
-        sin: Tensor,
-        marked: Tensor | None = None,
+        self, name: str, projected: Tensor, norm: nn.Module, angles: Angles, marked: Tensor | None = None
     ) -> Tensor:
         """As `replayed`, for a norm over all heads: zeroing one entry rescales every head, so every head is done anew.
 
@@ -307,9 +298,8 @@ class OutputChange:
             states = projected[sentences]
             states.scatter_(2, neurons[:, None, None].expand(-1, self.length, 1), 0)
             states = norm(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-            states = _repeated(
-                rotation.apply(states, cos[sentences], sin[sentences]), self.num_heads // states.shape[1]
-            )
+            states = angles.rotation.apply(states, angles.cos[sentences], angles.sin[sentences])
+            states = _repeated(states, self.num_heads // states.shape[1])
             left, right = (
                 (states, self.inputs.key[sentences]) if name == "q" else (self.inputs.query[sentences], states)
             )

@@ -15,11 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from agnostic_train.choices import Attention, check_choice
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
+from agnostic_train.impact.angles import SharedAngles
 from agnostic_train.impact.attention import AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
 from agnostic_train.impact.pruning import Work
-from agnostic_train.impact.query_key import QueryKeyImpacts, SharedAngles
+from agnostic_train.impact.query_key import QueryKeyImpacts
 from agnostic_train.model.decoder import (
     FEED_FORWARD_PROJECTIONS,
     PROJECTIONS,

@@ -37,6 +37,7 @@ class _OtherHeads:
 
 
 def pruned_impacts(
+    name: str,
     change: OutputChange,
     own_change: LogitChange,
     growth: Tensor,
@@ -48,8 +49,9 @@ def pruned_impacts(
     """Impacts of one layer's q or k from which each sentence's top neurons can be read.
 
     Args:
+        name: `q` or `k`.
         change: the layer's attention for a batch.
-        own_change: what each neuron makes of the logits of its own heads; its row growth tells q from k.
+        own_change: what each neuron makes of the logits of its own heads.
         growth: by what the other entries grow without each neuron, (batch, length, neurons).
         num_groups: into how many groups of neurons that act through the same heads the site falls: the query heads for
             q, the KV heads for k.
@@ -65,7 +67,7 @@ def pruned_impacts(
     """
     own = change.of_logits(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
     excess = (growth - 1).to(own.dtype).unflatten(-1, (num_groups, -1)).transpose(1, 2)
-    others = _key_growth(change) if own_change.row_growth is None else _query_growth(change)
+    others = _query_growth(change) if name == "q" else _key_growth(change)
     noise = _noise(change)
     low, high = ((own + it.flatten(1)).sqrt() for it in _intervals(change, others, excess))
     low, high = (low - noise).clamp(min=0).square(), (high + noise).square()

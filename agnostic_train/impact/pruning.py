@@ -6,7 +6,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 
 # Relative slack on proven bounds: rounding depends on which neurons are computed together.
 ROUNDING_MARGIN = 1e-4

@@ -1,7 +1,7 @@
 """The q and k impacts of one layer: which form of the arithmetic applies, and how much of it at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
 from agnostic_train.impact import kernel_trial, norm_over_heads
+from agnostic_train.impact.angles import Angles, SharedAngles
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
@@ -22,53 +23,13 @@ from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
-from agnostic_train.model.decoder import Layer, Rotation
+from agnostic_train.model.decoder import Layer
 
 # Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
 _CPU_CHUNK_BYTES = 6 << 20
 # If bounds leave more than this part of the logits to compute, all at once are faster; and less where a norm makes them
 # grow, which costs more beside gathered neurons. They are tried again on sentences that are so much shorter.
 _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.36, 0.24, 0.7
-
-
-@dataclass(frozen=True)
-class Angles:
-    """How the positions of a batch are rotated.
-
-    rotation: of the layers. cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other:
-    what the rotation makes of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
-    """
-
-    rotation: Rotation
-    cos: Tensor
-    sin: Tensor
-    own: Tensor
-    other: Tensor
-
-    def sentences(self, part: slice) -> "Angles":
-        """The same for some sentences of the batch."""
-        return Angles(self.rotation, self.cos[part], self.sin[part], self.own[part], self.other[part])
-
-
-class SharedAngles:
-    """The angles of a pass, computed once for all layers of a kind that are given the same tensors."""
-
-    def __init__(self) -> None:
-        # The tensor is kept with its angles: as long as it lives, no other has its id.
-        self._by_tensor: dict[tuple[int, type], tuple[Tensor, Angles]] = {}
-
-    def clear(self) -> None:
-        """Forgets the last pass."""
-        self._by_tensor.clear()
-
-    def get(self, layer: Layer, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
-        """Angles in a dtype, for every sentence of the batch."""
-        key = id(cos_sin[0]), type(layer.attention)
-        if key not in self._by_tensor:
-            cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
-            rotation = layer.rotation(cos, sin)
-            self._by_tensor[key] = cos_sin[0], Angles(rotation, cos, sin, *rotation.coefficients(cos, sin))
-        return self._by_tensor[key][1]
 
 
 class QueryKeyImpacts:
@@ -163,7 +124,7 @@ class QueryKeyImpacts:
                 num_groups = self.layer.num_query_heads if name == "q" else self.layer.num_kv_heads
                 replayed = partial(self._replayed_over_heads, change, name, projected[name], angles)
                 impacts[name] = norm_over_heads.pruned_impacts(
-                    change, changes[name], growth, num_groups, replayed, self._top_ratio, self.work[name]
+                    name, change, changes[name], growth, num_groups, replayed, self._top_ratio, self.work[name]
                 )
         rest = [name for name in self.names if name not in impacts]
         closed = {name: changes[name] for name in rest if name in changes and name not in growths}
@@ -249,8 +210,7 @@ class QueryKeyImpacts:
                 if value > LARGEST_GROWTH:
                     del parts[name]
         changes = {
-            name: rotated_change(inputs, name, states, angles.rotation, (angles.own, angles.other), growth)
-            for name, (states, growth) in parts.items()
+            name: rotated_change(inputs, name, states, angles, growth) for name, (states, growth) in parts.items()
         }
         return inputs, changes, growths
 
@@ -269,11 +229,11 @@ class QueryKeyImpacts:
         elif self.layer.norm_spans_heads(name):
             return self._replayed_over_heads(change, name, projected, angles).sqrt().float()
         else:
-            squares = change.replayed(name, projected, norm, angles.rotation, angles.cos, angles.sin)
+            squares = change.replayed(name, projected, norm, angles)
         return query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
 
     def _replayed_over_heads(
         self, change: OutputChange, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None
     ) -> Tensor:
         norm = self.layer.norms[name]
-        return change.replayed_over_heads(name, projected, norm, angles.rotation, angles.cos, angles.sin, marked)
+        return change.replayed_over_heads(name, projected, norm, angles, marked)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 
 if TYPE_CHECKING:
     # At run time PEFT's import registers our tuner, which rests on this file.
@@ -62,6 +62,11 @@ class Projection:
             return self.linear.weight.shape[self.neuron_dim]
         # Four-bit weights are packed, and ZeRO-3 leaves an empty tensor of one dimension: their shape says nothing.
         return self.linear.in_features if self.neuron_dim else self.linear.out_features
+
+    @property
+    def entry_size(self) -> int:
+        """How many weights a neuron's row or column has."""
+        return self.linear.out_features if self.neuron_dim else self.linear.in_features
 
     def entries(self, neurons: Tensor) -> Tensor:
         """The rows or columns of `linear.weight` that hold the neurons, on the weight's device."""

@@ -20,7 +20,9 @@ from transformers import (
 )
 from transformers.utils.logging import get_logger
 
-from agnostic_train.files import UserError, hash_file
+from agnostic_train.errors import UserError
+from agnostic_train.files import hash_file
+from agnostic_train.model.completeness import check_complete
 from agnostic_train.recipe import ModelSection
 
 logger = get_logger(__name__)
@@ -43,19 +45,7 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         model, info = _load(
             AutoModelForCausalLM, section, name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    # Transformers fills with random numbers what is missing or of another shape, and goes on.
-    if info["mismatched_keys"]:
-        key, found, wanted = min(info["mismatched_keys"])
-        raise UserError(
-            f"model.name: {name} has weights of other shapes than its config.json says, such as {key}: {tuple(found)}, not "
-            f"{tuple(wanted)}; one of the two is another model's"
-        )
-    if info["missing_keys"]:
-        absent = sorted(info["missing_keys"])
-        raise UserError(
-            f"model.name: {name} lacks {len(absent)} weights that its config asks for, such as {absent[0]}; the checkpoint "
-            "isn't complete, or its config.json is another model's"
-        )
+    check_complete(info, name)
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         logger.warning_once(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from agnostic_train.model.decoder import COLUMN_PROJECTIONS, Decoder, Site
+from agnostic_train.model.decoder import Decoder, Site
 
 GIB = 2**30
 SLACK = 1.1
@@ -48,7 +48,7 @@ class Layout:
     @classmethod
     def of(cls, model: PreTrainedModel, decoder: Decoder) -> "Layout":
         """Reads the sizes off a model, which may be on the meta device."""
-        hidden, vocabulary = decoder.layers[0].projections["o"].linear.out_features, model.get_output_embeddings()
+        hidden = decoder.layers[0].projections["o"].linear.out_features
         norm_widths = []
         for layer, block in zip(decoder.layers, decoder.backbone.layers, strict=True):
             own = {id(norm): layer.projections[name].num_neurons for name, norm in layer.norms.items()}
@@ -61,15 +61,11 @@ class Layout:
             hidden=hidden,
             queries=max(layer.projections["q"].num_neurons for layer in decoder.layers),
             feed_forward=max(layer.projections["up"].num_neurons for layer in decoder.layers),
-            vocabulary=vocabulary.out_features,
+            vocabulary=model.get_output_embeddings().out_features,
             norm_widths=max(norm_widths),
             num_heads=max(layer.num_query_heads for layer in decoder.layers),
             is_eager=model.config.get_text_config()._attn_implementation == "eager",
-            entry_sizes={
-                (layer.index, name): it.linear.out_features if name in COLUMN_PROJECTIONS else it.linear.in_features
-                for layer in decoder.layers
-                for name, it in layer.projections.items()
-            },
+            entry_sizes={site: decoder.projection(site).entry_size for site in decoder.sizes},
         )
 
     @property

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 from agnostic_train.neurons.random_moves import channels_read
 

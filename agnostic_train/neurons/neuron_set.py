@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError, read_json, whole_file, write_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import read_json, whole_file, write_json
 from agnostic_train.model.decoder import PROJECTIONS, Layer, Site, find_decoder
 from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.random_moves import matched_moves, random_moves
@@ -267,7 +268,7 @@ class NeuronSet:
         Raises:
             UserError: the file is missing, broken, of another format, or of another model.
         """
-        content = read_json(file)
+        content = read_json(file, "name a file that to_json wrote, or a published set")
         if not isinstance(content, dict):
             raise UserError(f"{file}: expected a JSON object of neurons per projection")
         published = content.get("format") != FORMAT

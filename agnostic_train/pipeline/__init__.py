@@ -1,1 +1,21 @@
 """From a recipe to the files of a run: stages, what they are given, and what need not be run again."""
+
+STAGES = {
+    "detect": "find each language's related, shared and exclusive neurons",
+    "score": "switch neurons off and compute the language-agnostic score",
+    "train": "train the chosen neurons",
+    "export": "write the enhanced checkpoint, and check that nothing else moved",
+    "evaluate": "measure every language before and after, on test text",
+    "report": "write report.html and the figures",
+}
+"""What `run` runs, in order."""
+
+STAGE_HELP = {
+    "run": f"every stage in order: {', '.join(STAGES)}",
+    **STAGES,
+    "compare": "train every strategy and baseline on the same data and budget, and test the differences",
+}
+
+
+class OutOfMemory(RuntimeError):
+    """A stage needs more of the device's memory than there is: the message is one line that names the keys to lower."""

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, floor
-from pathlib import Path
 from statistics import fmean
 
 from accelerate import PartialState
@@ -16,17 +15,18 @@ from agnostic_train.corpus.hub import check_dataset
 from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
 from agnostic_train.corpus.streaming import wanted_sentences
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
-from agnostic_train.files import UserError
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
-from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
+from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe
+from agnostic_train.training.chosen import num_weights
 from agnostic_train.training.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         UserError: as running it would, as far as that shows without the weights.
     """
     arguments = training_arguments(recipe)
-    check_inputs(recipe, arguments, Path(recipe.output_dir))
+    check_inputs(recipe, arguments)
     if stage == "compare":
         check_comparison(recipe, arguments)
     model_path, corpus_path = _local_paths(recipe)
@@ -105,8 +105,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     strategies: list[str] = [*recipe.comparison.strategies] if stage == "compare" else [recipe.training.strategy]
     entries = {it: _most_entries(recipe, it, decoder, layout) for it in strategies}
     if stage != "compare" and recipe.training.neurons is not None:
-        named = NeuronSet.read(recipe.training.neurons, model)
-        entries = {it: sum(len(named[site]) * size for site, size in layout.entry_sizes.items()) for it in strategies}
+        entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
     examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.versions import installed_version
 
 

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import Corpus, load_corpus
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
-from agnostic_train.files import UserError
 from agnostic_train.model.loading import load_config, load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe

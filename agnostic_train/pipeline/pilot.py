@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from tqdm.auto import tqdm
 
 from agnostic_train.corpus.encoding import Encoder
-from agnostic_train.evaluation.comparison import relative_change
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.pipeline.trials import Trial, Trials
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -52,16 +51,14 @@ def rank_candidates(
     Raises:
         UserError: every candidate diverged.
     """
-    base = trials.base()["validation"]
+    base = trials.base()
     rows = []
     hidden = not trials.materials.processes.is_local_main_process
     bar = tqdm(candidates, desc="pilot", unit=" strategies", disable=hidden, leave=False)
     for name in bar:
         bar.set_postfix_str(name)
         result = trials.run(Trial(name, seed, rate))
-        changes = None
-        if result.measured is not None:
-            changes = {it: relative_change(base[it], after) for it, after in result.measured["validation"].items()}
+        changes = result.changes(base)
         mean = None if changes is None else sum(changes[it] for it in languages) / len(languages)
         rows.append({"strategy": name, "change": mean, "languages": changes, "trainable": result.record["trainable"]})
     rows.sort(key=lambda row: math.inf if row["change"] is None else row["change"])

@@ -14,18 +14,18 @@ import torch
 from accelerate import PartialState
 
 from agnostic_train.corpus.purposes import check_training_text
-from agnostic_train.files import UserError, check_replaceable, fingerprint, sole_user, whole_file
+from agnostic_train.errors import UserError
+from agnostic_train.files import check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
-from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemory
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import check_comparison, check_inputs, launch_inputs, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
-from agnostic_train.pipeline.stages import STAGE_HELP, STAGES, OutOfMemory
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.stages.train import check_checkpoints, clear_checkpoints
+from agnostic_train.pipeline.stages.train import check_checkpoints, clear_checkpoints, read_neurons
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
@@ -57,7 +57,7 @@ class Pipeline:
             self.say(f"processes: {self.processes.num_processes}")
         self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
-        check_inputs(recipe, self.training_arguments, self.directory)
+        check_inputs(recipe, self.training_arguments)
         _make_writable("output_dir", self.directory)
         if recipe.tracking.results_dir is not None:
             _make_writable("tracking.results_dir", Path(recipe.tracking.results_dir))
@@ -76,10 +76,11 @@ class Pipeline:
             self.materials.encoder.check_packing()
         if "train" in stages:
             self._check_training()
+        forced = {name: self.force and stage in ("run", name) for name in stages}
         for name in stages:
             self.inputs.of(name)
-            if self.force or self.inputs.state(name) != "finished":
-                self._check_folders(name, self.force and stage in ("run", name))
+            if forced[name] or self.inputs.state(name) != "finished":
+                self._check_folders(name, forced[name])
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
             # Of a comparison each training is a tracked run of its own, in one group.
             tracking = (
@@ -88,7 +89,7 @@ class Pipeline:
                 else tracked(self.recipe, self.processes, run_id=self._tracking_id)
             )
             with tracking as tracker:
-                ran = [name for name in stages if self._run_stage(name, self.force and stage in ("run", name), tracker)]
+                ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
         self._tell_of_older_results([name for name in (*STAGES, "compare") if name not in stages], ran)
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
@@ -108,7 +109,7 @@ class Pipeline:
     def _check_training(self) -> None:
         section = self.recipe.training
         if section.neurons is not None:
-            NeuronSet.read(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
+            read_neurons(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
         training = {language: self.materials.corpus.texts[language].training for language in section.text_languages}
         for language, sentences in training.items():
             check_training_text(language, sentences)
@@ -125,6 +126,11 @@ class Pipeline:
             return False
         self._check_folders(stage, forced)
         self.processes.wait_for_everyone()
+        context = Context(
+            stage=stage, recipe=self.recipe, arguments=self.training_arguments, materials=self.materials,
+            manifest=self.manifest, inputs=self.inputs, say=self.say, tracker=tracker,
+        )  # fmt: skip
+        STAGE_TABLE[stage].check(context)
         replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
         if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
             replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
@@ -134,10 +140,6 @@ class Pipeline:
             names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
             replaced += f" (changed: {', '.join(names)}{more})"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
-        context = Context(
-            stage, self.recipe, self.training_arguments, self.materials, self.manifest, self.inputs.of, self.inputs.state,
-            self.say, tracker,
-        )  # fmt: skip
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:
                 if self.manifest.remove_outputs(written):

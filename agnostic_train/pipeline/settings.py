@@ -13,7 +13,7 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.loading import check_checkpoint, find_accelerator
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
@@ -33,7 +33,6 @@ def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
 
 def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     """The recipe's `TrainingArguments`, with some of them changed."""
-    os.environ.setdefault("WANDB_PROJECT", recipe.tracking.project)
     best = f"eval_{recipe.training.languages[0]}_loss"
     metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
     named = recipe.training.arguments.get("metric_for_best_model")
@@ -83,8 +82,8 @@ def reads_held_out_text(arguments: NeuronTrainingArguments) -> bool:
     return arguments.eval_strategy != IntervalStrategy.NO or bool(arguments.eval_on_start)
 
 
-def check_learning(arguments: NeuronTrainingArguments) -> None:
-    """Makes what a Trainer makes of its arguments once training begins, of next to nothing: what fails there fails here.
+def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
+    """Builds the optimizer, schedule and loader that a Trainer would, for one weight: arguments that fail there fail at once.
 
     Raises:
         UserError: they don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
@@ -126,9 +125,9 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({type(error).__name__}: {error})") from None
 
 
-def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: Path) -> None:
+def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     """What would fail after hours, or destroy what it reads, is refused at the start."""
-    output = directory.resolve()
+    output = Path(recipe.output_dir).resolve()
     for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
         if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
             raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
@@ -181,7 +180,7 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments, directory: 
     if recipe.training.neurons is None and name == "pilot":
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])
-    check_learning(arguments)
+    check_trainer_arguments(arguments)
 
 
 def check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:

@@ -9,11 +9,11 @@ from agnostic_train.evaluation.tuning import default_rates
 from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.model.loading import checkpoint_identity, model_identity
 from agnostic_train.neurons.language_neurons import set_hashes
+from agnostic_train.pipeline import STAGES
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import launch_inputs, reads_held_out_text
-from agnostic_train.pipeline.stages import STAGES
-from agnostic_train.pipeline.trials import UNSAVED
+from agnostic_train.pipeline.trials import SET_BY_TRIALS
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -209,7 +209,7 @@ class StageInputs:
 
 
 def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Those of a recipe's TrainingArguments on which it depends what is learnt; of files (an engine's config) the SHA-256.
+    """The TrainingArguments of a recipe that affect what is learnt; a file (an engine's config) stands by its SHA-256.
 
     How often it is evaluated is among them, for that is logged beside the loss; how often it is saved, where the best checkpoint
     is chosen in the end.
@@ -224,7 +224,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 
 def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """The TrainingArguments that a trial's result depends on, without its own seed and rate, and those for logging."""
-    own = (*UNSAVED, "seed", "learning_rate")
+    own = (*SET_BY_TRIALS, "seed", "learning_rate")
     arguments = learning_arguments(arguments)
     return {
         key: it for key, it in arguments.items() if key not in own and not key.startswith(_WITHOUT_EFFECT_ON_THE_END)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from agnostic_train.export.checkpoint import is_exported
 from agnostic_train.neurons.language_neurons import is_neuron_file
-from agnostic_train.pipeline.stages.compare import COMPARISON, compare
+from agnostic_train.pipeline.stages.compare import COMPARISON, check_strategies, compare
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect
 from agnostic_train.pipeline.stages.evaluate import evaluate
 from agnostic_train.pipeline.stages.export import EXPORTS, export
 from agnostic_train.pipeline.stages.report import report
 from agnostic_train.pipeline.stages.score import EMERGENCE, score
-from agnostic_train.pipeline.stages.train import ADAPTER, is_adapter_file, train
+from agnostic_train.pipeline.stages.train import ADAPTER, check_choice, is_adapter_file, train
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
 
@@ -24,7 +24,7 @@ _Folders = dict[str, Callable[[Path], bool]]
 class Stage:
     """How a stage runs, and what of its `output_dir` it replaces.
 
-    run: does it. section: of the recipe, with the stage's own keys. folders: those that a recipe makes it replace as a
+    check: refuses what it can't do, before anything is replaced. run: does it. section: of the recipe, with the stage's own keys. folders: those that a recipe makes it replace as a
     whole, and how its own files are told in them. replaces: stages whose files go before it writes, for what these write
     depends on their options, and nothing of other ones may stay. memory_keys: on which its memory rests, beside the weights.
     """
@@ -34,6 +34,7 @@ class Stage:
     folders: Callable[[Recipe], _Folders] = lambda recipe: {}
     replaces: tuple[str, ...] = ()
     memory_keys: str | None = None
+    check: Callable[[Context], None] = lambda context: None
 
 
 STAGE_TABLE = {
@@ -56,6 +57,7 @@ STAGE_TABLE = {
         folders=lambda recipe: {ADAPTER: is_adapter_file},
         replaces=("train",),
         memory_keys="training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
+        check=check_choice,
     ),
     "export": Stage(
         export,
@@ -71,5 +73,6 @@ STAGE_TABLE = {
         folders=lambda recipe: {COMPARISON: is_comparison_file},
         replaces=("compare",),
         memory_keys="training.per_device_train_batch_size or evaluation.batch_size",
+        check=check_strategies,
     ),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table
 from agnostic_train.scores.perplexity import Perplexity

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
+from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.pipeline.fitting import make_trainer
@@ -19,10 +20,10 @@ from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kin
 from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
-from agnostic_train.training.equal_lora import num_weights
+from agnostic_train.training.chosen import num_weights
 from agnostic_train.training.strategy import Choice
 
-UNSAVED = {
+SET_BY_TRIALS = {
     "data_seed": None,
     "eval_on_start": False,
     "save_strategy": "no",
@@ -65,6 +66,13 @@ class TrialResult:
     record: dict
     measured: Measured | None
     kept: bool
+
+    def changes(self, base: Measured) -> dict[str, float] | None:
+        """Each language's change on validation text, which is what may select; None where the training diverged."""
+        if self.measured is None:
+            return None
+        before = base["validation"]
+        return {language: relative_change(before[language], it) for language, it in self.measured["validation"].items()}
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Trials:
             return {"diverged": False}, self._perplexities(self.materials.model)
         arguments = training_arguments(
             self.materials.recipe,
-            **UNSAVED, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
+            **SET_BY_TRIALS, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
         )  # fmt: skip
         if self.group is None:
             arguments.report_to = []

@@ -17,6 +17,7 @@ from agnostic_train.detection.stability import jaccard
 from agnostic_train.model.decoder import PROJECTIONS
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
+from agnostic_train.scores.ablation import NOTHING
 
 logger = logging.get_logger(__name__)
 
@@ -142,13 +143,13 @@ def draw_score(score: dict) -> Figure:
 
 def draw_ablation(rows: dict) -> Figure:
     """Sets that were off by languages: how many times larger the perplexity is, on a scale of its logarithm."""
-    languages = list(rows["none"]["languages"])
+    languages = list(rows[NOTHING]["languages"])
     # Random counterparts of exclusive sets are measured on their own language alone: no row of a map.
-    names = [name for name, row in rows.items() if name != "none" and len(row["languages"]) == len(languages)]
+    names = [name for name, row in rows.items() if name != NOTHING and len(row["languages"]) == len(languages)]
     times = np.array(
         [
             [
-                rows[name]["languages"][it]["perplexity"] / rows["none"]["languages"][it]["perplexity"]
+                rows[name]["languages"][it]["perplexity"] / rows[NOTHING]["languages"][it]["perplexity"]
                 for it in languages
             ]
             for name in names

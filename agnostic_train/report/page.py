@@ -19,6 +19,7 @@ from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.report import figures as draw
+from agnostic_train.scores.ablation import NOTHING
 
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
 _EMERGENCE_FIGURES = frozenset(["emergence"])
@@ -46,7 +47,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
         "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, found)),
         "score": ("Importance of shared neurons, by language", partial(draw.draw_score, score)),
     }
-    if score["ablation"]:
+    if score["ablation"].keys() - {NOTHING}:
         title = "Perplexity with sets of neurons switched off"
         titles["ablation"] = (title, partial(draw.draw_ablation, score["ablation"]))
     if (directory / "emergence.json").exists():

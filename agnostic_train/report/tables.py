@@ -7,9 +7,10 @@ from pathlib import Path
 
 from agnostic_train.files import whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.scores.ablation import NOTHING
 
 Table = list[dict[str, object]]
-"""Rows with the same keys, in the order of the columns."""
+"""Rows whose keys are columns, in order; a key that a row lacks is an empty cell."""
 
 
 def neuron_table(found: LanguageNeurons) -> Table:
@@ -79,7 +80,7 @@ def _score_rows(
 
 def ablation_table(ablation: dict) -> Table:
     """Every language with every set off, as in `score.json`'s `ablation`."""
-    before = ablation["none"]["languages"]
+    before = ablation[NOTHING]["languages"]
     return [
         {
             "off": off, "neurons": row["neurons"], "language": language, "perplexity": it["perplexity"],

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agnostic_train.files import UserError, fingerprint, read_json, write_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.result import AgnosticScore
 

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError, whole_file
+from agnostic_train.errors import UserError
+from agnostic_train.files import whole_file
 from agnostic_train.model.inference import Batch, left_as_found, model_inputs
 from agnostic_train.processes import in_order, own_share
 
@@ -21,7 +22,7 @@ class NonFiniteLossError(UserError):
     """The model computes NaN or Inf: it was broken, or a training diverged."""
 
 
-# exp() of more overflows a float64.
+# Of more than 709.8, exp() overflows a float64.
 _MOST_NATS = 700.0
 # Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
 _TOKENS_AT_ONCE = 512

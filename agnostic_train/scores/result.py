@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from agnostic_train.files import UserError, read_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import read_json
 from agnostic_train.scores.ablation import Ablation
 
 SMALLEST_CHANGE = 1e-6

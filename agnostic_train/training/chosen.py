@@ -48,3 +48,9 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
         )
         for linear, of_linear in parts.items()
     }
+
+
+def num_weights(neurons: NeuronSet, model: nn.Module) -> int:
+    """How many weights a set's rows and columns have."""
+    decoder = find_decoder(model)
+    return sum(len(indices) * decoder.projection(site).entry_size for site, indices in neurons.items())

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear

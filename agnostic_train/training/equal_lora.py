@@ -7,19 +7,10 @@ from torch import nn
 
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.training.chosen import num_weights
 
 SCALING = 2.0
 """lora_alpha / r, at every rank."""
-
-
-def num_weights(neurons: NeuronSet, model: nn.Module) -> int:
-    """How many entries of weights a set's rows and columns have."""
-    decoder = find_decoder(model)
-    total = 0
-    for site, indices in neurons.items():
-        linear, by_column = decoder.projection(site).linear, decoder.projection(site).neuron_dim == 1
-        total += len(indices) * (linear.out_features if by_column else linear.in_features)
-    return total
 
 
 def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:

@@ -13,7 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
-from agnostic_train.files import UserError, read_json
+from agnostic_train.errors import UserError, in_one_line
+from agnostic_train.files import read_json
 from agnostic_train.processes import own_part, sum_over_processes
 from agnostic_train.scores.perplexity import NonFiniteLossError
 
@@ -56,11 +57,9 @@ class GuardedTrainer(Trainer):
                 "FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
             )
         self._unchecked.clear()
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+        checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
-            check_resumable(Path(checkpoint))
+            check_resumable(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
@@ -72,6 +71,13 @@ class GuardedTrainer(Trainer):
                             bar.close()
                     callback.prediction_bar = callback.training_bar = None
             raise
+
+    def resumed_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The folder that `train` goes on from; True stands for the last one in `output_dir`."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        return Path(checkpoint) if checkpoint else None
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed from the checkpoint of its last step, in the middle of an epoch, a Trainer would train one step more.
@@ -147,7 +153,7 @@ class GuardedTrainer(Trainer):
 
 
 def is_resumable(checkpoint: Path) -> bool:
-    """Whether a Trainer finished saving a checkpoint, whose state it writes last and not in one step, with its optimizer.
+    """Whether a checkpoint was saved to the end, and with its optimizer. A Trainer writes its state last, and not atomically.
 
     `save_only_model` leaves the optimizer out: a training would go on from there with another, and end elsewhere.
     """
@@ -177,8 +183,7 @@ def check_resumable(checkpoint: Path) -> None:
                 with safe_globals():
                     torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # unpickling damaged bytes can raise anything
-            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
-                f"{file}: can't be resumed from ({problem}); delete {checkpoint}, and training goes on from the one "
+                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training goes on from the one "
                 "before it"
             ) from None

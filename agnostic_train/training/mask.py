@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import chosen_entries
 

@@ -11,11 +11,12 @@ from peft import LoraConfig
 from torch import nn
 
 from agnostic_train.choices import SetStrategy
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore
-from agnostic_train.training.equal_lora import equal_lora, num_weights
+from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.equal_lora import equal_lora
 
 SET_STRATEGIES = get_args(SetStrategy)
 STRATEGIES = (*SET_STRATEGIES, "random", "auto")
@@ -165,8 +166,8 @@ class Strategy:
 
 
 def _chosen(name: str, found: LanguageNeurons, languages: list[str]) -> NeuronSet:
-    own = found.related if name == "related" else found.exclusive
-    of_languages = reduce(or_, (own[language] for language in languages))
     if name == "shared":
         return found.shared
+    own = found.related if name == "related" else found.exclusive
+    of_languages = reduce(or_, (own[language] for language in languages))
     return found.shared | of_languages if name == "shared+exclusive" else of_languages

@@ -10,10 +10,9 @@ from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from agnostic_train.choices import Update, check_choice
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
@@ -127,15 +126,13 @@ class NeuronTrainer(GuardedTrainer):
                 whole, detection found nothing to train, or a disk takes no checkpoint.
             NonFiniteLossError: a loss that isn't finite.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+        checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
-            self._resumed_neurons = NeuronSet.load(Path(checkpoint) / NEURONS_FILE)
+            self._resumed_neurons = NeuronSet.load(checkpoint / NEURONS_FILE)
             neurons = self._read_neurons(self.model)
             if neurons is not None and neurons != self._resumed_neurons:
                 raise UserError(
-                    f"{Path(checkpoint) / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
+                    f"{checkpoint / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
                     "start in another output_dir"
                 )
         try:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.purposes import load_corpus
-from agnostic_train.impact import unverified_impacts
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.recipe import CorpusSection
 
 

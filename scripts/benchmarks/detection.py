@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from agnostic_train.detection.top_counts import TopCounts
-from agnostic_train.impact import ImpactMeter, kernel_trial
+from agnostic_train.impact import kernel_trial
+from agnostic_train.impact.hooks import ImpactMeter
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found

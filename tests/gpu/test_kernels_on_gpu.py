@@ -18,7 +18,8 @@ from kernel_cases import (
 from test_families import family_model
 
 from agnostic_train.detection.top_counts import TopCounts, in_top
-from agnostic_train.impact import ImpactMeter, kernel_trial, kernels, unverified_impacts
+from agnostic_train.impact import kernel_trial, kernels
+from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.inference import left_as_found
 

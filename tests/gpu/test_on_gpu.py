@@ -12,7 +12,7 @@ from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.impact import unverified_impacts
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.perplexity import perplexity
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments

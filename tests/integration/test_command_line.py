@@ -25,10 +25,9 @@ from agnostic_train.export.trained import Trained
 from agnostic_train.files import sole_user
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline import stage_inputs
+from agnostic_train.pipeline import STAGE_HELP, STAGES, stage_inputs
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
-from agnostic_train.pipeline.stages import STAGE_HELP, STAGES
 from agnostic_train.recipe_file import load_recipe
 
 
@@ -600,8 +599,35 @@ def test_a_mistaken_command_costs_no_finished_work(finished, capsys):
     (finished / "file").touch()
     assert run(finished, "run", f"--tracking.results_dir={finished / 'file'}") == 2
     assert "tracking.results_dir" in capsys.readouterr().err
+    NeuronSet().to_json(finished / "none.json")
+    (finished / "broken.json").write_text("{")
+    for flag, words in (
+        (f"--training.neurons={finished / 'none.json'}", "none.json holds no neuron; name another file"),
+        (f"--training.neurons={finished / 'broken.json'}", "name a file that to_json wrote"),
+    ):
+        for command in ("train", "run"):
+            assert_mistake(finished, command, [flag], words, capsys)
     assert run(finished, "run") == 0
     assert capsys.readouterr().out.count("unchanged, kept") == len(STAGES)
+
+
+def test_a_strategy_that_leaves_nothing_to_train_costs_no_finished_training(root, capsys):
+    flags = ["--detection.consistency=1", "--detection.top_ratio=0.01", "--score.controls=0"]
+    assert run(root, "train", *flags, "--training.strategy=full") == 0
+    assert run(root, "detect", *flags) == 0 and not len(LanguageNeurons.load(root / "out/neurons").shared)
+    for strategy in ("shared", "pilot"):
+        words = "training.strategy: 'shared' of sw has no neuron to train"
+        more = [f"--training.strategy={strategy}", "--training.pilot_steps=2"]
+        assert_mistake(root, "train", [*flags, *more], words, capsys)
+    capsys.readouterr()
+    assert run(root, "train", *flags, "--training.strategy=full") == 0
+    assert "train: unchanged, kept" in capsys.readouterr().out
+
+
+def test_a_run_without_any_neurons_has_a_report(root):
+    flags = ["--detection.method=lape", "--detection.lape_ratio=0.001", "--training.strategy=full"]
+    assert run(root, "run", *flags) == 0
+    assert not (root / "out/figures/ablation.png").exists() and (root / "out/report.html").exists()
 
 
 def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
@@ -616,6 +642,10 @@ def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
         assert notes.read_text() == "years of work"
         assert run(finished, "run") == 0 and capsys.readouterr().out.count("unchanged") == 6
         notes.unlink()
+    notes = out / "neurons/notes.txt"
+    notes.touch()
+    assert run(finished, "score", "--force") == 0  # which replaces nothing there
+    notes.unlink()
     for stage in ("detect", "train", "export", "report"):
         assert run(finished, stage, "--force") == 0
     # An export without a list of its files, as earlier versions wrote it, is known by the run's own record.

@@ -16,7 +16,7 @@ from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer
 from agnostic_train.choices import UPDATES
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
 

@@ -19,7 +19,7 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 
 from agnostic_train import NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.cli import main  # noqa: F401 - what the processes run
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.scores.perplexity import NonFiniteLossError
 
 pytestmark = pytest.mark.skipif(

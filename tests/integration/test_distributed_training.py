@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 
 from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.training.equal_lora import equal_lora
 from agnostic_train.training.guarded import GuardedTrainer
 

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline import STAGES
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_inputs import learning_arguments
-from agnostic_train.pipeline.stages import STAGES
 from agnostic_train.pipeline.stages import evaluate as evaluate_stage
 from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe

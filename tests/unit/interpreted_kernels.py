@@ -24,9 +24,10 @@ from test_pruning import pruned_impacts
 
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import in_top
-from agnostic_train.files import UserError
-from agnostic_train.impact import interval_sieve, kernel_trial, kernels, unverified_impacts
+from agnostic_train.errors import UserError
+from agnostic_train.impact import interval_sieve, kernel_trial, kernels
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.kernels import squared_changes
 from agnostic_train.impact.pruning import num_top

@@ -8,7 +8,7 @@ from conftest import padded_batch, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from agnostic_train.detection.detect import detect_neurons
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons import random_moves
 from agnostic_train.neurons.activity import MEASURED, activation_ratio

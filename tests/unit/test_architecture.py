@@ -4,20 +4,20 @@ import ast
 
 ORDER = {
     "": [
-        "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
+        "errors", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
         "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
         "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "judging", "encoding"],
-    "model": ["decoder", "memory", "weights", "inference", "loading"],
+    "model": ["completeness", "decoder", "memory", "weights", "inference", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
-        "attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "angles", "attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "agnostic_score", "emergence"],
-    "training": ["equal_lora", "strategy", "chosen", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
+    "training": ["chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
     "evaluation": [
@@ -26,7 +26,7 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stages", "stage_inputs",
+        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stage_inputs", "stages",
         "stage_table", "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],

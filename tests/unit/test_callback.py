@@ -10,7 +10,7 @@ from small_training import arguments, assert_only_chosen_moved, plain_weights, s
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from agnostic_train.detection.detect import detect_neurons
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.training import callbacks
 from agnostic_train.training.callbacks import DetectionCallback

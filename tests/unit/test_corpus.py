@@ -21,7 +21,7 @@ from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import held_out_text
 from agnostic_train.corpus.purposes import load_corpus
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.pipeline.fitting import training_examples
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.recipe import CorpusSection, TrainingSection

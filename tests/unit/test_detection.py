@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.detection import detect
 from agnostic_train.detection.detect import detect_neurons, neuron_impacts
 from agnostic_train.detection.top_counts import TopCounts, in_top
-from agnostic_train.files import UserError
-from agnostic_train.impact import unverified_impacts
+from agnostic_train.errors import UserError
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.agnostic_score import language_agnostic_score

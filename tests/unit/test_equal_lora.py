@@ -10,7 +10,8 @@ from test_families import family_model
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.training.equal_lora import SCALING, equal_lora, num_weights
+from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.equal_lora import SCALING, equal_lora
 from agnostic_train.training.strategy import Strategy
 
 

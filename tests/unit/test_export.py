@@ -12,15 +12,15 @@ import torch
 from conftest import padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import family_model
 from test_tuner import adapted, fill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agnostic_train.errors import UserError
 from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.files import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
@@ -130,8 +130,20 @@ def test_a_base_that_does_not_fit_its_config_is_named(tmp_path):
     base.save_pretrained(tmp_path / "base")
     base.config.intermediate_size = 64
     base.config.save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="base: can't load .*base"):
+    with pytest.raises(UserError, match="base: .*base has weights of other shapes than its config.json says"):
         export_checkpoint(adapted(tiny_llama(), CHOSEN), tmp_path / "out", base=tmp_path / "base")
+
+
+def test_an_incomplete_base_is_refused(tmp_path):
+    """Transformers would fill it up with random numbers, which then are compared with themselves."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="base: .*base lacks 1 weights .* such as model.layers.1.mlp.down_proj.weight"):
+        export_checkpoint(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
 
 
 TO = ("merged", "lora", "delta")

@@ -9,7 +9,7 @@ from test_impact import brute_force, sentences_of
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.impact import unverified_impacts
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.mask import GradientMask

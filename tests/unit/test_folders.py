@@ -6,8 +6,9 @@ import os
 import pytest
 from conftest import tiny_llama
 
+from agnostic_train.errors import UserError
 from agnostic_train.export.checkpoint import export_checkpoint
-from agnostic_train.files import UserError, sole_user, whole_directory
+from agnostic_train.files import sole_user, whole_directory
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
-from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, unverified_impacts
+from agnostic_train.errors import UserError
 from agnostic_train.impact.attention import OutputChange
+from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet

@@ -6,7 +6,7 @@ import pytest
 
 from agnostic_train.corpus.judging import held_out_text, parallel_text
 from agnostic_train.corpus.purposes import load_corpus
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.recipe import CorpusSection
 
 

@@ -9,7 +9,7 @@ from test_families import family_model
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.lape import firing_rates, specific_neurons
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 
 
@@ -78,5 +78,10 @@ def test_lape_is_a_detection_method(llama):
         assert counts["gate"] == counts["up"] == counts["down"] == len(neurons) / 3
     with pytest.raises(ValueError, match="method"):
         detect_neurons(llama, corpora, method="entropy")
+    with pytest.raises(UserError, match="hidden units of layer 1 aren't finite; the model computes NaN"):
+        broken = tiny_llama()
+        with torch.no_grad():
+            broken.model.layers[1].mlp.gate_proj.weight[3] = torch.nan
+        detect_neurons(broken, corpora, method="lape", progress=False)
     with pytest.raises(UserError, match="'d' has no sentence"):
         detect_neurons(llama, corpora | {"d": []}, method="lape", progress=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.loading import find_accelerator, load_model, model_identity
 from agnostic_train.recipe import ModelSection
 

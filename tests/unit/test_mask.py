@@ -7,7 +7,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.training.trainer import NeuronTrainer

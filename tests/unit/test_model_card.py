@@ -22,6 +22,8 @@ def test_norwegian_is_a_language():
     card = ModelCard(text)
     assert card.data.language == ["no", "sw"] and card.data.base_model == "my/model"
     assert card.data.library_name == "transformers" and card.data.tags == ["agnostic-train"]
+    assert "# model, enhanced" not in text and "# my/model, enhanced for no, sw" in text
+    assert "- update: compact\n" in card_of()
     assert "update: compact; logging_steps 5, learning_rate 0.001" in text and "neurons trained: q 2\n" in text
 
 

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import Rotation, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.language_neurons import LanguageNeurons

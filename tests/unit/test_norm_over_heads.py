@@ -6,7 +6,7 @@ from conftest import padded_batch
 from test_families import family_model
 from test_pruning import assert_same_top, pruned_impacts
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.impact import norm_over_heads
 from agnostic_train.impact.attention import AttentionInputs, OutputChange
 from agnostic_train.model.decoder import find_decoder

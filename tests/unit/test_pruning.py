@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.top_counts import in_top
-from agnostic_train.files import UserError
-from agnostic_train.impact import ImpactMeter, bound_sieve, query_key, unverified_impacts
+from agnostic_train.errors import UserError
+from agnostic_train.impact import bound_sieve, query_key
 from agnostic_train.impact.attention import LogitChange
+from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.impact.pruning import decide, num_top, settle
 from agnostic_train.impact.row_blocks import row_blocks
 from agnostic_train.model.decoder import find_decoder
@@ -232,6 +233,9 @@ def test_detection_says_how_much_was_computed(llama, tmp_path):
     assert found.exact_share.keys() == {"q", "k"} and all(0 < share < 1 for share in found.exact_share.values())
     found.save(tmp_path / "neurons")
     assert type(found).load(tmp_path / "neurons").exact_share == found.exact_share
+    for _ in range(2):  # begun, and gone on with where all is counted
+        resumed = detect_neurons(llama, corpora, 0.05, 0.5, progress=False, resume_dir=tmp_path / "counts")
+        assert resumed.exact_share == found.exact_share
 
 
 @pytest.mark.parametrize(("most_left", "sieved"), [(0.0, [20, 13]), (1.0, [20, 20, 15, 13])])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe, make_recipe
 
@@ -128,6 +128,13 @@ def test_mistakes_name_the_key(tmp_path, change, message):
     with pytest.raises(UserError) as caught:
         load(tmp_path, **change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_section_is_one_of_defaults(tmp_path):
+    recipe = load(tmp_path, BASE + "tracking:\n  # wandb: true\n")
+    assert recipe == load(tmp_path) and not recipe.tracking.wandb
+    with pytest.raises(UserError, match="model.name is missing"):
+        load(tmp_path, BASE.replace("{name: some/model}", ""))
 
 
 @pytest.mark.parametrize(

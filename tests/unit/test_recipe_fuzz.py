@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agnostic_train.cli import main
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.pipeline.settings import check_inputs, training_arguments
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
@@ -120,7 +120,7 @@ def test_training_arguments_of_every_kind_are_refused_in_one_line(base, tmp_path
         try:
             recipe = load_recipe(base, {f"training.{key}": value, "output_dir": str(tmp_path / "out")})
             arguments = training_arguments(recipe)
-            check_inputs(recipe, arguments, tmp_path / "out")
+            check_inputs(recipe, arguments)
         except UserError as error:
             assert "training" in str(error) and "\n" not in str(error)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import verify_impacts
-from agnostic_train.impact import query_key, unverified_impacts
+from agnostic_train.impact import query_key
+from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.impact.rms_norm import growth_without, rms_eps
 from agnostic_train.model.decoder import find_decoder
 

@@ -12,7 +12,8 @@ from accelerate import cpu_offload, dispatch_model
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train.detection.lape import firing_rates
-from agnostic_train.files import UserError, write_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import write_json
 from agnostic_train.model import inference
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.deactivation import deactivate

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from agnostic_train import detect_neurons, neuron_impacts
 from agnostic_train.detection import detect, self_check
 from agnostic_train.detection.self_check import ImpactMismatchError, comparison_table, verify_impacts
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.impact import attention, hooks, query_key
 from agnostic_train.model.decoder import PROJECTIONS
 

@@ -12,9 +12,9 @@ import torch
 from conftest import tiny_llama
 from peft import get_peft_model
 
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite, evaluate_tasks
 from agnostic_train.evaluation.task_results import compare_tasks
-from agnostic_train.files import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.phrasebook import phrasebook
 from agnostic_train.quickstart.tiny_model import build_tokenizer

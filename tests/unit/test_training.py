@@ -10,7 +10,7 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_lear
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from agnostic_train.choices import UPDATES
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback

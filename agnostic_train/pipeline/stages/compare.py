@@ -6,9 +6,10 @@ from functools import partial
 
 from tqdm.auto import tqdm
 
-from agnostic_train.evaluation.comparison import compare_strategies, relative_change
+from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import whole_directory, write_json
+from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
@@ -32,20 +33,20 @@ Results = dict[str, dict[int, TrialResult]]
 """By strategy and seed."""
 
 
-def compare(context: Context) -> dict:
-    recipe, section = context.recipe, context.recipe.comparison
+def check_strategies(context: Context) -> None:
+    """Refuses a set without a neuron before the others have trained for hours."""
     found = context.found
+    for name in context.recipe.comparison.strategies:
+        _choose(context, found, Trial(name))
+
+
+def compare(context: Context) -> dict:
+    recipe, found = context.recipe, context.found
     group = recipe.tracking.run_name or context.directory.resolve().name
-
-    def choose(trial: Trial) -> Choice:
-        return make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
-
-    for name in section.strategies:
-        choose(Trial(name))  # a set without a neuron is refused before the others have trained for hours
     texts = context.materials.corpus.texts
     trials = Trials(
         context.materials,
-        choose,
+        partial(_choose, context, found),
         {language: texts[language].training for language in recipe.training.text_languages},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
@@ -71,6 +72,10 @@ def compare(context: Context) -> dict:
     return {"outputs": ["comparison.json", COMPARISON]}
 
 
+def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
+    return make_strategy(context.recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
+
+
 def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Results]:
     """Tunes each strategy's learning rate, and trains it at that rate once per seed; none where every rate diverged."""
     recipe, section = context.recipe, context.recipe.comparison
@@ -88,7 +93,7 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
             bar.set_postfix_str(str(trial))
             result = trials.run(trial)
             bar.update()
-            changes = _changes(base, result)
+            changes = result.changes(base)
             bar.clear()
             context.say(
                 f"compare: {bar.n:.0f} of {in_all}: {trial}{' (kept)' if result.kept else ''}: "
@@ -97,7 +102,7 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
             return result
 
         def measure(name: str, rate: float) -> dict[str, float] | None:
-            return _changes(base, run(Trial(name, section.tuning_seed, rate)))
+            return run(Trial(name, section.tuning_seed, rate)).changes(base)
 
         for name in section.strategies:
             tunings[name] = tune(partial(measure, name), rates, selecting)
@@ -146,15 +151,7 @@ def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> b
 
 def _key(context: Context) -> dict:
     """What a training's result depends on, beside what learns at which rate with which seed: not on the list of them."""
-    return {key: value for key, value in context.inputs("compare").items() if key != "comparison"}
-
-
-def _changes(base: Measured, result: TrialResult) -> dict[str, float] | None:
-    """Per language, on validation text: what may select; None where training diverged."""
-    if result.measured is None:
-        return None
-    before = base["validation"]
-    return {language: relative_change(before[language], it) for language, it in result.measured["validation"].items()}
+    return {key: value for key, value in context.inputs.of("compare").items() if key != "comparison"}
 
 
 def _in_words(changes: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """What every stage is given."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -10,18 +10,19 @@ from agnostic_train.files import hash_file, whole_file
 from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.tracking import Tracker
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table, write_csv
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Context:
     """One stage of a recipe's run in its `output_dir`.
 
-    arguments: of the training. inputs: what a stage's result depends on beside the stages before it, plain JSON values.
-    state: of a stage, for this recipe, as by `Manifest.state`. say: where a stage's result goes, a line at a time.
+    arguments: of the training. inputs: what every stage's result depends on. say: where a stage's result goes, a line at a
+    time.
     """
 
     stage: str
@@ -29,10 +30,9 @@ class Context:
     arguments: NeuronTrainingArguments
     materials: Materials
     manifest: Manifest
-    inputs: Callable[[str], dict]
-    state: Callable[[str], str]
+    inputs: StageInputs
     say: Callable[[str], None]
-    tracker: Tracker = field(default_factory=lambda: Tracker(None))
+    tracker: Tracker
 
     @property
     def directory(self) -> Path:

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import ImpactMismatchError
 from agnostic_train.detection.stability import detection_stability
-from agnostic_train.files import UserError, fingerprint, whole_file
+from agnostic_train.errors import UserError
+from agnostic_train.files import fingerprint, whole_file
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
@@ -21,7 +22,7 @@ _FEW_RATIO = 0.05
 def detect(context: Context) -> dict:
     section = context.recipe.detection
     # Counts are of so many batches.
-    resume_dir = context.work / fingerprint([context.inputs("detect"), context.recipe.corpus.batch_size])[:16]
+    resume_dir = context.work / fingerprint([context.inputs.of("detect"), context.recipe.corpus.batch_size])[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     try:

@@ -64,7 +64,7 @@ def evaluate(context: Context) -> dict:
     evaluation["tasks"] = _evaluate_tasks(context, checkpoints)
     found = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
     evaluation["objectives"] = found
-    cards = {to: f"{EXPORTS[to]}/README.md" for to in dict.fromkeys(["merged", recipe.export.to])}
+    cards = {to: f"{EXPORTS[to]}/{CARD}" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
         write_json(context.directory / "evaluation.json", evaluation)
         for to, name in cards.items():
@@ -112,7 +112,7 @@ def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
 
 def _key(context: Context, checkpoint: _Checkpoint) -> list:
     """What a checkpoint's results depend on, beside the text: its weights, the base with its tokenizer, what computes."""
-    inputs = context.inputs("evaluate")
+    inputs = context.inputs.of("evaluate")
     return [checkpoint.identity, inputs["model"], inputs["corpus"], package_versions()]
 
 
@@ -121,7 +121,7 @@ def _measure(
 ) -> Measured:
     """Its perplexities, from an earlier evaluation if that had the same weights and text: then it isn't loaded."""
     sizes = [context.recipe.evaluation.batch_size, context.recipe.corpus.batch_size]
-    key = [*_key(context, checkpoint), context.inputs("evaluate")["text"], sizes]
+    key = [*_key(context, checkpoint), context.inputs.of("evaluate")["text"], sizes]
     file = context.work / f"{fingerprint(key)[:16]}.safetensors"
     if file.exists():
         context.say(f"evaluate: {name} was measured before (kept)")

@@ -7,10 +7,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from agnostic_train.choices import ExportTarget
+from agnostic_train.errors import UserError
 from agnostic_train.export.checkpoint import CARD, export_checkpoint
 from agnostic_train.export.frozen_weights import FrozenWeightCheck
 from agnostic_train.export.model_card import model_card
-from agnostic_train.files import UserError
 from agnostic_train.model.loading import load_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.stages.context import Context

@@ -20,7 +20,7 @@ EMERGENCE = "emergence"
 
 
 def score(context: Context) -> dict:
-    resume_dir = context.work / fingerprint([context.inputs("score"), context.neuron_hashes])[:16]
+    resume_dir = context.work / fingerprint([context.inputs.of("score"), context.neuron_hashes])[:16]
     found = _score_of(context, context.materials.model, context.found, resume_dir)
     outputs = ["score.json"]
     if context.processes.is_main_process:
@@ -93,7 +93,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         checkpoints,
         measure,
         lambda it: [
-            context.inputs("detect"), context.inputs("score")["text"], context.recipe.score.controls, it.step,
+            context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls, it.step,
             checkpoint_identity(section, it.source),
         ],
         context.work / "emergence",

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from agnostic_train.files import UserError, public_name, whole_directory, write_json
+from agnostic_train.errors import UserError
+from agnostic_train.files import public_name, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.manifest import Manifest
@@ -77,6 +79,21 @@ def train(context: Context) -> dict:
     }
 
 
+def read_neurons(file: str, model: nn.Module) -> NeuronSet:
+    """The neurons of `training.neurons`; raises `UserError` if the file holds none, or another model's."""
+    neurons = NeuronSet.read(file, model)
+    if not len(neurons):
+        raise UserError(f"training.neurons: {file} holds no neuron; name another file")
+    return neurons
+
+
+def check_choice(context: Context) -> None:
+    """Refuses a strategy that leaves nothing to train, while an earlier training is still there."""
+    section = context.recipe.training
+    for name in section.pilot_strategies if section.has_pilot else [section.strategy]:
+        _choose(context, name)
+
+
 def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: Mapping[str, object]) -> None:
     """Refuses a folder in which someone else's training has saved, or the same one when it was launched otherwise.
 
@@ -114,7 +131,7 @@ def is_adapter_file(path: Path) -> bool:
 
 def _run_pilot(context: Context, text: Sentences) -> str:
     """Ranks the candidates, prints and keeps the ranking, and returns the winner's name."""
-    recipe, found, inputs = context.recipe, context.found, context.inputs("train")
+    recipe, found, inputs = context.recipe, context.found, context.inputs.of("train")
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
@@ -149,7 +166,7 @@ def _describe(row: dict, languages: Sequence[str]) -> str:
 def _choose(context: Context, name: str) -> Choice:
     file = context.recipe.training.neurons
     if file is not None:
-        neurons = NeuronSet.read(file, context.materials.model)
+        neurons = read_neurons(file, context.materials.model)
         return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None

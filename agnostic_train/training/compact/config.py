@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import Site
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries

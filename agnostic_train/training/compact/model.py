@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from agnostic_train.files import UserError
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries
@@ -98,12 +98,11 @@ class NeuronModel(BaseTuner):
         return remapped
 
 
-def adapter_neurons(model: nn.Module, adapter_name: str | None = None) -> NeuronSet:
-    """The neurons that an adapter trains, read from the model's layers.
+def adapter_neurons(model: nn.Module) -> NeuronSet:
+    """The neurons of the active adapters, read from the model's layers.
 
     Args:
         model: with neuron adapters, in a `PeftModel` or not.
-        adapter_name: all active ones by default.
 
     Raises:
         UserError: an adapter made from a saved configuration, without its weights.
@@ -114,8 +113,7 @@ def adapter_neurons(model: nn.Module, adapter_name: str | None = None) -> Neuron
         projection = decoder.projection(site)
         layer = projection.linear
         if isinstance(layer, NeuronLinear):
-            names = [adapter_name] if adapter_name else layer.active_adapters
-            found = [layer.neuron_index[name] for name in names if name in layer.neuron_index]
+            found = [layer.neuron_index[name] for name in layer.active_adapters if name in layer.neuron_index]
             if any((index == NOT_LOADED).any() for index in found):
                 raise UserError(
                     "neurons: the adapter's weights weren't loaded (PeftModel.from_pretrained); a new adapter needs "
