@@ -277,7 +277,8 @@ class EvaluationSection:
     max_forgetting: float = Field(
         default=0.03,
         ge=0,
-        description="Sweeps penalise runs in which another language's bits per byte rise by more than this fraction.",
+        description="Sweeps penalise runs in which the bits per byte of another of corpus.languages rise by more than this "
+        "fraction.",
     )
     parallel: LocalPath | None = Field(
         default=None,

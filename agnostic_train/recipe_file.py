@@ -1,6 +1,7 @@
 """A recipe from a YAML file and flags, with one line for every mistake. Defaults < file < flags."""
 
 import math
+import re
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,9 +69,12 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         return make_recipe(values, source)
     except UserError as error:
         # What a flag says is no fault of the file.
-        for key in flags or {}:
-            if str(error).startswith(f"{source}: {key}:"):
-                raise UserError(f"--{str(error).removeprefix(f'{source}: ')}") from None
+        message = str(error).removeprefix(f"{source}: ")
+        if any(re.match(rf"{re.escape(key)}[.: ]", message) for key in flags or {}):
+            raise UserError(f"--{message}") from None
+        of_section = [f"--{key}" for key in flags or {} if message.startswith(f"{key.partition('.')[0]}: ")]
+        if of_section:
+            raise UserError(f"{source} with {', '.join(of_section)}: {message}") from None
         raise
 
 

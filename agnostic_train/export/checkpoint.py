@@ -1,7 +1,8 @@
 """Enhanced checkpoints: whole ones, and adapters of a few rows and columns."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -54,7 +55,8 @@ def export_checkpoint(
             `merged` can be had.
         tokenizer: saved beside the weights.
         dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
-            default. Each weight is rounded once, from the sum in float32. Adapters are float32.
+            default. Each weight is rounded once, from the sum in float32. Adapters are float32, beside a float64
+            model float64.
         neurons: all that was trained since `base`, as a `NeuronSet` or what makes one; by default the adapter's, and the
             model's `trained_neurons`. Where nobody knows, the manifest says `unverified`.
         model_card: the text of `README.md`.
@@ -77,7 +79,8 @@ def export_checkpoint(
             "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "
             "unquantised model as base, or export to 'lora' or 'delta'"
         )
-    dtype = (dtype or trained.model.dtype) if to == "merged" else torch.float32
+    least = torch.promote_types(trained.model.dtype, torch.float32)
+    dtype = (dtype or trained.model.dtype) if to == "merged" else least
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
     with whole_directory(directory, is_exported) as temporary:
@@ -133,19 +136,35 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
             state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
         del value, rounded
     model = trained.model
-    # With a native adapter, transformers would save that and drop the rest.
-    native, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), False
     try:
-        model.save_pretrained(directory, state_dict=dict(state))  # it takes out what it has written
+        with _without_native_adapter(model):
+            model.save_pretrained(directory, state_dict=dict(state))  # it takes out what it has written
     except ValueError as error:
         raise UserError(f"model: transformers can't save it ({shorten(str(error), 300)})") from None
-    finally:
-        model._hf_peft_config_loaded = native
     _check_written(directory, type(model), state, dtype)
     # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(directory)
+
+
+@contextmanager
+def _without_native_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """Has transformers take the model for one without adapters: it would save an adapter of its own, and drop the rest."""
+    conversions = getattr(model, "_weight_conversions", None)
+    found = {
+        "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", False),
+        "_weight_conversions": conversions,
+    }
+    model._hf_peft_config_loaded = False
+    if any(KEY_PREFIX in str(it.source_patterns) for it in conversions or []):
+        # How the adapter's names were read, by which it would write the model's; without them it takes the family's.
+        model._weight_conversions = None
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(model, name, value)
 
 
 def _check_written(

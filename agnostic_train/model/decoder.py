@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from agnostic_train.errors import UserError
@@ -314,10 +315,12 @@ def _weight_read_through(linear: nn.Module) -> Tensor:
     """The weight that a linear applies, (out, in), found by giving it unit vectors."""
     weight = linear.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    columns = []
-    for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE):
-        output = linear(F.one_hot(units, linear.in_features).to(dtype))
-        columns.append(output if linear.bias is None else output - linear.bias)
+    # Taken off the output it would leave its rounding there.
+    no_bias = {name: torch.zeros_like(it) for name, it in linear.named_parameters() if it is linear.bias}
+    columns = [
+        functional_call(linear, no_bias, F.one_hot(units, linear.in_features).to(dtype))
+        for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE)
+    ]
     return torch.cat(columns).T
 
 

@@ -1,7 +1,7 @@
 """What a recipe would take, told before anything is loaded or written: model, text, steps and memory."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
 from statistics import fmean
@@ -22,6 +22,7 @@ from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.pipeline.fitting import epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
+from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
 from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.quickstart.tiny_model import cache_directory
@@ -108,17 +109,25 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
     num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
     micro_batch = arguments.per_device_train_batch_size
-    examples = {language: num_sentences[language]["training"] for language in recipe.training.text_languages}
-    if texts and stage not in ("detect", "score"):
-        for language in examples:
-            check_training_text(language, texts[language].training)
+    # Streamed sentences aren't there: their number is.
+    training: dict[str, Sequence] = {
+        language: texts[language].training if texts else range(num_sentences[language]["training"])
+        for language in recipe.training.text_languages
+    }
+    if stage not in ("detect", "score"):
+        for language, sentences in training.items():
+            check_training_text(language, sentences)
+        if stage != "compare" and recipe.training.has_pilot and (texts or not recipe.training.packing):
+            training, _ = split_pilot_text(recipe, arguments, encoder, training)
+    examples = {language: len(sentences) for language, sentences in training.items()}
     if recipe.training.packing and texts:
-        for language, number in examples.items():
-            if number:
-                sentences = texts[language].training
-                examples[language] = ceil(number / encoder.sentences_packed(sentences, f"training text of {language}"))
-    num_examples = sum(epoch_sizes(examples, recipe.training).values())
-    steps_per_epoch = ceil(ceil(num_examples / (micro_batch * num_processes)) / arguments.gradient_accumulation_steps)
+        for language, sentences in training.items():
+            if len(sentences):
+                packed = encoder.sentences_packed(sentences, f"training text of {language}")
+                examples[language] = ceil(len(sentences) / packed)
+    num_batches = sum(epoch_sizes(examples, recipe.training).values()) / (micro_batch * num_processes)
+    num_batches = floor(num_batches) if arguments.dataloader_drop_last else ceil(num_batches)
+    steps_per_epoch = ceil(num_batches / arguments.gradient_accumulation_steps)
     return Plan(
         layout=layout,
         decoder=decoder,
@@ -309,7 +318,7 @@ def _steps(recipe: Recipe, plan: Plan) -> str:
 
 
 def _text_table(recipe: Recipe, plan: Plan) -> Table:
-    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as asked for, not read here"
+    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as many as are asked for, not read by a dry run"
     table = Table("language", title=f"Sentences of {source}")
     for purpose in _PURPOSES:
         table.add_column(purpose, justify="right")

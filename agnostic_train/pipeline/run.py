@@ -5,8 +5,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -121,16 +121,18 @@ class Pipeline:
         """Returns whether it had to run."""
         inputs = self.inputs.whole(stage)
         state = self.manifest.state(stage, inputs)
-        if state == "finished" and not forced:
-            self.say(f"{stage}: unchanged, kept (--force runs it again)")
-            return False
-        self._check_folders(stage, forced)
-        self.processes.wait_for_everyone()
         context = Context(
             stage=stage, recipe=self.recipe, arguments=self.training_arguments, materials=self.materials,
             manifest=self.manifest, inputs=self.inputs, say=self.say, tracker=tracker,
         )  # fmt: skip
-        STAGE_TABLE[stage].check(context)
+        if state == "finished" and not forced:
+            self.say(f"{stage}: unchanged, kept (--force runs it again)")
+            self._publish(context)
+            return False
+        self._check_folders(stage, forced)
+        self.processes.wait_for_everyone()
+        with self._enough_memory(stage):
+            STAGE_TABLE[stage].check(context)
         replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
         if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
             replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
@@ -151,10 +153,8 @@ class Pipeline:
             self.manifest.start(stage, inputs, self._launch, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
-        try:
+        with self._enough_memory(stage):
             result = STAGE_TABLE[stage].run(context)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(self._what_to_lower(stage, str(error))) from error
         # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
         gc.collect()
         if torch.cuda.is_available():
@@ -170,8 +170,19 @@ class Pipeline:
             for folder in (context.work, context.work.parent):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+            self._publish(context)
         self.processes.wait_for_everyone()
         return True
+
+    def _publish(self, context: Context) -> None:
+        """What a stage has found, whether it ran now or earlier: tracking may have been asked for since."""
+        publish, tracking = STAGE_TABLE[context.stage].publish, self.recipe.tracking
+        if (
+            publish is not None
+            and self.processes.is_main_process
+            and (tracking.wandb or tracking.results_dir is not None)
+        ):
+            publish(context)
 
     def _check_folders(self, stage: str, forced: bool) -> None:
         """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
@@ -186,14 +197,20 @@ class Pipeline:
         for folder, is_own in STAGE_TABLE[stage].folders(self.recipe).items():
             check(folder, is_own)
 
-    def _what_to_lower(self, stage: str, problem: str) -> str:
-        # Further sentences say which process holds how much, and how the allocator could be set.
-        what = ". ".join(problem.split(". ")[:2]).rstrip(".")
-        keys = STAGE_TABLE[stage].memory_keys
-        remedies = [f"lower {keys}"] if keys else []
-        if self.recipe.model.dtype == "float32":
-            remedies.append("set model.dtype to bfloat16, which halves the weights")
-        return f"{stage}: {what}; {', or '.join(remedies) or 'use a device with more memory'}"
+    @contextmanager
+    def _enough_memory(self, stage: str) -> Iterator[None]:
+        """Says which keys to lower where there isn't."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            # Further sentences say which process holds how much, and how the allocator could be set.
+            what = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+            keys = STAGE_TABLE[stage].memory_keys
+            remedies = [f"lower {keys}"] if keys else []
+            if self.recipe.model.dtype == "float32":
+                remedies.append("set model.dtype to bfloat16, which halves the weights")
+            remedy = ", or ".join(remedies) or "use a device with more memory"
+            raise OutOfMemory(f"{stage}: {what}; {remedy}") from error
 
     @cached_property
     def _tracking_id(self) -> str | None:

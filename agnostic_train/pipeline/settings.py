@@ -1,7 +1,7 @@
 """What a recipe asks of a training, made ready and checked before any work begins."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available, logging
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.loading import check_checkpoint, find_accelerator
@@ -21,6 +22,10 @@ from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES, Strategy
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
+logger = logging.get_logger(__name__)
+
+# What `TrainingArguments` raises for a value that it doesn't take.
+_MISTAKES = (ValueError, TypeError, ImportError, KeyError, OSError)
 # Of shares of the training text: beyond it an epoch is one language's text over and over.
 _MOST_TIMES = 10_000
 
@@ -61,15 +66,34 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
             raise UserError(
                 f"training.{key}: must be from 0 to 2^32 - 1, not {value}"
             )  # numpy's generators take no other
-    try:
+
+    def make(**given) -> NeuronTrainingArguments:
         return NeuronTrainingArguments(
-            **{**defaults, **recipe.training.arguments, **changes},
+            **{**defaults, **given},
             report_to=["wandb"] if recipe.tracking.wandb else [],
             run_name=recipe.tracking.run_name,
             update=recipe.training.update,
         )
-    except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
-        raise UserError(f"training: {error}") from None
+
+    try:
+        arguments = make(**{**recipe.training.arguments, **changes})
+    except _MISTAKES as error:
+        raise UserError(f"{_culprit(recipe, make)}: {error}") from None
+    if arguments.max_steps > 0 and {"max_steps", "num_train_epochs"} <= recipe.training.arguments.keys():
+        logger.warning_once(
+            f"training.max_steps: {arguments.max_steps} steps, whatever num_train_epochs says; -1 leaves it to that"
+        )
+    return arguments
+
+
+def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments]) -> str:
+    """The key of `TrainingArguments` that fails on its own, or else their section."""
+    for key, value in recipe.training.arguments.items():
+        try:
+            make(**{key: value})
+        except _MISTAKES:
+            return f"training.{key}"
+    return "training"
 
 
 def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
@@ -90,6 +114,8 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
     """
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
     if arguments.learning_rate < 0:
         raise UserError(f"training.learning_rate: must be at least 0, not {arguments.learning_rate}")
     optim = str(getattr(arguments.optim, "value", arguments.optim))

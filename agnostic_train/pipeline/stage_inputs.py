@@ -198,13 +198,16 @@ class StageInputs:
             **text,
         }
 
+    @property
+    def has_comparison(self) -> bool:
+        """Whether there is a comparison that a report of this recipe can show."""
+        return bool(self._manifest.record("compare")) and self.state("compare") == "finished"
+
     def _report_inputs(self) -> dict:
-        shown = {"corpus": self._recipe.to_dict()["corpus"] | {"path": None}, "text": self._materials.corpus.hashes}
-        if not self._manifest.record("compare"):
-            return shown
         return {
-            **shown,
-            "comparison": self._manifest.record("compare")["run"] if self.state("compare") == "finished" else None,
+            "corpus": self._recipe.to_dict()["corpus"] | {"path": None},
+            "text": self._materials.corpus.hashes,
+            "comparison": self._manifest.record("compare")["run"] if self.has_comparison else None,
         }
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.files import fingerprint
 from agnostic_train.model.inference import Batch
+from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import process_index
@@ -75,17 +77,22 @@ def ablate(
         batches: per language, as for `perplexity`.
         languages: by set, the languages to measure if not all.
         on_measured: called after each language of each set.
-        resume_dir: a folder that keeps each set's measurements. What is found there isn't measured again; use another
-            folder for other sets, text or weights.
+        resume_dir: a folder that keeps each set's measurements. What is found there of the same weights, text and neurons
+            isn't measured again.
 
     Raises:
         UserError: neurons of another model. NonFiniteLossError: a set without which the model computes NaN.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
+    weights = None if resume_dir is None else weights_checksum(model)
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
     for name, neurons in sets.items():
         wanted = (languages or {}).get(name, batches)
-        file = None if resume_dir is None else Path(resume_dir) / f"{name}.safetensors"
+        file = None
+        if resume_dir is not None:
+            off = [[*site, indices.tolist()] for site, indices in neurons.items()]
+            tokens = {language: [_tokens(batch) for batch in batches[language]] for language in wanted}
+            file = Path(resume_dir) / f"{fingerprint([weights, off, tokens])[:16]}.safetensors"
         if file is not None and file.exists():
             rows[name] = load_measured(file)
             for _ in wanted:
@@ -99,6 +106,12 @@ def ablate(
         if file is not None and process_index() == 0:
             save_measured(rows[name], file)
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})
+
+
+def _tokens(batch: Batch) -> list:
+    """All that a perplexity reads of a batch, as plain values."""
+    names = ("input_ids", "attention_mask", "num_bytes", "sentence_index")
+    return [torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None]
 
 
 def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: str) -> Perplexity:

@@ -51,7 +51,8 @@ def language_agnostic_score(
             also one of similar activation. Without any the score is faster, but has nothing to be compared with.
         num_resamples: of the bootstrap; 0 leaves the intervals out.
         progress: show a progress bar.
-        resume_dir: a folder for what was measured so far, see `ablate`: an interrupted score goes on from it.
+        resume_dir: a folder for what was measured so far: an interrupted score goes on from it. Of other weights, text or
+            neurons all is measured anew.
 
     Raises:
         ValueError: a language without a corpus. TypeError: no batches by language.

@@ -1,6 +1,7 @@
 """A Trainer that stops where training has failed and says where, and refuses to go on from a damaged checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +13,14 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.files import read_json
 from agnostic_train.processes import own_part, sum_over_processes
 from agnostic_train.scores.perplexity import NonFiniteLossError
+
+logger = logging.get_logger(__name__)
 
 _NUM_TOKENS_NAMED = 12
 
@@ -60,6 +64,10 @@ class GuardedTrainer(Trainer):
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
             check_resumable(checkpoint)
+            if not is_resumable(checkpoint):
+                logger.warning(
+                    f"{checkpoint}: has no optimizer (save_only_model); training goes on with a new one, and ends elsewhere"
+                )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
@@ -86,14 +94,15 @@ class GuardedTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Mapping | list, *args, **kwargs) -> Tensor:
         """As `Trainer.training_step`; before an optimizer step the losses that it is made of must be finite.
 
         Raises:
             NonFiniteLossError: one isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._unchecked.append((loss, inputs.get("input_ids")))
+        # Trainers that generate, such as TRL's GRPOTrainer, are handed a list of rows.
+        self._unchecked.append((loss, inputs.get("input_ids") if isinstance(inputs, Mapping) else None))
         # A look waits for the device and for all processes: once a step, not at every batch that is accumulated.
         if self.accelerator.sync_gradients:
             unchecked, self._unchecked = self._unchecked, []

@@ -59,7 +59,7 @@ class GradientMask:
 
     def __init__(self, model: nn.Module, neurons: NeuronSet):
         if not len(neurons):
-            raise UserError("training.strategy: there is no neuron to train")
+            raise UserError("neurons: the set is empty, there is nothing to train")
         self.model = model
         self.neurons = neurons
         self.parameters = list(masked_parameters(model, neurons))
@@ -94,7 +94,7 @@ class GradientMask:
         """
         if not isinstance(optimizer, (Adam, AdamW, SGD)):
             raise UserError(
-                f"training.optim: {type(optimizer).__name__} isn't known to treat each weight on its own, so "
+                f"training.optim: {type(optimizer).__module__}.{type(optimizer).__name__} isn't known to treat each weight on its own, so "
                 f"update='mask' can't promise that nothing else moves; use {', '.join(OPTIMIZERS)}"
             )
         decays = {
@@ -147,6 +147,8 @@ class GradientMask:
                     parameter.index_copy_(masked.dim, masked.chosen, values * (1 - decay))
                 else:
                     values = values.to(parameter.grad.dtype)
+                    # An optimizer that maximizes turns the gradient's sign before it adds decay.
+                    decay = -decay if group.get("maximize") else decay
                     parameter.grad.index_add_(masked.dim, masked.chosen, values, alpha=decay)
 
     def remove(self) -> None:

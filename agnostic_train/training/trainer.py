@@ -103,7 +103,12 @@ class NeuronTrainer(GuardedTrainer):
         if isinstance(model, nn.Module):
             # As early as this, because a Trainer takes quantised models only with their adapter.
             model = self._with_adapter(model)
+        adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
+        values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)
+        for parameter, value in zip(adapter, values, strict=True):
+            if parameter.dtype != value.dtype:  # TRL rounds what learns beside a quantised base to bfloat16
+                parameter.data = value.to(parameter.device)
         if self.neurons is None:
             detection = self._detection
             if detection is None:
@@ -207,6 +212,8 @@ class NeuronTrainer(GuardedTrainer):
                     "model: it holds an adapter, perhaps of an earlier NeuronTrainer, but is no PeftModel; go on with that "
                     "trainer's model (trainer.model), or take the adapter out (trainer.model.unload())"
                 )
+            if any(it.disable_adapters for it in adapters):
+                raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
             if len(model.active_adapters) != 1:
                 raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
             found = adapter_neurons(model)

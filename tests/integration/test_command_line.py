@@ -446,7 +446,10 @@ MISTAKES = [
     (["--training.dataloader_num_workers=-1"], "training.dataloader_num_workers"),
     (["--training.fsdp=full_shard"], "training.fsdp: needs several processes"),
     (["--training.strategy=auto"], "training.high"),
-    (["--training.optim=adamx"], "training: "),
+    (["--training.optim=adamx"], "training.optim: adamx is not a valid OptimizerNames"),
+    (["--training.use_liger_kernel=true"], "training.use_liger_kernel: needs pip install liger-kernel"),
+    (["--training.mixture={sw: 4, en: 0}"], "error: --training.mixture.en: "),
+    (["--comparison.seeds=0,1"], "recipe.yaml with --comparison.seeds: comparison: tuning_seed 0 is one of seeds"),
     (["--training.update=mask", "--training.optim=adafactor"], "training.optim"),
     (["--training.update=masked"], "training.update"),
     (["--export.to=onnx"], "export.to"),
@@ -550,7 +553,7 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
 
     for name, its in STAGE_TABLE.items():
         function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
-        monkeypatch.setitem(STAGE_TABLE, name, replace(its, run=function))
+        monkeypatch.setitem(STAGE_TABLE, name, replace(its, run=function, check=lambda context: None))
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
     lines = capsys.readouterr().err.splitlines()

@@ -77,6 +77,9 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     # The report takes up what was compared, whenever that was.
     assert run(root, "run", *SMALL) == 0 and "Strategies compared" in (out / "report.html").read_text()
     assert (out / "figures/trade.png").exists()
+    capsys.readouterr()
+    assert run(root, "run", *SMALL[1:]) == 0 and "Strategies compared" not in (out / "report.html").read_text()
+    assert "left out, for it is of other keys (changed: comparison.strategies)" in capsys.readouterr().out
 
 
 def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsys):
@@ -217,8 +220,14 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     found = LanguageNeurons.load(root / "out/neurons")
     expected = {"shared": found.shared, "exclusive": found.exclusive["sw"], "related": found.related["sw"]}
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
-    assert run(root, "train", *flags[:1], "--training.pilot_steps=30") == 2
-    assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
+    for dry in ([], ["--dry-run"]):
+        assert run(root, "train", *flags[:1], "--training.pilot_steps=30", *dry) == 2
+        assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
+    epoch = ["--training.max_steps=-1", "--training.num_train_epochs=1", "--training.dataloader_drop_last=true"]
+    epoch += ["--training.per_device_train_batch_size=16", "--training.pilot_steps=2", "--dry-run"]
+    assert run(root, "train", *flags[:1], *epoch) == 0
+    # 180 sentences without the pilot's 32: nine batches of 16, and four sentences that are dropped.
+    assert re.search(r"optimizer steps +│ 9 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("launch", "num_trainings"), [({}, 1), ({"processes": 2}, 4)])
@@ -321,6 +330,9 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
     published = {file.name for file in (root / "results").iterdir()}
     assert {"evaluation.csv", "score.csv", "ablation.csv", "neurons.csv", "score.png", "score.svg"} <= published
     assert run(root, "evaluate", *flags) == 0 and "evaluate: unchanged" in capsys.readouterr().out
+    shutil.rmtree(root / "results")
+    assert run(root, "run", *flags) == 0 and capsys.readouterr().out.count("unchanged, kept") == 6
+    assert {file.name for file in (root / "results").iterdir()} == published
     (root / "parallel/sw.txt").write_text("\n".join(f"sw three {number}" for number in range(8)))
     assert run(root, "evaluate", *flags) == 0 and "evaluate: unchanged" not in capsys.readouterr().out
     assert run(root, "evaluate", "--evaluation.languages=sw") == 2

@@ -119,7 +119,7 @@ def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, ca
         (["--model.name=nowhere"], "model.name: can't load the config of nowhere"),
         (["--corpus.languages=en,sw,xx"], "'xx' has no file"),
         (["--training.languages=xx"], "training.languages: 'xx' isn't in"),
-        (["--training.optim=adamx"], "training: "),
+        (["--training.optim=adamx"], "training.optim: adamx"),
         (["--training.neurons=none.json"], "training.neurons: no such file"),
         (["--corpus.path=", "--corpus.dataset=x", "--corpus.config_pattern='{lang}'", "--corpus.training_sentences="],
          "corpus.training_sentences"),

@@ -54,6 +54,11 @@ def test_a_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     # The same command goes on in the same run.
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
     assert {it["id"] for it in runs} == {only["id"]}
+    # What is kept is logged too: tracking may have been asked for since.
+    (root / "out/.tracking").unlink()
+    assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
+    assert {"objective", "agnostic_score", "neurons/shared", "test/change/en"} <= runs[-1]["summary"].keys()
+    assert {"tables/evaluation", "figures/score"} <= runs[-1]["history"] and runs[-1]["id"] != only["id"]
 
 
 def test_the_objective_of_a_sweep():

@@ -1,6 +1,7 @@
 """Mean absolute activations, against a loop over sentences; and the random sets that are drawn by them."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,6 +249,16 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
     again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     num_passes = 2 * 4 + 4 * (2 + 2)
     assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
+    # Of other weights, text or neurons nothing there is taken.
+    for model, its, text in (
+        (tiny_llama(initializer_range=0.2), found, corpora),
+        (llama, found, corpora | {"a": [padded_batch([9, 12, 7], seed=7)]}),
+        (llama, replace(found, exclusive=dict(zip("ab", list(found.exclusive.values())[::-1], strict=True))), corpora),
+    ):
+        resumed, expected = (
+            language_agnostic_score(model, its, text, control_seeds=[], resume_dir=it) for it in (tmp_path, None)
+        )
+        assert resumed.to_json() == expected.to_json() != whole.to_json()
 
 
 def nearest_free_by_definition(activation, members, generator):

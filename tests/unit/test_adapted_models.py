@@ -98,3 +98,14 @@ def test_the_score_is_that_of_the_merged_model(wrapped_and_merged):
     found = detect_neurons(merged, corpora, 0.2, 0.5)
     scores = [language_agnostic_score(model, found, corpora) for model in (wrapped, merged)]
     assert scores[0].value == pytest.approx(scores[1].value, rel=1e-3)
+
+
+def test_a_large_bias_leaves_no_rounding_in_the_weight():
+    model = family_model("GPT-NeoX").bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("dense_4h_to_h.bias"):
+                parameter.normal_(std=10)
+    adapter = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["dense_4h_to_h"]))
+    plain, seen = (find_decoder(it).projection((0, "down")).effective_weight() for it in (model, adapter))
+    assert torch.equal(seen, plain)

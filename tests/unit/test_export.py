@@ -219,6 +219,14 @@ def test_a_lora_needs_nothing_of_this_package(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_has_at_least_float32(tmp_path, dtype):
+    export_checkpoint(adapted(tiny_llama().to(dtype), CHOSEN), tmp_path / "delta", to="delta")
+    values = {it.dtype for it in load_file(tmp_path / "delta/adapter_model.safetensors").values()} - {torch.int64}
+    told = json.loads((tmp_path / "delta/manifest.json").read_text())["dtype"]
+    assert values == {getattr(torch, told)} == {torch.promote_types(dtype, torch.float32)}
+
+
 def test_a_delta_is_the_file_that_peft_saves(tmp_path):
     model = adapted(tiny_llama(), CHOSEN)
     model.save_pretrained(tmp_path / "peft")
@@ -288,6 +296,16 @@ def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monk
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert native._hf_peft_config_loaded
+    # One that transformers loads leaves names of PEFT's in the model.
+    adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    native.load_adapter(tmp_path / "adapter")
+    conversions = native._weight_conversions
+    assert export_checkpoint(native, tmp_path / "native", base=tiny_llama()).status == "identical"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    torch.testing.assert_close(logits(loaded), logits(native), rtol=1e-4, atol=1e-4)
+    assert native._weight_conversions is conversions and native._hf_peft_config_loaded
     original = type(native).save_pretrained
 
     def forgetful(self, directory, state_dict):

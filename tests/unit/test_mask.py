@@ -122,6 +122,24 @@ def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries
     assert torch.equal(weight[frozen], before[frozen]) and not torch.equal(weight[2], before[2])
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_decay_is_the_optimizers_own(kind, maximize):
+    ends = []
+    for masked in (False, True):
+        model = tiny_llama().double()
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        optimizer = kind([weight], lr=0.1, weight_decay=0.5, maximize=maximize)
+        if masked:
+            GradientMask(model, NeuronSet({(0, "q"): [2]})).guard(optimizer)
+        for _ in range(2):
+            (weight**2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weight[2].detach())
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_gradient_scaler_skips_decays_nothing(fused):
     """It leaves the skipping to a fused optimizer, whose hooks run all the same."""

@@ -13,6 +13,8 @@ from agnostic_train.choices import UPDATES
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores.perplexity import NonFiniteLossError
+from agnostic_train.training import guarded
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer
@@ -166,6 +168,23 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, update, interrup
     assert all(torch.equal(value, after[name]) for name, value in plain_weights(whole.model).items())
     with pytest.raises(UserError, match="trains other neurons"):
         trainer_of(tiny_llama(), tmp_path / "parts", update, neurons=NeuronSet({(0, "q"): [0]})).train(True)
+
+
+def test_a_checkpoint_without_an_optimizer_is_told(tmp_path, caplog):
+    saving = dict(save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer_of(tiny_llama(), tmp_path, "compact", max_steps=2, **saving).train()
+    guarded.logger.addHandler(caplog.handler)
+    trainer_of(tiny_llama(), tmp_path, "compact", max_steps=3, **saving).train(True)
+    guarded.logger.removeHandler(caplog.handler)
+    assert "checkpoint-2: has no optimizer (save_only_model); training goes on with a new one" in caplog.text
+
+
+def test_a_batch_may_be_a_list_of_rows(tmp_path, monkeypatch):
+    """As TRL's GRPOTrainer has it."""
+    trainer = trainer_of(tiny_llama(), tmp_path, "compact")
+    monkeypatch.setattr(Trainer, "training_step", lambda self, model, inputs: torch.tensor(torch.nan))
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 1; earlier"):
+        trainer.training_step(trainer.model, [{"prompt": "a"}])
 
 
 @both_updates
@@ -322,6 +341,11 @@ def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
     two.base_model.set_adapter(["default", "second"])
     with pytest.raises(UserError, match="several adapters are active"):
         trainer_of(two, tmp_path, "compact", neurons=None)
+    for neurons in (None, CHOSEN):
+        disabled = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+        disabled.base_model.disable_adapter_layers()
+        with pytest.raises(UserError, match="its adapter is disabled; enable it first"):
+            trainer_of(disabled, tmp_path, "compact", neurons=neurons)
     native = tiny_llama()
     native.add_adapter(NeuronConfig(neurons=CHOSEN))
     with pytest.raises(UserError, match="perhaps of an earlier NeuronTrainer"):

@@ -281,7 +281,7 @@ def test_neurons_may_be_a_file(tmp_path):
 def test_mistakes_are_named(tmp_path):
     for config, message in (
         (NeuronConfig(), "give NeuronConfig a NeuronSet"),
-        (NeuronConfig(neurons=NeuronSet({})), "no neuron to train"),
+        (NeuronConfig(neurons=NeuronSet({})), "the set is empty, there is nothing to train"),
         (NeuronConfig(neurons=NeuronSet({(0, "q"): [60]})), "neuron 60 at layer 0 q"),
         (NeuronConfig(neurons=tmp_path / "none.safetensors"), "no such neuron file"),
     ):

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
-from agnostic_train.files import whole_directory, write_json
+from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
@@ -42,7 +42,6 @@ def check_strategies(context: Context) -> None:
 
 def compare(context: Context) -> dict:
     recipe, found = context.recipe, context.found
-    group = recipe.tracking.run_name or context.directory.resolve().name
     texts = context.materials.corpus.texts
     trials = Trials(
         context.materials,
@@ -51,7 +50,7 @@ def compare(context: Context) -> dict:
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
         [_key(context), context.set_hashes],
-        group=group,
+        group=_group(context),
     )
     tunings, results = _train_all(context, trials)
     comparison = _comparison_json(recipe, trials.base(), tunings, results)
@@ -62,14 +61,23 @@ def compare(context: Context) -> dict:
             draw_comparison(comparison, folder)
             (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
             write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
-        files = {file.name: file for file in (context.directory / COMPARISON).iterdir() if file.suffix != ".csv"}
-        files |= {"comparison.json": context.directory / "comparison.json"}
-        with tracked(recipe, context.processes, "comparison", group) as tracker:
-            tracker.log_figures(context.directory / COMPARISON)
-            replace(context, tracker=tracker).publish({"comparison": comparison_table(comparison)}, files)
     context.say(in_terminal(text))
     context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
     return {"outputs": ["comparison.json", COMPARISON]}
+
+
+def publish(context: Context) -> None:
+    """In a tracked run of its own, beside those of its trainings: the same one for the same comparison."""
+    file = context.directory / "comparison.json"
+    files = {it.name: it for it in (file, *(context.directory / COMPARISON).iterdir()) if it.suffix != ".csv"}
+    run_id = context.manifest.record("compare")["run"][:8]
+    with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
+        tracker.log_figures(context.directory / COMPARISON)
+        replace(context, tracker=tracker).publish({"comparison": comparison_table(read_json(file))}, files)
+
+
+def _group(context: Context) -> str:
+    return context.recipe.tracking.run_name or context.directory.resolve().name
 
 
 def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:

@@ -64,9 +64,7 @@ class Context:
         return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
     def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
-        """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`."""
-        if not self.processes.is_main_process:
-            return
+        """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`; in one process."""
         self.tracker.log_tables(tables)
         if self.recipe.tracking.results_dir is None:
             return

@@ -59,13 +59,17 @@ def detect(context: Context) -> dict:
         _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
     for name, share in (found.exact_share or {}).items():
         context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly, pruning ruled the others out")
+    return {"outputs": ["neurons"], "shared": len(found.shared)}
+
+
+def publish(context: Context) -> None:
+    found = context.found
     context.tracker.log_summary(
         {"neurons/shared": len(found.shared)}
         | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
         | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in found.exclusive.items()}
     )
     context.publish({"neurons": neuron_table(found)})
-    return {"outputs": ["neurons"], "shared": len(found.shared)}
 
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:

@@ -14,7 +14,7 @@ from agnostic_train.evaluation.languages import compare_languages, describe, eva
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
-from agnostic_train.files import fingerprint, hash_file, whole_file, write_json
+from agnostic_train.files import fingerprint, hash_file, read_json, whole_file, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
 from agnostic_train.pipeline.manifest import package_versions
@@ -62,8 +62,7 @@ def evaluate(context: Context) -> dict:
         if (first, second) != ("before", "after")
     ]
     evaluation["tasks"] = _evaluate_tasks(context, checkpoints)
-    found = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
-    evaluation["objectives"] = found
+    evaluation["objectives"] = objectives(evaluation, recipe.training.languages, recipe.evaluation.max_forgetting)
     cards = {to: f"{EXPORTS[to]}/{CARD}" for to in dict.fromkeys(["merged", recipe.export.to])}
     if context.processes.is_main_process:
         write_json(context.directory / "evaluation.json", evaluation)
@@ -71,14 +70,18 @@ def evaluate(context: Context) -> dict:
             card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
             with whole_file(context.directory / name) as temporary:
                 temporary.write_text(card, encoding="utf-8")
-    context.tracker.log_summary(found)
+    return {"outputs": ["evaluation.json", *cards.values()]}
+
+
+def publish(context: Context) -> None:
+    evaluation = read_json(context.directory / "evaluation.json")
+    context.tracker.log_summary(evaluation["objectives"])
     tables = {"evaluation": evaluation_table(evaluation)}
     if evaluation["tasks"] is not None:
         tables["tasks"], tables["task_comparisons"] = (
             it(evaluation["tasks"]) for it in (task_table, task_comparison_table)
         )
     context.publish(tables)
-    return {"outputs": ["evaluation.json", *cards.values()]}
 
 
 def _checkpoints(context: Context) -> dict[str, _Checkpoint]:

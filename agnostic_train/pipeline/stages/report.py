@@ -6,9 +6,14 @@ from agnostic_train.report.page import write_report
 
 def report(context: Context) -> dict:
     if context.processes.is_main_process:
-        has_comparison = bool(context.manifest.record("compare")) and context.inputs.state("compare") == "finished"
+        has_comparison = context.inputs.has_comparison
+        if not has_comparison and context.manifest.record("compare").get("finished"):
+            changed = ", ".join(context.manifest.changed("compare", context.inputs.whole("compare")))
+            context.say(f"report: the comparison is left out, for it is of other keys (changed: {changed})")
         write_report(context.directory, context.recipe.to_dict(), context.manifest.read(), has_comparison)
-        context.tracker.log_figures(context.directory / "figures")
-        figures = sorted((context.directory / "figures").iterdir())
-        context.publish({}, {file.name: file for file in figures})
     return {"outputs": ["report.html", "figures"]}
+
+
+def publish(context: Context) -> None:
+    context.tracker.log_figures(context.directory / "figures")
+    context.publish({}, {file.name: file for file in (context.directory / "figures").iterdir()})

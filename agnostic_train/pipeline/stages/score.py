@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from agnostic_train.files import fingerprint, whole_directory, write_json
+from agnostic_train.files import fingerprint, read_json, whole_directory, write_json
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
@@ -48,16 +48,23 @@ def score(context: Context) -> dict:
     ):
         if languages:
             context.say(f"score: {problem}: {', '.join(languages)}")
-    plain = found.to_json()
-    context.tracker.log_summary(
-        {"agnostic_score": found.value}
-        | {f"agnostic_score/importance/{language}": value for language, value in found.importance.items()}
-        | {f"agnostic_score/random/{seed}": it.value for seed, it in found.controls.items()}
-        | {f"agnostic_score/matched/{seed}": it.value for seed, it in found.matched_controls.items()}
-    )
-    context.publish({"score": score_table(plain), "ablation": ablation_table(plain["ablation"])})
     outputs += _follow_checkpoints(context)
     return {"outputs": outputs, "value": found.value}
+
+
+def publish(context: Context) -> None:
+    found = read_json(context.directory / "score.json")
+    context.tracker.log_summary(
+        {"agnostic_score": found["value"]}
+        | {f"agnostic_score/importance/{language}": value for language, value in found["importance"].items()}
+        | {f"agnostic_score/random/{seed}": value for seed, value in found["controls"]["values"].items()}
+        | {f"agnostic_score/matched/{seed}": value for seed, value in found["matched_controls"]["values"].items()}
+    )
+    context.publish({"score": score_table(found), "ablation": ablation_table(found["ablation"])})
+    if context.recipe.model.checkpoints:
+        rows = read_json(context.directory / "emergence.json")
+        figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
+        context.publish({"emergence": emergence_table(rows)}, figures)
 
 
 def _score_of(
@@ -103,6 +110,4 @@ def _follow_checkpoints(context: Context) -> list[str]:
         write_json(context.directory / "emergence.json", rows)
         with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
             draw_emergence(rows, folder)
-        figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
-        context.publish({"emergence": emergence_table(rows)}, figures)
     return ["emergence.json", EMERGENCE]

@@ -10,7 +10,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import public_name, whole_directory, write_json
+from agnostic_train.files import public_name, read_json, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.manifest import Manifest
@@ -24,6 +24,7 @@ from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
 
 ADAPTER = "adapter"
+PILOT = "pilot.json"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
@@ -66,7 +67,7 @@ def train(context: Context) -> dict:
         f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
     if strategy != recipe.training.strategy:
-        outputs.append("pilot.json")
+        outputs.append(PILOT)
     return {
         "outputs": outputs,
         "checkpoint": outputs[0],
@@ -77,6 +78,12 @@ def train(context: Context) -> dict:
         "neurons": choice.neurons.counts() if choice.neurons else None,
         "text": describe_text(recipe.training, context.materials.encoder.max_length),
     }
+
+
+def publish(context: Context) -> None:
+    if context.recipe.training.has_pilot:
+        rows = read_json(context.directory / PILOT)["ranking"]
+        context.publish({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
 
 
 def read_neurons(file: str, model: nn.Module) -> NeuronSet:
@@ -150,8 +157,7 @@ def _run_pilot(context: Context, text: Sentences) -> str:
     for place, row in enumerate(rows, 1):
         context.say(f"train: pilot {place}. {row['strategy']}: {_describe(row, recipe.training.languages)}")
     if context.processes.is_main_process:
-        write_json(context.directory / "pilot.json", {"steps": steps, "ranking": rows})
-    context.publish({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
+        write_json(context.directory / PILOT, {"steps": steps, "ranking": rows})
     return rows[0]["strategy"]
 
 

@@ -64,7 +64,7 @@ class NeuronConfig(PeftConfig):
             self.neurons = NeuronSet.read(self.neurons, model)
         self.neurons = NeuronSet.of(self.neurons)
         if not len(self.neurons):
-            raise UserError("training.strategy: there is no neuron to train")
+            raise UserError("neurons: the set is empty, there is nothing to train")
         chosen = chosen_entries(model, self.neurons)
         if any(name.startswith("base_model.") for name in chosen):
             raise UserError(

@@ -26,6 +26,9 @@ def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
     It takes plain linears that nothing hooks into, with a delta that learns: a frozen adapter may serve several threads.
     Compilers fuse the plain form themselves, and `torch.func` differentiates it.
     """
+    # Asked first: a compiler would stumble over what else is asked.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
     if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
         return False
     weight, bias = base_layer.weight, base_layer.bias
@@ -35,8 +38,6 @@ def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
         return False
     # Other processes may read a shared weight at any moment.
     if weight.device.type == "meta" or (weight.device.type == "cpu" and weight.is_shared()):
-        return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if _hooked(base_layer) or not weight.device == x.device == delta.device:
         return False
