@@ -20,10 +20,11 @@ from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
+from agnostic_train.pipeline.checks import check_comparison, check_inputs
 from agnostic_train.pipeline.fitting import epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.pilot import split_pilot_text
-from agnostic_train.pipeline.settings import check_comparison, check_inputs, training_arguments
+from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe

@@ -18,14 +18,16 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemory
+from agnostic_train.pipeline.checks import check_comparison, check_inputs
 from agnostic_train.pipeline.manifest import Manifest, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
-from agnostic_train.pipeline.settings import check_comparison, check_inputs, launch_inputs, training_arguments
+from agnostic_train.pipeline.resuming import check_checkpoints, clear_checkpoints
+from agnostic_train.pipeline.settings import launch_inputs, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.stages.train import check_checkpoints, clear_checkpoints, read_neurons
+from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
@@ -149,7 +151,7 @@ class Pipeline:
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
             if stage == "train":
-                clear_checkpoints(context, resume=state == "started" and not forced)
+                clear_checkpoints(self.directory, resume=state == "started" and not forced)
             self.manifest.start(stage, inputs, self._launch, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()

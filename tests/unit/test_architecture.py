@@ -26,7 +26,7 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "measured", "tracking", "settings", "fitting", "trials", "pilot", "stage_inputs", "stages",
+        "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "fitting", "trials", "pilot", "stage_inputs", "stages",
         "stage_table", "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from agnostic_train.cli import main
 from agnostic_train.errors import UserError
-from agnostic_train.pipeline.settings import check_inputs, training_arguments
+from agnostic_train.pipeline.checks import check_inputs
+from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
 

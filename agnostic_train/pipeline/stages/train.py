@@ -1,7 +1,7 @@
 """`train`: what the strategy chose learns from the training text."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -13,13 +13,11 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import public_name, read_json, whole_directory, write_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import describe_text, make_trainer
-from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
 from agnostic_train.pipeline.settings import launch_inputs, make_strategy, reads_held_out_text
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
-from agnostic_train.training.guarded import is_resumable
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
 
@@ -99,36 +97,6 @@ def check_choice(context: Context) -> None:
     section = context.recipe.training
     for name in section.pilot_strategies if section.has_pilot else [section.strategy]:
         _choose(context, name)
-
-
-def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: Mapping[str, object]) -> None:
-    """Refuses a folder in which someone else's training has saved, or the same one when it was launched otherwise.
-
-    same: whether it is this very training that has saved there, unfinished or with files that were lost since.
-    launch: as by `launch_inputs`.
-    """
-    found, record = saved_checkpoints(directory), manifest.record("train")
-    if found and not record:
-        raise UserError(
-            f"output_dir: {found[0]} isn't of a run that {manifest.file} records; move it away, or use another folder"
-        )
-    begun = {key: record.get(key, value) for key, value in launch.items()}
-    if not found or not same or begun == launch:
-        return
-    # With the batch per device goes the batch: the steps done so far would stand for other text.
-    by_whom, now = f"in {begun['processes']} processes", f"these are {launch['processes']}"
-    if begun["processes"] == launch["processes"]:
-        by_whom, now = f"with mixed_precision {begun['precision']}", f"this launcher has {launch['precision']}"
-    raise UserError(
-        f"output_dir: {found[-1]} is of a training {by_whom}, and {now}; go on as it began, or start it anew with --force"
-    )
-
-
-def clear_checkpoints(context: Context, resume: bool) -> None:
-    """Leaves the checkpoints that this very training can go on from, if it is resumed, and no others."""
-    for path in saved_checkpoints(context.directory):
-        if not resume or not is_resumable(path):
-            shutil.rmtree(path)
 
 
 def is_adapter_file(path: Path) -> bool:

@@ -1,0 +1,170 @@
+"""What a run can't do is refused at its start, before any work begins."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
+
+from agnostic_train.errors import UserError
+from agnostic_train.model.loading import check_checkpoint
+from agnostic_train.pipeline.settings import make_strategy
+from agnostic_train.recipe import Recipe
+from agnostic_train.scores.emergence import parse_checkpoints
+from agnostic_train.training.mask import OPTIMIZERS
+from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES
+from agnostic_train.training.trainer import NeuronTrainingArguments
+
+# Of shares of the training text: beyond it an epoch is one language's text over and over.
+_MOST_TIMES = 10_000
+
+
+def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
+    """Builds the optimizer, schedule and loader that a Trainer would, for one weight: arguments that fail there fail at once.
+
+    Raises:
+        UserError: they don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
+    """
+    if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
+    if arguments.learning_rate < 0:
+        raise UserError(f"training.learning_rate: must be at least 0, not {arguments.learning_rate}")
+    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    probe = torch.nn.Linear(1, 1)
+    with _refused(f"training.optim: {optim} can't be made of learning_rate, weight_decay, adam_* and optim_*"):
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, probe)
+        # Others want modules of the very model, or the model itself.
+        plain = not settings.keys() & {"params", "model", "optimizer_dict"}
+        optimizer = kind([probe.weight], **settings) if plain else torch.optim.SGD([probe.weight], lr=1.0)
+    schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+    with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    with _refused("training.dataloader_num_workers: no loader can be made of the dataloader_* keys"):
+        DataLoader(
+            [0],
+            num_workers=arguments.dataloader_num_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            persistent_workers=arguments.dataloader_persistent_workers,
+        )
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has kinds of its own for a setting that it refuses
+        raise UserError(f"{what} ({type(error).__name__}: {error})") from None
+
+
+def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
+    """What would fail after hours, or destroy what it reads, is refused at the start."""
+    output = Path(recipe.output_dir).resolve()
+    for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
+        if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
+            raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
+    name = recipe.training.strategy
+    if name in BASELINES and recipe.export.to != "merged":
+        what = "trains all weights" if name == "full" else "gives adapter/, which is one already"
+        raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {what}")
+    if recipe.training.neurons is None and name != "pilot":
+        make_strategy(recipe, name, arguments.seed)  # says what it lacks
+    if recipe.training.neurons is not None and name not in SET_STRATEGIES:
+        raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {name} out")
+    neurons = recipe.training.neurons
+    if neurons is not None and Path(neurons).is_dir():
+        raise UserError(f"training.neurons: {neurons} is a folder; name a file of it, such as shared.safetensors")
+    if neurons is not None and not Path(neurons).is_file():
+        raise UserError(f"training.neurons: no such file {neurons}")
+    results = recipe.tracking.results_dir
+    if results is not None and Path(results).exists() and not Path(results).is_dir():
+        raise UserError(f"tracking.results_dir: {results} is a file; name a folder")
+    for checkpoint in parse_checkpoints(recipe.model.checkpoints):
+        check_checkpoint(recipe.model, checkpoint.source, "model.checkpoints")
+    for source in recipe.evaluation.checkpoints:
+        if source in ("before", "after"):
+            raise UserError(f"evaluation.checkpoints: {source!r} is what this run's own are called; write ./{source}")
+        check_checkpoint(recipe.model, source, "evaluation.checkpoints")
+    measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
+    if measured:
+        raise UserError(f"evaluation.languages: {sorted(measured)[0]!r} is in corpus.languages, and measured as it is")
+    if recipe.evaluation.languages and not recipe.corpus.tells_languages_apart:
+        raise UserError(
+            "evaluation.languages: each would read the text of corpus.languages; write {lang} in corpus.config_pattern "
+            "or corpus.data_files"
+        )
+    for language in recipe.training.languages:
+        if language not in recipe.corpus.languages:
+            raise UserError(
+                f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
+            )
+    if recipe.training.mixture is not None:
+        _check_mixture(recipe, recipe.training.mixture)
+    if recipe.training.needs_detection and len(recipe.corpus.languages) < 2:
+        raise UserError("corpus.languages: one language shares nothing with others; name at least two")
+    if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
+        raise UserError(
+            f"detection.min_languages: {recipe.detection.min_languages} is more than the "
+            f"{len(recipe.corpus.languages)} of corpus.languages"
+        )
+    if recipe.training.packing and recipe.corpus.max_length is None:
+        raise UserError("corpus.max_length: training.packing joins sentences to so many tokens; set it")
+    if recipe.training.neurons is None and name == "pilot":
+        check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
+    _check_mask(recipe, arguments, [name])
+    check_trainer_arguments(arguments)
+
+
+def check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
+    """Refuses what would stop a comparison, and what it has no use for."""
+    if recipe.training.neurons is not None:
+        raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
+    check_trials(recipe, arguments, recipe.comparison.strategies, "compare")
+
+
+def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str], what: str) -> None:
+    """Refuses what would stop one of several trainings after others have run for hours. `what` names them in errors."""
+    by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    if arguments.fsdp or arguments.deepspeed or by_launcher:
+        raise UserError(
+            f"{what} measures the model between trainings, for which each process needs all of it; run it under DDP, "
+            "without FSDP or DeepSpeed"
+        )
+    _check_mask(recipe, arguments, strategies)
+
+
+def _check_mixture(recipe: Recipe, mixture: Mapping[str, float]) -> None:
+    for language in mixture:
+        if language not in recipe.corpus.languages:
+            raise UserError(
+                f"training.mixture: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
+            )
+    if max(mixture.values()) > _MOST_TIMES * min(mixture.values()):
+        raise UserError(
+            f"training.mixture: one share is more than {_MOST_TIMES:,} times another; leave the language out"
+        )
+    for language in recipe.training.languages:
+        if language not in mixture:
+            raise UserError(f"training.mixture: gives no share to {language!r}, which training.languages enhances")
+
+
+def _check_mask(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str]) -> None:
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    masked = recipe.training.update == "mask" and not set(strategies) <= set(BASELINES)
+    if masked and optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "
+            f"promise that nothing else moves; use {', '.join(OPTIMIZERS)}, or update='compact'"
+        )
