@@ -79,8 +79,8 @@ def export_checkpoint(
             "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "
             "unquantised model as base, or export to 'lora' or 'delta'"
         )
-    least = torch.promote_types(trained.model.dtype, torch.float32)
-    dtype = (dtype or trained.model.dtype) if to == "merged" else least
+    own = trained.model.dtype
+    dtype = (dtype or own) if to == "merged" else torch.promote_types(own, torch.float32)
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
     with whole_directory(directory, is_exported) as temporary:
@@ -151,20 +151,18 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
 @contextmanager
 def _without_native_adapter(model: PreTrainedModel) -> Iterator[None]:
     """Has transformers take the model for one without adapters: it would save an adapter of its own, and drop the rest."""
-    conversions = getattr(model, "_weight_conversions", None)
-    found = {
-        "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", False),
-        "_weight_conversions": conversions,
-    }
-    model._hf_peft_config_loaded = False
-    if any(KEY_PREFIX in str(it.source_patterns) for it in conversions or []):
+    changed: dict[str, object] = {}
+    if getattr(model, "_hf_peft_config_loaded", False):
+        changed["_hf_peft_config_loaded"] = False
+    if any(KEY_PREFIX in str(it.source_patterns) for it in getattr(model, "_weight_conversions", None) or []):
         # How the adapter's names were read, by which it would write the model's; without them it takes the family's.
-        model._weight_conversions = None
+        changed["_weight_conversions"] = None
+    found = {name: getattr(model, name) for name in changed}
+    vars(model).update(changed)
     try:
         yield
     finally:
-        for name, value in found.items():
-            setattr(model, name, value)
+        vars(model).update(found)
 
 
 def _check_written(

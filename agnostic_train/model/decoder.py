@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -316,7 +317,8 @@ def _weight_read_through(linear: nn.Module) -> Tensor:
     weight = linear.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     # Taken off the output it would leave its rounding there.
-    no_bias = {name: torch.zeros_like(it) for name, it in linear.named_parameters() if it is linear.bias}
+    tensors = chain(linear.named_parameters(), linear.named_buffers())
+    no_bias = {name: torch.zeros_like(it) for name, it in tensors if it is linear.bias}
     columns = [
         functional_call(linear, no_bias, F.one_hot(units, linear.in_features).to(dtype))
         for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE)

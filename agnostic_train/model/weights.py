@@ -18,7 +18,7 @@ def bit_patterns(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """Tells weights, adapters' included, from those of before a training step; the same on every device.
+    """Tells weights from those of before a training step, and from those with other adapters active; the same on every device.
 
     Offloaded weights, which aren't on any, are left out.
     """
@@ -27,7 +27,12 @@ def weights_checksum(model: nn.Module) -> str:
         for name, value in chain(model.named_parameters(), model.named_buffers())
         if not value.is_meta and not value.is_complex()
     ]
-    return fingerprint(sums)
+    adapters = [
+        [name, module.active_adapters, module.disable_adapters, str(getattr(module, "scaling", None))]
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "disable_adapters")
+    ]
+    return fingerprint([sums, adapters] if adapters else sums)
 
 
 def _sums(values: Tensor) -> list[int]:

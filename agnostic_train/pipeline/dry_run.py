@@ -21,7 +21,7 @@ from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.pipeline.checks import check_comparison, check_inputs
-from agnostic_train.pipeline.fitting import epoch_sizes
+from agnostic_train.pipeline.fitting import check_batches, epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import training_arguments
@@ -126,8 +126,11 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
             if len(sentences):
                 packed = encoder.sentences_packed(sentences, f"training text of {language}")
                 examples[language] = ceil(len(sentences) / packed)
-    num_batches = sum(epoch_sizes(examples, recipe.training).values()) / (micro_batch * num_processes)
-    num_batches = floor(num_batches) if arguments.dataloader_drop_last else ceil(num_batches)
+    num_examples = sum(epoch_sizes(examples, recipe.training).values())
+    if num_examples:
+        check_batches(num_examples, arguments)
+    whole = floor if arguments.dataloader_drop_last else ceil
+    num_batches = whole(num_examples / (micro_batch * num_processes))
     steps_per_epoch = ceil(num_batches / arguments.gradient_accumulation_steps)
     return Plan(
         layout=layout,

@@ -8,6 +8,7 @@ from transformers import PrinterCallback
 
 from agnostic_train.corpus.encoding import Encoder, Example
 from agnostic_train.corpus.purposes import check_training_text
+from agnostic_train.errors import UserError
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.recipe import TrainingSection
 from agnostic_train.training.guarded import GuardedTrainer
@@ -31,11 +32,12 @@ def make_trainer(
     Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
 
     Raises:
-        UserError: a language without a training sentence.
+        UserError: a language without a training sentence, or an epoch without a batch.
     """
     encoder = materials.encoder
     section = materials.recipe.training
     examples = training_examples(encoder, training, section)
+    check_batches(len(examples), arguments)
     settings = dict(args=arguments, train_dataset=examples, data_collator=encoder.collate)
     if held_out is not None:
         settings["eval_dataset"] = {
@@ -64,6 +66,16 @@ def training_examples(
         examples[language] = of(sentences, f"training text of {language}")
     sizes = epoch_sizes({language: len(rows) for language, rows in examples.items()}, section)
     return [row for language, rows in examples.items() for row in islice(cycle(rows), sizes[language])]
+
+
+def check_batches(num_sequences: int, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` if an epoch has no whole batch, and others are dropped."""
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and num_sequences < batch:
+        raise UserError(
+            f"training.dataloader_drop_last: an epoch's {num_sequences} sequences are no batch of {batch}, and nothing is "
+            "left to train on; set it to false, or lower training.per_device_train_batch_size"
+        )
 
 
 def describe_text(section: TrainingSection, max_length: int | None) -> str:

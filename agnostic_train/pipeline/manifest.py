@@ -83,7 +83,10 @@ class Manifest:
         return bool(files)
 
     def start(self, stage: str, inputs: dict[str, Any], launch: dict[str, Any], head: dict[str, Any]) -> None:
-        """Records that a run of the stage has begun. launch: what it took from its launcher. head: the manifest's top-level fields."""
+        """Records that a run of the stage has begun.
+
+        launch: what it took from its launcher. head: the manifest's top-level fields.
+        """
         found, key = self.record(stage), fingerprint(inputs)
         run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
         record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs}
@@ -103,6 +106,13 @@ class Manifest:
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
         stages = self.read()["stages"] | {stage: record}
         write_json(self.file, {**head, "stages": stages})
+
+
+def in_words(changed: list[str]) -> str:
+    """The first few of what `Manifest.changed` names, for people."""
+    # The text that serves a purpose is no key.
+    names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
+    return ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def package_versions() -> dict[str, str]:

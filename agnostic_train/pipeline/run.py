@@ -19,7 +19,7 @@ from agnostic_train.files import check_replaceable, fingerprint, sole_user, whol
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemory
 from agnostic_train.pipeline.checks import check_comparison, check_inputs
-from agnostic_train.pipeline.manifest import Manifest, package_versions
+from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.resuming import check_checkpoints, clear_checkpoints
@@ -139,10 +139,7 @@ class Pipeline:
         if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
             replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
         if replaced and (changed := self.manifest.changed(stage, inputs)):
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            # The text that serves a purpose is no key.
-            names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
-            replaced += f" (changed: {', '.join(names)}{more})"
+            replaced += f" (changed: {in_words(changed)})"
         self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:

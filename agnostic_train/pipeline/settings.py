@@ -67,7 +67,7 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     try:
         arguments = make(**{**recipe.training.arguments, **changes})
     except _MISTAKES as error:
-        raise UserError(f"{_culprit(recipe, make)}: {error}") from None
+        raise UserError(f"{_culprit(recipe, make, error)}: {error}") from None
     if arguments.max_steps > 0 and {"max_steps", "num_train_epochs"} <= recipe.training.arguments.keys():
         logger.warning_once(
             f"training.max_steps: {arguments.max_steps} steps, whatever num_train_epochs says; -1 leaves it to that"
@@ -75,13 +75,14 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     return arguments
 
 
-def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments]) -> str:
-    """The key of `TrainingArguments` that fails on its own, or else their section."""
+def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments], mistake: Exception) -> str:
+    """The key of `TrainingArguments` that alone makes the same mistake, or else their section."""
     for key, value in recipe.training.arguments.items():
         try:
             make(**{key: value})
-        except _MISTAKES:
-            return f"training.{key}"
+        except _MISTAKES as error:
+            if str(error) == str(mistake):
+                return f"training.{key}"
     return "training"
 
 

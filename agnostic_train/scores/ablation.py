@@ -84,15 +84,15 @@ def ablate(
         UserError: neurons of another model. NonFiniteLossError: a set without which the model computes NaN.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
-    weights = None if resume_dir is None else weights_checksum(model)
+    kept = None if resume_dir is None else [weights_checksum(model), {it: _text_of(batches[it]) for it in batches}]
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
     for name, neurons in sets.items():
         wanted = (languages or {}).get(name, batches)
         file = None
         if resume_dir is not None:
             off = [[*site, indices.tolist()] for site, indices in neurons.items()]
-            tokens = {language: [_tokens(batch) for batch in batches[language]] for language in wanted}
-            file = Path(resume_dir) / f"{fingerprint([weights, off, tokens])[:16]}.safetensors"
+            # By its name too: of two equal sets one process would find the first's file, and another not yet.
+            file = Path(resume_dir) / f"{fingerprint([name, off, [*wanted], kept])[:16]}.safetensors"
         if file is not None and file.exists():
             rows[name] = load_measured(file)
             for _ in wanted:
@@ -108,10 +108,12 @@ def ablate(
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})
 
 
-def _tokens(batch: Batch) -> list:
-    """All that a perplexity reads of a batch, as plain values."""
+def _text_of(batches: Sequence[Batch]) -> str:
+    """A fingerprint of all that a perplexity reads of a language's batches."""
     names = ("input_ids", "attention_mask", "num_bytes", "sentence_index")
-    return [torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None]
+    return fingerprint(
+        [[torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None] for batch in batches]
+    )
 
 
 def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: str) -> Perplexity:

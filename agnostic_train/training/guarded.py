@@ -64,7 +64,7 @@ class GuardedTrainer(Trainer):
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
             check_resumable(checkpoint)
-            if not is_resumable(checkpoint):
+            if not _has_optimizer(checkpoint):
                 logger.warning(
                     f"{checkpoint}: has no optimizer (save_only_model); training goes on with a new one, and ends elsewhere"
                 )
@@ -170,6 +170,10 @@ def is_resumable(checkpoint: Path) -> bool:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return _has_optimizer(checkpoint)
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
     # DeepSpeed keeps its own in a folder of the step.
     return any(it.name.startswith(("optimizer", "global_step")) for it in checkpoint.iterdir())
 
@@ -178,9 +182,14 @@ def check_resumable(checkpoint: Path) -> None:
     """Opens every file that resuming reads, without reading the tensors in it.
 
     Raises:
-        UserError: naming the file that is cut short or isn't what it should be; pickles may hold tensors and plain
+        UserError: naming the file that is missing, cut short or not what it should be; pickles may hold tensors and plain
             values alone.
     """
+    if not (checkpoint / TRAINER_STATE_NAME).exists():
+        raise UserError(
+            f"{checkpoint / TRAINER_STATE_NAME}: missing, so the checkpoint wasn't saved to its end; delete {checkpoint}, and "
+            "training goes on from the one before it"
+        )
     for file in sorted(checkpoint.iterdir()):
         try:
             if file.suffix == ".json":

@@ -93,9 +93,10 @@ class GradientMask:
             UserError: an optimizer that mixes entries, or whose weight decay isn't known.
         """
         if not isinstance(optimizer, (Adam, AdamW, SGD)):
+            name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
             raise UserError(
-                f"training.optim: {type(optimizer).__module__}.{type(optimizer).__name__} isn't known to treat each weight on its own, so "
-                f"update='mask' can't promise that nothing else moves; use {', '.join(OPTIMIZERS)}"
+                f"training.optim: {name} isn't known to treat each weight on its own, so update='mask' can't promise "
+                f"that nothing else moves; use {', '.join(OPTIMIZERS)}"
             )
         decays = {
             id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]

@@ -447,6 +447,14 @@ MISTAKES = [
     (["--training.fsdp=full_shard"], "training.fsdp: needs several processes"),
     (["--training.strategy=auto"], "training.high"),
     (["--training.optim=adamx"], "training.optim: adamx is not a valid OptimizerNames"),
+    (
+        ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.optim=adamx"],
+        "training.optim: adamx is not a valid OptimizerNames",
+    ),
+    (
+        ["--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=999"],
+        "training.dataloader_drop_last: ",
+    ),
     (["--training.use_liger_kernel=true"], "training.use_liger_kernel: needs pip install liger-kernel"),
     (["--training.mixture={sw: 4, en: 0}"], "error: --training.mixture.en: "),
     (["--comparison.seeds=0,1"], "recipe.yaml with --comparison.seeds: comparison: tuning_seed 0 is one of seeds"),

@@ -79,7 +79,10 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     assert (out / "figures/trade.png").exists()
     capsys.readouterr()
     assert run(root, "run", *SMALL[1:]) == 0 and "Strategies compared" not in (out / "report.html").read_text()
-    assert "left out, for it is of other keys (changed: comparison.strategies)" in capsys.readouterr().out
+    assert (
+        "report: without the comparison, which `compare` would make anew (changed: comparison.strategies)"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsys):

@@ -249,6 +249,9 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
     again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     num_passes = 2 * 4 + 4 * (2 + 2)
     assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
+    # Equal sets have a file each: of several processes one would else find what another is about to measure.
+    twice = ablation.ablate(llama, {"one": found.shared, "other": found.shared}, corpora, resume_dir=tmp_path / "twice")
+    assert len(list((tmp_path / "twice").iterdir())) == len(twice.measured) == 3
     # Of other weights, text or neurons nothing there is taken.
     for model, its, text in (
         (tiny_llama(initializer_range=0.2), found, corpora),

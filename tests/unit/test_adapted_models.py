@@ -13,6 +13,7 @@ from agnostic_train import deactivate, detect_neurons, language_agnostic_score, 
 from agnostic_train.detection.lape import firing_rates
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.neuron_set import NeuronSet
 
 BATCH = padded_batch([5, 11, 8])
@@ -98,6 +99,13 @@ def test_the_score_is_that_of_the_merged_model(wrapped_and_merged):
     found = detect_neurons(merged, corpora, 0.2, 0.5)
     scores = [language_agnostic_score(model, found, corpora) for model in (wrapped, merged)]
     assert scores[0].value == pytest.approx(scores[1].value, rel=1e-3)
+
+
+def test_weights_are_told_apart_by_the_adapter_that_is_active():
+    model = adapted()
+    with model.disable_adapter():
+        without = weights_checksum(model)
+    assert weights_checksum(model) == weights_checksum(model) != without
 
 
 def test_a_large_bias_leaves_no_rounding_in_the_weight():

@@ -179,6 +179,14 @@ def test_a_checkpoint_without_an_optimizer_is_told(tmp_path, caplog):
     assert "checkpoint-2: has no optimizer (save_only_model); training goes on with a new one" in caplog.text
 
 
+def test_a_checkpoint_without_a_state_is_refused(tmp_path):
+    saving = dict(save_strategy="steps", save_steps=2)
+    trainer_of(tiny_llama(), tmp_path, "compact", max_steps=2, **saving).train()
+    (tmp_path / "checkpoint-2/trainer_state.json").unlink()
+    with pytest.raises(UserError, match="trainer_state.json: missing, so the checkpoint wasn't saved to its end"):
+        trainer_of(tiny_llama(), tmp_path, "compact", max_steps=3, **saving).train(True)
+
+
 def test_a_batch_may_be_a_list_of_rows(tmp_path, monkeypatch):
     """As TRL's GRPOTrainer has it."""
     trainer = trainer_of(tiny_llama(), tmp_path, "compact")

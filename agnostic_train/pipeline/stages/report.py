@@ -1,5 +1,6 @@
 """`report`: what the other stages found, for people."""
 
+from agnostic_train.pipeline.manifest import in_words
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.page import write_report
 
@@ -8,8 +9,8 @@ def report(context: Context) -> dict:
     if context.processes.is_main_process:
         has_comparison = context.inputs.has_comparison
         if not has_comparison and context.manifest.record("compare").get("finished"):
-            changed = ", ".join(context.manifest.changed("compare", context.inputs.whole("compare")))
-            context.say(f"report: the comparison is left out, for it is of other keys (changed: {changed})")
+            changed = in_words(context.manifest.changed("compare", context.inputs.whole("compare")))
+            context.say(f"report: without the comparison, which `compare` would make anew (changed: {changed})")
         write_report(context.directory, context.recipe.to_dict(), context.manifest.read(), has_comparison)
     return {"outputs": ["report.html", "figures"]}
 
