@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline import STAGES
+from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_inputs import learning_arguments
 from agnostic_train.pipeline.stages import evaluate as evaluate_stage
@@ -70,6 +71,7 @@ CHANGES = [
     ({"corpus.detection_sentences": "30"}, ALL - {"export", "evaluate"}),
     ({"corpus.seed": "1"}, ALL - {"export", "evaluate"}),
     ({"corpus.max_length": "8"}, ALL - {"export"}),
+    ({"corpus.add_bos": "false"}, ALL - {"export"}),
     ({"corpus.batch_size": "8"}, {"report"}),
     ({"training.gradient_checkpointing": "true", "training.save_total_limit": "1"}, set()),
     ({"training.dataloader_num_workers": "1", "training.hub_strategy": "end"}, set()),
@@ -370,3 +372,36 @@ def test_an_exported_folder_may_hold_folders(root):
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}"}
     tokenizer.save_pretrained(root / "model")
     assert run(root, "evaluate") == 0 and any(it.is_dir() for it in (root / "out/enhanced").iterdir())
+
+
+def test_packing_matters_where_text_is_trained_on(root):
+    short = {"corpus.max_length": "30"}
+    before, after = inputs(root, short), inputs(root, short | {"training.packing": "true"})
+    assert {stage for stage in ALL if after[stage] != before[stage]} == {"train", "compare"}
+
+
+def test_files_count_by_what_is_in_them(root):
+    shutil.copytree(root / "model", root / "other")
+    folders = {f"{section}.checkpoints": str(root / "other") for section in ("evaluation", "model")}
+    file, found = root / "mine.safetensors", []
+    for index in (1, 2):
+        NeuronSet({(0, "up"): [index]}).save(file)
+        (root / "other/config.json").open("a").write("\n")
+        found.append(inputs(root, folders | {"training.neurons": str(file)}))
+    before, after = found
+    assert {stage for stage in ALL if after[stage] != before[stage]} >= {"score", "train", "evaluate"}
+
+
+def test_a_pilot_depends_on_the_text_that_ranks(root):
+    pilot = {"training.strategy": "pilot", "training.pilot_strategies": "shared,related"}
+    assert inputs(root, pilot)["train"] != inputs(root, pilot | {"corpus.validation_sentences": "5"})["train"]
+
+
+def test_an_interrupted_stage_goes_on_as_the_same_run(tmp_path):
+    manifest, runs = Manifest(tmp_path), []
+    for finishes in (False, True, False):
+        manifest.start("compare", {"a": 1}, {}, {})
+        runs.append(manifest.record("compare")["run"])
+        if finishes:
+            manifest.finish("compare", [], {}, {})
+    assert runs[0] == runs[1] != runs[2]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from agnostic_train import batches_of, detect_neurons, perplexity
+from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import held_out_text
 from agnostic_train.corpus.purposes import load_corpus
@@ -559,3 +560,37 @@ def test_mistaken_texts_are_named(tokenizer):
     without_special_tokens.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(UserError, match=r"texts: the tokenizer makes no token of number \d, ''"):
         batches_of([""], without_special_tokens)
+
+
+def test_of_a_slow_tokenizer_what_is_kept_is_decoded_without_special_tokens(tokenizer):
+    encoder = Encoder.of(tokenizer, section(max_length=4), config())
+    kept = tokenizer("a bc def")["input_ids"][:4]
+    assert encoder._covered("a bc def", kept, None) == tokenizer.decode(kept[1:])
+
+
+def test_a_tokenizer_that_closes_sentences_itself_is_left_to_it():
+    own = build_tokenizer(SENTENCES, vocab_size=300)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {own.eos_token}", special_tokens=[(own.eos_token, own.eos_token_id)]
+    )
+    ids = Encoder.of(own, section(), config()).examples(["a b"], "text")[0]["input_ids"].tolist()
+    assert ids.count(own.eos_token_id) == 1 and ids == own("a b")["input_ids"]
+
+
+def test_the_vocabulary_has_the_tokens_below_its_size(tokenizer):
+    largest = max(tokenizer("a")["input_ids"])
+    assert Encoder.of(tokenizer, section(), config(vocab_size=largest + 1)).encode(["a"], "text")
+    with pytest.raises(UserError, match="don't belong together"):
+        Encoder.of(tokenizer, section(), config(vocab_size=largest)).encode(["a"], "text")
+
+
+def test_sentences_end_at_their_marks():
+    text = "One. Two! Three? Four… 五。六！七？八"
+    assert list(split_documents([text], True)) == ["One.", "Two!", "Three?", "Four…", "五。", "六！", "七？", "八"]
+
+
+def test_validation_text_in_the_test_is_refused(tmp_path):
+    for split, lines in {"train": "a", "valid": "b", "test": "b"}.items():
+        (tmp_path / f"en.{split}.txt").write_text(lines)
+    with pytest.raises(UserError, match="1 sentences of 'en' stand in two"):
+        load_corpus(section(detection_sentences=1), tmp_path)

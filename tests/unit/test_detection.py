@@ -248,3 +248,20 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
     monkeypatch.setattr(detect.logger, "warning", found.append)
     detect_neurons(llama, {name: [padded_batch([5, 8])] for name in "abc"}, verify=False, progress=False)
     assert len(found) == 1 and "2 of 2 layers" in found[0]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_impacts_that_are_not_finite_are_noticed_while_counting(value):
+    counts = TopCounts(top_ratio=0.5)
+    counts.add({(0, "q"): torch.tensor([[1.0, 2.0], [value, 3.0]])})
+    with pytest.raises(UserError, match="layer 0 q aren't finite"):
+        counts.consistent(1.0, {(0, "q"): 2})
+
+
+def test_counts_that_are_read_back_know_how_active_neurons_were(tmp_path):
+    counts = TopCounts(0.5, "key")
+    counts.add_activations({(0, "q"): torch.tensor([2.0, 4.0])}, torch.tensor(2))
+    counts.save(tmp_path / "counts")
+    again = TopCounts.load(tmp_path / "counts", 0.5, torch.device("cpu"), "key")
+    again.add_activations({(0, "q"): torch.tensor([1.0, 2.0])}, torch.tensor(1))
+    assert again.mean_activations()[(0, "q")].tolist() == [1.0, 2.0]

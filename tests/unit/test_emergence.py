@@ -59,3 +59,7 @@ def test_the_table_says_what_was_clipped():
     (row,) = emergence_table([emergence_row(Checkpoint("step-8", 8), found, score)])
     assert row["clipped"] == "a, b" and row["controls_1_clipped"] == "b" and row["controls_2_clipped"] == ""
     assert row["controls_1"] == 0.3 and row["controls_2"] == 0.1
+
+
+def test_the_step_is_a_names_last_number():
+    assert Checkpoint.parse("runs/v2-700") == Checkpoint("runs/v2-700", 700)

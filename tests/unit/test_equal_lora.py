@@ -53,3 +53,9 @@ def test_the_strategies_of_the_baselines(llama):
     assert lora.neurons is None and lora.lora.peft_type == "LORA" and "378 of related of a" in lora.reason
     torch.manual_seed(0)
     assert get_peft_model(llama, lora.lora).get_nb_trainable_parameters()[0] <= 378
+
+
+def test_what_is_left_of_the_budget_prefers_no_layer(llama):
+    config, _ = equal_lora(NeuronSet({(0, "up"): range(3)}), llama)
+    largest = max(config.rank_pattern.values())
+    assert {name.split(".")[2] for name, rank in config.rank_pattern.items() if rank == largest} == {"0", "1"}

@@ -25,7 +25,7 @@ from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.compact import NeuronConfig
-from agnostic_train.training.delta import Delta
+from agnostic_train.training.delta import Delta, weight_deltas
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52]})
 
@@ -428,3 +428,18 @@ def test_a_folder_with_another_adapter_than_the_trained_one_is_refused(tmp_path)
     assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama()).status == "identical"
     with pytest.raises(TypeError, match="tokenizer: expected a tokenizer"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama(), tokenizer="name")
+
+
+def test_a_difference_of_half_precision_weights_is_exact():
+    base, model = tiny_llama().bfloat16(), tiny_llama().bfloat16()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[3] = torch.linspace(0.001, 10, 42)
+    (delta,) = weight_deltas(model, base, NeuronSet({(0, "up"): [3]})).values()
+    assert torch.equal(delta.added_to(base.model.layers[0].mlp.up_proj.weight).bfloat16(), weight)
+
+
+def test_an_adapter_names_the_base_not_what_was_trained():
+    base, model = tiny_llama(), tiny_llama()
+    base.name_or_path, model.name_or_path = "the/base", "the/trained"
+    assert Trained.of(model, base, CHOSEN).base_name == "the/base"

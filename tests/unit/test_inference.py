@@ -78,3 +78,19 @@ def test_a_training_in_bf16_is_measured_as_its_weights_are(tmp_path, update):
         for site, values in neuron_impacts(trainer.model, batch).items():
             torch.testing.assert_close(values, impacts[site])
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_each_module_gets_its_own_mode_back(llama):
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [it.training for it in llama.modules()]
+    with left_as_found(llama):
+        assert not any(it.training for it in llama.modules())
+    assert [it.training for it in llama.modules()] == before
+
+
+def test_random_states_are_left_as_found(llama):
+    state = torch.random.get_rng_state()
+    with left_as_found(llama):
+        torch.rand(3)
+    assert torch.equal(torch.random.get_rng_state(), state)

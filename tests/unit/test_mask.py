@@ -179,3 +179,13 @@ def test_half_precision_is_warned_of(caplog):
     GradientMask(tiny_llama().bfloat16(), CHOSEN)
     mask.logger.removeHandler(caplog.handler)
     assert "load the model in float32" in caplog.text
+
+
+def test_an_optimizer_gets_its_decay_back():
+    model = tiny_llama()
+    mask = GradientMask(model, CHOSEN)
+    optimizer = torch.optim.AdamW([it.parameter for it in mask.parameters], weight_decay=0.1)
+    mask.guard(optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    mask.remove()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1

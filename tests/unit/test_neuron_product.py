@@ -257,3 +257,12 @@ def test_a_bias_of_another_type_than_the_weight_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(4, 6)).sum().backward()
     assert delta_of(layer).grad.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_that_learns_too_takes_the_plain_form(bias):
+    layer, x = nn.Linear(6, 4, bias=bias).requires_grad_(False), torch.zeros(2, 6)
+    delta = torch.zeros(2, 6, requires_grad=True)
+    assert fits(layer, delta, x)
+    layer.weight.requires_grad_()
+    assert not fits(layer, delta, x)

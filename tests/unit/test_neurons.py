@@ -231,3 +231,15 @@ def test_languages_that_share_a_neuron_are_counted_from_one():
     for number in (-1, 0, 3):
         with pytest.raises(ValueError, match="min_languages must be from 1 to the number of languages, 2"):
             LanguageNeurons.from_related(related, min_languages=number)
+
+
+def test_random_columns_of_o_may_be_of_any_query_head(llama):
+    drawn = [NeuronSet({(0, "o"): [2]}).random_like(seed, llama) for seed in range(40)]
+    assert {int(it[(0, "o")]) // 10 for it in drawn} == set(range(6))
+
+
+def test_the_summary_counts_each_set(tmp_path):
+    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "q"): [0, 1, 2]}), "b": NeuronSet({(0, "q"): [0]})})
+    found.save(tmp_path / "neurons")
+    counts = json.loads((tmp_path / "neurons/summary.json").read_text())["counts"]
+    assert counts["shared"]["q"] == 1 and counts["related"]["a"]["q"] == 3 and counts["exclusive"]["a"]["q"] == 2

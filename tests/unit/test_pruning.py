@@ -14,7 +14,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.impact import bound_sieve, query_key
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
-from agnostic_train.impact.pruning import decide, num_top, settle
+from agnostic_train.impact.pruning import check_enclosed, decide, num_top, settle
 from agnostic_train.impact.row_blocks import row_blocks
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
@@ -289,3 +289,10 @@ def test_what_a_wide_interval_reports_is_its_lower_end():
     certain, unclear = decide(low, high, 3)
     assert certain.tolist() == [[True, True, True, False, False]] and not unclear.any()
     assert settle(low, high, certain, unclear, torch.zeros_like(low)).tolist() == [[9.0, 8.0, 7.5, 0.0, 0.0]]
+
+
+def test_what_rounding_may_do_decides_nothing():
+    ends = torch.tensor([[1.00005, 1.0, 0.99995, 0.9]])
+    certain, unclear = decide(ends, ends, 1)
+    assert not certain.any() and unclear.tolist() == [[True, True, True, False]]
+    check_enclosed(ends * 1.00005, ends, ends)

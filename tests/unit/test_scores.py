@@ -23,6 +23,7 @@ from agnostic_train.report.tables import score_table
 from agnostic_train.scores import ablation, agnostic_score
 from agnostic_train.scores.ablation import Ablation
 from agnostic_train.scores.agnostic_score import language_agnostic_score, language_score
+from agnostic_train.scores.bootstrap import interval
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Strategy
@@ -433,3 +434,44 @@ def test_no_batch_is_waited_for(llama, monkeypatch, measure):
 
     few, many = count(1), count(6)
     assert many == few
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    model = tiny_llama().bfloat16()
+    batch = padded_batch([9, 12, 7])
+    with torch.no_grad():
+        logits = model(**batch).logits.float()
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, batch["input_ids"][:, 1:], reduction="none")
+    expected = (losses * batch["attention_mask"][:, 1:]).sum(1)
+    torch.testing.assert_close(perplexity(model, [batch]).sentence_nats.float(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "num_bytes", "sentence_index"])
+def test_what_was_kept_of_other_text_is_measured_anew(llama, tmp_path, name):
+    batch = padded_batch([9, 12]) | {"num_bytes": torch.tensor([9, 12]), "sentence_index": torch.tensor([0, 1])}
+    other = batch | {name: batch[name].flip(0) * (3 if name == "num_bytes" else 1)}
+    if name == "attention_mask":
+        other[name] = batch[name].clone()
+        other[name][1, 6:] = 0
+    for it in (batch, other):
+        again = ablation.ablate(llama, {}, {"a": [it]}, resume_dir=tmp_path).measured["none"]["a"]
+        fresh = perplexity(llama, [it])
+        assert again.num_bytes == fresh.num_bytes and torch.equal(again.sentence_nats, fresh.sentence_nats)
+
+
+def test_what_was_kept_of_another_site_is_measured_anew(llama, tmp_path):
+    nats = []
+    for site in ((0, "up"), (1, "up")):
+        found = ablation.ablate(llama, {"x": NeuronSet({site: [1]})}, {"a": [padded_batch([9])]}, resume_dir=tmp_path)
+        nats.append(found.measured["x"]["a"].nats)
+    assert nats[0] != nats[1]
+
+
+def test_an_interval_leaves_out_resamples_without_a_value():
+    assert interval(torch.tensor([1.0, torch.nan, 3.0], dtype=torch.float64), 0.5) == (1.5, 2.5)
+
+
+def test_both_thresholds_belong_to_the_middle(llama):
+    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [1, 3]})})
+    for value in (0.5, 2.0):
+        assert Strategy("auto", low=0.5, high=2.0).choose(found, AgnosticScore(value, []), llama).strategy == "shared"

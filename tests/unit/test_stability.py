@@ -37,3 +37,17 @@ def test_every_comparison_takes_the_sentences_that_it_says():
     assert "second sample" not in detection_stability(detect, found, sentences, {"a": [], "b": []})
     one = {language: lines[:1] for language, lines in sentences.items()}
     assert list(detection_stability(detect, detect(one), one, others)) == ["second sample"]
+
+
+def test_samples_that_are_compared_are_equally_large():
+    """Halves of the smallest language's sample, and as many further sentences as each has."""
+    asked = []
+
+    def detect(sentences):
+        asked.append({language: len(lines) for language, lines in sentences.items()})
+        sets = {language: NeuronSet({(0, "up"): range(len(lines))}) for language, lines in sentences.items()}
+        return LanguageNeurons.from_related(sets)
+
+    sentences, others = {"a": ["x"] * 8, "b": ["x"] * 20}, {"a": ["y"] * 30, "b": ["y"] * 30}
+    detection_stability(detect, detect(sentences), sentences, others)
+    assert asked[1:] == [{"a": 4, "b": 4}, {"a": 4, "b": 4}, {"a": 8, "b": 20}]

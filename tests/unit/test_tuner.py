@@ -348,3 +348,11 @@ def test_several_active_adapters_are_read_together():
     wrapped.add_adapter("second", NeuronConfig(neurons=NeuronSet({(0, "q"): [4, 7], (1, "up"): [2]})))
     wrapped.base_model.set_adapter(["default", "second"])
     assert adapter_neurons(wrapped) == NeuronSet({(0, "q"): [1, 4, 7], (1, "up"): [2]})
+
+
+def test_a_frozen_delta_that_is_moved_stays_frozen():
+    layer = NeuronLinear(torch.nn.Linear(6, 4), 0)
+    layer.add("default", torch.tensor([1, 2]))
+    layer.neuron_delta["default"].requires_grad_(False)
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    assert layer.neuron_delta["default"].is_meta and not layer.neuron_delta["default"].requires_grad
