@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from agnostic_train import batches_of, detect_neurons, perplexity
+from agnostic_train.corpus import streaming
 from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.judging import held_out_text
@@ -477,6 +478,23 @@ def test_only_languages_that_train_stream_training_text_and_take_what_there_is(h
     assert load_corpus(streamed(hub, training_sentences=20), keep=keep, trained=[]).texts == {
         language: replace(text, training=[]) for language, text in whole.texts.items()
     }
+
+
+def test_training_text_follows_what_was_streamed_before_it(tmp_path, monkeypatch):
+    """Where that was streamed anew, and the dataset has changed, text that is kept might be among it."""
+    documents = [f"document {index}" for index in range(40)]
+    monkeypatch.setattr(streaming, "hub_documents", lambda *_: iter(documents))
+    own = section(
+        path=None, dataset="some/data", config_pattern="{lang}", detection_sentences=4, training_sentences=5,
+        validation_sentences=3, test_sentences=3,
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        found.append(streaming.streamed_by_purpose(own, "en", True, tmp_path, progress=False))
+        for file in tmp_path.glob("corpus-en-*"):
+            file.unlink()
+        documents.reverse()
+    assert [it["training"][0] for it in found] == ["document 10", "document 29"]
 
 
 def test_what_was_streamed_is_kept(hub, tmp_path):
