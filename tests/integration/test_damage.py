@@ -75,6 +75,7 @@ def test_what_fsdp_saves_is_looked_through_too(tmp_path):
     for name in ("optimizer.bin", "training_args.bin"):
         torch.save({"state": torch.ones(1000)}, tmp_path / name)
     cut(tmp_path / "training_args.bin")  # which is never read
+    (tmp_path / "trainer_state.json").write_text("{}")
     guarded.check_resumable(tmp_path)
     cut(tmp_path / "optimizer.bin")
     with pytest.raises(UserError, match=r"optimizer\.bin: can't be resumed from"):
