@@ -115,22 +115,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         language: texts[language].training if texts else range(num_sentences[language]["training"])
         for language in recipe.training.text_languages
     }
-    if stage not in ("detect", "score"):
-        for language, sentences in training.items():
-            check_training_text(language, sentences)
-        if stage != "compare" and recipe.training.has_pilot and (texts or not recipe.training.packing):
-            training, _ = split_pilot_text(recipe, arguments, encoder, training)
-    examples = {language: len(sentences) for language, sentences in training.items()}
-    if recipe.training.packing and texts:
-        for language, sentences in training.items():
-            if len(sentences):
-                packed = encoder.sentences_packed(sentences, f"training text of {language}")
-                examples[language] = ceil(len(sentences) / packed)
-    num_examples = sum(epoch_sizes(examples, recipe.training).values())
-    if num_examples:
-        check_batches(num_examples, arguments)
-    whole = floor if arguments.dataloader_drop_last else ceil
-    num_batches = whole(num_examples / (micro_batch * num_processes))
+    num_batches = _num_batches(recipe, arguments, encoder, training, is_read=bool(texts), stage=stage)
     steps_per_epoch = ceil(num_batches / arguments.gradient_accumulation_steps)
     return Plan(
         layout=layout,
@@ -148,6 +133,41 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         num_processes=num_processes,
         phases=_up_to(stage, _phases(recipe, layout, arguments, length, entries, num_processes, stage)),
     )
+
+
+def _num_batches(
+    recipe: Recipe,
+    arguments: NeuronTrainingArguments,
+    encoder: Encoder,
+    training: Mapping[str, Sequence],
+    is_read: bool,
+    stage: str,
+) -> int:
+    """How many batches of each process an epoch has.
+
+    training: per language, the sentences to train on; where they aren't read, anything of their number.
+
+    Raises:
+        UserError: what stops the training, if the stage has one.
+    """
+    section = recipe.training
+    trains = stage not in ("detect", "score")
+    if trains:
+        for language, sentences in training.items():
+            check_training_text(language, sentences)
+        if stage != "compare" and section.has_pilot and (is_read or not section.packing):
+            training, _ = split_pilot_text(recipe, arguments, encoder, training)
+    examples = {language: len(sentences) for language, sentences in training.items()}
+    if section.packing and is_read:
+        for language, sentences in training.items():
+            if len(sentences):
+                packed = encoder.sentences_packed(sentences, f"training text of {language}")
+                examples[language] = ceil(len(sentences) / packed)
+    num_examples = sum(epoch_sizes(examples, section).values())
+    if trains:
+        check_batches(num_examples, arguments)
+    whole = floor if arguments.dataloader_drop_last else ceil
+    return whole(num_examples / (arguments.per_device_train_batch_size * arguments.world_size))
 
 
 def print_plan(recipe: Recipe, stage: str) -> None:

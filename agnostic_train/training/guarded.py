@@ -202,6 +202,6 @@ def check_resumable(checkpoint: Path) -> None:
                     torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # unpickling damaged bytes can raise anything
             raise UserError(
-                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training goes on from the one "
-                "before it"
+                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training goes on from "
+                "the one before it"
             ) from None

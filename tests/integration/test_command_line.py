@@ -151,6 +151,12 @@ def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
         assert_mistake(root, "run", flags, "detection takes every train sentence of 'sw'", capsys)
 
 
+def test_a_dry_run_of_detection_asks_nothing_of_the_training(root, capsys):
+    flags = ["--dry-run", "--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=999"]
+    assert run(root, "detect", *flags) == 0
+    assert_mistake(root, "train", flags, "an epoch's 180 sequences are no batch of 999", capsys)
+
+
 def test_mixed_text(root, capsys):
     """An epoch of four parts of the enhanced language and one of another; the dry run counts it."""
     flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]
