@@ -13,11 +13,11 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange, squared_output_change
+from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layout import QueryKeyLayout
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
-from agnostic_train.impact.row_blocks import Block
 
 # Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
 _TILE_SIZES = (4, 16)
@@ -60,9 +60,11 @@ class BoundSieve:
         bound_bytes: int,
     ):
         self.change = change
-        self.changes = changes
+        self.changes = {name: it.centred() for name, it in changes.items()}
         self.blocks = change.blocks
-        self.layout = QueryKeyLayout(change, changes, num_kv_heads)
+        self.layout = QueryKeyLayout(change, self.changes, num_kv_heads)
+        self._forms = [change.in_block(block, bool(self.layout.growths)) for block in self.blocks]
+        self._bits = torch.cat([change.bits_moved(it) for it in self.changes.values()], 1).flatten()
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
 
@@ -87,7 +89,7 @@ class BoundSieve:
             likely = estimate.topk(min(ceil(_FIRST * count), estimate.shape[1]), 1).indices
             part.scatter_(1, likely, True)
         tiles = self._tiles(first)
-        done = self.layout.by_site(sum(self._squares(tiles, block) for block in self.blocks))
+        done = self.layout.by_site(sum(self._squares(tiles, number) for number in range(len(self.blocks))))
         thresholds = [
             part.topk(count, 1).values[:, -1:] for part, count in zip(self.layout.split(done), counts, strict=True)
         ]
@@ -99,7 +101,7 @@ class BoundSieve:
             tiles = self._tiles(alive)
             if not len(tiles.head):
                 break
-            done += self.layout.by_site(self._squares(tiles, block))
+            done += self.layout.by_site(self._squares(tiles, number))
             for index, part in enumerate(self.layout.split(alive)):
                 num_logits[index] += int(part.sum()) * block.num_logits
         found = torch.where(alive | first, done, 0).sqrt().float()
@@ -145,30 +147,27 @@ class BoundSieve:
         neuron[place] = target[place] = neurons
         return _Tiles(head, neuron.view(-1, size), target.view(-1, size))
 
-    def _squares(self, tiles: _Tiles, block: Block) -> Tensor:
-        """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile."""
-        change, rows, keys = self.change, block.rows, block.keys
-        logits, attention = change.logits[:, rows, keys], change.attention_in(block)
-        value, weight = change.centred_value[:, keys], change.weight[:, rows]
-        a, b, c, d = (part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True))
-        growth = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]
-        num_rows, num_keys = logits.shape[1:]
-        size = tiles.neuron.shape[1]
+    def _squares(self, tiles: _Tiles, number: int) -> Tensor:
+        """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile.
+
+        number: of the block.
+        """
+        block, forms, value = self.blocks[number], self._forms[number], self.change.value
+        rows, keys, size = block.rows, block.keys, tiles.neuron.shape[1]
+        factors = [part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True)]
+        growths = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
-        entries = size * num_rows * (2 * num_keys + change.head_dim) + (2 * num_rows + change.head_dim) * num_keys
+        entries = size * block.num_rows * (2 * block.num_keys + self.change.head_dim)
+        entries += (2 * block.num_rows + self.change.head_dim) * block.num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))
-        squares = value.new_zeros(len(self.layout.factors[0]) + 1)
+        squares = value.new_zeros(len(self._bits) + 1)
+        shapes = [(-1, size, block.num_rows, 1), (-1, size, 1, block.num_keys)] * 2
         for part in tiles.chunks(at_once):
-            shape = (len(part.head), size, num_rows, num_keys)
             neurons = part.neuron.flatten()
-            left_a, left_c = (it.index_select(0, neurons).view(*shape[:3], 1) for it in (a, c))
-            right_b, right_d = (it.index_select(0, neurons).view(*shape[:2], 1, num_keys) for it in (b, d))
-            changed = logits.index_select(0, part.head).unsqueeze(1)
-            if growth:
-                changed = changed * growth[0].index_select(0, neurons).view_as(left_a)
-                changed.mul_(growth[1].index_select(0, neurons).view_as(right_b))
-            changed = torch.addcmul(changed, left_a, right_b, value=-1, out=changed if growth else None)
-            changed.addcmul_(left_c, right_d, value=-1)
-            of_heads = (it.index_select(0, part.head) for it in (attention, value, weight))
-            squares[part.target] = squared_output_change(changed, *of_heads)
-        return squares[:-1].view(len(value), -1)
+            chosen, grown = (
+                [it.index_select(0, neurons).view(shape) for it, shape in zip(parts, shapes, strict=False)]
+                for parts in (factors, growths)
+            )
+            attention = forms.of(self._bits[neurons]).of_heads(part.head)
+            squares[part.target] = attention.squares(attention.changed(chosen, grown))
+        return squares[:-1].masked_fill_(self._bits == 0, 0).view(len(value), -1)

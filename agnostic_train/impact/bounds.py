@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.attention import LogitChange
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.row_blocks import Block
 
 
@@ -108,19 +109,14 @@ def square_bounds(
     """Bounds on each neuron's squared change, summed over a block's counted rows, and an estimate over all rows.
 
     Args:
-        x: the logits' change, as for `OutputChange.of_logits`.
+        x: the logits' change, `centred`.
 
     Returns: (heads, blocks, head_dim) and (heads, head_dim). The bounds may be infinite or NaN.
     """
     a, b, c, d = (part.flatten(0, 1)[heads] for part in (x.a, x.b, x.c, x.d))
     rounding = _rounding(a.dtype, a.shape[1])
-    b_common, d_common = b.mean(-2, keepdim=True), d.mean(-2, keepdim=True)
-    b, d = b - b_common, d - d_common
     # How large a change of the logits can be, which is what rounding is a part of: (heads, 1, head_dim).
-    reach = sum(
-        _largest(factor) * (_largest(values) + common.abs())
-        for factor, values, common in ((a, b, b_common), (c, d, d_common))
-    )
+    reach = x.reach.flatten(0, 1)[heads].unsqueeze(1)
     growth = _growth(change, heads, x, b, d)
     if growth is not None:
         reach = reach + growth.reach
@@ -210,11 +206,6 @@ def _growth(change: OutputChange, heads: slice, x: LogitChange, b: Tensor, d: Te
         largest=u * logits.amax(-1, keepdim=True).clamp_(min=0),
         reach=size * (4 + u.amax(-2, keepdim=True)),
     )
-
-
-def _largest(values: Tensor) -> Tensor:
-    """Largest absolute value over the rows."""
-    return torch.maximum(values.amax(-2, keepdim=True), -values.amin(-2, keepdim=True))
 
 
 def _rounding(dtype: torch.dtype, terms: float) -> float:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact import kernels
-from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.layout import QueryKeyLayout
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 
 

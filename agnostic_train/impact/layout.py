@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.attention import LogitChange
+from agnostic_train.impact.output_change import OutputChange
 
 
 class QueryKeyLayout:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agnostic_train.impact.attention import LogitChange, OutputChange
+from agnostic_train.impact.attention import LogitChange
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from agnostic_train.impact.angles import Angles, SharedAngles
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
-    OutputChange,
     key_impacts,
     paper_change,
     query_impacts,
@@ -21,15 +21,17 @@ from agnostic_train.impact.attention import (
 )
 from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
 
-# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows.
-_CPU_CHUNK_BYTES = 6 << 20
+# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows, and what is kept for a
+# layer's sentences is, too, if it isn't handed back to the system and asked for again.
+_CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
 # If bounds leave more than this part of the logits to compute, all at once are faster; and less where a norm makes them
 # grow, which costs more beside gathered neurons. They are tried again on sentences that are so much shorter.
-_MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.36, 0.24, 0.7
+_MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
 
 
 class QueryKeyImpacts:
@@ -100,17 +102,22 @@ class QueryKeyImpacts:
 
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
         """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
-        _, num_heads, length, head_dim = inputs.query.shape
+        batch, num_heads, length, head_dim = inputs.query.shape
         # A norm over all heads takes some more products of the logits.
         spanning = any(self.layer.norm_spans_heads(name) for name in self.names if name in self.layer.norms)
         entries = num_heads * length * (14 * head_dim + (14 if spanning else 4) * length)
-        return max(1, self._half_bytes // (entries * inputs.query.element_size()))
+        fitting = self._limit(inputs, _CPU_LAYER_BYTES) // (entries * inputs.query.element_size())
+        num_parts = ceil(batch / max(1, fitting))
+        return ceil(batch / num_parts)
+
+    def _limit(self, inputs: AttentionInputs, on_cpu: int) -> int:
+        """Bytes of half the memory, on a CPU at most `on_cpu`."""
+        return min(self._half_bytes, on_cpu) if inputs.query.device.type == "cpu" else self._half_bytes
 
     def _measure_part(
         self, inputs: AttentionInputs, counted: Tensor, projected: dict[str, Tensor], angles: Angles
     ) -> tuple[dict[str, Tensor], Tensor]:
-        on_cpu = inputs.query.device.type == "cpu"
-        chunk_bytes = min(self._half_bytes, _CPU_CHUNK_BYTES) if on_cpu else self._half_bytes
+        chunk_bytes = self._limit(inputs, _CPU_CHUNK_BYTES)
         projected = {name: inputs.clean_projection(output) for name, output in projected.items()}
         growths: dict[str, Tensor] = {}
         if self._exact:

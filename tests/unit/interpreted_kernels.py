@@ -26,10 +26,12 @@ from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.errors import UserError
 from agnostic_train.impact import interval_sieve, kernel_trial, kernels
-from agnostic_train.impact.attention import AttentionInputs, LogitChange, OutputChange
+from agnostic_train.impact.attention import AttentionInputs, LogitChange
+from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.kernels import squared_changes
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 
@@ -332,7 +334,7 @@ def test_equals_the_torch_form(common, grows, softcap, before_cap, monkeypatch):
         logit_change = replace(logit_change, **{grows: 1 + torch.rand(2, 3, 21, 10)})
     expected = change.of_logits(logit_change)
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
-    monkeypatch.setattr(OutputChange, "_squares", None)
+    monkeypatch.setattr(AttentionBlock, "squares", None)
     torch.testing.assert_close(change.of_logits(logit_change), expected, rtol=1e-5, atol=0)
 
 
@@ -372,7 +374,7 @@ def test_a_norm_over_all_heads(monkeypatch):
     model, batch = family_model("OLMo 2", num_hidden_layers=1), padded_batch([1, 17], "left")
     expected = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
-    monkeypatch.setattr(OutputChange, "_squares", None)
+    monkeypatch.setattr(AttentionBlock, "squares", None)
     for top_ratio in (0.1, 1.0):
         impacts, meter = pruned_impacts(model, batch, top_ratio)
         for site, values in expected.items():

@@ -5,7 +5,7 @@ import torch
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train.errors import UserError
-from agnostic_train.impact.attention import OutputChange
+from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
@@ -169,13 +169,13 @@ def test_half_precision_scores_accumulate_in_float32(llama, dtype):
 def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
     """At the peak: change, logits and attention of a chunk, and its two outputs."""
     sizes = []
-    original = OutputChange._squares
+    original = AttentionBlock.squares
 
-    def spied(self, heads, block, logits, attention):
-        sizes.append((3 * logits.numel() + 2 * logits[..., 0].numel() * 10) * logits.element_size())
-        return original(self, heads, block, logits, attention)
+    def spied(self, changed):
+        sizes.append((3 * changed.numel() + 2 * changed[..., 0].numel() * 10) * changed.element_size())
+        return original(self, changed)
 
-    monkeypatch.setattr(OutputChange, "_squares", spied)
+    monkeypatch.setattr(AttentionBlock, "squares", spied)
     counts = []
     for budget in (1 << 14, 1 << 16, 1 << 20):
         sizes.clear()

@@ -8,7 +8,8 @@ from test_pruning import assert_same_top, pruned_impacts
 
 from agnostic_train.errors import UserError
 from agnostic_train.impact import norm_over_heads
-from agnostic_train.impact.attention import AttentionInputs, OutputChange
+from agnostic_train.impact.attention import AttentionInputs
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.model.decoder import find_decoder
 
 HEADS, LENGTH, HEAD_DIM = 6, 9, 4

@@ -1,0 +1,192 @@
+"""How far changes of a layer's attention move its output."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from agnostic_train.impact import kernel_trial, kernels
+from agnostic_train.impact.angles import Angles
+from agnostic_train.impact.attention import AttentionInputs, LogitChange, repeated
+from agnostic_train.impact.attention_block import BlockForms, bits_moved
+from agnostic_train.impact.row_blocks import Block, row_blocks
+
+
+class OutputChange:
+    """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
+
+    logits, attention: (batch * heads, length, length); value, centred_value, output: (batch * heads, length, head_dim);
+    weight: (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length,
+    length) tensor stays within `chunk_bytes`. softcap: bends the logits after they are changed; None where nothing does,
+    or where, not `before_cap`, changes are those of capped logits.
+    """
+
+    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int, before_cap: bool = True):
+        self.inputs = inputs
+        self.softcap = inputs.softcap if before_cap else None
+        self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
+        self.value = inputs.value.flatten(0, 1)
+        self.logits = inputs.logits().flatten(0, 1)
+        self.attention = self.logits.softmax(-1)
+        self.output = self.attention @ self.value
+        # Changed attention less attention sums to zero: what all values share has no part in it but its rounding.
+        num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
+        self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
+        self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
+        self._chunk_bytes = chunk_bytes
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The rows in blocks, with the keys that these see."""
+        return row_blocks(self.inputs.visible)
+
+    def in_block(self, block: Block, grows: bool = False) -> BlockForms:
+        """The attention of a block's rows to its keys, of all heads."""
+        rows, keys = block.rows, block.keys
+        logits, seen = self.changed_logits[:, rows, keys], self.logits[:, rows, keys]
+        return BlockForms(logits, seen, self._peaks[:, rows], self.centred_value[:, keys], self.weight[:, rows], grows)
+
+    def bits_moved(self, change: LogitChange) -> Tensor:
+        """How far each neuron moves a logit, at most, in bits: (batch * heads, head_dim)."""
+        return bits_moved(change, self.largest_logits.view(self.batch, self.num_heads)).flatten(0, 1)
+
+    @cached_property
+    def key_spans(self) -> Tensor:
+        """Which keys each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
+        return kernels.key_spans(self.inputs.visible)
+
+    @property
+    def largest_logits(self) -> Tensor:
+        """At least the largest absolute value of each head's products: (batch * heads,)."""
+        query, key = (torch.linalg.vector_norm(it, dim=-1).amax(-1) for it in (self.inputs.query, self.inputs.key))
+        return (query * key * abs(self.inputs.scaling)).flatten()
+
+    @cached_property
+    def longest_value(self) -> Tensor:
+        """Of the real tokens' centred values, the largest norm by head: (batch * heads, 1)."""
+        real = self.inputs.real.repeat_interleave(self.num_heads, 0)
+        return torch.linalg.vector_norm(self.centred_value, dim=-1).masked_fill(~real, 0).amax(-1, keepdim=True)
+
+    @cached_property
+    def _peaks(self) -> Tensor:
+        return self.changed_logits.amax(-1, keepdim=True)
+
+    @cached_property
+    def changed_logits(self) -> Tensor:
+        """What a neuron's deactivation changes: the logits, before the `softcap` if there is one; -inf at unseen keys."""
+        if self.softcap is None:
+            return self.logits
+        return self.inputs.products().masked_fill_(~self.inputs.visible, -torch.inf).flatten(0, 1)
+
+    def of_logits(self, change: LogitChange) -> Tensor:
+        """For every neuron of every query head: (batch, query heads, head_dim)."""
+        if kernel_trial.available(self.value):
+            squares = kernels.squared_changes(
+                self.changed_logits,
+                self.centred_value,
+                self.weight,
+                [_by_neuron(part).flatten(0, 1) for part in (change.a, change.b, change.c, change.d)],
+                self.key_spans,
+                growths=[_by_neuron(part).flatten(0, 1) for part in change.growths()],
+                softcap=self.softcap,
+            )
+            return squares.view(self.batch, self.num_heads, self.head_dim)
+        if self.softcap is None:
+            change = change.centred()
+        bits = self.bits_moved(change)
+        a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
+        row_growth, column_growth = (
+            None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
+        )
+        visible = self._visible_by_head()
+        result = torch.zeros_like(bits)
+        for block in self.blocks:
+            rows, keys, forms = block.rows, block.keys, self.in_block(block, change.grows)
+            for heads, neurons in self._chunks(block.num_rows, block.num_keys):
+                by_row, by_key = (heads, neurons, rows, None), (heads, neurons, None, keys)
+                form = forms.of(bits[heads, neurons]) if self.softcap is None else forms.softmax
+                attention = form.of_heads(heads)
+                growths = [] if row_growth is None else [row_growth[by_row]]
+                growths += [] if column_growth is None else [column_growth[by_key]]
+                changed = attention.changed([a[by_row], b[by_key], c[by_row], d[by_key]], growths)
+                if self.softcap is not None:
+                    changed = self.inputs.finish(changed, visible[heads, None, rows, keys])
+                result[heads, neurons] += attention.squares(changed)
+        return result.masked_fill_(bits == 0, 0).view(self.batch, self.num_heads, self.head_dim)
+
+    def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
+        """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
+
+        projected: (batch, length, neurons), padding zeroed. Returns: (batch, query heads, head_dim).
+        """
+        heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
+        query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
+        visible = self._visible_by_head()
+        attentions = [self.in_block(block).softmax for block in self.blocks]
+        result = query.new_zeros(len(query), self.head_dim)
+        for heads, neurons in self._chunks(self.length, self.length):
+            kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
+            states = norm(heads_of[heads, None] * kept[None, :, None, :])
+            sentence = torch.arange(len(query), device=query.device)[heads] // self.num_heads
+            states = angles.rotation.apply(states, angles.cos[sentence], angles.sin[sentence])
+            left, right = (states, key[heads, None]) if name == "q" else (query[heads, None], states)
+            for block, attention in zip(self.blocks, attentions, strict=True):
+                rows, keys = block.rows, block.keys
+                products = (left[:, :, rows] @ right[:, :, keys].mT).mul_(self.inputs.scaling)
+                changed = self.inputs.finish(products, visible[heads, None, rows, keys])
+                result[heads, neurons] += attention.of_heads(heads).squares(changed)
+        return result.view(self.batch, self.num_heads, self.head_dim)
+
+    def replayed_over_heads(
+        self, name: str, projected: Tensor, norm: nn.Module, angles: Angles, marked: Tensor | None = None
+    ) -> Tensor:
+        """As `replayed`, for a norm over all heads: zeroing one entry rescales every head, so every head is done anew.
+
+        Args:
+            projected: (batch, length, neurons), padding zeroed.
+            marked: (batch, neurons), bool, which to compute; all by default.
+
+        Returns: (batch, neurons), the squares summed over the query heads; zero where not marked.
+        """
+        shape = self.inputs.query.shape
+        attention, value = self.attention.view(*shape[:3], -1), self.centred_value.view(shape)
+        weight = self.weight.view(shape[:3])
+        result = projected.new_zeros(self.batch, projected.shape[-1])
+        places = torch.ones_like(result, dtype=torch.bool) if marked is None else marked
+        at_once = max(1, self._num_at_once(self.length, self.length) // self.num_heads)
+        for sentences, neurons in zip(*(it.split(at_once) for it in places.nonzero().unbind(1)), strict=True):
+            states = projected[sentences]
+            states.scatter_(2, neurons[:, None, None].expand(-1, self.length, 1), 0)
+            states = norm(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            states = angles.rotation.apply(states, angles.cos[sentences], angles.sin[sentences])
+            states = repeated(states, self.num_heads // states.shape[1])
+            left, right = (
+                (states, self.inputs.key[sentences]) if name == "q" else (self.inputs.query[sentences], states)
+            )
+            products = (left @ right.mT).mul_(self.inputs.scaling)
+            changed = self.inputs.finish(products, self.inputs.visible[sentences])
+            change = changed.softmax(-1).sub_(attention[sentences]) @ value[sentences]
+            result[sentences, neurons] = (change.square_().sum(-1) * weight[sentences]).sum((1, 2))
+        return result
+
+    def _visible_by_head(self) -> Tensor:
+        return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
+
+    def _num_at_once(self, num_rows: int, num_keys: int) -> int:
+        """Neurons: at the peak each has its change, its logits and its attention, and two outputs."""
+        bytes_per_neuron = num_rows * (3 * num_keys + 2 * self.head_dim) * self.value.element_size()
+        return max(1, self._chunk_bytes // bytes_per_neuron)
+
+    def _chunks(self, num_rows: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
+        """Slices over (batch * heads) and head_dim."""
+        at_once = self._num_at_once(num_rows, num_keys)
+        neurons_at_once, heads_at_once = min(self.head_dim, at_once), max(1, at_once // self.head_dim)
+        for head in range(0, self.batch * self.num_heads, heads_at_once):
+            for neuron in range(0, self.head_dim, neurons_at_once):
+                yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
+
+
+def _by_neuron(part: Tensor) -> Tensor:
+    """(batch, heads, length, head_dim) to (batch * heads, head_dim, length)."""
+    return part.flatten(0, 1).mT.contiguous()

@@ -1,0 +1,107 @@
+"""Powers of two in place of a softmax: the same squared changes, and never where they would leave float32's range."""
+
+from math import e, log2
+
+import pytest
+import torch
+
+from agnostic_train.impact.attention import LogitChange
+from agnostic_train.impact.attention_block import BlockForms, bits_moved
+
+HEADS, NEURONS, LENGTH, SIZE = 3, 5, 21, 8
+
+
+def random_case(scale, growth=None):
+    """Logits of causal attention and what neurons take from them; growth: by how much of them they grow, at most."""
+    torch.manual_seed(0)
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    logits = (3 * torch.randn(HEADS, LENGTH, LENGTH)).masked_fill(hidden, -torch.inf)
+    factors = torch.randn(4, HEADS, NEURONS, LENGTH)
+    factors[0::2] *= scale
+    growths = [] if growth is None else [*(1 + growth * torch.rand(2, HEADS, NEURONS, LENGTH))]
+    return logits, torch.randn(HEADS, LENGTH, SIZE), torch.rand(HEADS, LENGTH).round(), factors, growths
+
+
+def shaped(parts):
+    """By query and by key in turn."""
+    return [part.unsqueeze(-2 if number % 2 else -1) for number, part in enumerate(parts)]
+
+
+def form(name, logits, value, weight, grows):
+    forms = BlockForms(logits, logits, logits.amax(-1, keepdim=True), value, weight, grows)
+    return getattr(forms, name)
+
+
+def squares(name, logits, value, weight, factors, growths):
+    block = form(name, logits, value, weight, bool(growths))
+    return block.squares(block.changed(shaped(factors), shaped(growths)))
+
+
+def reference(logits, value, weight, factors, growths):
+    """In float64, as it is defined."""
+    a, b, c, d = shaped(factors.double())
+    grown = logits.double().unsqueeze(1)
+    for growth in shaped(growths):
+        grown = grown * growth.double()
+    change = (grown - a * b - c * d).softmax(-1) - logits.double().softmax(-1).unsqueeze(1)
+    moved = (change @ value.double().unsqueeze(1)).square().sum(-1)
+    return (moved * weight.double().unsqueeze(1)).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["powers", "softmax"])
+@pytest.mark.parametrize("growth", [None, 0.5])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 4.0])
+def test_both_forms_equal_the_definition(name, growth, scale):
+    case = random_case(scale, growth)
+    torch.testing.assert_close(squares(name, *case).double(), reference(*case), rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["powers", "softmax"])
+@pytest.mark.parametrize("growth", [None, 0.0])
+def test_what_changes_nothing_has_hardly_a_square(name, growth):
+    """A power of two may be rounded in another way at the end of a tensor."""
+    assert squares(name, *random_case(0.0, growth)).max() < 1e-11
+
+
+@pytest.mark.parametrize("name", ["powers", "softmax"])
+def test_some_heads_are_those_heads(name):
+    logits, value, weight, factors, growths = random_case(1.0, 0.5)
+    every = form(name, logits, value, weight, True)
+    expected = every.squares(every.changed(shaped(factors), shaped(growths)))
+    for heads in (slice(1, 3), torch.tensor([2, 0, 2])):
+        some = every.of_heads(heads)
+        parts = ([part[heads] for part in whole] for whole in (factors, growths))
+        torch.testing.assert_close(some.squares(some.changed(*map(shaped, parts))), expected[heads])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_powers_reach_as_far_as_they_are_used(sign):
+    """A row whose logits all fall or rise by nearly the most that still counts as little, and twice as much doesn't."""
+    bits = 39.9
+    logits, value = torch.zeros(1, 1, 2), torch.tensor([[[1.0], [-1.0]]])
+    factors = torch.tensor([sign, bits / log2(e), 0, 0]).view(4, 1, 1, 1) * torch.tensor([1.0, 1.0])
+    factors[1, ..., 1] *= 0.99
+    row = factors[0, ..., :1], factors[1], factors[2, ..., :1], factors[3]
+    block = form("powers", logits, value, torch.ones(1, 1), False)
+    found = block.squares(block.changed(shaped(row), []))
+    truth = (-(row[0].double() * row[1].double())).softmax(-1) @ torch.tensor([1.0, -1.0]).double()
+    torch.testing.assert_close(found.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
+    change = LogitChange(*(part.mT.unsqueeze(0) for part in factors))
+    far = LogitChange(*(part.mT.unsqueeze(0) for part in (2 * factors[0], *factors[1:])))
+    forms = BlockForms(logits, logits, logits.amax(-1, keepdim=True), value, torch.ones(1, 1))
+    assert forms.of(bits_moved(change, torch.zeros(1, 1))) is forms.powers
+    assert forms.of(bits_moved(far, torch.zeros(1, 1))) is forms.softmax
+
+
+def test_growth_moves_the_logits_and_what_is_not_a_number_goes_through_a_softmax():
+    factors = torch.rand(4, 1, 1, 4, 3)
+    factors[0::2, ..., 2] = 0
+    plain, grown = (
+        bits_moved(LogitChange(*factors, growth), torch.tensor([[15.0]]))
+        for growth in (None, torch.tensor([1.0, 3.0, 1.0]).expand(1, 1, 4, 3))
+    )
+    torch.testing.assert_close(grown - plain, torch.tensor([[[0.0, 30 * log2(e), 0.0]]]))
+    assert plain[..., :2].all() and plain[..., 2] == 0
+    factors[1, ..., 3, 0] = torch.nan
+    forms = BlockForms(*[torch.zeros(1, 1, 4)] * 3, torch.zeros(1, 4, 2), torch.ones(1, 1))
+    assert forms.of(bits_moved(LogitChange(*factors), torch.zeros(1, 1))) is forms.softmax
