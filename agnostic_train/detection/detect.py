@@ -245,25 +245,31 @@ def _add_batches(
     bar: tqdm,
     file: Path | None,
 ) -> None:
-    """Counts the batches that aren't counted yet, and writes the file now and then, and at the end."""
-    saved, before = time.monotonic(), counts.work
+    """Counts the batches that aren't counted yet, and writes the file now and then, when interrupted, and at the end."""
+    before = counts.work
 
-    def add_work() -> None:
+    def save() -> None:
         counts.work = {name: before[name] + done for name, done in meter.work.items()}
+        if file is not None:
+            counts.save(file)
 
+    saved = time.monotonic()
     for batch in islice(batches, counts.num_batches, None):
         if active is not None:
             active.begin(batch)
-        counts.add(meter.measure(batch))
+        try:
+            impacts = meter.measure(batch)
+        except KeyboardInterrupt:
+            if counts.num_batches:
+                save()
+            raise
+        counts.add(impacts)
         if active is not None:
             counts.add_activations(active.sums, active.num_tokens)
         counts.num_batches += 1
         counts.num_sentences += len(batch["input_ids"])
         bar.update(len(batch["input_ids"]))
-        if file is not None and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-            add_work()
-            counts.save(file)
+        if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            save()
             saved = time.monotonic()
-    add_work()
-    if file is not None:
-        counts.save(file)
+    save()

@@ -38,9 +38,32 @@ from agnostic_train.model.inference import left_as_found
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 _SEED = 1234
 _NUM_RESAMPLES = 1000
+
+
+def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "TaskManager":
+    """The harness's register of tasks, in which all names stand; none is loaded. Arguments as for `TaskSuite`.
+
+    Raises:
+        UserError: lm-eval isn't installed, a task or a folder doesn't exist.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
+    folders = [Path(it) for it in task_paths]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"evaluation.task_paths: no such folder {folder}")
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=folders)
+        for name in names:
+            if name not in manager.task_index:
+                raise UserError(explain_unknown(name, manager, folders))
+    return manager
 
 
 class TaskSuite:
@@ -74,25 +97,15 @@ class TaskSuite:
         max_new_tokens: int | None = None,
         batch_size: int = 8,
     ):
-        if find_spec("lm_eval") is None:
-            raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
         self.names = list(dict.fromkeys(names))
         self.limit = limit
         self.batch_size = batch_size
+        self.folders = [Path(it) for it in task_paths]
+        manager = find_tasks(self.names, self.folders)
         self.harness_version = version("lm_eval")
-        self.folders = folders = [Path(it) for it in task_paths]
-        for folder in folders:
-            if not folder.is_dir():
-                raise UserError(f"evaluation.task_paths: no such folder {folder}")
         with _quiet():
-            from lm_eval.tasks import TaskManager
-
-            manager = TaskManager(include_path=folders)
             if mgsm is not None:
-                read_mgsm_from(manager, Path(mgsm), folders)
-            for name in self.names:
-                if name not in manager.task_index:
-                    raise UserError(explain_unknown(name, manager, folders))
+                read_mgsm_from(manager, Path(mgsm), self.folders)
             self._loaded = {name: load_task(manager, name) for name in self.names}
             for task in self._tasks():
                 check_task(task, num_fewshot)

@@ -16,6 +16,7 @@ from agnostic_train.corpus.judging import judging_text
 from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.errors import UserError
+from agnostic_train.evaluation.task_evaluation import find_tasks
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
@@ -87,6 +88,8 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     check_inputs(recipe, arguments)
     if stage == "compare":
         check_comparison(recipe, arguments)
+    if recipe.evaluation.tasks and stage in ("run", "evaluate", "report"):
+        find_tasks(recipe.evaluation.tasks, recipe.evaluation.task_paths)
     model_path, corpus_path = _local_paths(recipe)
     texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
     num_sentences = _count_sentences(recipe, texts)

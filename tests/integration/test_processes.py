@@ -57,7 +57,6 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, stop_after):
     model = tiny_llama()
     whole = detect(model)
-    monkeypatch.setattr(detection, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     original, measured = detection.ImpactMeter.measure, []
 
     def interrupted(self, batch):

@@ -125,6 +125,7 @@ def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, ca
          "corpus.training_sentences"),
         (["--evaluation.languages=xx"], "evaluation.languages: 'xx' has no file"),
         (["--evaluation.parallel=none"], "evaluation.parallel: none isn't a folder"),
+        (["--evaluation.tasks=no_such_task"], "evaluation.tasks: "),
         (["--training.learning_rate=-1"], "training.learning_rate: must be at least 0"),
     ],
 )  # fmt: skip
