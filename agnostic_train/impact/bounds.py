@@ -27,6 +27,9 @@ from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.row_blocks import Block
 
+# By what part of themselves bounds grow so that rounding needn't be added to each row's.
+_PART = 0.01
+
 
 @dataclass(frozen=True)
 class ValueSpread:
@@ -34,8 +37,8 @@ class ValueSpread:
 
     largest: at least the largest eigenvalue of the values' covariance under the attention. typical: the mean of its
     eigenvalues, weighted by themselves. farthest: at least the squared distance of the farthest visible value.
-    unit: what one rounding of an attention weight can move the output by. roundings: how many the exact form makes
-    before it subtracts any change of the logits.
+    unit: what one rounding of an attention weight can move the output by, roundings: how many the exact form makes before
+    it subtracts any change of the logits; both (heads, 1).
     """
 
     largest: Tensor
@@ -47,19 +50,18 @@ class ValueSpread:
 
 def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> ValueSpread:
     """The spread of the values of some heads of the batch."""
-    logits, attention, value = change.logits[heads], change.attention[heads], change.value[heads]
+    attention, value = change.attention[heads], change.value[heads]
     length, head_dim = value.shape[-2:]
     rounding = _rounding(value.dtype, length + 3 * head_dim)
     longest = torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True)
     value = value - change.output[heads].mean(-2, keepdim=True)
     output = attention @ value
-    hidden = logits == -torch.inf
     square, own = value.square().sum(-1), output.square().sum(-1)
     second = (attention @ square.unsqueeze(-1)).squeeze(-1)
     trace = (second - own).clamp_(min=0) + rounding * second
     cross = output @ value.transpose(-1, -2)
-    farthest = torch.sub(square.unsqueeze(-2), cross, alpha=2).masked_fill_(hidden, -torch.inf).amax(-1) + own
-    farthest = farthest.clamp_(min=0) + 4 * rounding * square.amax(-1, keepdim=True)
+    reach = [square[:, block.keys].amax(-1, keepdim=True).expand(-1, block.num_rows) for block in blocks]
+    farthest = (torch.cat(reach, -1).sqrt() + own.sqrt()).square() + 4 * rounding * square.amax(-1, keepdim=True)
     # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
     gram = (value @ value.transpose(-1, -2)).square_()
     squares = (attention @ gram).sub_(cross.square_(), alpha=2).mul_(attention).sum(-1) + own.square()
@@ -72,7 +74,7 @@ def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> Val
     unit = longest * torch.finfo(value.dtype).eps / 2
     largest += (4 * unit).square()
     # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
-    roundings = logits.masked_fill(hidden, 0).abs_().amax(-1) + (2 * length**0.5 + 16)
+    roundings = change.largest_logits[heads, None] + (2 * length**0.5 + 16)
     return ValueSpread(
         largest=largest,
         typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
@@ -121,6 +123,10 @@ def square_bounds(
     if growth is not None:
         reach = reach + growth.reach
     attention = change.attention[heads]
+    # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2` it adds the same in every row: (heads, 1, head_dim).
+    noise = (1 + 1 / _PART) * (spread.unit * spread.roundings + 2 * spread.unit * reach.squeeze(1)).square().unsqueeze(
+        1
+    )
     products = (b, d, b.square(), d.square(), b * d)
     bounds, estimates = [], []
     for block in blocks:
@@ -139,18 +145,17 @@ def square_bounds(
         variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
         delta = mean
         for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
-            low, high = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)
-            delta.sub_(torch.minimum(factor * low, factor * high))
+            # Of what lies between two ends, a multiple is least at one: `f (low + high) / 2 - |f| (high - low) / 2`.
+            low, high = (limit(values, -2, keepdim=True) / 2 for limit in (torch.amin, torch.amax))
+            delta.addcmul_(factor, low + high, value=-1).addcmul_(factor.abs(), high - low)
         if growth is not None:
             delta += grown.largest
         delta = delta.add_(4 * rounding * reach).clamp_(min=0)
         factor = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
         bound = factor.mul_(variance).mul_(spread.largest[:, block.rows, None])
-        bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound).sqrt_()
-        bound += (spread.unit * spread.roundings[:, block.rows]).unsqueeze(-1)
-        bound += 2 * spread.unit.unsqueeze(-1) * reach
+        bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound)
         weight = change.weight[heads, None, block.rows]
-        bounds.append(weight @ bound.square_())
+        bounds.append((1 + _PART) * (weight @ bound) + weight.sum(-1, keepdim=True) * noise)
         estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
     return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
 

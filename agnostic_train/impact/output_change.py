@@ -56,7 +56,7 @@ class OutputChange:
         """Which keys each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
         return kernels.key_spans(self.inputs.visible)
 
-    @property
+    @cached_property
     def largest_logits(self) -> Tensor:
         """At least the largest absolute value of each head's products: (batch * heads,)."""
         query, key = (torch.linalg.vector_norm(it, dim=-1).amax(-1) for it in (self.inputs.query, self.inputs.key))
