@@ -60,8 +60,9 @@ def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> Val
     second = (attention @ square.unsqueeze(-1)).squeeze(-1)
     trace = (second - own).clamp_(min=0) + rounding * second
     cross = output @ value.transpose(-1, -2)
-    reach = [square[:, block.keys].amax(-1, keepdim=True).expand(-1, block.num_rows) for block in blocks]
-    farthest = (torch.cat(reach, -1).sqrt() + own.sqrt()).square() + 4 * rounding * square.amax(-1, keepdim=True)
+    longest_seen = [square[:, block.keys].amax(-1, keepdim=True).expand(-1, block.num_rows) for block in blocks]
+    farthest = (torch.cat(longest_seen, -1).sqrt() + own.sqrt()).square()
+    farthest += 4 * rounding * square.amax(-1, keepdim=True)
     # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
     gram = (value @ value.transpose(-1, -2)).square_()
     squares = (attention @ gram).sub_(cross.square_(), alpha=2).mul_(attention).sum(-1) + own.square()
@@ -123,10 +124,9 @@ def square_bounds(
     if growth is not None:
         reach = reach + growth.reach
     attention = change.attention[heads]
-    # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2` it adds the same in every row: (heads, 1, head_dim).
-    noise = (1 + 1 / _PART) * (spread.unit * spread.roundings + 2 * spread.unit * reach.squeeze(1)).square().unsqueeze(
-        1
-    )
+    # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2` rounding adds the same in every row: (heads, 1, head_dim).
+    noise = spread.unit.unsqueeze(1) * (spread.roundings.unsqueeze(1) + 2 * reach)
+    noise = (1 + 1 / _PART) * noise.square()
     products = (b, d, b.square(), d.square(), b * d)
     bounds, estimates = [], []
     for block in blocks:
