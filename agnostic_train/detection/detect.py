@@ -253,23 +253,26 @@ def _add_batches(
         if file is not None:
             counts.save(file)
 
-    saved = time.monotonic()
-    for batch in islice(batches, counts.num_batches, None):
-        if active is not None:
-            active.begin(batch)
-        try:
+    saved, is_whole = time.monotonic(), counts.num_batches > 0
+    try:
+        for batch in islice(batches, counts.num_batches, None):
+            if active is not None:
+                active.begin(batch)
             impacts = meter.measure(batch)
-        except KeyboardInterrupt:
-            if counts.num_batches:
+            is_whole = False
+            counts.add(impacts)
+            if active is not None:
+                counts.add_activations(active.sums, active.num_tokens)
+            counts.num_batches += 1
+            counts.num_sentences += len(batch["input_ids"])
+            is_whole = True
+            bar.update(len(batch["input_ids"]))
+            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 save()
-            raise
-        counts.add(impacts)
-        if active is not None:
-            counts.add_activations(active.sums, active.num_tokens)
-        counts.num_batches += 1
-        counts.num_sentences += len(batch["input_ids"])
-        bar.update(len(batch["input_ids"]))
-        if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        # With the work on a batch that was cut short, which was done, and will be once more.
+        if is_whole:
             save()
-            saved = time.monotonic()
+        raise
     save()

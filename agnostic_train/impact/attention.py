@@ -113,13 +113,16 @@ class LogitChange:
 
     @cached_property
     def reach(self) -> Tensor:
-        """How much is taken from a logit, at most: (batch, query heads, head_dim)."""
+        """The largest absolute value of `a b + c d`, at most: (batch, query heads, head_dim)."""
         a, b, c, d = (it.abs().amax(-2) for it in (self.a, self.b, self.c, self.d))
         return a * b + c * d
 
-    def centred(self) -> "LogitChange":
-        """Less what b and d have in common over the tokens: no softmax sees it."""
-        b, d = (it - it.mean(-2, keepdim=True) for it in (self.b, self.d))
+    def centred(self, real: Tensor) -> "LogitChange":
+        """Less what b and d have in common over the real tokens: no softmax sees it. real: (batch, length), bool."""
+        real = real[:, None, :, None]
+        num_real = real.sum(2, keepdim=True).clamp(min=1)
+        # Padding is zero, and stays so.
+        b, d = ((it - it.sum(-2, keepdim=True) / num_real).masked_fill_(~real, 0) for it in (self.b, self.d))
         return replace(self, b=b, d=d)
 
     @property

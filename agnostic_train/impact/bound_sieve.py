@@ -16,7 +16,7 @@ from torch import Tensor
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layout import QueryKeyLayout
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.output_change import OutputChange, without_noise
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
 
 # Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
@@ -60,7 +60,7 @@ class BoundSieve:
         bound_bytes: int,
     ):
         self.change = change
-        self.changes = {name: it.centred() for name, it in changes.items()}
+        self.changes = {name: it.centred(change.inputs.real) for name, it in changes.items()}
         self.blocks = change.blocks
         self.layout = QueryKeyLayout(change, self.changes, num_kv_heads)
         self._forms = [change.in_block(block, bool(self.layout.growths)) for block in self.blocks]
@@ -170,4 +170,4 @@ class BoundSieve:
             )
             attention = forms.of(self._bits[neurons]).of_heads(part.head)
             squares[part.target] = attention.squares(attention.changed(chosen, grown))
-        return squares[:-1].masked_fill_(self._bits == 0, 0).view(len(value), -1)
+        return without_noise(squares[:-1], self._bits).view(len(value), -1)

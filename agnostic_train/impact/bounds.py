@@ -9,11 +9,11 @@ the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps
   `(exp(t) - 1) / t` increases in t. The standard deviation is at most the root mean square distance from 1, and
   `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of that factor is
   at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
-- The output stays a convex combination of the values: it moves at most to the farthest of them.
+- The output stays a convex combination of the values: it moves at most by its own length and that of the longest of them.
 
 `x` is rank two, so sd(x) of all neurons comes from five products with A; where a norm makes the other entries grow,
 `x` is also less some of the logits themselves, and four products with A and the logits follow. A column of `x` or of v
-may lose a constant without changing anything: both are centred first, or float32 would lose their variance in a large
+may lose a constant without changing anything: `x` comes centred, and v is, or float32 would lose their variance in a large
 common part.
 What rounding can add, here and in the exact form that the bounds are compared with, is added to the bounds.
 """
@@ -37,8 +37,8 @@ class ValueSpread:
 
     largest: at least the largest eigenvalue of the values' covariance under the attention. typical: the mean of its
     eigenvalues, weighted by themselves. farthest: at least the squared distance of the farthest visible value.
-    unit: what one rounding of an attention weight can move the output by, roundings: how many the exact form makes before
-    it subtracts any change of the logits; both (heads, 1).
+    unit: what one rounding of an attention weight can move the output by, roundings: how many the exact form makes beside
+    those of the change; both (heads, 1).
     """
 
     largest: Tensor

@@ -1,6 +1,6 @@
 """How far changes of a layer's attention move its output."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agnostic_train.impact import kernel_trial, kernels
 from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, repeated
-from agnostic_train.impact.attention_block import BlockForms, bits_moved
+from agnostic_train.impact.attention_block import AttentionBlock, BlockForms, bits_moved, plain_block
 from agnostic_train.impact.row_blocks import Block, row_blocks
 
 
@@ -42,10 +42,23 @@ class OutputChange:
         return row_blocks(self.inputs.visible)
 
     def in_block(self, block: Block, grows: bool = False) -> BlockForms:
-        """The attention of a block's rows to its keys, of all heads."""
+        """The attention of a block's rows to its keys, of all heads, for changes in closed form; without a cap."""
         rows, keys = block.rows, block.keys
-        logits, seen = self.changed_logits[:, rows, keys], self.logits[:, rows, keys]
-        return BlockForms(logits, seen, self._peaks[:, rows], self.centred_value[:, keys], self.weight[:, rows], grows)
+        logits, peaks = self.logits[:, rows, keys], self._peaks[:, rows]
+        return BlockForms(logits, peaks, self.centred_value[:, keys], self.weight[:, rows], grows)
+
+    def plainly_in_block(self, block: Block) -> AttentionBlock:
+        """The same for changes of any kind and size; they are of `changed_logits`."""
+        rows, keys = block.rows, block.keys
+        logits, start = self.logits[:, rows, keys], self.changed_logits[:, rows, keys]
+        return plain_block(logits, self.centred_value[:, keys], self.weight[:, rows], start)
+
+    def _form_in(self, block: Block, grows: bool) -> Callable[[Tensor], AttentionBlock]:
+        """In which form neurons are computed that move the logits so far."""
+        if self.softcap is None:
+            return self.in_block(block, grows).of
+        plain = self.plainly_in_block(block)
+        return lambda bits: plain
 
     def bits_moved(self, change: LogitChange) -> Tensor:
         """How far each neuron moves a logit, at most, in bits: (batch * heads, head_dim)."""
@@ -70,7 +83,7 @@ class OutputChange:
 
     @cached_property
     def _peaks(self) -> Tensor:
-        return self.changed_logits.amax(-1, keepdim=True)
+        return self.logits.amax(-1, keepdim=True)
 
     @cached_property
     def changed_logits(self) -> Tensor:
@@ -93,7 +106,7 @@ class OutputChange:
             )
             return squares.view(self.batch, self.num_heads, self.head_dim)
         if self.softcap is None:
-            change = change.centred()
+            change = change.centred(self.inputs.real)
         bits = self.bits_moved(change)
         a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
         row_growth, column_growth = (
@@ -102,18 +115,17 @@ class OutputChange:
         visible = self._visible_by_head()
         result = torch.zeros_like(bits)
         for block in self.blocks:
-            rows, keys, forms = block.rows, block.keys, self.in_block(block, change.grows)
+            rows, keys, form_of = block.rows, block.keys, self._form_in(block, change.grows)
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
                 by_row, by_key = (heads, neurons, rows, None), (heads, neurons, None, keys)
-                form = forms.of(bits[heads, neurons]) if self.softcap is None else forms.softmax
-                attention = form.of_heads(heads)
+                attention = form_of(bits[heads, neurons]).of_heads(heads)
                 growths = [] if row_growth is None else [row_growth[by_row]]
                 growths += [] if column_growth is None else [column_growth[by_key]]
                 changed = attention.changed([a[by_row], b[by_key], c[by_row], d[by_key]], growths)
                 if self.softcap is not None:
                     changed = self.inputs.finish(changed, visible[heads, None, rows, keys])
                 result[heads, neurons] += attention.squares(changed)
-        return result.masked_fill_(bits == 0, 0).view(self.batch, self.num_heads, self.head_dim)
+        return without_noise(result, bits).view(self.batch, self.num_heads, self.head_dim)
 
     def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
         """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
@@ -123,7 +135,7 @@ class OutputChange:
         heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
         visible = self._visible_by_head()
-        attentions = [self.in_block(block).softmax for block in self.blocks]
+        attentions = [self.plainly_in_block(block) for block in self.blocks]
         result = query.new_zeros(len(query), self.head_dim)
         for heads, neurons in self._chunks(self.length, self.length):
             kept = 1 - torch.eye(self.head_dim, device=query.device, dtype=query.dtype)[neurons]
@@ -174,7 +186,7 @@ class OutputChange:
         return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
     def _num_at_once(self, num_rows: int, num_keys: int) -> int:
-        """Neurons: at the peak each has its change, its logits and its attention, and two outputs."""
+        """Neurons: at the peak each has its change, its logits and its attention, fewer in closed form, and two outputs."""
         bytes_per_neuron = num_rows * (3 * num_keys + 2 * self.head_dim) * self.value.element_size()
         return max(1, self._chunk_bytes // bytes_per_neuron)
 
@@ -185,6 +197,11 @@ class OutputChange:
         for head in range(0, self.batch * self.num_heads, heads_at_once):
             for neuron in range(0, self.head_dim, neurons_at_once):
                 yield slice(head, head + heads_at_once), slice(neuron, neuron + neurons_at_once)
+
+
+def without_noise(squares: Tensor, bits: Tensor) -> Tensor:
+    """Exactly zero for neurons that move no logit; what isn't finite stays. bits: `bits_moved`, like the squares."""
+    return squares.masked_fill_((bits == 0) & squares.isfinite(), 0)
 
 
 def _by_neuron(part: Tensor) -> Tensor:

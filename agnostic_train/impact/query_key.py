@@ -26,8 +26,8 @@ from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
 
-# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows, and what is kept for a
-# layer's sentences is, too, if it isn't handed back to the system and asked for again.
+# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows. What is kept for a
+# layer's sentences, if it is much, the allocator returns to the system, and gets again for the next layer, page by page.
 _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
 # If bounds leave more than this part of the logits to compute, all at once are faster; and less where a norm makes them
 # grow, which costs more beside gathered neurons. They are tried again on sentences that are so much shorter.
@@ -101,7 +101,10 @@ class QueryKeyImpacts:
         return {name: torch.cat(values) for name, values in impacts.items()}, torch.cat(outputs)
 
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
-        """How many sentences' logits and changes of them fit into half the memory; the other half is for chunks."""
+        """How many sentences' logits and changes of them fit into half the memory, or a CPU's share, in parts of one size.
+
+        The other half is for chunks.
+        """
         batch, num_heads, length, head_dim = inputs.query.shape
         # A norm over all heads takes some more products of the logits.
         spanning = any(self.layer.norm_spans_heads(name) for name in self.names if name in self.layer.norms)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from conftest import padded_batch, tiny_llama
 from launched import launched
+from safetensors import safe_open
 
 from agnostic_train.detection import detect as detection
 from agnostic_train.detection.detect import detect_neurons
@@ -74,3 +75,18 @@ def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, s
         whole.related, whole.shared, whole.exclusive, {**whole.settings, "verified": False}
     )
     assert len(measured) == 4 - stop_after
+
+
+def test_an_interrupt_between_batches_keeps_what_is_counted(tmp_path):
+    def batches(stop):
+        yield from corpora()["a"][:2]
+        if stop:
+            raise KeyboardInterrupt
+        yield from corpora()["a"][2:]
+
+    model = tiny_llama()
+    with pytest.raises(KeyboardInterrupt):
+        detect_neurons(model, {"a": batches(True)}, verify=False, progress=False, resume_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as counts:
+        assert counts.metadata()["num_batches"] == "2"

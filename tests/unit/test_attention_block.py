@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.attention_block import BlockForms, bits_moved
+from agnostic_train.impact.attention_block import BlockForms, bits_moved, plain_block
+from agnostic_train.impact.pruning import ROUNDING_MARGIN
 
 HEADS, NEURONS, LENGTH, SIZE = 3, 5, 21, 8
 
@@ -27,9 +28,14 @@ def shaped(parts):
     return [part.unsqueeze(-2 if number % 2 else -1) for number, part in enumerate(parts)]
 
 
+def forms_of(logits, value, weight, grows=False):
+    return BlockForms(logits, logits.amax(-1, keepdim=True), value, weight, grows)
+
+
 def form(name, logits, value, weight, grows):
-    forms = BlockForms(logits, logits, logits.amax(-1, keepdim=True), value, weight, grows)
-    return getattr(forms, name)
+    if name == "plain":
+        return plain_block(logits, value, weight)
+    return getattr(forms_of(logits, value, weight, grows), name)
 
 
 def squares(name, logits, value, weight, factors, growths):
@@ -48,22 +54,22 @@ def reference(logits, value, weight, factors, growths):
     return (moved * weight.double().unsqueeze(1)).sum(-1)
 
 
-@pytest.mark.parametrize("name", ["powers", "softmax"])
+@pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
 @pytest.mark.parametrize("growth", [None, 0.5])
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 4.0])
-def test_both_forms_equal_the_definition(name, growth, scale):
+def test_all_forms_equal_the_definition(name, growth, scale):
     case = random_case(scale, growth)
     torch.testing.assert_close(squares(name, *case).double(), reference(*case), rtol=2e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["powers", "softmax"])
+@pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
 @pytest.mark.parametrize("growth", [None, 0.0])
 def test_what_changes_nothing_has_hardly_a_square(name, growth):
     """A power of two may be rounded in another way at the end of a tensor."""
     assert squares(name, *random_case(0.0, growth)).max() < 1e-11
 
 
-@pytest.mark.parametrize("name", ["powers", "softmax"])
+@pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
 def test_some_heads_are_those_heads(name):
     logits, value, weight, factors, growths = random_case(1.0, 0.5)
     every = form(name, logits, value, weight, True)
@@ -88,9 +94,26 @@ def test_powers_reach_as_far_as_they_are_used(sign):
     torch.testing.assert_close(found.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
     change = LogitChange(*(part.mT.unsqueeze(0) for part in factors))
     far = LogitChange(*(part.mT.unsqueeze(0) for part in (2 * factors[0], *factors[1:])))
-    forms = BlockForms(logits, logits, logits.amax(-1, keepdim=True), value, torch.ones(1, 1))
+    forms = forms_of(logits, value, torch.ones(1, 1))
     assert forms.of(bits_moved(change, torch.zeros(1, 1))) is forms.powers
     assert forms.of(bits_moved(far, torch.zeros(1, 1))) is forms.softmax
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e8])
+def test_values_of_any_size(size):
+    logits, value, weight, factors, growths = random_case(3.0)
+    expected = squares("softmax", logits, value, weight, factors, growths)
+    found = squares("powers", logits, size * value, weight, factors, growths)
+    torch.testing.assert_close(found / size / size, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("common", [30, 3000])
+def test_powers_and_softmax_agree_where_large_logits_are_rounded(common):
+    """Either may compute a neuron, with and without pruning: what tells them apart has to stay below the margin of bounds."""
+    logits, value, weight, factors, growths = random_case(2.0)
+    case = logits * (1 + common / 30), value, weight, factors, growths
+    powers, softmax = squares("powers", *case).sqrt(), squares("softmax", *case).sqrt()
+    torch.testing.assert_close(powers, softmax, rtol=ROUNDING_MARGIN, atol=1e-5 * softmax.max().item())
 
 
 def test_growth_moves_the_logits_and_what_is_not_a_number_goes_through_a_softmax():
@@ -103,5 +126,5 @@ def test_growth_moves_the_logits_and_what_is_not_a_number_goes_through_a_softmax
     torch.testing.assert_close(grown - plain, torch.tensor([[[0.0, 30 * log2(e), 0.0]]]))
     assert plain[..., :2].all() and plain[..., 2] == 0
     factors[1, ..., 3, 0] = torch.nan
-    forms = BlockForms(*[torch.zeros(1, 1, 4)] * 3, torch.zeros(1, 4, 2), torch.ones(1, 1))
+    forms = forms_of(torch.zeros(1, 1, 4), torch.zeros(1, 4, 2), torch.ones(1, 1))
     assert forms.of(bits_moved(LogitChange(*factors), torch.zeros(1, 1))) is forms.softmax

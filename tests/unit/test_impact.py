@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
+from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.errors import UserError
+from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
@@ -184,6 +186,26 @@ def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
         assert max(sizes) <= budget
         counts.append(len(sizes))
     assert counts[0] > counts[1] > counts[2]
+
+
+def test_what_is_not_a_number_is_no_zero(llama):
+    """In sentences of one token q and k change nothing, and yet what attention sees is NaN."""
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.v_proj.weight[3] = torch.nan
+    impacts = unverified_impacts(llama, padded_batch([1, 1]), ["q", "k"])
+    assert not impacts[(0, "q")].any() and impacts[(1, "q")].isnan().any() and impacts[(1, "k")].isnan().any()
+    with pytest.raises(UserError, match="aren't finite"):
+        detect_neurons(llama, {"a": [padded_batch([1, 1])]}, projections=["q", "k"], verify=False, progress=False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_part_in_what_tokens_have_in_common(side):
+    real = padded_batch([13, 5], side)["attention_mask"].bool()
+    factors = [torch.randn(2, 3, 13, 4).masked_fill(~real[:, None, :, None], 0) for _ in range(4)]
+    shifted = [(factor + 100).masked_fill(~real[:, None, :, None], 0) for factor in factors]
+    plain, centred = LogitChange(*factors).centred(real), LogitChange(*shifted).centred(real)
+    torch.testing.assert_close(centred.b, plain.b, rtol=0, atol=1e-4)
+    assert (centred.d[0].mean(1).abs() < 1e-4).all() and not centred.d.masked_select(~real[:, None, :, None]).any()
 
 
 def test_offloaded_weights_are_refused():

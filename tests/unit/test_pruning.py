@@ -143,8 +143,9 @@ def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
     original = bound_sieve.BoundSieve.__init__
 
     def spied(self, change, changes, *others):
+        real = change.inputs.real[:, None, :, None]
         shifted = {
-            name: replace(x, b=x.b + 100 * x.b.abs().mean(), d=x.d + 100 * x.d.abs().mean())
+            name: replace(x, b=x.b + 100 * x.b.abs().mean() * real, d=x.d + 100 * x.d.abs().mean() * real)
             for name, x in changes.items()
         }
         original(self, change, shifted, *others)
