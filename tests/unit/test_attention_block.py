@@ -99,6 +99,15 @@ def test_powers_reach_as_far_as_they_are_used(sign):
     assert forms.of(bits_moved(far, torch.zeros(1, 1))) is forms.softmax
 
 
+def test_large_logits_that_grow():
+    """Of hundreds of bits, no power could be taken."""
+    logits, *case = random_case(1.0, 1e-3)
+    case = 40 * logits, *case
+    assert case[0].max() * log2(e) > 200
+    found, truth = squares("powers", *case).double().sqrt(), reference(*case).sqrt()
+    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5 * truth.max().item())
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e8])
 def test_values_of_any_size(size):
     logits, value, weight, factors, growths = random_case(3.0)

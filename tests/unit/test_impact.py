@@ -1,14 +1,18 @@
 """Every projection's impact against real deactivation, neuron by neuron and sentence by sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.errors import UserError
-from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.attention_block import AttentionBlock
+from agnostic_train.impact import query_key
+from agnostic_train.impact.attention import AttentionInputs, LogitChange
+from agnostic_train.impact.attention_block import AttentionBlock, BlockForms
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
+from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -206,6 +210,34 @@ def test_padding_has_no_part_in_what_tokens_have_in_common(side):
     plain, centred = LogitChange(*factors).centred(real), LogitChange(*shifted).centred(real)
     torch.testing.assert_close(centred.b, plain.b, rtol=0, atol=1e-4)
     assert (centred.d[0].mean(1).abs() < 1e-4).all() and not centred.d.masked_select(~real[:, None, :, None]).any()
+
+
+def test_what_tokens_have_in_common_moves_no_logit(monkeypatch):
+    monkeypatch.setattr(BlockForms, "softmax", None)
+    real, visible = torch.ones(2, 13, dtype=torch.bool), torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
+    inputs = AttentionInputs.clean(*torch.randn(3, 2, 3, 13, 4), visible, real, scaling=0.5)
+    change = LogitChange(*torch.randn(4, 2, 3, 13, 4))
+    shifted = replace(change, b=change.b + 1000, d=change.d - 1000)
+    expected, found = (OutputChange(inputs, real, 1 << 20).of_logits(it) for it in (change, shifted))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
+def test_a_layer_takes_sentences_in_parts_of_one_size(llama, monkeypatch):
+    """Of four sentences of which three fit, two at a time."""
+    sizes, original = [], query_key.QueryKeyImpacts._measure_part
+
+    def spied(self, inputs, counted, *others):
+        sizes.append(len(counted))
+        return original(self, inputs, counted, *others)
+
+    monkeypatch.setattr(query_key.QueryKeyImpacts, "_measure_part", spied)
+    batch = padded_batch([13, 9, 5, 2])
+    expected = unverified_impacts(llama, batch, ["q", "k"])
+    monkeypatch.setattr(query_key, "_CPU_LAYER_BYTES", 3 * 4 * 6 * 13 * (14 * 10 + 4 * 13))
+    found = unverified_impacts(llama, batch, ["q", "k"])
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    for site, values in expected.items():
+        torch.testing.assert_close(found[site], values)
 
 
 def test_offloaded_weights_are_refused():

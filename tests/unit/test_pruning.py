@@ -268,8 +268,10 @@ def test_where_bounds_leave_too_much_all_are_computed(llama, monkeypatch, most_l
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_neuron_that_changes_no_logit_has_no_impact_at_all(side):
-    """Not even one of rounding: a sum over the few keys that a window shows is in another order than one over all."""
+def test_a_neuron_that_changes_no_logit_has_no_impact_at_all(side, monkeypatch):
+    """Not even one of rounding, of which there is a little everywhere here."""
+    original = AttentionBlock.squares
+    monkeypatch.setattr(AttentionBlock, "squares", lambda self, changed: original(self, changed) + 1e-12)
     model, batch = family_model("Mistral", sliding_window=5), padded_batch([40, 21], side)
     with torch.no_grad():
         for layer in find_decoder(model).layers:
