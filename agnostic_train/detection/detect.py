@@ -103,7 +103,8 @@ def detect_neurons(
     """Finds the neurons that matter whenever a language is processed (Chen et al. 2025, section 2 and Appendix A).
 
     A neuron is related to a language when it is among the top `max(1, floor(top_ratio * size))` of its site in at
-    least `consistency` of the language's sentences. An impact of zero never counts; ties go to the lower index.
+    least `consistency` of the language's sentences. An impact of zero never counts; ties go to the lower index, but on a CPU
+    equal neurons of q or k may have impacts that differ in the last bit.
 
     Args:
         model: a Hugging Face causal language model, on any device; left as found.

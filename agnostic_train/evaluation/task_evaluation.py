@@ -45,7 +45,7 @@ _NUM_RESAMPLES = 1000
 
 
 def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "TaskManager":
-    """The harness's register of tasks, in which all names stand; none is loaded. Arguments as for `TaskSuite`.
+    """The harness's register of tasks, once it is sure that it knows all names; none is loaded. Arguments as for `TaskSuite`.
 
     Raises:
         UserError: lm-eval isn't installed, a task or a folder doesn't exist.

@@ -2,8 +2,7 @@
 
 A softmax passes over its logits four times. Where a neuron moves them little, powers of two do with less: the logits come in
 bits below the largest unchanged one of their row, and the sum of the powers is divided out after the product with the
-values. Where a neuron moves them far, a softmax is taken of the same bits: how a neuron is computed may depend on those that
-are computed with it, and what comes out may not, beyond rounding.
+values. Where a neuron moves them far, a softmax is taken of the same bits.
 """
 
 from collections.abc import Sequence
@@ -134,12 +133,26 @@ class BlockForms:
         )
         self._value, self._value_scale, self._weight = value / longest.unsqueeze(-1), longest.square(), weight
 
-    def of(self, bits: Tensor) -> AttentionBlock:
-        """The form for neurons that are computed together: powers, if none moves a logit too far or by what isn't a number.
+    def squares(
+        self, heads: Tensor | slice, factors: Sequence[Tensor], growths: Sequence[Tensor], bits: Tensor
+    ) -> Tensor:
+        """`AttentionBlock.squares` of some heads, (heads, neurons): by powers, but for neurons that move a logit far.
 
-        bits: `bits_moved` by them, of any shape.
+        factors, growths: as for `AttentionBlock.changed`. bits: `bits_moved`, (heads, neurons). One that isn't a number counts
+        as far. What is computed together with a neuron doesn't decide how it is.
         """
-        return self.powers if bool((bits <= _MOST_BITS).all()) else self.softmax
+        far = ~(bits <= _MOST_BITS)
+        by_powers = self._squares(self.powers, heads, factors, growths)
+        if not bool(far.any()):
+            return by_powers
+        return torch.where(far, self._squares(self.softmax, heads, factors, growths), by_powers)
+
+    @staticmethod
+    def _squares(
+        block: AttentionBlock, heads: Tensor | slice, factors: Sequence[Tensor], growths: Sequence[Tensor]
+    ) -> Tensor:
+        some = block.of_heads(heads)
+        return some.squares(some.changed(factors, growths))
 
     @cached_property
     def powers(self) -> AttentionBlock:

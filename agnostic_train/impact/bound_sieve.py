@@ -168,6 +168,5 @@ class BoundSieve:
                 [it.index_select(0, neurons).view(shape) for it, shape in zip(parts, shapes, strict=False)]
                 for parts in (factors, growths)
             )
-            attention = forms.of(self._bits[neurons]).of_heads(part.head)
-            squares[part.target] = attention.squares(attention.changed(chosen, grown))
+            squares[part.target] = forms.squares(part.head, chosen, grown, self._bits[part.neuron])
         return without_noise(squares[:-1], self._bits).view(len(value), -1)

@@ -1,6 +1,6 @@
 """How far changes of a layer's attention move its output."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -52,13 +52,6 @@ class OutputChange:
         rows, keys = block.rows, block.keys
         logits, start = self.logits[:, rows, keys], self.changed_logits[:, rows, keys]
         return plain_block(logits, self.centred_value[:, keys], self.weight[:, rows], start)
-
-    def _form_in(self, block: Block, grows: bool) -> Callable[[Tensor], AttentionBlock]:
-        """In which form neurons are computed that move the logits so far."""
-        if self.softcap is None:
-            return self.in_block(block, grows).of
-        plain = self.plainly_in_block(block)
-        return lambda bits: plain
 
     def bits_moved(self, change: LogitChange) -> Tensor:
         """How far each neuron moves a logit, at most, in bits: (batch * heads, head_dim)."""
@@ -115,16 +108,22 @@ class OutputChange:
         visible = self._visible_by_head()
         result = torch.zeros_like(bits)
         for block in self.blocks:
-            rows, keys, form_of = block.rows, block.keys, self._form_in(block, change.grows)
+            rows, keys = block.rows, block.keys
+            forms = self.in_block(block, change.grows) if self.softcap is None else None
+            plain = self.plainly_in_block(block) if forms is None else None
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
                 by_row, by_key = (heads, neurons, rows, None), (heads, neurons, None, keys)
-                attention = form_of(bits[heads, neurons]).of_heads(heads)
+                factors = [a[by_row], b[by_key], c[by_row], d[by_key]]
                 growths = [] if row_growth is None else [row_growth[by_row]]
                 growths += [] if column_growth is None else [column_growth[by_key]]
-                changed = attention.changed([a[by_row], b[by_key], c[by_row], d[by_key]], growths)
-                if self.softcap is not None:
-                    changed = self.inputs.finish(changed, visible[heads, None, rows, keys])
-                result[heads, neurons] += attention.squares(changed)
+                if forms is not None:
+                    squares = forms.squares(heads, factors, growths, bits[heads, neurons])
+                else:
+                    assert plain is not None
+                    attention = plain.of_heads(heads)
+                    changed = attention.changed(factors, growths)
+                    squares = attention.squares(self.inputs.finish(changed, visible[heads, None, rows, keys]))
+                result[heads, neurons] += squares
         return without_noise(result, bits).view(self.batch, self.num_heads, self.head_dim)
 
     def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:

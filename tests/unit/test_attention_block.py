@@ -94,9 +94,20 @@ def test_powers_reach_as_far_as_they_are_used(sign):
     torch.testing.assert_close(found.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
     change = LogitChange(*(part.mT.unsqueeze(0) for part in factors))
     far = LogitChange(*(part.mT.unsqueeze(0) for part in (2 * factors[0], *factors[1:])))
-    forms = forms_of(logits, value, torch.ones(1, 1))
-    assert forms.of(bits_moved(change, torch.zeros(1, 1))) is forms.powers
-    assert forms.of(bits_moved(far, torch.zeros(1, 1))) is forms.softmax
+    assert bits_moved(change, torch.zeros(1, 1)).max() < 40 < bits_moved(far, torch.zeros(1, 1)).min()
+
+
+def test_how_far_others_move_the_logits_changes_nothing_for_a_neuron():
+    """Bit for bit: what moves them far, or by what isn't a number, goes through a softmax, and nothing else does."""
+    logits, value, weight, factors, growths = random_case(2.0)
+    forms, parts = forms_of(logits, value, weight), shaped(factors)
+    bits = torch.full((HEADS, NEURONS), 40.0)
+    powers, softmax = (getattr(forms, name) for name in ("powers", "softmax"))
+    powers, softmax = (block.squares(block.changed(parts, growths)) for block in (powers, softmax))
+    assert torch.equal(forms.squares(slice(None), parts, growths, bits), powers)
+    bits[0, 1], bits[2, 3] = 40.1, torch.nan
+    found = forms.squares(slice(None), parts, growths, bits)
+    assert torch.equal(found, torch.where(bits == 40.0, powers, softmax)) and not torch.equal(found, powers)
 
 
 def test_large_logits_that_grow():
@@ -125,7 +136,7 @@ def test_powers_and_softmax_agree_where_large_logits_are_rounded(common):
     torch.testing.assert_close(powers, softmax, rtol=ROUNDING_MARGIN, atol=1e-5 * softmax.max().item())
 
 
-def test_growth_moves_the_logits_and_what_is_not_a_number_goes_through_a_softmax():
+def test_growth_moves_the_logits_and_what_is_not_a_number_stays():
     factors = torch.rand(4, 1, 1, 4, 3)
     factors[0::2, ..., 2] = 0
     plain, grown = (
@@ -135,5 +146,4 @@ def test_growth_moves_the_logits_and_what_is_not_a_number_goes_through_a_softmax
     torch.testing.assert_close(grown - plain, torch.tensor([[[0.0, 30 * log2(e), 0.0]]]))
     assert plain[..., :2].all() and plain[..., 2] == 0
     factors[1, ..., 3, 0] = torch.nan
-    forms = forms_of(torch.zeros(1, 1, 4), torch.zeros(1, 4, 2), torch.ones(1, 1))
-    assert forms.of(bits_moved(LogitChange(*factors), torch.zeros(1, 1))) is forms.softmax
+    assert bits_moved(LogitChange(*factors), torch.zeros(1, 1))[..., 0].isnan().all()
