@@ -9,9 +9,7 @@ Exclusive = Literal["complement", "unique"]
 Method = Literal["impact", "lape"]
 Update = Literal["compact", "mask"]
 ExportTarget = Literal["merged", "lora", "delta"]
-SetStrategy = Literal["shared", "exclusive", "related", "shared+exclusive"]
-
-UPDATES: tuple[Update, ...] = get_args(Update)
+SetStrategy = Literal["shared", "exclusive", "shared+exclusive", "related"]
 
 
 def check_choice(key: str, value: Any, choices: Any) -> None:

@@ -75,7 +75,7 @@ EMBEDDED = "embedded:quickstart"
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0)]
-Trainable = Literal["shared", "exclusive", "related", "shared+exclusive", "random", "lora", "full"]
+Trainable = Literal["shared", "exclusive", "shared+exclusive", "related", "random", "lora", "full"]
 
 
 @_section
@@ -193,7 +193,7 @@ class DetectionSection:
     )
     stability: bool = Field(
         default=False,
-        description="Also detect on other samples and report how well the sets agree; 2.4 times the work.",
+        description="Also detect on other samples and report how well the sets agree; 3.4 times the work.",
     )
     verify: bool = Field(default=True, description="First compare a few impacts with real deactivation.")
 
@@ -287,13 +287,13 @@ class EvaluationSection:
     parallel_sentences: int | None = Field(
         default=None, ge=1, description="Number of parallel lines, drawn with corpus.seed; default: all."
     )
-    checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    checkpoints: Annotated[list[LocalPath], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Other checkpoints to measure besides the base and the enhanced one."
     )
     tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Tasks of lm-evaluation-harness, by name (needs the extra 'eval')."
     )
-    task_paths: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    task_paths: Annotated[list[LocalPath], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Folders with further task files for the harness."
     )
     mgsm: LocalPath | None = Field(
@@ -388,8 +388,10 @@ class Recipe:
         return self.corpus.languages if self.detection.stability else self.training.text_languages
 
     def to_dict(self) -> dict:
-        """Plain values, JSON-serialisable."""
-        return asdict(self)
+        """Plain values, JSON-serialisable, to be written and shown: without the hub's token."""
+        values = asdict(self)
+        values["training"]["arguments"].pop("hub_token", None)
+        return values
 
 
 SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from statistics import fmean
 
 import numpy as np
@@ -67,22 +68,22 @@ class Encoder:
     def _encoded(self, sentences: Sequence[str], purpose: str, to_train: bool = False) -> Iterator[dict]:
         """As `encode`; `to_train`, `input_ids` alone, closed by the end-of-sequence token."""
         tokenizer, num_cut = self.tokenizer, 0
+        with_offsets = tokenizer.is_fast and not to_train
         for start in range(0, len(sentences), _AT_ONCE):
             part = list(sentences[start : start + _AT_ONCE])
             encoded = tokenizer(
                 part,
-                add_special_tokens=self.add_bos is not False,
-                return_special_tokens_mask=not to_train,
-                return_offsets_mapping=tokenizer.is_fast and not to_train,
+                return_special_tokens_mask=True,
+                return_offsets_mapping=with_offsets,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,
             )
             for place, sentence in enumerate(part):
-                ids = encoded["input_ids"][place]
-                begins = bool(self.add_bos) and ids[:1] != [tokenizer.bos_token_id]
-                if begins:
-                    ids = [tokenizer.bos_token_id, *ids]
+                offsets = encoded["offset_mapping"][place] if with_offsets else None
+                ids, special, offsets = self._begun(
+                    encoded["input_ids"][place], encoded["special_tokens_mask"][place], offsets
+                )
                 if to_train and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                     ids = [*ids, tokenizer.eos_token_id]
                 if not ids:
@@ -102,20 +103,30 @@ class Encoder:
                     continue
                 text = sentence
                 if len(kept) < len(ids):
-                    offsets = encoded["offset_mapping"][place][: len(kept) - begins] if tokenizer.is_fast else None
                     text = self._covered(sentence, kept, offsets)
-                special = encoded["special_tokens_mask"][place]
-                special = ([1, *special] if begins else special)[: len(kept)]
-                yield {"input_ids": kept, "special_tokens_mask": special, "num_bytes": len(text.encode())}
+                num_bytes = len(text.encode())
+                yield {"input_ids": kept, "special_tokens_mask": special[: len(kept)], "num_bytes": num_bytes}
         if num_cut:
             # Several stages read the same text: once is enough.
             logger.warning_once(f"{purpose}: {num_cut} of {len(sentences)} sentences cut at {self.max_length} tokens")
 
+    def _begun(
+        self, ids: list[int], special: list[int], offsets: list[tuple[int, int]] | None
+    ) -> tuple[list[int], list[int], list[tuple[int, int]] | None]:
+        """What the tokenizer made of a sentence, with the beginning-of-sequence token or without, as `add_bos` says."""
+        bos = self.tokenizer.bos_token_id
+        if self.add_bos and ids[:1] != [bos]:
+            return [bos, *ids], [1, *special], None if offsets is None else [(0, 0), *offsets]
+        # One that the text itself spells out isn't special, and stays.
+        if self.add_bos is False and ids[:1] == [bos] and special[0]:
+            return ids[1:], special[1:], None if offsets is None else offsets[1:]
+        return ids, special, offsets
+
     def _covered(self, sentence: str, kept: list[int], offsets: Sequence[tuple[int, int]] | None) -> str:
-        """The text of the tokens that are kept. offsets: of those that the tokenizer made; None of a slow one."""
+        """The text of the tokens that are kept. offsets: of all tokens; None of a slow tokenizer."""
         if offsets is None:
             return self.tokenizer.decode(kept, skip_special_tokens=True)
-        return sentence[: max((end for _, end in offsets), default=0)]
+        return sentence[: max((end for _, end in offsets[: len(kept)]), default=0)]
 
     def batches(
         self, sentences: Sequence[str], purpose: str, batch_size: int, skip_special_tokens: bool = False
@@ -157,13 +168,11 @@ class Encoder:
         """
         assert self.max_length is not None
         self.check_packing()
-        length, packed, rest = self.max_length, [], []
-        for row in replace(self, max_length=None)._encoded(sentences, purpose, to_train=True):
-            rest += row["input_ids"]
-            if len(rest) > length:
-                packed += [_example(rest[start : start + length]) for start in range(0, len(rest) - length, length)]
-                rest = rest[-((len(rest) - 1) % length + 1) :]
-        return [*packed, _example(rest)] if len(rest) > 1 or not packed else packed
+        rows = replace(self, max_length=None)._encoded(sentences, purpose, to_train=True)
+        tokens = chain.from_iterable(row["input_ids"] for row in rows)
+        # The last call finds no token left, and its empty list ends the sequences.
+        packed = [_example(ids) for ids in iter(lambda: list(islice(tokens, self.max_length)), [])]
+        return packed[:-1] if len(packed) > 1 and len(packed[-1]["input_ids"]) == 1 else packed
 
     def sentences_packed(self, sentences: Sequence[str], purpose: str) -> float:
         """About how many sentences a packed sequence takes, by the length of the first of them."""

@@ -48,7 +48,7 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
             else f"by impact, top ratio {detection.top_ratio}, consistency {detection.consistency}"
         )
         details.insert(0, f"neurons detected in {', '.join(recipe.corpus.languages)}: {how}")
-    arguments = [f"{key} {_shown(value)}" for key, value in recipe.training.arguments.items()]
+    arguments = [f"{key} {_shown(value)}" for key, value in recipe.to_dict()["training"]["arguments"].items()]
     update = None if counts is None else f"update: {recipe.training.update}"
     details.append("; ".join(filter(None, (update, ", ".join(arguments)))))
     if training.get("text"):

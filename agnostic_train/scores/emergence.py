@@ -1,5 +1,6 @@
 """How a language-agnostic core emerges: sets and scores over a model's checkpoints (Chen et al. 2025, figures 2-5)."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ class Checkpoint:
         """
         step, equals, source = entry.partition("=")
         if equals and step.isdigit():
-            return cls(source, int(step))
+            return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
         # A name may tell more than the step: stage1-step596057-tokens2500B.
         numbers = re.findall(r"step[-_]?(\d+)", name) or re.findall(r"\d+", name)
-        return cls(entry, int(numbers[-1]) if numbers else None)
+        return cls(os.path.expanduser(entry), int(numbers[-1]) if numbers else None)
 
     @property
     def name(self) -> str:

@@ -81,6 +81,7 @@ class DetectionCallback(TrainerCallback):
         """A trainer's `log`, where the trainer offers it; otherwise its reporting integrations are called."""
         self.is_fresh = False
         """Whether a trainer has run it for the training that begins."""
+        self._integrations: list[TrainerCallback] | None = None
 
     def run(self, model: nn.Module) -> None:
         """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`. model: left as found."""
@@ -115,6 +116,7 @@ class DetectionCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects and scores, if a `NeuronTrainer` hasn't just done so, and reports; not in a resumed run."""
+        self._integrations = None
         if not state.global_step:
             if not self.is_fresh:
                 self.run(kwargs["model"])
@@ -142,5 +144,7 @@ class DetectionCallback(TrainerCallback):
         # A callback has no handle on its trainer: the history and the integrations are what it can reach.
         state.log_history.append({**metrics, "step": state.global_step})
         if state.is_world_process_zero:
-            for integration in get_reporting_integration_callbacks(args.report_to):
-                integration().on_log(args, state, control, logs=dict(metrics), **kwargs)
+            if self._integrations is None:  # once a training: each opens files of its own
+                self._integrations = [it() for it in get_reporting_integration_callbacks(args.report_to)]
+            for integration in self._integrations:
+                integration.on_log(args, state, control, logs=dict(metrics), **kwargs)

@@ -160,6 +160,7 @@ def test_a_dry_run_of_detection_asks_nothing_of_the_training(root, capsys):
 def test_mixed_text(root, capsys):
     """An epoch of four parts of the enhanced language and one of another; the dry run counts it."""
     flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]
+    flags += ["--training.hub_token=hf_secret"]
     assert run(root, "run", "--dry-run", *flags) == 0
     told = capsys.readouterr().out
     assert re.search(r"sw \* .*180", told) and re.search(r"en \* .*180", told)
@@ -168,6 +169,9 @@ def test_mixed_text(root, capsys):
     assert "train: 57 steps" in capsys.readouterr().out
     for file in ("enhanced/README.md", "report.html"):
         assert "raining text: sw 0.8, en 0.2" in (root / "out" / file).read_text()
+    # Transformers keeps its arguments whole, in a file of its checkpoints.
+    written = [it for it in (root / "out").rglob("*") if it.is_file() and it.name != "training_args.bin"]
+    assert len(written) > 20 and not any(b"hf_secret" in it.read_bytes() for it in written)
     assert run(root, "train", "--training.mixture={sw: 4, en: 2}", *flags[1:]) == 0
     printed = capsys.readouterr().out
     assert "(changed: training.mixture)" in printed and "train: 68 steps" in printed

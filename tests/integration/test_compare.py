@@ -114,11 +114,14 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert trained and all(name.startswith("shared,") for name in trained)
     lines = [line for line in capsys.readouterr().out.splitlines() if ", rate " in line]
     assert lines and all((" (kept): " in line) != (": shared, rate " in line) for line in lines)
-    # What one strategy's neurons have learnt needn't be learnt again for another that chooses the same.
+    # What another strategy's neurons have learnt needn't be learnt again: of two that choose the same, one is compared.
     trained.clear()
-    assert run(root, "compare", more.replace("=", "=related,", 1), *few[1:]) == 0
-    compared = read_json(root / "out/comparison.json")["texts"]["test"]["strategies"]
-    assert not trained and compared["related"] == compared["shared+exclusive"]
+    before = read_json(root / "out/comparison.json")
+    assert run(root, "compare", f"{more},related", *few[1:]) == 0
+    assert not trained and before["same"] == {}
+    assert read_json(root / "out/comparison.json") == before | {"same": {"related": "shared+exclusive"}}
+    text = (root / "out/comparison/comparison.md").read_text()
+    assert "related chooses the same neurons as shared+exclusive." in text and "| related |" not in text
 
 
 def test_a_diverging_rate_or_strategy_is_passed_over(root, capsys):

@@ -155,9 +155,12 @@ def test_counts_of_other_settings_or_batches_are_no_beginning(tmp_path):
 
 
 def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
-    logged = []
+    logged, made = [], []
 
     class Integration(TrainerCallback):
+        def __init__(self):
+            made.append(self)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append((state.global_step, logs))
 
@@ -167,6 +170,7 @@ def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
     assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
+    assert len(made) == 1  # tensorboard's would begin a file each
 
 
 def test_a_language_without_text_is_refused_at_once():

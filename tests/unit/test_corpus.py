@@ -148,6 +148,25 @@ def test_add_bos(tokenizer, add_bos, begins):
     assert ids.count(tokenizer.bos_token_id) == int(begins) and ids[-1] == tokenizer.eos_token_id
 
 
+def test_add_bos_leaves_other_special_tokens_as_the_tokenizer_has_them(tokenizer):
+    both = build_tokenizer([*SENTENCES, "習慣"], vocab_size=300)
+    special = [("<s>", both.bos_token_id), ("</s>", both.eos_token_id)]
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    rows = {}
+    for add_bos in (None, True, False):
+        (rows[add_bos],) = Encoder.of(both, section(add_bos=add_bos), config()).encode(["a bc"], "text")
+    assert (
+        rows[None] == rows[True] and rows[None]["special_tokens_mask"][0] == rows[None]["special_tokens_mask"][-1] == 1
+    )
+    assert rows[False] == {**{key: it[1:] for key, it in rows[None].items() if key != "num_bytes"}, "num_bytes": 4}
+    (cut,) = Encoder.of(both, section(add_bos=False, max_length=2), config()).encode(["a bc"], "text")
+    assert cut["input_ids"] == rows[False]["input_ids"][:2]
+    assert cut["num_bytes"] == len(both.decode(cut["input_ids"]).encode())
+    # One that stands in the text is text.
+    (spelt,) = Encoder.of(tokenizer, section(add_bos=False), config()).encode(["<s>a"], "text")
+    assert spelt["input_ids"][0] == tokenizer.bos_token_id
+
+
 def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
     from agnostic_train.corpus import encoding
 

@@ -27,6 +27,11 @@ def test_names_tell_the_step(entry, source, step):
     assert Checkpoint.parse(entry) == Checkpoint(source, step)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert Checkpoint.parse("~/step-7") == Checkpoint.parse("7=~/step-7") == Checkpoint("/home/someone/step-7", 7)
+
+
 def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path):
     found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
     checkpoints, measured = [Checkpoint("late", 9), Checkpoint("early", 2), Checkpoint("middle", 5)], []

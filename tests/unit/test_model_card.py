@@ -33,6 +33,11 @@ def test_a_card_holds_no_path(tmp_path):
     assert str(tmp_path) not in text and "# base, enhanced for no, sw" in text and "deepspeed zero3.json" in text
 
 
+def test_a_card_holds_no_token():
+    text = card_of(hub_token="hf_secret", max_steps=5)
+    assert "hf_secret" not in text and "hub_token" not in text and "max_steps 5" in text
+
+
 def test_a_small_change_keeps_its_sign():
     row = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9996}}
     text = card_of(

@@ -37,6 +37,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     recipe = load(tmp_path, model__name="~/m", corpus__path="~/t", output_dir="~/runs", training__neurons="~/n.json")
     paths = (recipe.model.name, recipe.corpus.path, recipe.output_dir, recipe.training.neurons)
     assert paths == tuple(f"/home/someone/{name}" for name in ("m", "t", "runs", "n.json"))
+    lists = load(tmp_path, evaluation__checkpoints="~/a,b", evaluation__task_paths="~/c,d").evaluation
+    assert lists.checkpoints == ["/home/someone/a", "b"] and lists.task_paths == ["/home/someone/c", "d"]
 
 
 @pytest.mark.parametrize("text", ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no"])

@@ -1,6 +1,7 @@
 """What people switch on in a Trainer works in both updates, and TRL's SFTTrainer takes the mix-in."""
 
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_we
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
-from agnostic_train.choices import UPDATES
+from agnostic_train.choices import Update
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.trainer import NeuronTrainer
 
-both_updates = pytest.mark.parametrize("update", UPDATES)
+both_updates = pytest.mark.parametrize("update", get_args(Update))
 
 
 def end_of(tmp_path, update, dtype=torch.float32, collator=None, model=None, **settings):
@@ -112,8 +113,8 @@ def test_bf16_autocast_stays_near_float32(tmp_path, update):
 
 def test_packed_sentences_are_learnt_alike(tmp_path):
     """Sentences in one row without padding, told apart by their positions, are learnt as in a row each."""
-    expected = end_of(tmp_path, UPDATES[0], torch.float64, weight_decay=0.0)
-    for update in UPDATES:
+    expected = end_of(tmp_path, get_args(Update)[0], torch.float64, weight_decay=0.0)
+    for update in get_args(Update):
         after = end_of(tmp_path, update, torch.float64, DataCollatorWithFlattening(), weight_decay=0.0)
         for name, value in expected.items():
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)

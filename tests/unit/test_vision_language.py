@@ -1,5 +1,7 @@
 """A decoder beside a vision tower (Gemma 3 as the hub has it): only the decoder is looked at, and everything is exported."""
 
+from typing import get_args
+
 import pytest
 import torch
 from conftest import padded_batch
@@ -7,7 +9,7 @@ from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from agnostic_train import NeuronTrainer, export_checkpoint
-from agnostic_train.choices import UPDATES
+from agnostic_train.choices import Update
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -34,7 +36,7 @@ def test_its_impacts_are_those_of_its_text_decoder():
     verify_impacts(model, padded_batch([5, 9, 12], vocab_size=50))
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", get_args(Update))
 def test_it_trains_and_is_exported_whole(tmp_path, update):
     """Its checkpoint has other names than its modules; what is read back is what was trained."""
     base, model = gemma_with_images(), gemma_with_images()

@@ -10,6 +10,7 @@ from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
@@ -25,7 +26,7 @@ from agnostic_train.report.page import (
     is_comparison_file,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
-from agnostic_train.training.strategy import Choice
+from agnostic_train.training.strategy import SET_STRATEGIES, Choice
 
 COMPARISON = "comparison"
 
@@ -43,6 +44,8 @@ def check_strategies(context: Context) -> None:
 def compare(context: Context) -> dict:
     recipe, found = context.recipe, context.found
     texts = context.materials.corpus.texts
+    same = _same(context, found)
+    strategies = [it for it in recipe.comparison.strategies if it not in same]
     trials = Trials(
         context.materials,
         partial(_choose, context, found),
@@ -52,8 +55,8 @@ def compare(context: Context) -> dict:
         [_key(context), context.set_hashes],
         group=_group(context),
     )
-    tunings, results = _train_all(context, trials)
-    comparison = _comparison_json(recipe, trials.base(), tunings, results)
+    tunings, results = _train_all(context, trials, strategies)
+    comparison = _comparison_json(recipe, trials.base(), tunings, results, same)
     text = comparison_text(comparison)
     if context.processes.is_main_process:
         write_json(context.directory / "comparison.json", comparison)
@@ -84,7 +87,24 @@ def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
     return make_strategy(context.recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
 
 
-def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Results]:
+def _same(context: Context, found: LanguageNeurons) -> dict[str, str]:
+    """By strategy, an earlier one that trains the same neurons: apart, the two would only seem to confirm each other."""
+    same: dict[str, str] = {}
+    earlier: dict[str, NeuronSet] = {}
+    for name in context.recipe.comparison.strategies:
+        if name not in SET_STRATEGIES:
+            continue
+        neurons = _choose(context, found, Trial(name)).neurons
+        assert neurons is not None
+        twin = next((it for it, others in earlier.items() if others == neurons), None)
+        if twin is None:
+            earlier[name] = neurons
+        else:
+            same[name] = twin
+    return same
+
+
+def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> tuple[dict[str, Tuning], Results]:
     """Tunes each strategy's learning rate, and trains it at that rate once per seed; none where every rate diverged."""
     recipe, section = context.recipe, context.recipe.comparison
     base = trials.base()
@@ -92,7 +112,7 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
     selecting = recipe.training.languages if section.select_by == "target" else recipe.corpus.languages
     tunings: dict[str, Tuning] = {}
     results: Results = {}
-    total, most = num_trainings(len(section.strategies), len(rates), len(section.seeds))
+    total, most = num_trainings(len(strategies), len(rates), len(section.seeds))
     in_all = f"at most {most}" if most > total else str(total)
     hidden = not context.processes.is_local_main_process
     with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
@@ -112,14 +132,16 @@ def _train_all(context: Context, trials: Trials) -> tuple[dict[str, Tuning], Res
         def measure(name: str, rate: float) -> dict[str, float] | None:
             return run(Trial(name, section.tuning_seed, rate)).changes(base)
 
-        for name in section.strategies:
+        for name in strategies:
             tunings[name] = tune(partial(measure, name), rates, selecting)
             rate = tunings[name].learning_rate
             results[name] = {} if rate is None else {seed: run(Trial(name, seed, rate)) for seed in section.seeds}
     return tunings, results
 
 
-def _comparison_json(recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results) -> dict:
+def _comparison_json(
+    recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results, same: Mapping[str, str]
+) -> dict:
     """What `comparison.json` holds. A strategy that diverged with some seed isn't compared."""
     section, enhanced = recipe.comparison, recipe.training.languages
     diverged = [name for name, by_seed in results.items() if not _all_measured(by_seed, section.seeds)]
@@ -137,6 +159,7 @@ def _comparison_json(recipe: Recipe, base: Measured, tunings: Mapping[str, Tunin
         "tuning_seed": section.tuning_seed,
         "select_by": section.select_by,
         "diverged": diverged,
+        "same": same,
         "tuning": {name: _tuning_json(tunings[name], by_seed) for name, by_seed in results.items() if by_seed},
         "texts": texts,
         "before": {
@@ -174,7 +197,6 @@ def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:
         "tried": [{"learning_rate": rate, "validation": changes} for rate, changes in tuning.tried.items()],
         "trainable": record["trainable"],
         "neurons": record["neurons"],
-        "what": record["reason"],
         "steps": record["steps"],
         "tokens": record["tokens"],
     }
