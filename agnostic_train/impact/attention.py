@@ -98,10 +98,10 @@ def repeated(heads: Tensor, times: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LogitChange:
-    """What deactivating each neuron n makes of the logits: `S_ij r_i[n] s_j[n] - a_i[n] b_j[n] - c_i[n] d_j[n]`.
+    """What deactivating each neuron n makes of the logits S_ij of query i and key j.
 
-    All: (batch, query heads, length, head_dim), a, c and r by query, b, d and s by key. r and s (`row_growth` and
-    `column_growth`) are at least 1, and None where no norm makes anything grow.
+    `S_ij * row_growth_i[n] * column_growth_j[n] - a_i[n] * b_j[n] - c_i[n] * d_j[n]`; all (batch, query heads, length,
+    head_dim). The growths are at least 1, and None where no norm makes the other entries grow.
     """
 
     a: Tensor
@@ -130,7 +130,7 @@ class LogitChange:
         return self.row_growth is not None or self.column_growth is not None
 
     def growths(self) -> list[Tensor]:
-        """r and s, ones for the one that there isn't; nothing where nothing grows."""
+        """`row_growth` and `column_growth`, ones for a missing one; an empty list where nothing grows."""
         both = (self.row_growth, self.column_growth)
         return [torch.ones_like(self.a) if it is None else it for it in both] if self.grows else []
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.bounds import square_bounds, value_spread
+from agnostic_train.impact.layer_attention import LayerAttention, without_noise
 from agnostic_train.impact.layout import QueryKeyLayout
-from agnostic_train.impact.output_change import OutputChange, without_noise
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
 
 # Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
@@ -45,26 +45,26 @@ class BoundSieve:
     """Computes the exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
 
     Args:
-        change: the layer's attention for a batch.
-        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        attention: the layer's attention for a batch.
+        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
         chunk_bytes: limit on temporary memory while computing exactly.
         bound_bytes: limit on temporary memory while computing bounds.
     """
 
     def __init__(
         self,
-        change: OutputChange,
-        changes: Mapping[str, LogitChange],
+        attention: LayerAttention,
+        logit_changes: Mapping[str, LogitChange],
         num_kv_heads: int,
         chunk_bytes: int,
         bound_bytes: int,
     ):
-        self.change = change
-        self.changes = {name: it.centred(change.inputs.real) for name, it in changes.items()}
-        self.blocks = change.blocks
-        self.layout = QueryKeyLayout(change, self.changes, num_kv_heads)
-        self._forms = [change.in_block(block, bool(self.layout.growths)) for block in self.blocks]
-        self._bits = torch.cat([change.bits_moved(it) for it in self.changes.values()], 1).flatten()
+        self.attention = attention
+        self.logit_changes = {name: it.centred(attention.inputs.real) for name, it in logit_changes.items()}
+        self.blocks = attention.blocks
+        self.layout = QueryKeyLayout(attention, self.logit_changes, num_kv_heads)
+        self._forms = [attention.in_block(block, bool(self.layout.growths)) for block in self.blocks]
+        self._bits = torch.cat([attention.bits_moved(it) for it in self.logit_changes.values()], 1).flatten()
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
 
@@ -107,24 +107,24 @@ class BoundSieve:
         found = torch.where(alive | first, done, 0).sqrt().float()
         per_neuron = sum(block.num_logits for block in self.blocks)
         for name, part, likely, logits in zip(
-            self.changes, self.layout.split(alive), self.layout.split(first), num_logits, strict=True
+            self.logit_changes, self.layout.split(alive), self.layout.split(first), num_logits, strict=True
         ):
             work[name].neurons += int(part.sum() + likely.sum())
             work[name].all_neurons += part.numel()
             work[name].logits += logits + int(likely.sum()) * per_neuron
-            work[name].all_logits += part.numel() * self.change.length**2
-        return dict(zip(self.changes, self.layout.split(found), strict=True))
+            work[name].all_logits += part.numel() * self.attention.length**2
+        return dict(zip(self.logit_changes, self.layout.split(found), strict=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Bounds on squared changes and estimates of them: (batch * heads, neurons, blocks), without the last."""
-        change = self.change
-        entries = change.length * (28 * change.head_dim + 10 * change.length)
-        at_once = max(1, self._bound_bytes // (entries * change.value.element_size()))
+        attention = self.attention
+        entries = attention.length * (28 * attention.head_dim + 10 * attention.length)
+        at_once = max(1, self._bound_bytes // (entries * attention.value.element_size()))
         parts = []
-        for start in range(0, len(change.value), at_once):
+        for start in range(0, len(attention.value), at_once):
             heads = slice(start, start + at_once)
-            spread = value_spread(change, heads, self.blocks)
-            both = [square_bounds(change, heads, spread, x, self.blocks) for x in self.changes.values()]
+            spread = value_spread(attention, heads, self.blocks)
+            both = [square_bounds(attention, heads, spread, x, self.blocks) for x in self.logit_changes.values()]
             parts.append([torch.cat(it, -1) for it in zip(*both, strict=True)])
         bounds, estimates = (torch.cat(it) for it in zip(*parts, strict=True))
         return bounds.transpose(1, 2), estimates
@@ -152,13 +152,13 @@ class BoundSieve:
 
         number: of the block.
         """
-        block, forms, value = self.blocks[number], self._forms[number], self.change.value
+        block, forms, value = self.blocks[number], self._forms[number], self.attention.value
         rows, keys, size = block.rows, block.keys, tiles.neuron.shape[1]
         factors = [part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True)]
         growths = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]
         # A tile has its logits, their attention and its output; beside them copies of the head's.
-        entries = size * block.num_rows * (2 * block.num_keys + self.change.head_dim)
-        entries += (2 * block.num_rows + self.change.head_dim) * block.num_keys
+        entries = size * block.num_rows * (2 * block.num_keys + self.attention.head_dim)
+        entries += (2 * block.num_rows + self.attention.head_dim) * block.num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))
         squares = value.new_zeros(len(self._bits) + 1)
         shapes = [(-1, size, block.num_rows, 1), (-1, size, 1, block.num_keys)] * 2

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.row_blocks import Block
 
 # By what part of themselves bounds grow so that rounding needn't be added to each row's.
@@ -48,16 +48,16 @@ class ValueSpread:
     roundings: Tensor
 
 
-def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> ValueSpread:
+def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -> ValueSpread:
     """The spread of the values of some heads of the batch."""
-    attention, value = change.attention[heads], change.value[heads]
+    probabilities, value = attention.probabilities[heads], attention.value[heads]
     length, head_dim = value.shape[-2:]
     rounding = _rounding(value.dtype, length + 3 * head_dim)
     longest = torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True)
-    value = value - change.output[heads].mean(-2, keepdim=True)
-    output = attention @ value
+    value = value - attention.output[heads].mean(-2, keepdim=True)
+    output = probabilities @ value
     square, own = value.square().sum(-1), output.square().sum(-1)
-    second = (attention @ square.unsqueeze(-1)).squeeze(-1)
+    second = (probabilities @ square.unsqueeze(-1)).squeeze(-1)
     trace = (second - own).clamp_(min=0) + rounding * second
     cross = output @ value.transpose(-1, -2)
     longest_seen = [square[:, block.keys].amax(-1, keepdim=True).expand(-1, block.num_rows) for block in blocks]
@@ -65,17 +65,17 @@ def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> Val
     farthest += 4 * rounding * square.amax(-1, keepdim=True)
     # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
     gram = (value @ value.transpose(-1, -2)).square_()
-    squares = (attention @ gram).sub_(cross.square_(), alpha=2).mul_(attention).sum(-1) + own.square()
+    squares = (probabilities @ gram).sub_(cross.square_(), alpha=2).mul_(probabilities).sum(-1) + own.square()
     squares = squares.clamp_(min=0) + 8 * rounding * second.square()
     largest = torch.minimum(squares.sqrt(), trace)
     for block in blocks[1:]:
-        common = _largest_in_block(attention[:, block.rows, block.keys], value[:, block.keys], rounding)
+        common = _largest_in_block(probabilities[:, block.rows, block.keys], value[:, block.keys], rounding)
         largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
     # Rounding moves each value by a part of its length.
     unit = longest * torch.finfo(value.dtype).eps / 2
     largest += (4 * unit).square()
     # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
-    roundings = change.largest_logits[heads, None] + (2 * length**0.5 + 16)
+    roundings = attention.largest_logits[heads, None] + (2 * length**0.5 + 16)
     return ValueSpread(
         largest=largest,
         typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
@@ -85,14 +85,14 @@ def value_spread(change: OutputChange, heads: slice, blocks: list[Block]) -> Val
     )
 
 
-def _largest_in_block(attention: Tensor, value: Tensor, rounding: float) -> Tensor:
+def _largest_in_block(probabilities: Tensor, value: Tensor, rounding: float) -> Tensor:
     """At least the largest eigenvalue of the values' covariance under any row's attention: (heads, 1).
 
     With p_j the largest weight of key j in any of the rows, and any centre c, each row's covariance is at most the
     matrix M of `p_j (v_j - c) (v_j - c)^T` (as quadratic forms), and `||M^4||^(1/4)` is only slightly more than M's
     largest eigenvalue. The matrix of the inner products of the `sqrt(p_j) (v_j - c)` has the same one.
     """
-    weight = attention.amax(-2).unsqueeze(-1)
+    weight = probabilities.amax(-2).unsqueeze(-1)
     value = value - (weight * value).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
     value = value.mul_(weight.sqrt_())
     trace = value.square().sum((-2, -1), keepdim=True)
@@ -107,7 +107,7 @@ def _largest_in_block(attention: Tensor, value: Tensor, rounding: float) -> Tens
 
 
 def square_bounds(
-    change: OutputChange, heads: slice, spread: ValueSpread, x: LogitChange, blocks: list[Block]
+    attention: LayerAttention, heads: slice, spread: ValueSpread, x: LogitChange, blocks: list[Block]
 ) -> tuple[Tensor, Tensor]:
     """Bounds on each neuron's squared change, summed over a block's counted rows, and an estimate over all rows.
 
@@ -120,10 +120,10 @@ def square_bounds(
     rounding = _rounding(a.dtype, a.shape[1])
     # How large a change of the logits can be, which is what rounding is a part of: (heads, 1, head_dim).
     reach = x.reach.flatten(0, 1)[heads].unsqueeze(1)
-    growth = _growth(change, heads, x, b, d)
+    growth = _growth(attention, heads, x, b, d)
     if growth is not None:
         reach = reach + growth.reach
-    attention = change.attention[heads]
+    probabilities = attention.probabilities[heads]
     # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2` rounding adds the same in every row: (heads, 1, head_dim).
     noise = spread.unit.unsqueeze(1) * (spread.roundings.unsqueeze(1) + 2 * reach)
     noise = (1 + 1 / _PART) * noise.square()
@@ -131,7 +131,7 @@ def square_bounds(
     bounds, estimates = [], []
     for block in blocks:
         left, right = a[:, block.rows], c[:, block.rows]
-        seen = attention[:, block.rows, block.keys]
+        seen = probabilities[:, block.rows, block.keys]
         mean_b, mean_d, square_b, square_d, product = (seen @ it[:, block.keys] for it in products)
         size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
         mean = (left * mean_b).addcmul_(right, mean_d)
@@ -154,7 +154,7 @@ def square_bounds(
         factor = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
         bound = factor.mul_(variance).mul_(spread.largest[:, block.rows, None])
         bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound)
-        weight = change.weight[heads, None, block.rows]
+        weight = attention.counted[heads, None, block.rows]
         bounds.append((1 + _PART) * (weight @ bound) + weight.sum(-1, keepdim=True) * noise)
         estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
     return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
@@ -180,16 +180,16 @@ class _Growth:
         return replace(self, **{name: getattr(self, name)[:, part] for name in by_row})
 
 
-def _growth(change: OutputChange, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:
+def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:
     """None where nothing grows. b, d: centred, (heads, length, head_dim)."""
     if not x.grows:
         return None
-    attention, logits = change.attention[heads], change.logits[heads]
+    probabilities, logits = attention.probabilities[heads], attention.logits[heads]
     hidden = logits == -torch.inf
     size = logits.masked_fill(hidden, 0).abs_().amax((-2, -1), keepdim=True)
     if x.column_growth is not None:
         v = x.column_growth.flatten(0, 1)[heads] - 1
-        weighted = attention * logits.masked_fill(hidden, 0)
+        weighted = probabilities * logits.masked_fill(hidden, 0)
         return _Growth(
             mean=weighted @ v,
             square=(weighted * logits.masked_fill(hidden, 0)) @ v.square(),
@@ -201,8 +201,8 @@ def _growth(change: OutputChange, heads: slice, x: LogitChange, b: Tensor, d: Te
     assert x.row_growth is not None
     u = x.row_growth.flatten(0, 1)[heads] - 1
     # A row of x may lose a constant too.
-    logits = logits - (attention * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True)
-    weighted = attention * logits.masked_fill(hidden, 0)
+    logits = logits - (probabilities * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True)
+    weighted = probabilities * logits.masked_fill(hidden, 0)
     return _Growth(
         mean=u * weighted.sum(-1, keepdim=True),
         square=u.square() * (weighted * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True),

@@ -13,14 +13,14 @@ from torch import Tensor
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.layout import QueryKeyLayout
-from agnostic_train.impact.output_change import OutputChange
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 
 
 def interval_impacts(
-    change: OutputChange,
-    changes: Mapping[str, LogitChange],
+    attention: LayerAttention,
+    logit_changes: Mapping[str, LogitChange],
     num_kv_heads: int,
     top_ratio: float,
     work: Mapping[str, Work],
@@ -28,8 +28,8 @@ def interval_impacts(
     """Impacts of one layer from which each sentence's top q and k neurons can be read; needs the kernels.
 
     Args:
-        change: the layer's attention for a batch.
-        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        attention: the layer's attention for a batch.
+        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
         top_ratio: fraction of a site's neurons to find. At 1 every impact is exact, and the intervals are checked
             against them.
         work: by `q` and `k`, added to.
@@ -40,46 +40,46 @@ def interval_impacts(
     Raises:
         UserError: an exact impact outside its interval.
     """
-    layout = QueryKeyLayout(change, changes, num_kv_heads)
+    layout = QueryKeyLayout(attention, logit_changes, num_kv_heads)
     ends = squared_intervals(
-        change.logits,
-        change.attention,
-        change.value,
-        change.weight,
+        attention.logits,
+        attention.probabilities,
+        attention.value,
+        attention.counted,
         layout.factors,
-        change.key_spans,
-        change.largest_logits,
+        attention.key_spans,
+        attention.largest_logits,
         layout.growths,
-        change.softcap,
+        attention.softcap,
     )
-    low, high = (layout.by_site(end.view(len(change.value), -1)) for end in ends)
+    low, high = (layout.by_site(end.view(len(attention.value), -1)) for end in ends)
     by_site = zip(layout.split(low), layout.split(high), layout.sizes, strict=True)
     decided = [decide(lower, upper, num_top(top_ratio, size)) for lower, upper, size in by_site]
     certain, unclear = (torch.cat(parts, 1) for parts in zip(*decided, strict=True))
     exact = layout.by_site(
         kernels.squared_changes(
-            change.changed_logits,
-            change.centred_value,
-            change.weight,
+            attention.changed_logits,
+            attention.centred_value,
+            attention.counted,
             layout.factors,
-            change.key_spans,
+            attention.key_spans,
             layout.by_head(unclear).flatten(),
             layout.growths,
-            change.softcap,
-        ).view(len(change.value), -1)
+            attention.softcap,
+        ).view(len(attention.value), -1)
     )
     if top_ratio == 1:
         check_enclosed(exact, low, high)
     found = settle(low, high, certain, unclear, exact)
-    spans = change.key_spans.diff(dim=-1).squeeze(-1)
+    spans = attention.key_spans.diff(dim=-1).squeeze(-1)
     # Not by assignment to one entry, which copies the number from the host, and waits.
     starts = kernels.BLOCK_ROWS * torch.arange(spans.shape[1], device=spans.device)
-    rows = (change.length - starts).clamp(max=kernels.BLOCK_ROWS)
+    rows = (attention.length - starts).clamp(max=kernels.BLOCK_ROWS)
     per_neuron = (spans * rows).sum(1)
-    for name, part in zip(changes, layout.split(unclear), strict=True):
+    for name, part in zip(logit_changes, layout.split(unclear), strict=True):
         work[name].neurons += part.sum()
         work[name].all_neurons += part.numel()
         work[name].logits += (part.sum(1) * per_neuron).sum()
-        work[name].all_logits += part.numel() * change.length**2
+        work[name].all_logits += part.numel() * attention.length**2
         work[name].rough_logits += part.shape[1] * per_neuron.sum()
-    return dict(zip(changes, layout.split(found.sqrt().float()), strict=True))
+    return dict(zip(logit_changes, layout.split(found.sqrt().float()), strict=True))

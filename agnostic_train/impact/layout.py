@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 
 
 class QueryKeyLayout:
@@ -15,22 +15,22 @@ class QueryKeyLayout:
     By head: (batch * query heads, q neurons then k neurons, ...). By site: (batch, q rows then k rows, ...).
 
     Args:
-        change: the layer's attention for a batch.
-        changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        attention: the layer's attention for a batch.
+        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
     """
 
-    def __init__(self, change: OutputChange, changes: Mapping[str, LogitChange], num_kv_heads: int):
-        self._names = tuple(changes)
-        self._batch, self._num_heads, self._head_dim = change.batch, change.num_heads, change.head_dim
+    def __init__(self, attention: LayerAttention, logit_changes: Mapping[str, LogitChange], num_kv_heads: int):
+        self._names = tuple(logit_changes)
+        self._batch, self._num_heads, self._head_dim = attention.batch, attention.num_heads, attention.head_dim
         self._num_kv_heads = num_kv_heads
         rows = {"q": self._num_heads * self._head_dim, "k": num_kv_heads * self._head_dim}
-        self.sizes = [rows[name] for name in changes]
+        self.sizes = [rows[name] for name in logit_changes]
         # a, b, c and d of all neurons, by head: (batch * heads * neurons, length).
-        self.factors = [self._stacked([getattr(x, part) for x in changes.values()]) for part in "abcd"]
-        # The same of r and s, where anything grows.
+        self.factors = [self._stacked([getattr(x, part) for x in logit_changes.values()]) for part in "abcd"]
+        # The same of the growths, where there are any.
         self.growths: list[Tensor] = []
-        if any(x.grows for x in changes.values()):
-            pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in changes.values()]
+        if any(x.grows for x in logit_changes.values()):
+            pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in logit_changes.values()]
             self.growths = [self._stacked(list(parts)) for parts in zip(*pairs, strict=True)]
 
     @staticmethod

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH
 
@@ -39,7 +39,7 @@ class _OtherHeads:
 
 def pruned_impacts(
     name: str,
-    change: OutputChange,
+    attention: LayerAttention,
     own_change: LogitChange,
     growth: Tensor,
     num_groups: int,
@@ -51,7 +51,7 @@ def pruned_impacts(
 
     Args:
         name: `q` or `k`.
-        change: the layer's attention for a batch.
+        attention: the layer's attention for a batch.
         own_change: what each neuron makes of the logits of its own heads.
         growth: by what the other entries grow without each neuron, (batch, length, neurons).
         num_groups: into how many groups of neurons that act through the same heads the site falls: the query heads for
@@ -66,11 +66,11 @@ def pruned_impacts(
     Raises:
         UserError: an exact impact outside its interval.
     """
-    own = change.of_logits(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
+    own = attention.squared_changes(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
     excess = (growth - 1).to(own.dtype).unflatten(-1, (num_groups, -1)).transpose(1, 2)
-    others = _query_growth(change) if name == "q" else _key_growth(change)
-    noise = _noise(change)
-    low, high = ((own + it.flatten(1)).sqrt() for it in _intervals(change, others, excess))
+    others = _query_growth(attention) if name == "q" else _key_growth(attention)
+    noise = _noise(attention)
+    low, high = ((own + it.flatten(1)).sqrt() for it in _intervals(attention, others, excess))
     low, high = (low - noise).clamp(min=0).square(), (high + noise).square()
     unknown = ~high.isfinite() | (growth.amax(1) > LARGEST_GROWTH)
     low, high = low.masked_fill(unknown, 0), high.masked_fill(unknown, torch.inf)
@@ -79,7 +79,7 @@ def pruned_impacts(
     if top_ratio == 1:
         check_enclosed(exact, low, high)
     # A replayed neuron changes the logits of all heads, any other those of its own.
-    per_neuron, num_replayed = change.length**2, unclear.sum()
+    per_neuron, num_replayed = attention.length**2, unclear.sum()
     work.neurons += num_replayed
     work.all_neurons += unclear.numel()
     work.logits += (num_replayed * num_groups + (unclear.numel() - num_replayed)) * per_neuron
@@ -87,7 +87,7 @@ def pruned_impacts(
     return settle(low, high, certain, unclear, exact).sqrt().float()
 
 
-def _intervals(change: OutputChange, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:
+def _intervals(attention: LayerAttention, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:
     """Around each neuron's squared change of the output of all heads but its own.
 
     excess: u by group, (batch, groups, length, head_dim). Returns low, high: (batch, groups, head_dim).
@@ -96,7 +96,7 @@ def _intervals(change: OutputChange, heads: _OtherHeads, excess: Tensor) -> tupl
     is_other = 1 - torch.eye(num_groups, dtype=excess.dtype, device=excess.device)
 
     def over_others(by_head: Tensor) -> Tensor:
-        by_group = by_head.unflatten(0, (change.batch, num_groups, -1)).sum(2)
+        by_group = by_head.unflatten(0, (attention.batch, num_groups, -1)).sum(2)
         return torch.tensordot(by_group, is_other, dims=([1], [1])).movedim(-1, 1)
 
     square = excess.square()
@@ -104,21 +104,21 @@ def _intervals(change: OutputChange, heads: _OtherHeads, excess: Tensor) -> tupl
     linear = (linear @ excess * excess if linear.dim() == 4 else linear.unsqueeze(-1) * square).sum(2)
     rest = (over_others(heads.rest).unsqueeze(-1) * square.square()).sum(2)
     error = (over_others(heads.error).unsqueeze(-1) * square).sum(2)
-    largest_logit = change.largest_logits.view(change.batch, -1).amax(1)[:, None, None]
+    largest_logit = attention.largest_logits.view(attention.batch, -1).amax(1)[:, None, None]
     spread = rest.sqrt() * (2 * largest_logit * excess.amax(2)).exp() + error.sqrt()
     middle = linear.clamp(min=0).sqrt()
     return (middle - spread).clamp(min=0).square(), (middle + spread).square()
 
 
-def _query_growth(change: OutputChange) -> _OtherHeads:
+def _query_growth(attention: LayerAttention) -> _OtherHeads:
     """Where the logits of query i grow by 1 + u_i: `u_i Cov(S_i, v)`. By head: (batch * heads, length)."""
-    attention, value, weight = change.attention, change.centred_value, change.weight
-    logits = _seen_logits(change)
-    distance = logits - (attention * logits).sum(-1, keepdim=True)
-    moved = attention * distance
+    probabilities, value, weight = attention.probabilities, attention.centred_value, attention.counted
+    logits = _seen_logits(attention)
+    distance = logits - (probabilities * logits).sum(-1, keepdim=True)
+    moved = probabilities * distance
     variance = (moved * distance).sum(-1)
-    longest = change.longest_value
-    rounding = _rounding(change)
+    longest = attention.longest_value
+    rounding = _rounding(attention)
     return _OtherHeads(
         linear=(moved @ value).square().sum(-1) * weight,
         rest=(longest * variance).square() * weight,
@@ -126,17 +126,17 @@ def _query_growth(change: OutputChange) -> _OtherHeads:
     )
 
 
-def _key_growth(change: OutputChange) -> _OtherHeads:
+def _key_growth(attention: LayerAttention) -> _OtherHeads:
     """Where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`.
 
     By head: (batch * heads, length[, length]).
     """
-    attention, value, weight = change.attention, change.centred_value, change.weight.unsqueeze(-1)
-    logits = _seen_logits(change)
-    output = attention @ value
-    moved = attention * logits
+    probabilities, value, weight = attention.probabilities, attention.centred_value, attention.counted.unsqueeze(-1)
+    logits = _seen_logits(attention)
+    output = probabilities @ value
+    moved = probabilities * logits
     square = moved * logits
-    longest = change.longest_value
+    longest = attention.longest_value
     # By query: E[S^2], an upper bound on the variance of y where |u| is 1.
     second = square.sum(-1, keepdim=True) * weight * longest.unsqueeze(-1).square()
     # (v_j - o_i) (v_k - o_i) = v_j v_k - v_j o_i - v_k o_i + o_i o_i, summed over i with the factors of j and k.
@@ -148,22 +148,22 @@ def _key_growth(change: OutputChange) -> _OtherHeads:
         linear=gram,
         rest=(square * second).sum(-2),
         # A difference of large terms: the error is a part of these, not of what is left.
-        error=4 * _rounding(change) * (attention * second).sum(-2),
+        error=4 * _rounding(attention) * (probabilities * second).sum(-2),
     )
 
 
-def _seen_logits(change: OutputChange) -> Tensor:
-    return change.logits.masked_fill(change.logits == -torch.inf, 0)
+def _seen_logits(attention: LayerAttention) -> Tensor:
+    return attention.logits.masked_fill(attention.logits == -torch.inf, 0)
 
 
-def _rounding(change: OutputChange) -> float:
+def _rounding(attention: LayerAttention) -> float:
     """The relative error of a sum over keys of sums over features."""
-    return 4 * torch.finfo(change.value.dtype).eps * (change.length + change.head_dim)
+    return 4 * torch.finfo(attention.value.dtype).eps * (attention.length + attention.head_dim)
 
 
-def _noise(change: OutputChange) -> Tensor:
+def _noise(attention: LayerAttention) -> Tensor:
     """By what the rounding of logits and weights moves a sentence's output, here and in the exact form: (batch, 1)."""
-    roundings = 4 * change.largest_logits + (2 * change.length**0.5 + 16)
+    roundings = 4 * attention.largest_logits + (2 * attention.length**0.5 + 16)
     # Norms compute in float32, whatever the dtype of their input.
-    per_row = torch.finfo(torch.float32).eps * roundings * change.longest_value.squeeze(-1)
-    return (per_row.square() * change.weight.sum(-1)).view(change.batch, -1).sum(1, keepdim=True).sqrt()
+    per_row = torch.finfo(torch.float32).eps * roundings * attention.longest_value.squeeze(-1)
+    return (per_row.square() * attention.counted.sum(-1)).view(attention.batch, -1).sum(1, keepdim=True).sqrt()

@@ -1,7 +1,7 @@
 """The q and k impacts of one layer: which form of the arithmetic applies, and how much of it at a time."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
@@ -21,7 +21,7 @@ from agnostic_train.impact.attention import (
 )
 from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
@@ -44,7 +44,7 @@ class QueryKeyImpacts:
 
     Attributes:
         work: by `q` and `k`, how much was computed so far.
-        unprunable: whether some batch had to be computed in full although `top_ratio` asked for less.
+        unprunable: whether some batch needed a form that pruning doesn't cover although `top_ratio` asked for it.
     """
 
     def __init__(
@@ -120,109 +120,107 @@ class QueryKeyImpacts:
     def _measure_part(
         self, inputs: AttentionInputs, counted: Tensor, projected: dict[str, Tensor], angles: Angles
     ) -> tuple[dict[str, Tensor], Tensor]:
-        chunk_bytes = self._limit(inputs, _CPU_CHUNK_BYTES)
         projected = {name: inputs.clean_projection(output) for name, output in projected.items()}
-        growths: dict[str, Tensor] = {}
         if self._exact:
-            inputs, changes, growths = self._closed_forms(inputs, projected, angles)
+            inputs, forms = self._forms(inputs, projected, angles)
         else:
-            changes = dict.fromkeys(self.names, paper_change(inputs))
-        change = OutputChange(inputs, counted, chunk_bytes, before_cap=self._exact)
+            forms = dict.fromkeys(self.names, _Form(paper_change(inputs)))
+        attention = LayerAttention(inputs, counted, self._limit(inputs, _CPU_CHUNK_BYTES), capped=self._exact)
         impacts: dict[str, Tensor] = {}
-        if self._top_ratio is not None and change.softcap is None:
-            for name, growth in growths.items():
-                num_groups = self.layer.num_query_heads if name == "q" else self.layer.num_kv_heads
-                replayed = partial(self._replayed_over_heads, change, name, projected[name], angles)
-                impacts[name] = norm_over_heads.pruned_impacts(
-                    name, change, changes[name], growth, num_groups, replayed, self._top_ratio, self.work[name]
-                )
-        rest = [name for name in self.names if name not in impacts]
-        closed = {name: changes[name] for name in rest if name in changes and name not in growths}
-        on_kernels = kernel_trial.available(change.value)
-        # Both other ways of pruning need changes in closed form. Of a soft cap the bounds know nothing, and the intervals not
-        # beside a norm.
-        covered = len(closed) == len(rest)
-        if change.softcap is not None:
-            covered &= on_kernels and not any(it.grows for it in closed.values())
-        top_ratio = self._top_ratio if covered and closed else None
-        if top_ratio is not None and on_kernels:
-            impacts |= interval_impacts(change, closed, self.layer.num_kv_heads, top_ratio, self.work)
-        elif top_ratio is not None and not self._is_fruitless(change.length):
-            impacts |= self._bounded_impacts(change, closed, top_ratio, chunk_bytes)
+        if self._top_ratio is not None and attention.softcap is None:
+            for name, form in forms.items():
+                if form.growth is not None:
+                    impacts[name] = self._pruned_over_heads(attention, name, form, projected[name], angles)
+        rest = {name: form for name, form in forms.items() if name not in impacts}
+        if rest and self._top_ratio is not None and (closed := self._prunable(attention, rest)):
+            if kernel_trial.available(attention.value):
+                impacts |= interval_impacts(attention, closed, self.layer.num_kv_heads, self._top_ratio, self.work)
+            else:
+                impacts |= self._bounded_impacts(attention, closed, self._top_ratio)
         else:
-            self.unprunable |= self._top_ratio is not None and not covered
-            for name in rest:
-                impacts[name] = self._all_impacts(change, name, closed, projected[name], angles)
-                # The kernels see to unseen keys by themselves, and where a norm spans all heads their rows are whole.
-                whole = on_kernels if name in closed else self.layer.norm_spans_heads(name)
-                num_logits = change.length**2 if whole else sum(block.num_logits for block in change.blocks)
-                self.work[name].add_all(impacts[name].numel(), num_logits, change.length)
-        return impacts, change.output.view_as(inputs.query)
+            for name, form in rest.items():
+                impacts[name] = self._all_impacts(attention, name, form, projected[name], angles)
+        return impacts, attention.output.view_as(inputs.query)
+
+    def _prunable(self, attention: LayerAttention, forms: dict[str, "_Form"]) -> dict[str, LogitChange] | None:
+        """The forms' changes, if pruning covers them all and pays; else None."""
+        on_kernels = kernel_trial.available(attention.value)
+        closed = {name: form.of_all_heads for name, form in forms.items() if form.of_all_heads is not None}
+        covered = len(closed) == len(forms)
+        if attention.softcap is not None:
+            # The bounds don't handle a soft cap, and the intervals don't handle one beside a norm.
+            covered &= on_kernels and not any(change.grows for change in closed.values())
+        if not covered:
+            self.unprunable = True
+            return None
+        return closed if on_kernels or not self._is_fruitless(attention.length) else None
 
     def _is_fruitless(self, length: int) -> bool:
         """Whether bounds have left too much to compute in sentences about as long."""
         return self._fruitless_length is not None and length > _SHORTER * self._fruitless_length
 
     def _bounded_impacts(
-        self, change: OutputChange, closed: dict[str, LogitChange], top_ratio: float, chunk_bytes: int
+        self, attention: LayerAttention, closed: dict[str, LogitChange], top_ratio: float
     ) -> dict[str, Tensor]:
         """The impacts that bounds can't rule out, zero for the others."""
         work = {name: Work() for name in closed}
-        sieve = BoundSieve(change, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
+        chunk_bytes = self._limit(attention.inputs, _CPU_CHUNK_BYTES)
+        sieve = BoundSieve(attention, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
         impacts = sieve.impacts(top_ratio, work)
         left = sum(int(it.logits) for it in work.values()) / sum(it.all_logits for it in work.values())
-        grows = any(it.grows for it in closed.values())
+        grows = any(change.grows for change in closed.values())
         if left > (_MOST_LEFT_GROWING if grows else _MOST_LEFT):
-            self._fruitless_length = change.length
+            self._fruitless_length = attention.length
         for name, done in work.items():
             self.work[name] += done
         return impacts
 
-    def _closed_forms(
+    def _forms(
         self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles
-    ) -> tuple[AttentionInputs, dict[str, LogitChange], dict[str, Tensor]]:
-        """What each neuron makes of the logits, for the projections where that has a closed form.
+    ) -> tuple[AttentionInputs, dict[str, "_Form"]]:
+        """How the neurons of each projection change the logits.
 
         Args:
             projected: by name, (batch, length, neurons), padding zeroed.
 
-        Returns:
-            The inputs, with queries and keys that were normalised and rotated in at least float32: growth would multiply
-            the difference between a half-precision model's rounding and what is taken from the logits here.
-            The changes; where a norm spans all heads, of the logits of a neuron's own heads.
-            For these norms, by what the other entries grow, float64, (batch, length, neurons).
+        Returns: the forms; and the inputs, with queries and keys that were normalised and rotated in at least float32:
+            growth would multiply the difference between a half-precision model's rounding and what is taken from the
+            logits here.
         """
-        parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        states: dict[str, Tensor] = {}
         growths: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         for name, output in projected.items():
-            norm, states, growth = self.layer.norms.get(name), output, None
-            if norm is not None:
-                spans_heads = self.layer.norm_spans_heads(name)
-                entries = output if spans_heads else output.unflatten(-1, (-1, self.layer.head_dim))
-                eps = self._eps_of(name, norm, entries)
-                states = norm(entries).reshape(output.shape)
-                rotated = angles.rotation.apply(inputs.per_query_head(states), angles.cos, angles.sin)
-                inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
-                if eps is None:
-                    continue
-                if spans_heads:
-                    growths[name] = growth_without(entries.double(), eps)
-                    growth = growths[name].to(states.dtype)
-                else:
-                    growth = growth_without(entries, eps).flatten(2)
-                    largest[name] = growth.max()
-                growth = inputs.per_query_head(growth)
-            parts[name] = inputs.per_query_head(states), growth
+            norm, states[name] = self.layer.norms.get(name), output
+            if norm is None:
+                continue
+            spans_heads = self.layer.norm_spans_heads(name)
+            entries = output if spans_heads else output.unflatten(-1, (-1, self.layer.head_dim))
+            eps = self._eps_of(name, norm, entries)
+            normalised = norm(entries).reshape(output.shape)
+            rotated = angles.rotation.apply(inputs.per_query_head(normalised), angles.cos, angles.sin)
+            inputs = replace(inputs, query=rotated) if name == "q" else replace(inputs, key=rotated)
+            if eps is None:
+                del states[name]
+                continue
+            states[name] = normalised
+            if spans_heads:
+                growths[name] = growth_without(entries.double(), eps)
+            else:
+                growths[name] = growth_without(entries, eps).flatten(2)
+                largest[name] = growths[name].max()
         if largest:
-            # Read together, for a GPU is waited for.
+            # One transfer: each synchronises with the GPU.
             for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
                 if value > LARGEST_GROWTH:
-                    del parts[name]
-        changes = {
-            name: rotated_change(inputs, name, states, angles, growth) for name, (states, growth) in parts.items()
-        }
-        return inputs, changes, growths
+                    del states[name]
+        forms = dict.fromkeys(projected, _Form(None))
+        for name, output in states.items():
+            growth = growths.get(name)
+            by_head = None if growth is None else inputs.per_query_head(growth.to(output.dtype))
+            change = rotated_change(inputs, name, inputs.per_query_head(output), angles, by_head)
+            forms[name] = _Form(change, None if growth is None or name in largest else growth)
+        return inputs, forms
 
     def _eps_of(self, name: str, norm: nn.Module, entries: Tensor) -> float | None:
         if name not in self._eps:
@@ -230,20 +228,54 @@ class QueryKeyImpacts:
         return self._eps[name]
 
     def _all_impacts(
-        self, change: OutputChange, name: str, closed: dict[str, LogitChange], projected: Tensor, angles: Angles
+        self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
     ) -> Tensor:
         """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
-        norm = self.layer.norms.get(name)
-        if name in closed:
-            squares = change.of_logits(closed[name])
-        elif self.layer.norm_spans_heads(name):
-            return self._replayed_over_heads(change, name, projected, angles).sqrt().float()
+        spans_heads = form.of_all_heads is None and self.layer.norm_spans_heads(name)
+        if spans_heads:
+            impacts = self._replayed_over_heads(attention, name, projected, angles).sqrt().float()
         else:
-            squares = change.replayed(name, projected, norm, angles)
-        return query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
+            squares = (
+                attention.replayed(name, projected, self.layer.norms[name], angles)
+                if form.of_all_heads is None
+                else attention.squared_changes(form.of_all_heads)
+            )
+            impacts = query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
+        # The kernels skip unseen keys by themselves, and where a norm spans all heads their rows are whole.
+        whole = spans_heads or (form.of_all_heads is not None and kernel_trial.available(attention.value))
+        num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
+        self.work[name].add_all(impacts.numel(), num_logits, attention.length)
+        return impacts
+
+    def _pruned_over_heads(
+        self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
+    ) -> Tensor:
+        assert form.change is not None and form.growth is not None and self._top_ratio is not None
+        num_groups = self.layer.num_query_heads if name == "q" else self.layer.num_kv_heads
+        replayed = partial(self._replayed_over_heads, attention, name, projected, angles)
+        return norm_over_heads.pruned_impacts(
+            name, attention, form.change, form.growth, num_groups, replayed, self._top_ratio, self.work[name]
+        )
 
     def _replayed_over_heads(
-        self, change: OutputChange, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None
+        self, attention: LayerAttention, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None
     ) -> Tensor:
         norm = self.layer.norms[name]
-        return change.replayed_over_heads(name, projected, norm, angles, marked)
+        return attention.replayed_over_heads(name, projected, norm, angles, marked)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a projection's neurons change the logits.
+
+    change: in closed form, of the logits of a neuron's own heads; None where the norm must be replayed.
+    growth: for a norm over all heads, by what the other entries grow, (batch, length, neurons), float64.
+    """
+
+    change: LogitChange | None
+    growth: Tensor | None = None
+
+    @property
+    def of_all_heads(self) -> LogitChange | None:
+        """The change in closed form, where it is all that the neuron does."""
+        return self.change if self.growth is None else None

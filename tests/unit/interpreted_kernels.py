@@ -31,7 +31,7 @@ from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.kernels import squared_changes
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 
@@ -311,7 +311,7 @@ def test_intervals_where_half_precision_overflows(logits, change):
 
 
 @pytest.mark.parametrize(
-    ("grows", "softcap", "before_cap"),
+    ("grows", "softcap", "capped"),
     [
         (None, None, True),
         ("row_growth", None, True),
@@ -321,21 +321,21 @@ def test_intervals_where_half_precision_overflows(logits, change):
     ],
 )
 @pytest.mark.parametrize("common", [0.0, 1e4])
-def test_equals_the_torch_form(common, grows, softcap, before_cap, monkeypatch):
-    """Through `OutputChange`, from tensors that aren't contiguous, and whatever all values share."""
+def test_equals_the_torch_form(common, grows, softcap, capped, monkeypatch):
+    """Through `LayerAttention`, from tensors that aren't contiguous, and whatever all values share."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(3))
     value += common
     real, visible = torch.ones(2, 21, dtype=torch.bool), torch.ones(2, 1, 21, 21).tril().bool()
     inputs = AttentionInputs.clean(query, key, value, visible, real, 0.7, softcap)
-    change = OutputChange(inputs, torch.rand(2, 21) < 0.8, 1 << 20, before_cap)
+    attention = LayerAttention(inputs, torch.rand(2, 21) < 0.8, 1 << 20, capped)
     logit_change = LogitChange(*(torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(4)))
     if grows:
         logit_change = replace(logit_change, **{grows: 1 + torch.rand(2, 3, 21, 10)})
-    expected = change.of_logits(logit_change)
+    expected = attention.squared_changes(logit_change)
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     monkeypatch.setattr(AttentionBlock, "squares", None)
-    torch.testing.assert_close(change.of_logits(logit_change), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(attention.squared_changes(logit_change), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

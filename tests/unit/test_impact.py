@@ -12,7 +12,7 @@ from agnostic_train.impact import query_key
 from agnostic_train.impact.attention import AttentionInputs, LogitChange
 from agnostic_train.impact.attention_block import AttentionBlock, BlockForms
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -218,7 +218,7 @@ def test_what_tokens_have_in_common_moves_no_logit(monkeypatch):
     inputs = AttentionInputs.clean(*torch.randn(3, 2, 3, 13, 4), visible, real, scaling=0.5)
     change = LogitChange(*torch.randn(4, 2, 3, 13, 4))
     shifted = replace(change, b=change.b + 1000, d=change.d - 1000)
-    expected, found = (OutputChange(inputs, real, 1 << 20).of_logits(it) for it in (change, shifted))
+    expected, found = (LayerAttention(inputs, real, 1 << 20).squared_changes(it) for it in (change, shifted))
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 

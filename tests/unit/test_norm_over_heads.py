@@ -9,7 +9,7 @@ from test_pruning import assert_same_top, pruned_impacts
 from agnostic_train.errors import UserError
 from agnostic_train.impact import norm_over_heads
 from agnostic_train.impact.attention import AttentionInputs
-from agnostic_train.impact.output_change import OutputChange
+from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.model.decoder import find_decoder
 
 HEADS, LENGTH, HEAD_DIM = 6, 9, 4
@@ -34,7 +34,7 @@ def attention_of(query, key, value, real=None):
     inputs = AttentionInputs.clean(query, key, value, visible, real, scaling=0.6)
     counted = real.clone()
     counted[:, -1] = False
-    return OutputChange(inputs, counted, chunk_bytes=1 << 20)
+    return LayerAttention(inputs, counted, chunk_bytes=1 << 20)
 
 
 def random_attention(scale=1.0):
@@ -46,19 +46,19 @@ def random_attention(scale=1.0):
     return attention_of(scale * query, key, value, real)
 
 
-def intervals(change, name, excess):
-    heads = {"q": norm_over_heads._query_growth, "k": norm_over_heads._key_growth}[name](change)
-    return norm_over_heads._intervals(change, heads, excess)
+def intervals(attention, name, excess):
+    heads = {"q": norm_over_heads._query_growth, "k": norm_over_heads._key_growth}[name](attention)
+    return norm_over_heads._intervals(attention, heads, excess)
 
 
-def change_of_others(change, name, excess):
+def change_of_others(attention, name, excess):
     """By brute force, (batch, groups, head_dim): the squared change of all heads outside a neuron's group."""
     num_groups = excess.shape[1]
     growth = 1 + excess.repeat_interleave(HEADS // num_groups, 1)
-    result = torch.zeros(change.batch, num_groups, HEAD_DIM, dtype=excess.dtype)
-    logits = change.logits.unflatten(0, (change.batch, HEADS))
-    weight = change.weight.unflatten(0, (change.batch, HEADS))
-    value = change.centred_value.unflatten(0, (change.batch, HEADS))
+    result = torch.zeros(attention.batch, num_groups, HEAD_DIM, dtype=excess.dtype)
+    logits = attention.logits.unflatten(0, (attention.batch, HEADS))
+    weight = attention.counted.unflatten(0, (attention.batch, HEADS))
+    value = attention.centred_value.unflatten(0, (attention.batch, HEADS))
     for group in range(num_groups):
         for entry in range(HEAD_DIM):
             factor = growth[:, group * HEADS // num_groups, :, entry]
@@ -75,11 +75,11 @@ def change_of_others(change, name, excess):
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 0.1, 3.0])
 def test_the_other_heads_change_lies_in_its_interval(name, num_groups, size):
     """And the interval narrows to the linear part's square as the growth gets small: a wrong one would stay outside."""
-    change = random_attention()
+    attention = random_attention()
     excess = size * (0.1 + torch.rand(3, num_groups, LENGTH, HEAD_DIM, dtype=torch.float64))
-    excess.masked_fill_(~change.inputs.real[:, None, :, None], 0)
-    low, high = intervals(change, name, excess)
-    exact = change_of_others(change, name, excess)
+    excess.masked_fill_(~attention.inputs.real[:, None, :, None], 0)
+    low, high = intervals(attention, name, excess)
+    exact = change_of_others(attention, name, excess)
     rounding = 1e-8 * exact
     assert (exact > 0).all() and (low <= exact + rounding).all() and (exact - rounding <= high).all()
     if size < 1e-2:
@@ -94,22 +94,23 @@ def test_one_key_among_many_of_which_the_logit_grows(shift):
     query, key = torch.ones_like(value), torch.zeros_like(value)
     value[:, :, 50] += 1
     key[:, :, 50] += 0.4
-    change = attention_of(query, key, value)
-    excess = torch.full_like(value, shift / change.logits.max())
-    low, high = intervals(change, "q", excess)
-    exact = change_of_others(change, "q", excess)
+    attention = attention_of(query, key, value)
+    excess = torch.full_like(value, shift / attention.logits.max())
+    low, high = intervals(attention, "q", excess)
+    exact = change_of_others(attention, "q", excess)
     assert (low < exact).all() and (exact < high).all()
 
 
 def test_what_rounding_leaves_of_large_terms_is_in_the_interval():
     """Where each query sees one key, its output hardly moves: the linear part is a difference of what cancels."""
-    change = random_attention(scale=30)
+    attention = random_attention(scale=30)
     single = attention_of(
-        *(it.float() for it in (change.inputs.query, change.inputs.key, change.inputs.value)), change.inputs.real
+        *(it.float() for it in (attention.inputs.query, attention.inputs.key, attention.inputs.value)),
+        attention.inputs.real,
     )
     excess = 1e-8 * torch.rand(3, HEADS, LENGTH, HEAD_DIM, dtype=torch.float64)
-    excess.masked_fill_(~change.inputs.real[:, None, :, None], 0)
-    exact = change_of_others(change, "k", excess)
+    excess.masked_fill_(~attention.inputs.real[:, None, :, None], 0)
+    exact = change_of_others(attention, "k", excess)
     low, high = intervals(single, "k", excess.float())
     assert (low <= exact).all() and (exact <= high).all()
 

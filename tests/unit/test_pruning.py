@@ -56,7 +56,7 @@ def all_bounds_hold(model, batch, monkeypatch):
     original = bound_sieve.BoundSieve.impacts
 
     def spied(self, top_ratio, work):
-        every = self._tiles(torch.ones(self.change.batch, sum(self.layout.sizes), dtype=torch.bool))
+        every = self._tiles(torch.ones(self.attention.batch, sum(self.layout.sizes), dtype=torch.bool))
         limits, _ = self._bounds()
         for number, block in enumerate(self.blocks):
             squares = self._squares(every, number)
@@ -142,15 +142,15 @@ def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
     ratios = []
     original = bound_sieve.BoundSieve.__init__
 
-    def spied(self, change, changes, *others):
-        real = change.inputs.real[:, None, :, None]
+    def spied(self, attention, changes, *others):
+        real = attention.inputs.real[:, None, :, None]
         shifted = {
             name: replace(x, b=x.b + 100 * x.b.abs().mean() * real, d=x.d + 100 * x.d.abs().mean() * real)
             for name, x in changes.items()
         }
-        original(self, change, shifted, *others)
+        original(self, attention, shifted, *others)
         bounds = self._bounds()[0]
-        original(self, change, changes, *others)
+        original(self, attention, changes, *others)
         ratios.append((bounds / self._bounds()[0]).quantile(0.9))
 
     monkeypatch.setattr(bound_sieve.BoundSieve, "__init__", spied)
@@ -262,7 +262,7 @@ def test_where_bounds_leave_too_much_all_are_computed(llama, monkeypatch, most_l
     lengths, original = [], bound_sieve.BoundSieve.impacts
 
     def spied(self, *args):
-        lengths.append(self.change.length)
+        lengths.append(self.attention.length)
         return original(self, *args)
 
     monkeypatch.setattr(bound_sieve.BoundSieve, "impacts", spied)

@@ -1,6 +1,7 @@
-"""How far changes of a layer's attention move its output."""
+"""The attention of one layer for a batch, and how far changes of its logits move its output."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cached_property
 
 import torch
@@ -13,27 +14,34 @@ from agnostic_train.impact.attention_block import AttentionBlock, BlockForms, bi
 from agnostic_train.impact.row_blocks import Block, row_blocks
 
 
-class OutputChange:
-    """Measures `||(A - A') v||^2` over counted tokens and features, for changed attention A'.
+class LayerAttention:
+    """One layer's attention A for a batch; measures `||(A - A') v||^2` over counted tokens and features for a changed A'.
 
-    logits, attention: (batch * heads, length, length); value, centred_value, output: (batch * heads, length, head_dim);
-    weight: (batch * heads, length), 1 at counted tokens. Neurons are taken so many at a time that the (neuron, length,
-    length) tensor stays within `chunk_bytes`. softcap: bends the logits after they are changed; None where nothing does,
-    or where, not `before_cap`, changes are those of capped logits.
+    Args:
+        inputs: of the attention.
+        counted: (batch, length), bool, the tokens whose change counts.
+        chunk_bytes: neurons are taken so many at a time that their (neuron, length, length) tensors stay within it.
+        capped: whether changes are of the logits before the soft cap (`softcap`), if there is one, or of capped logits.
+
+    Attributes:
+        logits, probabilities: what the softmax sees and gives, (batch * heads, length, length).
+        value, centred_value, output: (batch * heads, length, head_dim).
+        counted: (batch * heads, length), floating point, 1 at counted tokens.
+        softcap: bends changed logits; None where nothing does.
     """
 
-    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int, before_cap: bool = True):
+    def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int, capped: bool = True):
         self.inputs = inputs
-        self.softcap = inputs.softcap if before_cap else None
+        self.softcap = inputs.softcap if capped else None
         self.batch, self.num_heads, self.length, self.head_dim = inputs.query.shape
         self.value = inputs.value.flatten(0, 1)
         self.logits = inputs.logits().flatten(0, 1)
-        self.attention = self.logits.softmax(-1)
-        self.output = self.attention @ self.value
-        # Changed attention less attention sums to zero: what all values share has no part in it but its rounding.
+        self.probabilities = self.logits.softmax(-1)
+        self.output = self.probabilities @ self.value
+        # A' - A sums to zero over the keys: what all values have in common adds nothing but rounding errors.
         num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
         self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
-        self.weight = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
+        self.counted = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         self._chunk_bytes = chunk_bytes
 
     @cached_property
@@ -45,13 +53,13 @@ class OutputChange:
         """The attention of a block's rows to its keys, of all heads, for changes in closed form; without a cap."""
         rows, keys = block.rows, block.keys
         logits, peaks = self.logits[:, rows, keys], self._peaks[:, rows]
-        return BlockForms(logits, peaks, self.centred_value[:, keys], self.weight[:, rows], grows)
+        return BlockForms(logits, peaks, self.centred_value[:, keys], self.counted[:, rows], grows)
 
     def plainly_in_block(self, block: Block) -> AttentionBlock:
         """The same for changes of any kind and size; they are of `changed_logits`."""
         rows, keys = block.rows, block.keys
         logits, start = self.logits[:, rows, keys], self.changed_logits[:, rows, keys]
-        return plain_block(logits, self.centred_value[:, keys], self.weight[:, rows], start)
+        return plain_block(logits, self.centred_value[:, keys], self.counted[:, rows], start)
 
     def bits_moved(self, change: LogitChange) -> Tensor:
         """How far each neuron moves a logit, at most, in bits: (batch * heads, head_dim)."""
@@ -85,46 +93,49 @@ class OutputChange:
             return self.logits
         return self.inputs.products().masked_fill_(~self.inputs.visible, -torch.inf).flatten(0, 1)
 
-    def of_logits(self, change: LogitChange) -> Tensor:
-        """For every neuron of every query head: (batch, query heads, head_dim)."""
+    def squared_changes(self, change: LogitChange) -> Tensor:
+        """`||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
         if kernel_trial.available(self.value):
+            by_neuron = _by_neuron(change)
             squares = kernels.squared_changes(
                 self.changed_logits,
                 self.centred_value,
-                self.weight,
-                [_by_neuron(part).flatten(0, 1) for part in (change.a, change.b, change.c, change.d)],
+                self.counted,
+                [part.flatten(0, 1) for part in (by_neuron.a, by_neuron.b, by_neuron.c, by_neuron.d)],
                 self.key_spans,
-                growths=[_by_neuron(part).flatten(0, 1) for part in change.growths()],
+                growths=[part.flatten(0, 1) for part in by_neuron.growths()],
                 softcap=self.softcap,
             )
-            return squares.view(self.batch, self.num_heads, self.head_dim)
-        if self.softcap is None:
-            change = change.centred(self.inputs.real)
-        bits = self.bits_moved(change)
-        a, b, c, d = (_by_neuron(part) for part in (change.a, change.b, change.c, change.d))
-        row_growth, column_growth = (
-            None if growth is None else _by_neuron(growth) for growth in (change.row_growth, change.column_growth)
-        )
+        elif self.softcap is None:
+            squares = self._squared_changes(change.centred(self.inputs.real))
+        else:
+            squares = self._squared_changes_before_cap(change)
+        return squares.view(self.batch, self.num_heads, self.head_dim)
+
+    def _squared_changes(self, change: LogitChange) -> Tensor:
+        """Of logits that nothing caps, in closed form: (batch * heads, head_dim)."""
+        bits, by_neuron = self.bits_moved(change), _by_neuron(change)
+        result = torch.zeros_like(bits)
+        for block in self.blocks:
+            attention = self.in_block(block, change.grows)
+            for heads, neurons in self._chunks(block.num_rows, block.num_keys):
+                factors, growths = _in_block(by_neuron, heads, neurons, block)
+                result[heads, neurons] += attention.squares(heads, factors, growths, bits[heads, neurons])
+        return without_noise(result, bits)
+
+    def _squared_changes_before_cap(self, change: LogitChange) -> Tensor:
+        """Of logits that are capped afterwards: (batch * heads, head_dim)."""
+        bits, by_neuron = self.bits_moved(change), _by_neuron(change)
         visible = self._visible_by_head()
         result = torch.zeros_like(bits)
         for block in self.blocks:
-            rows, keys = block.rows, block.keys
-            forms = self.in_block(block, change.grows) if self.softcap is None else None
-            plain = self.plainly_in_block(block) if forms is None else None
+            attention = self.plainly_in_block(block)
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
-                by_row, by_key = (heads, neurons, rows, None), (heads, neurons, None, keys)
-                factors = [a[by_row], b[by_key], c[by_row], d[by_key]]
-                growths = [] if row_growth is None else [row_growth[by_row]]
-                growths += [] if column_growth is None else [column_growth[by_key]]
-                if forms is not None:
-                    squares = forms.squares(heads, factors, growths, bits[heads, neurons])
-                else:
-                    assert plain is not None
-                    attention = plain.of_heads(heads)
-                    changed = attention.changed(factors, growths)
-                    squares = attention.squares(self.inputs.finish(changed, visible[heads, None, rows, keys]))
-                result[heads, neurons] += squares
-        return without_noise(result, bits).view(self.batch, self.num_heads, self.head_dim)
+                some = attention.of_heads(heads)
+                changed = some.changed(*_in_block(by_neuron, heads, neurons, block))
+                changed = self.inputs.finish(changed, visible[heads, None, block.rows, block.keys])
+                result[heads, neurons] += some.squares(changed)
+        return without_noise(result, bits)
 
     def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
         """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
@@ -161,8 +172,8 @@ class OutputChange:
         Returns: (batch, neurons), the squares summed over the query heads; zero where not marked.
         """
         shape = self.inputs.query.shape
-        attention, value = self.attention.view(*shape[:3], -1), self.centred_value.view(shape)
-        weight = self.weight.view(shape[:3])
+        probabilities, value = self.probabilities.view(*shape[:3], -1), self.centred_value.view(shape)
+        counted = self.counted.view(shape[:3])
         result = projected.new_zeros(self.batch, projected.shape[-1])
         places = torch.ones_like(result, dtype=torch.bool) if marked is None else marked
         at_once = max(1, self._num_at_once(self.length, self.length) // self.num_heads)
@@ -177,8 +188,8 @@ class OutputChange:
             )
             products = (left @ right.mT).mul_(self.inputs.scaling)
             changed = self.inputs.finish(products, self.inputs.visible[sentences])
-            change = changed.softmax(-1).sub_(attention[sentences]) @ value[sentences]
-            result[sentences, neurons] = (change.square_().sum(-1) * weight[sentences]).sum((1, 2))
+            change = changed.softmax(-1).sub_(probabilities[sentences]) @ value[sentences]
+            result[sentences, neurons] = (change.square_().sum(-1) * counted[sentences]).sum((1, 2))
         return result
 
     def _visible_by_head(self) -> Tensor:
@@ -203,6 +214,18 @@ def without_noise(squares: Tensor, bits: Tensor) -> Tensor:
     return squares.masked_fill_((bits == 0) & squares.isfinite(), 0)
 
 
-def _by_neuron(part: Tensor) -> Tensor:
-    """(batch, heads, length, head_dim) to (batch * heads, head_dim, length)."""
-    return part.flatten(0, 1).mT.contiguous()
+def _by_neuron(change: LogitChange) -> LogitChange:
+    """The same change in parts of shape (batch * heads, head_dim, length)."""
+    parts = {field.name: getattr(change, field.name) for field in fields(change)}
+    return LogitChange(
+        **{name: part if part is None else part.flatten(0, 1).mT.contiguous() for name, part in parts.items()}
+    )
+
+
+def _in_block(by_neuron: LogitChange, heads: slice, neurons: slice, block: Block) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors and growths of some neurons in a block, as `AttentionBlock.changed` takes them."""
+    by_row, by_key = (heads, neurons, block.rows, None), (heads, neurons, None, block.keys)
+    factors = [by_neuron.a[by_row], by_neuron.b[by_key], by_neuron.c[by_row], by_neuron.d[by_key]]
+    growths = [] if by_neuron.row_growth is None else [by_neuron.row_growth[by_row]]
+    growths += [] if by_neuron.column_growth is None else [by_neuron.column_growth[by_key]]
+    return factors, growths
