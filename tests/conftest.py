@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when torch is loaded, here and in the processes that tests start: nothing in them is large enough for more.
@@ -11,6 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from agnostic_train.choices import Update
+
+UPDATES = get_args(Update)
 
 # The same examples in every run, and no judgement on time: what fails here fails everywhere.
 settings.register_profile(

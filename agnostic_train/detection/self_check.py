@@ -1,10 +1,11 @@
-"""Before a detection: a few neurons are really deactivated, and the scores must say the same.
+"""Checks a few impacts against real deactivation before a detection.
 
-A family that computes something our formulas don't know would give scores that look plausible and are wrong. The check
-takes single layers out of the model, in float32 so that rounding can't hide a wrong formula, and runs them on what
-really enters them, with and without a neuron, through transformers' own eager attention.
+A family that computes something unknown to the formulas would give impacts that look plausible and are wrong. The check
+takes single layers out of the model, in float32 so that rounding can't hide a wrong formula, and runs them on their real
+inputs, with and without a neuron, through transformers' own eager attention.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from agnostic_train.neurons.deactivation import switched_off
 
 TOLERANCE = 1e-3
 """Largest accepted difference, as a part of the largest impact of the site in that sentence."""
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""How far rounding alone may move a layer's output, as a part of its norm."""
 NEURONS_PER_SITE, NUM_SENTENCES = 2, 2
 _SEED = 0
 
 
 class ImpactMismatchError(UserError):
-    """The scores of this model don't equal real deactivation. message: one line; table: the comparisons, as lines of text."""
+    """The impacts of a model don't equal real deactivation. message: one line; table: the comparisons, as lines of text."""
 
     def __init__(self, message: str, table: str = ""):
         super().__init__(message)
@@ -41,20 +44,27 @@ class ImpactMismatchError(UserError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One neuron in one sentence: what the score says and what deactivation does."""
+    """One neuron in one sentence.
+
+    impact: as the formulas have it. deactivated: how far real deactivation moves the output. largest: the largest impact
+    of the site in that sentence. output: the norm of the unchanged output.
+    """
 
     layer: int
     projection: str
     neuron: int
-    score: float
+    impact: float
     deactivated: float
     largest: float
+    output: float
 
     @property
     def error(self) -> float:
-        """Difference as a part of the site's largest impact; infinite where something isn't finite."""
-        error = abs(self.score - self.deactivated) / max(self.largest, 1e-12)
-        return error if error == error else float("inf")
+        """Difference beyond rounding, as a part of the site's largest impact; infinite where something isn't finite."""
+        difference = abs(self.impact - self.deactivated)
+        if not math.isfinite(difference):
+            return math.inf
+        return max(difference - ROUNDING * self.output, 0.0) / max(self.largest, 1e-12)
 
 
 def verify_impacts(
@@ -64,7 +74,7 @@ def verify_impacts(
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> list[Comparison]:
-    """Compares scores with real deactivation in the first, a middle and the last layer, and one of every other kind.
+    """Compares impacts with real deactivation in the first, a middle and the last layer, and one of every other kind.
 
     It costs one forward pass of the model on `NUM_SENTENCES` sentences, and per checked layer one measuring pass of
     that layer and `NEURONS_PER_SITE + 2` plain ones per projection.
@@ -72,15 +82,15 @@ def verify_impacts(
     Args:
         model: left as found.
         batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used. Of each projection
-            `NEURONS_PER_SITE` random neurons are checked, and the one of largest score.
-        pruning: check the scores that certified pruning computes, of all neurons here, or those of the plain form.
+            `NEURONS_PER_SITE` random neurons are checked, and the one of largest impact.
+        pruning: check the impacts that certified pruning computes, of all neurons here, or those of the plain form.
         projections: which to check.
         memory_gb: as for `ImpactMeter`.
 
     Returns: all comparisons.
 
     Raises:
-        ImpactMismatchError: a score is off by more than `TOLERANCE`.
+        ImpactMismatchError: an impact is off by more than `TOLERANCE`, and by more than rounding explains.
         UserError: a model whose attention can't be followed at all, or that computes NaN.
         ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
     """
@@ -98,7 +108,7 @@ def verify_impacts(
                 comparisons += _compare(excerpt, generator, pruning, memory_gb)
                 del excerpt  # the next layer is copied before the loop lets go of this one
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # which say nothing of the model
+        raise  # these say nothing about the model's family
     except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(
             f"model.name: {type(model).__name__} isn't supported: its attention can't be followed "
@@ -107,8 +117,8 @@ def verify_impacts(
     worst = max(comparisons, key=lambda comparison: comparison.error)
     if worst.error > TOLERANCE:
         raise ImpactMismatchError(
-            f"model.name: {type(model).__name__} isn't supported: scores don't equal real deactivation (layer "
-            f"{worst.layer} {worst.projection} neuron {worst.neuron}: score {worst.score:.5g}, deactivated "
+            f"model.name: {type(model).__name__} isn't supported: impacts don't equal real deactivation (layer "
+            f"{worst.layer} {worst.projection} neuron {worst.neuron}: impact {worst.impact:.5g}, deactivated "
             f"{worst.deactivated:.5g}); use a model of another family",
             comparison_table(comparisons),
         )
@@ -117,23 +127,23 @@ def verify_impacts(
 
 def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, memory_gb: float) -> list[Comparison]:
     comparisons = []
-    layer, scores = excerpt.layer, excerpt.scores(pruning, memory_gb)
+    layer, impacts = excerpt.layer, excerpt.impacts(pruning, memory_gb)
     for name in excerpt.projections:
-        neurons = torch.randint(scores[name].shape[1], (NEURONS_PER_SITE,), generator=generator, device="cpu").tolist()
-        neurons.append(int(scores[name][0].argmax()))
+        neurons = torch.randint(impacts[name].shape[1], (NEURONS_PER_SITE,), generator=generator, device="cpu").tolist()
+        neurons.append(int(impacts[name][0].argmax()))
         before = excerpt.output(name)
         if not before.isfinite().all():
             raise UserError(
                 f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}; some weight up to there is "
                 "broken, or model.dtype overflows (try float32)"
             )
+        norms = before.flatten(1).norm(dim=1).tolist()
         for neuron in neurons:
             with switched_off([(layer.projections[name], torch.tensor([neuron], device="cpu"))]):
                 change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
-            for sentence, deactivated in zip(scores[name], change.tolist(), strict=True):
-                comparisons.append(
-                    Comparison(layer.index, name, neuron, float(sentence[neuron]), deactivated, float(sentence.max()))
-                )
+            for sentence, deactivated, norm in zip(impacts[name], change.tolist(), norms, strict=True):
+                impact, largest = float(sentence[neuron]), float(sentence.max())
+                comparisons.append(Comparison(layer.index, name, neuron, impact, deactivated, largest, norm))
     return comparisons
 
 
@@ -152,17 +162,17 @@ def _layers_to_check(layers: list[Layer]) -> list[int]:
 
 def comparison_table(comparisons: list[Comparison]) -> str:
     """The comparisons as lines of text."""
-    lines = [f"{'layer':>6} {'projection':>10} {'neuron':>7} {'score':>12} {'deactivated':>12} {'error':>9}"]
+    lines = [f"{'layer':>6} {'projection':>10} {'neuron':>7} {'impact':>12} {'deactivated':>12} {'error':>9}"]
     for c in comparisons:
         lines.append(
-            f"{c.layer:>6} {c.projection:>10} {c.neuron:>7} {c.score:>12.5g} {c.deactivated:>12.5g} {c.error:>9.1e}"
+            f"{c.layer:>6} {c.projection:>10} {c.neuron:>7} {c.impact:>12.5g} {c.deactivated:>12.5g} {c.error:>9.1e}"
         )
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """One layer taken out of the model, in float32, with what enters its two modules in the batch.
+    """One layer taken out of the model, in float32, with the inputs of its two modules.
 
     projections: those to check. attention, feed_forward: positional and keyword arguments. real, counted: (batch, length)
     bool.
@@ -175,7 +185,7 @@ class _Excerpt:
     real: Tensor
     counted: Tensor
 
-    def scores(self, pruning: bool, memory_gb: float) -> dict[str, Tensor]:
+    def impacts(self, pruning: bool, memory_gb: float) -> dict[str, Tensor]:
         """The impacts of the layer by projection, each (batch, neurons)."""
         observer = LayerObserver(self.layer, self.projections, "exact", memory_gb, 1.0 if pruning else None)
         observer.begin(self.real, self.counted)
@@ -185,7 +195,7 @@ class _Excerpt:
         return observer.impacts
 
     def output(self, projection: str) -> Tensor:
-        """What the projection's impact is a change of: (batch, length, features), zero where a token doesn't count."""
+        """The output in which the projection's impact is a change: (batch, length, features), zero at uncounted tokens."""
         seen: list[Tensor] = []
         if projection in ("q", "k", "v"):
             linear = self.layer.projections["o"].linear
@@ -211,7 +221,7 @@ class _Excerpt:
 
 
 def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: Sequence[str]) -> Iterator[_Excerpt]:
-    """One layer after another: a float32 copy of each at once could take as much as the model."""
+    """Yields one layer after another: float32 copies of all at once could take as much memory as the model."""
     decoder = find_decoder(model)
     calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
 
@@ -224,7 +234,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
     inputs = model_inputs(model, batch)
     real, counted = real_and_counted(inputs, batch)
     with ExitStack() as stack:
-        # The observers measure nothing: for them the model writes its attention masks out, sliding windows included.
+        # The observers measure nothing; they make the model write out its attention masks, sliding windows included.
         observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB) for layer in decoder.layers]
         for observer in observers:
             observer.begin(real, counted)
@@ -245,7 +255,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
 
 
 def _in_float32(value, real: Tensor):
-    """Arguments of a module, with zeros at padding: what stands there may be NaN, and eager attention adds it up."""
+    """A module's arguments in float32, with zeros at padding, which may hold NaN that eager attention would add up."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value

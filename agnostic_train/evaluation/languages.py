@@ -23,7 +23,7 @@ def evaluate_languages(
         label: names the model in the progress bar.
     """
     bar = tqdm(corpora.items(), desc=f"evaluate {label}", unit=" languages", disable=not progress, leave=False)
-    return {language: perplexity(model, batches) for language, batches in bar}
+    return {language: perplexity(model, batches, name=f"text of {language!r}") for language, batches in bar}
 
 
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:

@@ -168,7 +168,10 @@ class Trials:
 
     def _perplexities(self, model: nn.Module) -> Measured:
         return {
-            kind: {language: perplexity(model, batches) for language, batches in of_kind.items()}
+            kind: {
+                language: perplexity(model, batches, name=f"{kind} text of {language!r}")
+                for language, batches in of_kind.items()
+            }
             for kind, of_kind in self.texts.items()
         }
 

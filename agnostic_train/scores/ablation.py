@@ -118,7 +118,7 @@ def _text_of(batches: Sequence[Batch]) -> str:
 
 def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: str) -> Perplexity:
     try:
-        return perplexity(model, batches)
+        return perplexity(model, batches, name=f"text of {language!r}")
     except NonFiniteLossError:
         if off == NOTHING:
             raise

@@ -62,7 +62,7 @@ class Perplexity:
         return None if self.num_bytes is None else self.nats / math.log(2) / self.num_bytes
 
 
-def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
+def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "corpus") -> Perplexity:
     """Token-weighted perplexity of a causal language model, each token scored once.
 
     A sentence's first real token isn't scored, since nothing real predicts it; padding is excluded. Several processes
@@ -72,6 +72,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
         model: left as found.
         batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,) and
             `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is ordered.
+        name: of the text, for errors.
 
     Raises:
         UserError: no token to score. NonFiniteLossError: a loss that isn't finite.
@@ -83,7 +84,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> Perplexity:
         torch.cat([getattr(it, name) for it in parts]) if parts else torch.zeros(0) for name in ("nats", "tokens")
     )
     if not tokens.sum():
-        raise UserError("corpus: no token to score; a sentence needs two tokens")
+        raise UserError(f"{name}: no token to score; a sentence needs two tokens")
     places = [it.places for it in parts if it.places is not None]
     if len(places) == len(parts):
         order = torch.cat(places).argsort(stable=True)

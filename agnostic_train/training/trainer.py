@@ -64,7 +64,7 @@ class NeuronTrainer(GuardedTrainer):
     Args:
         model: a causal language model, plain or with one neuron adapter to go on training.
         neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's
-            adapter, or else a `DetectionCallback` among `callbacks` finds them inside `train()`, on the training
+            adapter, or else a `DetectionCallback` among the callbacks finds them inside `train()`, on the training
             device, before the optimizer exists.
         update: overrides the arguments' `update`.
         Others as for `Trainer`.
@@ -74,9 +74,9 @@ class NeuronTrainer(GuardedTrainer):
             too (what was trained earlier included), which `export_checkpoint` reads.
 
     Raises:
-        UserError: neither neurons nor a `DetectionCallback`, neurons of another model, other adapters in the model,
-            an engine or optimizer with which nothing else can be kept from moving, a callback whose strategy trains no
-            neurons; in `train`, a loss that isn't finite and a damaged checkpoint.
+        UserError: neurons of another model, other adapters in the model, an engine or optimizer with which nothing else
+            can be kept from moving, a callback whose strategy trains no neurons; in `train`, neither neurons nor a
+            `DetectionCallback`, a loss that isn't finite and a damaged checkpoint.
     """
 
     model: nn.Module  # said here because the type checker doesn't read Trainer
@@ -109,15 +109,16 @@ class NeuronTrainer(GuardedTrainer):
         for parameter, value in zip(adapter, values, strict=True):
             if parameter.dtype != value.dtype:  # TRL rounds what learns beside a quantised base to bfloat16
                 parameter.data = value.to(parameter.device)
-        if self.neurons is None:
-            detection = self._detection
-            if detection is None:
-                raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
-            if detection.strategy.name in BASELINES:
-                raise UserError(
-                    f"strategy: {detection.strategy.name!r} trains no neurons; a NeuronTrainer follows one of "
-                    f"{', '.join(STRATEGIES)}"
-                )
+        if self.neurons is None and self._detection is not None:
+            self._check_strategy(self._detection)
+
+    @staticmethod
+    def _check_strategy(detection: DetectionCallback) -> None:
+        if detection.strategy.name in BASELINES:
+            raise UserError(
+                f"strategy: {detection.strategy.name!r} trains no neurons; a NeuronTrainer follows one of "
+                f"{', '.join(STRATEGIES)}"
+            )
 
     @property
     def _detection(self) -> DetectionCallback | None:
@@ -179,7 +180,9 @@ class NeuronTrainer(GuardedTrainer):
             if detection is not None:
                 detection.choice = Choice(detection.strategy.name, self.neurons, "as the checkpoint has them")
         elif self.neurons is None:
-            assert detection is not None
+            if detection is None:
+                raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
+            self._check_strategy(detection)
             detection.run(model)
             detection.is_fresh = True
             self.neurons = detection.choose(model).neurons

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_llama
+from conftest import UPDATES, padded_batch, tiny_llama
 from transformers import PrinterCallback
 
-from agnostic_train.choices import UPDATES
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.export.frozen_weights import check_frozen_weights

@@ -5,14 +5,13 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import UPDATES, tiny_llama
 from launched import FSDP2, launched
 from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 from transformers import AutoModelForCausalLM
 
 from agnostic_train import NeuronSet, NeuronTrainer, export_checkpoint
-from agnostic_train.choices import UPDATES
 from agnostic_train.training.equal_lora import equal_lora
 from agnostic_train.training.guarded import GuardedTrainer
 

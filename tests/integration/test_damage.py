@@ -6,17 +6,15 @@ import pickle
 import shutil
 import subprocess
 import zipfile
-from typing import get_args
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import UPDATES, tiny_llama
 from killing import run_with_full_disk
 from small_run import RECIPE, run, write_inputs
 from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer
-from agnostic_train.choices import Update
 from agnostic_train.errors import UserError
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
@@ -204,7 +202,7 @@ class Poisoned(torch.nn.Module):
         return output * float("nan") if self.num_calls >= self.call else output
 
 
-@pytest.mark.parametrize("update", get_args(Update))
+@pytest.mark.parametrize("update", UPDATES)
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
     model = tiny_llama()
     model.lm_head = Poisoned(model.lm_head, call=6)
@@ -220,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("update", get_args(Update))
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("call", [4, 6])
 def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
     """Of accumulated batches the first that failed is named, and the step isn't taken."""
@@ -243,7 +241,7 @@ def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
     assert len(batches) == 6 and len(looks) == 2 and trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize("update", get_args(Update))
+@pytest.mark.parametrize("update", UPDATES)
 def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, update):
     """The loss is still fine when the step's gradients aren't: saving at that very step would save NaN."""
     settings = arguments(

@@ -193,6 +193,20 @@ def test_a_misspelt_option_is_refused_at_once():
 def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_path, name):
     with pytest.raises(UserError, match=f"strategy: '{name}' trains no neurons; .* shared, exclusive"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), callbacks=[DetectionCallback(corpora(), name)])
+    trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences())
+    trainer.add_callback(DetectionCallback(corpora(), name))
+    with pytest.raises(UserError, match=f"strategy: '{name}' trains no neurons"):
+        trainer.train()
+
+
+def test_a_callback_can_be_added_later(tmp_path):
+    options = dict(top_ratio=0.2, consistency=0.6, progress=False)
+    trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path, max_steps=1), train_dataset=sentences())
+    detection = DetectionCallback(corpora(), "related", **options)
+    trainer.add_callback(detection)
+    trainer.train()
+    found = detection.neurons
+    assert trainer.neurons == found.related["en"] | found.related["sw"] and trainer.state.global_step == 1
 
 
 class Interrupt(TrainerCallback):

@@ -22,6 +22,7 @@ from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.weights import bit_patterns
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.compact import NeuronConfig
@@ -72,7 +73,7 @@ def test_a_weight_that_moved_is_named():
     assert check.changed == ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
 
-def test_weights_are_compared_by_their_bits():
+def test_weights_are_compared_by_their_bits(tmp_path):
     """0 and -0 are different weights, and a NaN that was there before is the same one."""
     base = tiny_llama()
     with torch.no_grad():
@@ -80,6 +81,9 @@ def test_weights_are_compared_by_their_bits():
         base.model.norm.weight[1] = 0.0
     model = trained(base)
     assert check_frozen_weights(Trained.of(model, base)).status == "identical"
+    assert export_checkpoint(model, tmp_path / "out", base=base).status == "identical"
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.norm.weight
+    assert torch.equal(bit_patterns(written.detach()), bit_patterns(base.model.norm.weight.detach()))
     with torch.no_grad():
         model.model.norm.weight[1] = -0.0
     check = check_frozen_weights(Trained.of(model, base))

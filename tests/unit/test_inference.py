@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_llama
+from conftest import UPDATES, padded_batch, tiny_llama
 from forked import started
 from small_training import CHOSEN, arguments, sentences
 
 from agnostic_train import NeuronTrainer, neuron_impacts, perplexity
-from agnostic_train.choices import UPDATES
 from agnostic_train.model.inference import full_precision, left_as_found
 
 SETTINGS = {

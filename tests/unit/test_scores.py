@@ -218,11 +218,11 @@ def test_a_set_without_which_the_model_breaks_is_named(llama, monkeypatch):
     (layer, projection), indices = next(iter(found.shared.items()))
     weight = find_decoder(llama).projection((layer, projection)).linear.weight
 
-    def overflowing(model, batches):
+    def overflowing(model, batches, **options):
         rows = weight[:, indices] if projection in ("o", "down") else weight[indices]
         if not rows.any():
             raise NonFiniteLossError("its loss is NaN")
-        return perplexity(model, batches)
+        return perplexity(model, batches, **options)
 
     monkeypatch.setattr(ablation, "perplexity", overflowing)
     corpora = {name: [padded_batch([9, 12])] for name in "abc"}

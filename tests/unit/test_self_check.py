@@ -1,4 +1,4 @@
-"""The self-check passes a right model, and refuses one whose scores are wrong."""
+"""The self-check passes a right model, and refuses one whose impacts are wrong."""
 
 import gc
 import weakref
@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import padded_batch, tiny_llama
+from test_families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
 from agnostic_train import detect_neurons, neuron_impacts
@@ -31,7 +32,7 @@ def test_a_right_model_passes_and_is_left_as_found(dtype):
 
 
 def test_a_wrong_formula_is_refused(llama, monkeypatch):
-    """Scores that ignore rotation are what the reference implementation gives."""
+    """Impacts that ignore rotation are what the reference implementation gives."""
     right = attention.rotated_change
 
     def wrong_for_queries(inputs, name, *rest):
@@ -45,11 +46,29 @@ def test_a_wrong_formula_is_refused(llama, monkeypatch):
     assert len(caught.value.table.splitlines()) == 1 + 2 * 7 * 3 * 2
 
 
-def test_scores_off_by_one_percent_are_refused(llama, monkeypatch):
+def test_impacts_off_by_one_percent_are_refused(llama, monkeypatch):
     right = hooks.hidden_unit_impacts
     monkeypatch.setattr(hooks, "hidden_unit_impacts", lambda *args: 1.01 * right(*args))
     with pytest.raises(ImpactMismatchError, match="layer . (gate|up|down)"):
         verify_impacts(llama, padded_batch([7, 12]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sentences_of_one_repeated_token_pass(name):
+    """All values are equal: attention doesn't matter, and real deactivation of q and k gives rounding noise."""
+    batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    comparisons = verify_impacts(family_model(name), batch)
+    noise = [c for c in comparisons if c.projection in ("q", "k")]
+    assert any(c.deactivated > 1e-3 * c.impact for c in noise) and max(c.error for c in comparisons) == 0
+
+
+def test_small_weights_pass(llama):
+    """Logits that hardly move are lost in the rounding of the output."""
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1e-4)
+            layer.self_attn.v_proj.bias = torch.nn.Parameter(torch.full((layer.self_attn.v_proj.out_features,), 3.0))
+    assert max(c.error for c in verify_impacts(llama, padded_batch([7, 12]))) < self_check.TOLERANCE
 
 
 def test_an_attention_that_does_more_than_we_know_is_refused(llama):

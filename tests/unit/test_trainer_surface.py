@@ -1,22 +1,20 @@
 """What people switch on in a Trainer works in both updates, and TRL's SFTTrainer takes the mix-in."""
 
 import shutil
-from typing import get_args
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import UPDATES, tiny_llama
 from datasets import Dataset
 from peft import PeftModel
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
-from agnostic_train.choices import Update
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.trainer import NeuronTrainer
 
-both_updates = pytest.mark.parametrize("update", get_args(Update))
+both_updates = pytest.mark.parametrize("update", UPDATES)
 
 
 def end_of(tmp_path, update, dtype=torch.float32, collator=None, model=None, **settings):
@@ -113,8 +111,8 @@ def test_bf16_autocast_stays_near_float32(tmp_path, update):
 
 def test_packed_sentences_are_learnt_alike(tmp_path):
     """Sentences in one row without padding, told apart by their positions, are learnt as in a row each."""
-    expected = end_of(tmp_path, get_args(Update)[0], torch.float64, weight_decay=0.0)
-    for update in get_args(Update):
+    expected = end_of(tmp_path, UPDATES[0], torch.float64, weight_decay=0.0)
+    for update in UPDATES:
         after = end_of(tmp_path, update, torch.float64, DataCollatorWithFlattening(), weight_decay=0.0)
         for name, value in expected.items():
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_llama
+from conftest import UPDATES, padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from agnostic_train.choices import UPDATES
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -271,7 +270,7 @@ def test_bfloat16_weights_stagnate_in_mask_and_move_in_compact(tmp_path):
 
 def test_neurons_or_a_callback_are_needed(tmp_path):
     with pytest.raises(UserError, match="NeuronSet"):
-        NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences())
+        NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences()).train()
     for update in UPDATES:
         with pytest.raises(UserError, match="the set is empty"):
             trainer_of(tiny_llama(), tmp_path, update, neurons=NeuronSet({})).train()

@@ -1,15 +1,12 @@
 """A decoder beside a vision tower (Gemma 3 as the hub has it): only the decoder is looked at, and everything is exported."""
 
-from typing import get_args
-
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import UPDATES, padded_batch
 from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from agnostic_train import NeuronTrainer, export_checkpoint
-from agnostic_train.choices import Update
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -36,7 +33,7 @@ def test_its_impacts_are_those_of_its_text_decoder():
     verify_impacts(model, padded_batch([5, 9, 12], vocab_size=50))
 
 
-@pytest.mark.parametrize("update", get_args(Update))
+@pytest.mark.parametrize("update", UPDATES)
 def test_it_trains_and_is_exported_whole(tmp_path, update):
     """Its checkpoint has other names than its modules; what is read back is what was trained."""
     base, model = gemma_with_images(), gemma_with_images()
