@@ -26,7 +26,7 @@ class DetectionCallback(TrainerCallback):
     the neurons to train.
 
     Args:
-        corpora: per language, batches as for `detect_neurons`; they are read several times.
+        corpora: per language, batches as for `detect_neurons`; kept as lists, because they are read several times.
         strategy: a name or a `Strategy`, followed by a `NeuronTrainer`; shared+exclusive of all languages by default.
         every_n_steps: detect and score again every `every_n_steps` optimizer steps; by default only before training.
         score_corpora: per language, batches to score on; `corpora` by default.

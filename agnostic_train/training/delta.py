@@ -124,8 +124,8 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); pass a plain checkpoint as a loaded "
-            "model"
+            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); pass a plain checkpoint as a "
+            "loaded model"
         ) from None
     return deltas, config.base_model_name_or_path
 
