@@ -32,13 +32,17 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
         else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     )
     if training["strategy"] in BASELINES:
-        learned = "all weights" if training["strategy"] == "full" else "a LoRA of every projection, merged,"
-        what = f"Trained with agnostic_train as a baseline: {learned} learned."
+        trained = (
+            "all weights were trained"
+            if training["strategy"] == "full"
+            else "a LoRA of every projection was trained, then merged"
+        )
+        what = f"Trained with agnostic_train as a baseline: {trained}."
     else:
         kind = "random" if training["strategy"] == "random" else "chosen"
         what = (
-            f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
-            "other weight was compared with the base's, bit for bit: see `manifest.json`."
+            f"Trained with agnostic_train: only {kind} neurons were trained (Chen et al. 2025, arXiv 2506.09890). "
+            "Every other weight was compared with the base's, bit for bit: see `manifest.json`."
         )
     detection = recipe.detection
     details = [f"strategy: {training['strategy']} ({training['reason']})", f"neurons trained: {neurons}"]

@@ -381,7 +381,7 @@ def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
         ("dataset_path: nobody/has_this\ndataset_kwargs: {}\n", {}, "the data of choose can't be loaded"),
         ("doc_to_text: '{{ question.nothing.at_all }}'\n", {}, "can't load choose: UndefinedError"),
         ("unsafe_code: true\n", {}, "choose runs code that the model writes"),
-        ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "code of the metric 'mauve'"),
+        ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "metric 'mauve' would download"),
         ("", {"num_fewshot": 1}, "^evaluation.num_fewshot: choose has no exemplars besides its test items; use 0$"),
         ("num_fewshot: 3\n", {}, "^evaluation.num_fewshot: choose has no exemplars"),
     ],
