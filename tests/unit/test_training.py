@@ -343,7 +343,7 @@ def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
     trainer = NeuronTrainer(
         model, arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, optimizers=(optimizer, None)
     )
-    with pytest.raises(UserError, match="made before the adapter"):
+    with pytest.raises(UserError, match="created before the adapter"):
         trainer.train()
     two = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     two.add_adapter("second", NeuronConfig(neurons=CHOSEN))

@@ -96,7 +96,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         """Merges adapters into the base weight; each sum is rounded once to the weight's dtype.
 
         Args:
-            safe_merge: check the sums first, and leave the weight unchanged if any isn't finite.
+            safe_merge: raise an error instead of merging an adapter whose sums aren't all finite.
             adapter_names: the adapters to merge; the active ones by default.
 
         Raises:

@@ -1,8 +1,8 @@
 """Linear layer with a frozen weight and a trainable delta for some rows or columns, as one autograd function.
 
-In full precision, the delta is added to the weight itself for the duration of one matrix product, so that the forward
-and backward passes multiply as often as without an adapter. In half precision, this would round the delta away: the
-product with the delta is computed separately and added in place.
+In full precision, the delta is added to the weight itself for the duration of one matrix product, so that outputs and
+input gradients take no more matrix products than without an adapter. In half precision, this would round the delta
+away: the product with the delta is computed separately and added in place.
 """
 
 from collections.abc import Iterator
