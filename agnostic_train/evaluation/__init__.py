@@ -1,1 +1,1 @@
-"""Which model is better, by how much, and whether that is more than noise."""
+"""Evaluation: which model is better, by how much, and whether the difference is statistically significant."""

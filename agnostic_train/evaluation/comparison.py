@@ -1,11 +1,12 @@
-"""Which strategy is better, and is the difference more than noise? Paired over sentences and seeds.
+"""Statistical comparison of strategies, paired over sentences and seeds.
 
-The change of a language is its bits per byte after training over those before, minus one; on the same sentences that
-is the ratio of nats. Two things make it uncertain. Other sentences: the bootstrap resamples them, the same draw for
-every strategy. Other seeds: a few runs can't be resampled (three give no value beyond the largest of the three), so
-their mean gets the error that Student's t distribution says, from the runs' variance. Few seeds estimate it far better
-when it is pooled over strategies, but strategies may differ in it by orders of magnitude. So an interval is the wider of
-two: by the pooled variance, and by a strategy's own with the few degrees of freedom that it has.
+The change of a language is the ratio of its bits per byte after and before training, minus one. On the same sentences,
+this is the ratio of nats, minus one. It has two sources of uncertainty. Sentences: a bootstrap resamples them, with the
+same draw for every strategy. Seeds: a few runs can't be resampled (three never give a value beyond the largest of the
+three), so the error of their mean is drawn from Student's t distribution, scaled by the variance over runs. With few
+seeds, pooling this variance over strategies gives a far better estimate, but strategies may differ in it by orders of
+magnitude. Therefore an interval is the wider of two: one with the pooled variance, and one with the strategy's own
+variance and its few degrees of freedom.
 """
 
 import math
@@ -25,25 +26,26 @@ _SEED = 1
 
 
 def relative_change(before: Perplexity, after: Perplexity) -> float:
-    """How bits per byte changed on the same sentences; -0.1 is 10% less."""
+    """Returns the relative change of bits per byte on the same sentences; -0.1 means 10% less."""
     return after.nats / before.nats - 1
 
 
 def resampled_changes(
     before: Perplexity, after: Sequence[Perplexity], num_resamples: int, draw_seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Each run's change on the text itself, and on resampled sentences.
+    """Returns each run's relative change on the original sentences and on resampled sentences.
 
     Args:
-        before, after: on the same sentences; `after` has one result a run.
-        draw_seed: of the draw of sentences; the same draw for every run.
+        before, after: results on the same sentences; `after` has one per run.
+        num_resamples: number of bootstrap resamples.
+        draw_seed: random seed for drawing sentences; the draw is the same for every run.
 
     Returns: (runs,) and (resamples, runs), float64.
     """
     base = before.sentence_nats.double()
     runs = torch.stack([it.sentence_nats.double() for it in after], 1)  # (sentences, runs)
     drawn = []
-    # A resample counts every sentence: for a thousand of them all at once would take gigabytes.
+    # In chunks, because each resample has a count for every sentence: all at once could take gigabytes.
     for start in range(0, num_resamples, _AT_ONCE):
         counts = resample_counts(len(base), min(_AT_ONCE, num_resamples - start), draw_seed + start)
         drawn.append(counts @ runs / (counts @ base).unsqueeze(1) - 1)
@@ -58,24 +60,26 @@ def compare_strategies(
     aligned: bool = False,
     num_resamples: int = NUM_RESAMPLES,
 ) -> dict:
-    """Changes with their intervals, and which strategies differ beyond noise.
+    """Computes the strategies' changes with intervals, and which strategies differ beyond noise.
 
     Args:
-        before: per language, of the base model.
-        after: per strategy and seed, per language; the same seeds for every strategy.
-        enhanced: the languages that were trained; the others are what may be forgotten.
-        aligned: the languages' sentences are translations of each other, in the same order: drawn together.
+        before: per language, the result of the base model.
+        after: per strategy, seed and language, the result after training; the same seeds for every strategy.
+        enhanced: the languages that were trained; the others may be forgotten.
+        aligned: whether the languages' sentences are translations of each other, in the same order; if so, they are
+            drawn together.
+        num_resamples: number of bootstrap resamples.
 
-    Returns plain JSON values:
-        strategies: per strategy, per language (the forgetting matrix) and per group (`enhanced`, `others`, `all`: the
-            mean over its languages) `mean`, `interval` (95%) and `by_seed`. With one seed the intervals know of
-            sentences alone.
-        differences: for each pair of strategies and group, the first's mean minus the second's, its 95% `interval`,
-            and `beyond_noise`: whether that leaves out zero, and so does one of the pooled variance that holds for all
-            pairs at once (Bonferroni). Of strategies that are all alike 1 to 5 in 100 comparisons find some difference so,
-            and up to 8 if they differ widely in their spread over seeds (simulated). None with one seed, which says
-            nothing of how another training would come out.
-        best: per group, the strategies that no other one is beyond noise better than.
+    Returns: plain JSON values.
+        strategies: per strategy, for each language (the forgetting matrix) and each group (`enhanced`, `others`, `all`;
+            the mean over its languages): `mean`, `interval` (95%) and `by_seed`. With one seed, the intervals cover
+            only the sampling of sentences.
+        differences: for each pair of strategies and each group, the mean of the first minus that of the second, its 95%
+            `interval`, and `beyond_noise`: whether zero lies outside both this interval and a second one, which uses
+            the pooled variance (or the pair's own, if larger) and is Bonferroni-corrected for all pairs. In simulations
+            of equally good strategies, 1 to 5 in 100 comparisons report some difference, and up to 8 if the variances
+            over seeds differ widely. None with one seed, which gives no information about the variance over seeds.
+        best: per group, the strategies that no other strategy beats beyond noise.
     """
     names, languages = list(after), list(before)
     if not names:
@@ -84,7 +88,7 @@ def compare_strategies(
     others = [language for language in languages if language not in enhanced]
     groups = {"enhanced": [it for it in languages if it in enhanced], "others": others, "all": languages}
     groups = {name: members for name, members in groups.items() if members}
-    # By language and group: (strategies, seeds), and (resamples, strategies, seeds).
+    # By language and by group: (strategies, seeds) and (resamples, strategies, seeds).
     points: dict[str, Tensor] = {}
     draws: dict[str, Tensor] = {}
     for index, language in enumerate(languages):
@@ -119,7 +123,7 @@ def compare_strategies(
         by_seed, drawn = points[of_group[group]], draws[of_group[group]].mean(-1)
         gaps = torch.stack([by_seed[a] - by_seed[b] for a, b in pairs]) if pairs else by_seed[:0]
         for gap, (a, b) in zip(gaps, pairs, strict=True):
-            # Of all strategies together there are (strategies - 1) * (seeds - 1) independent differences.
+            # The pairs' differences have only (strategies - 1) * (seeds - 1) independent degrees of freedom in total.
             noises = _seed_noise(gaps, gap, num_resamples, num_independent=len(names) - 1)
             difference = drawn[:, a] - drawn[:, b]
             alone = interval(difference + _wider(noises), LEVEL)
@@ -140,11 +144,15 @@ def compare_strategies(
 
 
 def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | None = None) -> tuple[Tensor, Tensor]:
-    """Draws of the error of a mean over seeds, (count,) each: by the pooled variance, or its own if larger, and by its own.
+    """Draws the error of a mean over seeds: with the pooled variance (or its own, if larger), and with its own.
 
     Args:
-        pool: (series, seeds), whose variances are pooled. own: (seeds,).
-        num_independent: how many of the series are independent; all by default.
+        pool: (series, seeds), the series whose variances are pooled.
+        own: (seeds,), the series whose mean is considered.
+        count: number of draws.
+        num_independent: number of independent series in `pool`; all by default.
+
+    Returns: two tensors (count,), float64; zeros with one seed.
     """
     num_seeds = own.shape[-1]
     if num_seeds == 1:
@@ -160,7 +168,7 @@ def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | No
 
 
 def _student(degrees: int, count: int) -> Tensor:
-    """Draws from Student's t distribution, (count,), float64."""
+    """Returns draws from Student's t distribution, (count,), float64."""
     generator = torch.Generator().manual_seed(_SEED)
     normal = torch.randn(count, generator=generator, dtype=torch.float64)
     squares = torch.randn(count, degrees, generator=generator, dtype=torch.float64).square().mean(1)
@@ -168,6 +176,8 @@ def _student(degrees: int, count: int) -> Tensor:
 
 
 def _wider(noises: Sequence[Tensor]) -> Tensor:
+    """Returns the draws whose interval is the widest."""
+
     def width(noise: Tensor) -> float:
         low, high = interval(noise, LEVEL)
         return high - low
@@ -176,7 +186,7 @@ def _wider(noises: Sequence[Tensor]) -> Tensor:
 
 
 def _undominated(names: Sequence[str], differences: Sequence[dict]) -> list[str]:
-    """Those that no other one beats: less is better."""
+    """Returns the names that no other strategy beats beyond noise; lower is better."""
     worse = set()
     for it in differences:
         if it["beyond_noise"]:

@@ -1,4 +1,4 @@
-"""Before and after: what training did to every language, on text that selected nothing."""
+"""The effect of training on each language, measured on text that was not used for any selection."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,23 @@ from agnostic_train.scores.perplexity import Perplexity, perplexity
 def evaluate_languages(
     model: nn.Module, corpora: Mapping[str, Sequence[Batch]], label: str, progress: bool = True
 ) -> dict[str, Perplexity]:
-    """Perplexity of each language.
+    """Computes the perplexity of each language.
 
     Args:
         model: left as found.
         corpora: per language, batches as for `perplexity`.
-        label: names the model in the progress bar.
+        label: the model's name in the progress bar.
+        progress: show a progress bar.
     """
     bar = tqdm(corpora.items(), desc=f"evaluate {label}", unit=" languages", disable=not progress, leave=False)
     return {language: perplexity(model, batches, name=f"text of {language!r}") for language, batches in bar}
 
 
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:
-    """Per language perplexity and bits per byte before and after, and the relative change with its 95% interval.
+    """Returns each language's results before and after, and the relative change of bits per byte with a 95% interval.
 
-    Any two models on the same sentences will do. The interval is of the change on resampled sentences, the same ones before
-    and after.
+    Both results must come from the same sentences, but may be of any two models. The interval is a percentile
+    bootstrap over sentences, with the same resampled sentences before and after.
     """
     languages = {}
     for seed, language in enumerate(before):
@@ -48,7 +49,7 @@ def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perp
 
 
 def describe(result: Perplexity) -> dict:
-    """Perplexity, bits per byte, and bits per sentence, which parallel text makes comparable across languages."""
+    """Returns perplexity, bits per byte, and bits per sentence (comparable across languages on parallel text)."""
     bits = result.nats / math.log(2)
     return {
         "perplexity": result.value,

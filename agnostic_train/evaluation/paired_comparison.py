@@ -1,4 +1,4 @@
-"""Whether one checkpoint does better than another, judged on the items that both have seen."""
+"""Paired comparison of two checkpoints on the same items."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,21 @@ _SEED = 0
 
 
 def compare_scores(first: Sequence[float], second: Sequence[float], higher_is_better: bool = True) -> dict:
-    """Compares two checkpoints' scores of the same items.
+    """Compares two checkpoints' scores on the same items.
 
-    Pairing removes what the items have in common: a difference can be sure where both standard errors are large.
-    Nothing is corrected for the number of comparisons that someone makes.
+    Pairing removes the variance between items that both scores share: a difference can be significant even if both
+    standard errors are large. The results are not corrected for multiple comparisons.
 
     Args:
-        first, second: a score for each item, in the same order.
-        higher_is_better: which direction `num_first_better` and `num_second_better` count as better.
+        first, second: one score per item, in the same order.
+        higher_is_better: the direction that `num_first_better` and `num_second_better` count as better.
 
     Returns: plain JSON values. `difference`: mean of second minus first. `interval`: its 95% percentile bootstrap
-        interval over items. `num_first_better`, `num_second_better`: items on which one beats the other. `p_value`: of
-        the exact two-sided McNemar test (McNemar 1947), None unless every score is 0 or 1.
+        interval over items. `num_first_better`, `num_second_better`: number of items on which one beats the other.
+        `p_value`: of the exact two-sided McNemar test (McNemar 1947); None unless every score is 0 or 1.
 
     Raises:
-        ValueError: no items, or not the same number of them.
+        ValueError: if there are no items, or the numbers of scores differ.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"{len(first)} scores can't be paired with {len(second)}")
@@ -42,18 +42,18 @@ def compare_scores(first: Sequence[float], second: Sequence[float], higher_is_be
 
 
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
-    """Two-sided exact McNemar test: how likely a fair coin splits the discordant items at least so unevenly."""
+    """Two-sided exact McNemar test: the probability that a fair coin splits discordant items at least as unevenly."""
     tosses, term, tail = num_first + num_second, 1, 0
     for heads in range(min(num_first, num_second) + 1):
         tail += term
         term = term * (tosses - heads) // (heads + 1)
-    # Integers of any size, so that thousands of items neither overflow nor round.
+    # `tail` is an arbitrary-size integer: thousands of items neither overflow nor round.
     return min(1.0, 2 * tail / 2**tosses)
 
 
 def _interval_of_mean(values: torch.Tensor) -> list[float]:
     generator = torch.Generator().manual_seed(_SEED)
-    # One resample at a time: all of them together would be gigabytes for a task of 100k items.
+    # One resample at a time: for a task of 100k items, all of them together would take gigabytes.
     means = torch.stack(
         [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(_NUM_RESAMPLES)]
     )

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, run on several checkpoints.
+"""Runs lm-evaluation-harness tasks on several checkpoints.
 
 The harness is an optional dependency and slow to import: functions import it when they need it.
 """
@@ -45,10 +45,12 @@ _NUM_RESAMPLES = 1000
 
 
 def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "TaskManager":
-    """The harness's register of tasks, once it is sure that it knows all names; none is loaded. Arguments as for `TaskSuite`.
+    """Returns the harness's task manager after checking that it knows all names; loads no task.
+
+    Arguments are as for `TaskSuite`.
 
     Raises:
-        UserError: lm-eval isn't installed, a task or a folder doesn't exist.
+        UserError: if lm-eval isn't installed, or a task or folder doesn't exist.
     """
     if find_spec("lm_eval") is None:
         raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
@@ -67,23 +69,23 @@ def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "
 
 
 class TaskSuite:
-    """Tasks with their data, loaded once for all checkpoints, so that all see the same items.
+    """Tasks with their data, loaded once for all checkpoints, so that all are evaluated on the same items.
 
     Args:
         names: the harness's tasks, groups or tags, such as `mgsm_native_cot_sw` or `mmmlu_sw_ke`.
-        task_paths: folders of task files (YAML). Their tasks win over the harness's of the same name. A task file can
-            name Python functions beside it: using a folder is running its code.
-        mgsm: a folder of MGSM test questions, `{language}.tsv` with question TAB answer. The tasks
+        task_paths: folders of task files (YAML). Their tasks take precedence over the harness's tasks of the same name.
+            Task files can refer to Python functions in files next to them: using a folder means running its code.
+        mgsm: a folder of MGSM test questions: files `{language}.tsv` with question TAB answer. The tasks
             `mgsm_{direct,native_cot,en_cot}_{language}` then read these instead of the hub's; prompts, stop strings
-            and filters stay the harness's. There are no exemplars in it, so these tasks run without, whereas MGSM's
-            authors (Shi et al. 2022) put 8 before each question.
-        num_fewshot: exemplars before each item; without it, as each task says. A task that says 0 keeps it.
-        limit: only the first so many items of each task.
-        max_new_tokens: how much a model may write; without it, as each task says, or 256.
-        batch_size: items, or an item's choices, that go through the model together.
+            and filters remain the harness's. The files have no exemplars, so these tasks run without any, whereas the
+            MGSM paper (Shi et al. 2022) uses 8 per question.
+        num_fewshot: number of exemplars before each item; by default, each task's own. A task that sets 0 keeps 0.
+        limit: evaluate only the first `limit` items of each task.
+        max_new_tokens: the maximum number of generated tokens; by default, each task's own, or 256.
+        batch_size: number of items, or of an item's choices, per forward pass.
 
     Raises:
-        UserError: one line: lm-eval isn't installed, a task doesn't exist or its data can't be loaded.
+        UserError: if lm-eval isn't installed, a task doesn't exist, can't run, or its data can't be loaded.
     """
 
     def __init__(
@@ -116,9 +118,9 @@ class TaskSuite:
             yield from loaded["tasks"].values()
 
     def identity(self, name: str) -> str:
-        """A fingerprint of all that a task's result depends on, but for the checkpoint.
+        """Returns a fingerprint of everything that a task's result depends on, except the checkpoint.
 
-        Of `task_paths` all code counts: a function's source doesn't say what it calls.
+        It includes all code in `task_paths`, because a function's source doesn't show what it calls.
         """
         tasks = {
             task_name: {
@@ -128,7 +130,7 @@ class TaskSuite:
             }
             for task_name, task in self._loaded[name]["tasks"].items()
         }
-        # The fields of a result count, because a kept one must have them.
+        # The fields of `TaskResult` are included: a cached result must have exactly these.
         shape = [it.name for it in fields(TaskResult)]
         code = sorted(hash_file(file) for folder in self.folders for file in folder.rglob("*.py"))
         content = [self.harness_version, self.batch_size, shape, tasks, code]
@@ -141,18 +143,18 @@ class TaskSuite:
         tokenizer: PreTrainedTokenizerBase,
         progress: bool = False,
     ) -> dict[str, TaskResult]:
-        """Runs a task of the suite on a model. Several processes don't share the work: each runs all of it.
+        """Runs one task, group or tag of the suite on a model. The work isn't distributed: each process runs all of it.
 
         Args:
             name: one of `names`.
-            model: a causal language model, on its device, in PEFT's shell or not; left as found.
+            model: a causal language model on its device, wrapped in a `PeftModel` or not; left as found.
             tokenizer: left as found.
             progress: show the harness's progress bars.
 
-        Returns: by task, and a group's own aggregates under its name.
+        Returns: the results by task, and each group's aggregates under the group's name.
 
         Raises:
-            UserError: the model's maximum length leaves no room.
+            UserError: if the model's maximum length leaves no room for questions.
         """
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -163,26 +165,26 @@ class TaskSuite:
             stack.enter_context(_quiet())
             stack.enter_context(left_as_found(model))
             if not progress:
-                # The harness offers no other way to be without its progress bars.
+                # The harness offers no other way to disable its progress bars.
                 stack.enter_context(redirect_stderr(StringIO()))
                 stack.enter_context(redirect_stdout(StringIO()))
             stack.enter_context(no_remote_metrics())
-            # The harness gives a tokenizer without a padding token one.
+            # On a copy, because the harness adds a missing padding token to the tokenizer.
             harness_model = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=self.batch_size)
             rooms = {task_name: _room(harness_model, task) for task_name, task in tasks.items()}
             for task in tasks.values():
-                # Every checkpoint gets the same exemplars, also a second one.
+                # Reset before each run, so that every checkpoint gets the same exemplars.
                 task.set_fewshot_seed(_SEED)
-            # For tasks that sample what the model writes; `left_as_found` puts the state back.
+            # For tasks that sample the generated text; `left_as_found` restores the random state.
             torch.manual_seed(_SEED)
-            found = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
+            output = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
             num_truncated = {it: _num_truncated(harness_model, task, rooms[it]) for it, task in tasks.items()}
         results = {
-            task_name: result_of_task(task_name, task, found, num_truncated[task_name])
+            task_name: result_of_task(task_name, task, output, num_truncated[task_name])
             for task_name, task in tasks.items()
         }
         groups = {
-            group_name: result_of_group(group_name, [results[it.task_name] for it in group.get_all_tasks()], found)
+            group_name: result_of_group(group_name, [results[it.task_name] for it in group.get_all_tasks()], output)
             for group_name, group in loaded["groups"].items()
         }
         return {**{it: result for it, result in groups.items() if result.metrics}, **results}
@@ -198,22 +200,23 @@ def evaluate_tasks(
     write: bool = True,
     progress: bool = True,
 ) -> dict:
-    """Runs a suite on several checkpoints and compares each two of them on the same items.
+    """Runs a suite on several checkpoints, and compares every pair of them on the same items.
 
     Args:
-        models: by checkpoint, a model, or what loads it: one is loaded at a time, and none whose results are kept.
-        tokenizer: of them all.
-        directory: where the result of each checkpoint and task is kept, so that an interrupted call goes on with the
-            next; without it nothing is kept.
-        identity: needed with `directory`. Of a checkpoint's name, all that its results depend on but for the tasks, as
-            plain JSON values: weights, dtype, tokenizer.
-        write: whether this process writes there.
+        models: per checkpoint, a model or a function that loads it. Models are loaded one at a time, and only if some
+            of their results aren't cached.
+        tokenizer: the tokenizer of all models.
+        directory: where to cache the result of each checkpoint and task, so that an interrupted call can be resumed; no
+            caching by default.
+        identity: required with `directory`. Maps a checkpoint's name to everything that its results depend on besides
+            the tasks (weights, dtype, tokenizer), as plain JSON values.
+        write: whether this process writes to `directory`.
         progress: show progress bars.
 
-    Returns: as `compare_tasks`, and the harness's version and the limit.
+    Returns: `tasks`, the result of `compare_tasks`, with the harness's version and the limit.
 
     Raises:
-        UserError: the model's maximum length leaves no room.
+        UserError: if a model's maximum length leaves no room for questions.
     """
     results: dict[str, dict[str, TaskResult]] = {}
     task_identities = {name: suite.identity(name) for name in suite.names} if directory is not None else {}
@@ -228,25 +231,25 @@ def evaluate_tasks(
                     key = fingerprint([identity(checkpoint), task_identities[name]])
                     file = directory / f"{key[:16]}.json"
                 if file is not None and file.exists():
-                    kept = {it: TaskResult(**row) for it, row in read_json(file).items()}
+                    task_results = {it: TaskResult(**row) for it, row in read_json(file).items()}
                 else:
                     model = source() if model is None else model
-                    kept = suite.run(name, model, tokenizer, progress)
+                    task_results = suite.run(name, model, tokenizer, progress)
                     if file is not None and write:
-                        write_json(file, {it: asdict(result) for it, result in kept.items()})
-                results[checkpoint] |= kept
+                        write_json(file, {it: asdict(result) for it, result in task_results.items()})
+                results[checkpoint] |= task_results
                 bar.update()
             del model
     return {"harness": f"lm-eval {suite.harness_version}", "limit": suite.limit, "tasks": compare_tasks(results)}
 
 
 def _room(harness_model: "HFLM", task: "Task") -> int:
-    """How many tokens of an item fit into the model."""
+    """Returns how many tokens of an item fit into the model."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        # Longer text is scored window by window.
+        # Longer texts are scored in several windows.
         return sys.maxsize
     if task.OUTPUT_TYPE != "generate_until":
-        # The last token is only predicted.
+        # The last token is only predicted, never fed to the model.
         return harness_model.max_length + 1
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -263,7 +266,7 @@ def _room(harness_model: "HFLM", task: "Task") -> int:
 def _num_truncated(harness_model: "HFLM", task: "Task", room: int) -> int:
     if room == sys.maxsize:
         return 0
-    # A generation request holds its context and its settings, the others context and continuation.
+    # The arguments of a generation request are context and settings, those of others are context and continuation.
     texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
     lengths = map(len, harness_model.tokenizer(texts)["input_ids"])
     return len({instance.doc_id for instance, length in zip(task.instances, lengths, strict=True) if length > room})
@@ -275,7 +278,7 @@ def _named(value: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Errors only from the harness, which tells at length what is normal here."""
+    """Shows only errors from the harness, whose many warnings don't matter here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

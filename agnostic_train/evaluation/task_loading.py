@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness with their data: found, swapped for local files, and refused where they can't run.
+"""Loads lm-evaluation-harness tasks and their data, from local files where given, and refuses tasks that can't run.
 
 The harness is an optional dependency and slow to import: functions import it when they need it.
 """
@@ -25,9 +25,12 @@ _MGSM_TASK = re.compile(r"mgsm_(?:direct|native_cot|en_cot)_([a-z]+)")
 
 
 def load_task(manager: "TaskManager", name: str) -> dict:
-    """The harness's tasks and groups of a name, with their data.
+    """Loads the harness's tasks and groups of a name, with their data.
 
-    A task is made by others: its templates, its functions and its data can fail in any way.
+    Tasks are third-party code: their templates, functions and data can raise any exception.
+
+    Raises:
+        UserError: if the data or the task can't be loaded, or the task needs a metric from the hub.
     """
     try:
         with no_remote_metrics() as refused:
@@ -36,20 +39,20 @@ def load_task(manager: "TaskManager", name: str) -> dict:
         raise
     except OSError as error:
         raise UserError(
-            f"evaluation.tasks: the data of {name} can't be loaded: {shorten(str(error), 300)}; fetch it once with a network, "
-            f"or leave the task out"
+            f"evaluation.tasks: the data of {name} can't be loaded: {shorten(str(error), 300)}; fetch it once with a "
+            f"network, or leave the task out"
         ) from None
     except Exception as error:
         raise UserError(f"evaluation.tasks: can't load {name}: {in_one_line(error)}") from None
     if refused:
-        # The harness swallows the refusal, and would fail when it has run the model.
+        # The harness swallows this error, and would fail only after running the model.
         raise UserError(_remote_metric(refused[0]))
     return loaded
 
 
 @contextmanager
 def no_remote_metrics() -> Iterator[list[str]]:
-    """Refuses metrics of the `evaluate` library, which fetches their code from the hub and runs it."""
+    """Refuses metrics of the `evaluate` library, which downloads their code from the hub and runs it."""
     import evaluate
 
     load, refused = evaluate.load, []
@@ -66,11 +69,13 @@ def no_remote_metrics() -> Iterator[list[str]]:
 
 
 def _remote_metric(name: str) -> str:
-    return f"evaluation.tasks: the code of the metric {name!r} would come from the hub; leave out the task that uses it"
+    return (
+        f"evaluation.tasks: metric {name!r} would download and run code from the hub; leave out the task that uses it"
+    )
 
 
 def read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[Path]) -> None:
-    """Swaps the data of the harness's own MGSM tasks, wherever a task, tag or group uses them."""
+    """Replaces the data of the harness's own MGSM tasks by local files, in every task, tag or group that uses them."""
     for name, entry in manager.task_index.items():
         match = _MGSM_TASK.fullmatch(name)
         if match and not any(path.resolve() in entry.yaml_path.resolve().parents for path in task_paths):
@@ -80,7 +85,7 @@ def read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[Pa
 
 
 def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
-    """The test questions as the hub's data set has them: with a number, without a worked answer."""
+    """Returns the test questions in the format of the hub's data set: with a number, without a worked answer."""
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
@@ -97,18 +102,19 @@ def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
 
 
 def explain_unknown(name: str, manager: "TaskManager", task_paths: Sequence[Path]) -> str:
-    message = f"evaluation.tasks: lm-eval knows no task {name!r}"
+    """Returns the error message for a task name that the harness doesn't know."""
+    message = f"evaluation.tasks: lm-eval has no task {name!r}"
     nearest = get_close_matches(name, manager.all_tasks)
     if nearest:
         message += f"; did you mean {' or '.join(nearest)}?"
-    # The harness passes over files that it can't read without a word.
+    # The harness silently skips files that it can't read.
     known = {entry.yaml_path.resolve() for entry in manager.task_index.values() if entry.yaml_path is not None}
     files = [file for folder in task_paths for file in sorted(folder.rglob("*.yaml")) if file.resolve() not in known]
     return message + (f" ({files[0]} defines no task that it can read)" if files else "")
 
 
 def check_task(task: "Task", num_fewshot: int | None) -> None:
-    """Refuses what would run code, needs more than text, or shows a model the answers."""
+    """Raises `UserError` for a task that runs generated code, isn't text-only, or has no exemplars but test items."""
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(f"evaluation.tasks: {task.task_name} runs code that the model writes; leave it out")
     if getattr(task, "MULTIMODAL", False):
@@ -120,8 +126,8 @@ def check_task(task: "Task", num_fewshot: int | None) -> None:
         or (sampling is not None and (sampling.split is not None or sampling.samples is not None))
     )
     if _num_fewshot(task, num_fewshot) and not has_exemplars:
-        # The harness would take the test items, an item itself among its exemplars.
-        raise UserError(f"evaluation.num_fewshot: {task.task_name} has no exemplars beside its test items; use 0")
+        # The harness would take exemplars from the test items, possibly the item itself.
+        raise UserError(f"evaluation.num_fewshot: {task.task_name} has no exemplars besides its test items; use 0")
 
 
 def _num_fewshot(task: "Task", asked: int | None) -> int:

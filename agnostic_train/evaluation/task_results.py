@@ -1,4 +1,4 @@
-"""What the lm-evaluation-harness found on one checkpoint, and checkpoints compared on the same items."""
+"""Results of lm-evaluation-harness tasks on one checkpoint, and comparisons of checkpoints on the same items."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task, or a group's aggregate over its tasks, on one checkpoint.
+    """The result of a task, or of a group as an aggregate over its tasks, on one checkpoint.
 
-    version: the task definition's. data: a file, or the hub's name; None for a group. num_fewshot: exemplars before
-    each item; None for a group whose tasks differ. num_truncated: items of which the model's maximum length cut off
-    the beginning. metrics: by the harness's `metric,filter`, each `value`, `standard_error` and `higher_is_better`,
-    None where there is none. items: a fingerprint of each item. scores: for metrics that are a mean over items, each
-    item's score in the order of `items`.
+    Attributes:
+        version: the version of the task definition.
+        data: the data's file or hub name; None for a group.
+        num_fewshot: number of exemplars before each item; None for a group whose tasks differ.
+        num_items: number of items.
+        num_truncated: number of items whose beginning was cut off at the model's maximum length.
+        metrics: by the harness's `metric,filter`: `value`, `standard_error`, `higher_is_better`, each None if unknown.
+        items: a fingerprint of each item.
+        scores: for metrics that are a mean over items, each item's score, in the order of `items`.
     """
 
     version: str | float | None
@@ -35,16 +39,16 @@ class TaskResult:
 
 
 def compare_tasks(results: Mapping[str, Mapping[str, TaskResult]]) -> dict:
-    """Every checkpoint's metrics beside each other, and each two checkpoints compared on the same items.
+    """Collects every checkpoint's metrics, and compares every pair of checkpoints on the same items.
 
     Args:
         results: by checkpoint and task, from the same suite.
 
-    Returns: plain JSON values. By task: what `TaskResult` says of it, `checkpoints` with each one's metrics, and
-        `comparisons`, a row for each two checkpoints and each metric that is a mean over items, as `compare_scores`.
+    Returns: plain JSON values. By task: its fields of `TaskResult`, `checkpoints` with the metrics of each, and
+        `comparisons`, with the result of `compare_scores` for every pair and every metric that is a mean over items.
 
     Raises:
-        ValueError: results of different tasks or items.
+        ValueError: if the results are of different tasks or items.
     """
     tables = list(results.values())
     tasks = {}
@@ -78,6 +82,7 @@ def _is_better_higher(result: TaskResult, metric: str) -> bool:
 
 
 def result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int) -> TaskResult:
+    """Extracts one task's result from `found`, the output of the harness's `evaluate`."""
     from lm_eval.api.metrics import mean
 
     samples = found["samples"][name]
@@ -112,13 +117,13 @@ def result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int) 
 
 
 def result_of_group(name: str, members: Sequence[TaskResult], found: Mapping) -> TaskResult:
-    """A group's aggregates. Its items are its tasks' where its metric is the mean over them all."""
+    """Extracts a group's aggregates from `found`; metrics that are the mean over all items also get per-item scores."""
     metrics = _metrics(found, name)
     scores = {}
     for metric, row in metrics.items():
         if all(metric in member.scores for member in members):
             pooled = [score for member in members for score in member.scores[metric]]
-            # A group can also weigh its tasks alike, whatever their sizes.
+            # A group may instead average over its tasks with equal weights, whatever their sizes.
             if row["value"] is not None and math.isclose(sum(pooled) / len(pooled), row["value"], abs_tol=1e-9):
                 scores[metric] = pooled
     return TaskResult(
@@ -134,7 +139,7 @@ def result_of_group(name: str, members: Sequence[TaskResult], found: Mapping) ->
 
 
 def _metrics(found: Mapping, name: str) -> dict[str, dict]:
-    """The metrics among what the harness says of a task: its other keys hold no comma."""
+    """Returns a task's metrics in the harness's output, whose keys are those with a comma."""
     row = found["results"][name]
     metrics = {}
     for key in row:
@@ -149,7 +154,7 @@ def _metrics(found: Mapping, name: str) -> dict[str, dict]:
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON can hold; the harness says 'N/A' for a standard error that it can't give."""
+    """Returns a finite float, or None for anything else: the harness gives 'N/A' for an unavailable standard error."""
     return float(value) if _is_number(value) and math.isfinite(value) else None
 
 

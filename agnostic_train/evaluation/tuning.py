@@ -1,20 +1,22 @@
-"""A learning rate for every strategy, so that none of them is a straw man."""
+"""Tunes the learning rate of every strategy, so that comparisons are fair."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 FACTOR = 3.0
-"""Between neighbouring rates."""
+"""The ratio of neighbouring rates in the grid."""
 NUM_EXTENSIONS = 2
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The best rate, None where every one diverged, and what was tried.
+    """The result of tuning the learning rate.
 
-    tried: per rate, each language's change on validation text; None where the training diverged.
-    at_end: whether the best rate is still the lowest or highest of several, so that a better one may lie beyond.
+    Attributes:
+        learning_rate: the best rate, or None if every training diverged.
+        tried: per rate, each language's change on validation text, or None if the training diverged.
+        at_end: whether the best rate is the lowest or highest of several, so that a better one may lie beyond.
     """
 
     learning_rate: float | None
@@ -23,13 +25,16 @@ class Tuning:
 
 
 def default_rates(learning_rate: float) -> list[float]:
-    """A rate, and a third and three times of it."""
+    """Returns a third of a rate, the rate, and three times the rate."""
     return [learning_rate / FACTOR, learning_rate, learning_rate * FACTOR]
 
 
 def num_trainings(num_strategies: int, num_rates: int, num_seeds: int) -> tuple[int, int]:
-    """How many trainings a comparison takes where none diverges: at least, and at most if every grid is extended."""
-    # Of two rates the best is always at an end, a single one never.
+    """Returns the minimum and maximum number of trainings in a comparison if none diverges.
+
+    The maximum applies if every grid is extended as far as allowed.
+    """
+    # Of two rates, the best is always at an end of the grid; a single rate is never extended.
     least = num_rates + (num_rates == 2) + num_seeds
     most = num_rates + NUM_EXTENSIONS * (num_rates > 1) + num_seeds
     return num_strategies * least, num_strategies * most
@@ -38,15 +43,15 @@ def num_trainings(num_strategies: int, num_rates: int, num_seeds: int) -> tuple[
 def tune(
     measure: Callable[[float], Mapping[str, float] | None], rates: Sequence[float], languages: Sequence[str]
 ) -> Tuning:
-    """Picks the rate with the lowest mean change of some languages' bits per byte.
+    """Finds the rate with the lowest change of bits per byte, averaged over `languages`.
 
-    While the best is the lowest or highest, one more is tried beyond it, `NUM_EXTENSIONS` times at most. A single rate
-    is taken as it is.
+    While the best rate is the lowest or highest of the grid, one more beyond it is tried, at most `NUM_EXTENSIONS`
+    times. A single rate is not extended.
 
     Args:
-        measure: trains at a rate, and gives each language's change; None if it diverged.
-        rates: to begin with.
-        languages: that count.
+        measure: trains at a rate and returns each language's relative change, or None if the training diverged.
+        rates: the initial grid.
+        languages: the languages to average over.
     """
     tried = {rate: measure(rate) for rate in sorted(rates)}
 
@@ -55,7 +60,7 @@ def tune(
         return math.inf if changes is None else sum(changes[it] for it in languages) / len(languages)
 
     for extension in range(NUM_EXTENSIONS + 1):
-        # Of rates that all diverge the lowest comes first: lower ones may do better.
+        # Ties go to the lowest rate: if all rates diverge, a still lower one may not.
         best = min(sorted(tried), key=loss)
         beyond = {max(tried): best * FACTOR, min(tried): best / FACTOR}
         at_end = len(tried) > 1 and best in beyond

@@ -1,1 +1,1 @@
-"""From a trained model to checkpoints that others load, with proof of what moved and what did not."""
+"""Export of trained models as checkpoints and adapters, with a check of which weights changed and which did not."""

@@ -1,4 +1,4 @@
-"""Enhanced checkpoints: whole ones, and adapters of a few rows and columns."""
+"""Export of trained models: complete checkpoints, and adapters with only the trained rows and columns."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -42,32 +42,31 @@ def export_checkpoint(
     neurons: NeuronSet | Mapping | None = None,
     model_card: str | None = None,
 ) -> FrozenWeightCheck:
-    """Writes a checkpoint or an adapter, and a `manifest.json` with the frozen-weight check, all or nothing.
+    """Exports a checkpoint or an adapter, with the frozen-weight check in `manifest.json`; writes all files or none.
 
     Args:
         model: a model trained by `NeuronTrainer` (`trainer.model`), any model with one active neuron adapter, or the
             folder of such an adapter; left as found.
-        directory: replaced if it is an earlier export.
-        to: `merged`, a plain checkpoint that `AutoModelForCausalLM.from_pretrained` loads. `lora`, an adapter that
-            PEFT loads without this package: R rows or columns are a LoRA of rank R with a one-hot factor. `delta`,
-            the rows and columns alone, which PEFT loads once `agnostic_train` is imported.
-        base: the model before training, or where to load it from. None: for an adapter, the weights that it stands
-            beside (for a folder, the base that it names); for other models the manifest says `unverified`, and only
-            `merged` can be had.
-        tokenizer: saved beside the weights.
-        dtype: of the weights of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by
-            default. Each weight is rounded once, from the sum in float32. Adapters are float32, beside a float64
-            model float64.
-        neurons: all that was trained since `base`, as a `NeuronSet` or what makes one; by default the adapter's, and the
-            model's `trained_neurons`. Where nobody knows, the manifest says `unverified`.
+        directory: where to write; replaced if it is an earlier export.
+        to: `merged`: a plain checkpoint that `AutoModelForCausalLM.from_pretrained` loads. `lora`: an adapter that
+            PEFT loads without this package; R rows or columns form a LoRA of rank R with a one-hot factor. `delta`:
+            only the rows and columns, which PEFT loads once `agnostic_train` is imported.
+        base: the model before training, or its name or folder. If None, an adapter's base is the frozen model around it
+            (for a folder, the base that its config names); for other models, the manifest says `unverified`, and only
+            `merged` is possible.
+        tokenizer: saved with the weights.
+        dtype: the dtype of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by default.
+            Each weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64 model.
+        neurons: all neurons trained since `base`, as a `NeuronSet` or a mapping; by default those of the adapter and
+            the model's `trained_neurons`. If they are unknown, the manifest says `unverified`.
         model_card: the text of `README.md`.
 
-    Returns: what the comparison with the base says; its `status` is `identical`, `changed` or `unverified`.
+    Returns: the result of the comparison with the base; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        UserError: an unknown target or dtype, a directory that holds something else than an export, a base of other
-            shapes, quantised weights to merge into, or trained weights that aren't finite in `dtype`.
-        TypeError: a tokenizer's name instead of the tokenizer.
+        UserError: if the target or dtype is unknown, the directory contains anything but an export, the base has other
+            shapes, quantised weights would be merged, or trained weights aren't finite in `dtype`.
+        TypeError: if `tokenizer` is a name instead of a tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
     if isinstance(tokenizer, (str, Path)):
@@ -80,8 +79,8 @@ def export_checkpoint(
             "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "
             "unquantised model as base, or export to 'lora' or 'delta'"
         )
-    own = trained.model.dtype
-    dtype = (dtype or own) if to == "merged" else torch.promote_types(own, torch.float32)
+    model_dtype = trained.model.dtype
+    dtype = (dtype or model_dtype) if to == "merged" else torch.promote_types(model_dtype, torch.float32)
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
     with whole_directory(directory, is_exported) as temporary:
@@ -113,37 +112,37 @@ def export_checkpoint(
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a file or folder is part of an export, as the manifest beside it says."""
+    """Returns whether a file or folder is part of an export, according to the manifest in the same folder."""
     manifest = path.with_name(MANIFEST)
     try:
         content = read_json(manifest)
-    except UserError:  # none, or a broken one
+    except UserError:  # the manifest is missing or damaged
         return False
     if not isinstance(content, dict) or content.get("format") not in get_args(ExportTarget):
         return False
-    # A card can be written later.
+    # The model card can be written after the manifest.
     return path.name in (CARD, MANIFEST, *content.get("files", []))
 
 
 def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None:
-    # Cast once per storage: weights that are tied stay tied, and are written once.
+    # Cast once per storage: tied weights stay tied, and are written once.
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
     for name, value in trained.weights(trained.model.state_dict().items()):
         rounded = value.to(dtype) if value.is_floating_point() else value
         if name.removesuffix(".weight") in trained.adapter:
-            state[name] = rounded  # the next sum may come to lie where this one was
+            state[name] = rounded  # not cached by address: the next sum may reuse this one's memory
         else:
             state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
         del value, rounded
     model = trained.model
     try:
         with _without_native_adapter(model):
-            model.save_pretrained(directory, state_dict=dict(state))  # it takes out what it has written
+            model.save_pretrained(directory, state_dict=dict(state))  # a copy: it removes what it has written
     except ValueError as error:
         raise UserError(f"model: transformers can't save it ({shorten(str(error), 300)})") from None
     _check_written(directory, type(model), state, dtype)
-    # save_pretrained writes the dtype that the model has in memory, not that of the weights it is given.
+    # save_pretrained writes the dtype of the model in memory to the config, not that of the given weights.
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(directory)
@@ -151,31 +150,31 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
 
 @contextmanager
 def _without_native_adapter(model: PreTrainedModel) -> Iterator[None]:
-    """Has transformers take the model for one without adapters: it would save an adapter of its own, and drop the rest."""
+    """Hides adapters that transformers loaded: `save_pretrained` would otherwise save an adapter and drop the rest."""
     changed: dict[str, object] = {}
     if getattr(model, "_hf_peft_config_loaded", False):
         changed["_hf_peft_config_loaded"] = False
     if any(KEY_PREFIX in str(it.source_patterns) for it in getattr(model, "_weight_conversions", None) or []):
-        # How the adapter's names were read, by which it would write the model's; without them it takes the family's.
+        # These conversions belong to the adapter, but would rename the model's weights; None selects the family's own.
         changed["_weight_conversions"] = None
-    found = {name: getattr(model, name) for name in changed}
+    original = {name: getattr(model, name) for name in changed}
     vars(model).update(changed)
     try:
         yield
     finally:
-        vars(model).update(found)
+        vars(model).update(original)
 
 
 def _check_written(
     directory: Path, model_class: type[PreTrainedModel], state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Reads the files back: each weight as it was to be written, once per storage."""
+    """Reads the files back, and checks that every weight was written as intended, once per storage."""
     read = set()
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             if not state.keys() >= set(names):
-                # Transformers keeps some families' checkpoints (Gemma 3 with images) under other names than their modules.
+                # Some families' checkpoints (multimodal Gemma 3) use names that differ from those of their modules.
                 return _check_loaded(model_class.from_pretrained(directory, dtype=dtype), state)
             for name in names:
                 _check_equal(name, tensors.get_tensor(name), state[name])
@@ -186,27 +185,27 @@ def _check_written(
 
 
 def _check_loaded(loaded: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    found = loaded.state_dict()
+    loaded_state = loaded.state_dict()
     for name, value in state.items():
-        _check_equal(name, found[name], value)
+        _check_equal(name, loaded_state[name], value)
 
 
 def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
     # By bits: a NaN in a weight that nothing uses doesn't equal itself.
     if written.dtype != meant.dtype or not torch.equal(bit_patterns(written.cpu()), bit_patterns(meant.cpu())):
-        raise RuntimeError(f"{name} wasn't written as it was")
+        raise RuntimeError(f"{name} wasn't written correctly")
 
 
 def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
     for name, chosen in (trained.chosen or {}).items():
         weight, delta = trained.model.get_submodule(name).weight, trained.adapter.get(name)
         written = []
-        if weight.is_floating_point():  # a quantised weight takes no sum
+        if weight.is_floating_point():  # a quantised weight can't be added to
             written.append(weight.index_select(chosen.dim, chosen.index.to(weight.device)))
         if delta is not None:
             values = delta.values.to(weight.device)
-            own = weight.index_select(delta.dim, delta.index.to(weight.device)) if weight.is_floating_point() else 0
-            written.append(own + values)
+            base = weight.index_select(delta.dim, delta.index.to(weight.device)) if weight.is_floating_point() else 0
+            written.append(base + values)
         if not all(it.to(dtype).isfinite().all() for it in written):
             raise UserError(
                 f"{name}: trained weights aren't finite in {str(dtype).removeprefix('torch.')}; train with a lower "
@@ -242,7 +241,7 @@ def _write_lora(directory: Path, trained: Trained) -> None:
 
 
 def _lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with B @ A = the delta: one is its values, the other one-hot."""
+    """Returns A (rank, in) and B (out, rank) with B @ A = delta: one has the values, the other is one-hot."""
     index, values = delta.index.to(delta.values.device), delta.values
     picked = torch.zeros(len(index), shape[delta.dim], dtype=values.dtype, device=values.device)
     picked.scatter_(1, index.unsqueeze(1), 1)
@@ -256,7 +255,7 @@ def _write_adapter(directory: Path, config: NeuronConfig | LoraConfig, tensors: 
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16) or (dtype and not found):
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if resolved not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16) or (dtype and not resolved):
         raise UserError(f"export.dtype: {dtype!r} isn't one of float64, float32, bfloat16, float16")
-    return found
+    return resolved

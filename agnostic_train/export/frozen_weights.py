@@ -1,4 +1,4 @@
-"""Proof that nothing but the chosen neurons moved."""
+"""The check that training changed only the chosen neurons."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,20 @@ from agnostic_train.model.weights import bit_patterns
 
 @dataclass(frozen=True)
 class FrozenWeightCheck:
-    """What a comparison with the base, bit by bit, says of the weights that weren't chosen.
+    """The result of a bitwise comparison with the base of all weight entries that weren't chosen.
 
-    status: `identical`, `changed`, or `unverified` without a base to compare with. against: what was compared with,
-    `base`, or `frozen weights` where an adapter's own neighbours stand in for it. There, and where an adapter comes from a
-    folder and is added to its base, the check says what the export did: an adapter has no entry that wasn't chosen.
-    changed: names of the parameters with an unchosen entry that differs. chosen_moved: the part of the chosen entries that
-    training moved. chosen_surviving: the part of those that still differ from the base after rounding to the checkpoint's
-    dtype.
+    For an adapter that is compared with its own model's frozen weights, or loaded from a folder and added to its base,
+    the check verifies the export rather than the training: an adapter has no unchosen entries.
+
+    Attributes:
+        status: `identical`, `changed`, or `unverified` if there is no base to compare with.
+        against: what the weights were compared with: `base`, or `frozen weights` of the model that has the adapter.
+        num_compared: number of unchosen entries compared.
+        changed: names of the parameters in which an unchosen entry differs.
+        num_chosen: number of chosen entries.
+        chosen_moved: the fraction of chosen entries that training changed.
+        chosen_surviving: the fraction of changed entries that still differ from the base after rounding to the
+            checkpoint's dtype.
     """
 
     status: str
@@ -32,15 +38,16 @@ class FrozenWeightCheck:
 
 @torch.no_grad()
 def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> FrozenWeightCheck:
-    """Compares every weight that wasn't chosen with the base's, bit by bit, both rounded to `dtype`.
+    """Compares all unchosen weight entries with the base's, bit by bit, after rounding both to `dtype`.
 
-    A base of higher precision than the trained model's frozen weights differs from these, unless `dtype` is as low.
+    If the base has a higher precision than the trained model's weights, they differ unless `dtype` is as low as theirs.
 
     Args:
-        dtype: of comparison; the model's own by default.
+        trained: the trained model, with its base if known.
+        dtype: the dtype in which to compare; the model's own by default.
 
     Raises:
-        UserError: a base of other shapes.
+        UserError: if the base lacks a parameter, or has one of another shape.
     """
     if trained.chosen is None or trained.is_quantised or (trained.base is None and not trained.adapter):
         return FrozenWeightCheck("unverified")
@@ -51,13 +58,13 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
     for name, weight in trained.weights(trained.model.named_parameters()):
         other = others.get(name)
         if other is None or other.shape != weight.shape:
-            raise UserError(f"base: parameter {name} is missing there or has another shape; give the model's own base")
+            raise UserError(f"base: parameter {name} is missing or has another shape; give the model's own base")
         other = other.to(weight.device)
         differs = bit_patterns(weight.to(dtype)) != bit_patterns(other.to(dtype))
         chosen = trained.chosen.get(name.removesuffix(".weight"))
         if chosen is not None:
             dim, index = chosen.dim, chosen.index.to(weight.device)
-            # Counted before rounding: the question is what training moved.
+            # Compared before rounding to `dtype`: this counts what training changed.
             moved = bit_patterns(weight.index_select(dim, index)) != bit_patterns(
                 other.index_select(dim, index).to(weight.dtype)
             )
@@ -69,7 +76,7 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         num_compared += weight.numel()
         if differs.any():
             changed.append(name)
-        del weight, differs  # the next sum is made before the loop lets go of them
+        del weight, differs  # free them before the loop computes the next sum
     return FrozenWeightCheck(
         "changed" if changed else "identical",
         "frozen weights" if trained.base is None else "base",

@@ -1,4 +1,4 @@
-"""The model card of what is exported: what was trained how, and what it did to every language."""
+"""The model card of an export: what was trained, how, and the effect on each language."""
 
 import re
 from pathlib import Path
@@ -13,16 +13,17 @@ from agnostic_train.training.strategy import BASELINES
 
 
 def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", evaluation: dict | None = None) -> str:
-    """The README.md of an enhanced checkpoint or adapter.
+    """Returns the README.md of an enhanced checkpoint or adapter.
 
     Args:
-        training: what the manifest says of the training.
-        to: what was exported: `merged`, `lora`, or `delta`.
-        evaluation: per language, the numbers before and after, as in `evaluation.json`, once they are known.
+        recipe: the recipe of the run.
+        training: the manifest's entry on the training.
+        to: the export format: `merged`, `lora`, or `delta`.
+        evaluation: per language, the values before and after training, as in `evaluation.json`; None if not evaluated.
     """
-    # The hub's metadata takes only its own names; a local path isn't one.
+    # The hub's metadata accepts only hub names as base model, not local paths.
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.name) and not Path(recipe.model.name).exists()
-    # A card is published, a path is private.
+    # A card is published: of a local path, only the last component may appear in it.
     title = recipe.model.name if hub_name else Path(recipe.model.name).resolve().name
     counts = training["neurons"]
     neurons = (
@@ -31,13 +32,17 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
         else ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     )
     if training["strategy"] in BASELINES:
-        learned = "all weights" if training["strategy"] == "full" else "a LoRA of every projection, merged,"
-        what = f"Trained with agnostic_train as a baseline: {learned} learned."
+        trained = (
+            "all weights were trained"
+            if training["strategy"] == "full"
+            else "a LoRA of every projection was trained, then merged"
+        )
+        what = f"Trained with agnostic_train as a baseline: {trained}."
     else:
         kind = "random" if training["strategy"] == "random" else "chosen"
         what = (
-            f"Trained with agnostic_train: only {kind} neurons learned (Chen et al. 2025, arXiv 2506.09890). Every "
-            "other weight was compared with the base's, bit for bit: see `manifest.json`."
+            f"Trained with agnostic_train: only {kind} neurons were trained (Chen et al. 2025, arXiv 2506.09890). "
+            "Every other weight was compared with the base's, bit for bit: see `manifest.json`."
         )
     detection = recipe.detection
     details = [f"strategy: {training['strategy']} ({training['reason']})", f"neurons trained: {neurons}"]

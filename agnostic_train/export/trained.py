@@ -1,4 +1,4 @@
-"""A trained model, whichever way it was trained: its base, and what was learnt."""
+"""A uniform view of a trained model, however it was trained: the base, and the changes made by training."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from agnostic_train.training.trainer import NEURONS_FILE
 
 @dataclass(frozen=True)
 class Trained:
-    """What `of` makes of a model, so that nobody after it has to ask how it was trained.
+    """A trained model taken apart by `of`, so that later steps needn't know how it was trained.
 
     Attributes:
-        model: the model, with an adapter's layers still in it.
-        adapter: what the adapter adds, by module name; empty for a model trained with masks.
-        base: the model before training, if it is known.
-        neurons: what was trained, if it is known.
-        base_name: what the base was loaded from.
+        model: the model, including adapter layers.
+        adapter: the adapter's deltas by module name; empty for a model trained with masks.
+        base: the model before training, or None if unknown.
+        neurons: the trained neurons, or None if unknown.
+        base_name: the name or path that the base was loaded from.
     """
 
     model: nn.Module
@@ -50,13 +50,14 @@ class Trained:
 
         Args:
             model: a model trained by `NeuronTrainer`, one with a neuron adapter, or the folder of such an adapter.
-            base: the model before training, or where to load it from; a folder's adapter names its own by default.
-            neurons: what was trained; by default the adapter's, and the model's `trained_neurons`.
+            base: the model before training, or its name or folder; by default, for an adapter's folder, the base that
+                its config names.
+            neurons: the trained neurons; by default those of the adapter and the model's `trained_neurons`.
 
         Raises:
-            UserError: adapters that aren't ours, several active ones, no adapter in the folder or one of other neurons than
-                the folder says, neurons that leave out some of the adapter's or that were trained before it and no base,
-                weights split over processes, or a base that is the trained model itself.
+            UserError: if an adapter isn't a neuron adapter, several are active, the folder has no adapter or not the
+                one that its neurons file describes, `neurons` lacks some of the adapter's, neurons were trained before
+                the adapter and no base is given, weights are sharded over processes, or the base is the trained model.
         """
         named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
@@ -68,7 +69,7 @@ class Trained:
             file = Path(model) / NEURONS_FILE
             if file.exists() and NeuronSet.load(file) != own:
                 raise UserError(
-                    f"{model}: its adapter isn't the one that trained; that of another name is in a subfolder"
+                    f"{model}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
                 )
             return cls(loaded, adapter, loaded, _all_trained(own, named), loaded.name_or_path or None)
         check_whole(model, "exporting")
@@ -81,14 +82,12 @@ class Trained:
             if named is None and earlier is not None:
                 if base is None and len(earlier - trained):
                     raise UserError(
-                        "base: neurons were trained before this adapter; give the model as it was before them"
+                        "base: neurons were trained before this adapter; give the model from before that training"
                     )
                 trained = trained | earlier
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
-            raise UserError(
-                "base: it is the trained model itself; give the model as it was before training, or its folder"
-            )
+            raise UserError("base: it is the trained model itself; give the model from before training, or its folder")
         return cls(plain, adapter, loaded, trained, (plain if loaded is None else loaded).name_or_path or None)
 
     @property
@@ -97,34 +96,37 @@ class Trained:
 
     @cached_property
     def chosen(self) -> Mapping[str, ChosenEntries] | None:
-        """The entries of weights that may differ from the base's, by module name; None if that isn't known."""
+        """The weight entries that may differ from the base's, by module name; None if unknown."""
         return None if self.neurons is None else chosen_entries(self.model, self.neurons)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear that holds a chosen neuron, by module name."""
+        """(out, in) of each linear layer that contains chosen neurons, by module name."""
         modules = dict(self.model.named_modules())
         return {name: (modules[name].out_features, modules[name].in_features) for name in self.chosen or {}}
 
     def weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The model's own named parameters, or state, as the plain model that it stands for has them, one by one.
+        """Yields the named parameters or state of the equivalent plain model, without adapters, one by one.
 
-        What an adapter changes is the sum in the adapter's precision, which is the caller's to drop before the next;
-        all else is the same tensor.
+        A weight changed by the adapter is a new tensor, the sum in the adapter's precision. To save memory, callers
+        release it before they take the next one. All other tensors are the model's own.
+
+        Args:
+            named: the model's `named_parameters()` or `state_dict().items()`.
         """
         plain = {name.replace(".base_layer.", "."): value for name, value in named if ".neuron_" not in name}
         return add_deltas(plain, self.adapter)
 
     def deltas(self) -> Mapping[str, Delta]:
-        """What was learnt, as rows and columns to add to the base's weights.
+        """Returns the changes made by training, as rows and columns to add to the base's weights.
 
         Raises:
-            UserError: an adapter on neurons that were trained before it, or a model without adapter, of which the base or the
-                neurons aren't known.
+            UserError: if neurons were trained before the adapter, or a model without an adapter has no known base or
+                neurons.
         """
         if self.adapter:
             num_chosen, num_held = (
-                sum(len(it.index) for it in of.values()) for of in (self.chosen or {}, self.adapter)
+                sum(len(it.index) for it in entries.values()) for entries in (self.chosen or {}, self.adapter)
             )
             if num_chosen > num_held:
                 raise UserError(
@@ -133,7 +135,9 @@ class Trained:
                 )
             return self.adapter
         if self.base is None:
-            raise UserError("base: an adapter is the difference to the model before training; give that as base")
+            raise UserError(
+                "base: an adapter is the difference from the model before training; give that model as base"
+            )
         if self.neurons is None:
             raise UserError("neurons: which were trained isn't known, so there are no rows to export; name them")
         if not len(self.neurons):
@@ -142,7 +146,7 @@ class Trained:
 
 
 def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:
-    """An adapter's own neurons, or all that were named."""
+    """Returns `named`, which must include the adapter's neurons `own`; by default, `own`."""
     if named is None:
         return own
     if len(own - named):
@@ -156,13 +160,13 @@ def _share_weights(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _neurons_at(model: nn.Module, deltas: Mapping[str, Delta]) -> NeuronSet:
-    """The neurons whose rows or columns the deltas are."""
+    """Returns the neurons that the deltas belong to."""
     decoder = find_decoder(model)
     names = {module: name for name, module in model.named_modules()}
     projections = {site: decoder.projection(site) for site in decoder.sizes}
-    found = {site: deltas.get(names[projection.linear]) for site, projection in projections.items()}
+    by_site = {site: deltas.get(names[projection.linear]) for site, projection in projections.items()}
     return NeuronSet(
-        {site: projections[site].neurons(delta.index) for site, delta in found.items() if delta is not None},
+        {site: projections[site].neurons(delta.index) for site, delta in by_site.items() if delta is not None},
         decoder.sizes,
     )
 
@@ -170,7 +174,7 @@ def _neurons_at(model: nn.Module, deltas: Mapping[str, Delta]) -> NeuronSet:
 def _loaded(base: nn.Module | str | Path) -> nn.Module:
     if isinstance(base, nn.Module):
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise UserError("base: it has adapters; give the model as it was before them")
+            raise UserError("base: it has adapters; give the model without them")
         return base
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

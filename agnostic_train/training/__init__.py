@@ -1,1 +1,1 @@
-"""Which neurons learn, and training of these alone; the baselines that train otherwise."""
+"""Choosing the neurons to train, training only these, and the baselines for comparison."""

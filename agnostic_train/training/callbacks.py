@@ -1,4 +1,4 @@
-"""Detection inside a Trainer: neurons and score of a model in training, on the device it trains on."""
+"""Detection inside a Trainer: the neurons and score of a model during training, on the training device."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,29 +19,31 @@ logger = logging.get_logger(__name__)
 
 
 class DetectionCallback(TrainerCallback):
-    """Detects language neurons and scores the model, before training and every so many steps.
+    """Detects language neurons and scores the model, before training and then at regular intervals.
 
-    In a plain `Trainer` it reports and changes nothing: the loss curve is the same, bit for bit, with it and without.
-    In a `NeuronTrainer` without neurons it runs inside `train()` before the optimizer exists, and the neurons that its
-    strategy chooses are what trains.
+    In a plain `Trainer`, the callback only reports: the loss curve is bit-identical with and without it. In a
+    `NeuronTrainer` without neurons, it runs inside `train()` before the optimizer is created, and its strategy chooses
+    the neurons to train.
 
     Args:
-        corpora: per language, batches as for `detect_neurons`; they are read several times.
-        strategy: a name or a `Strategy`, which a `NeuronTrainer` follows; shared+exclusive of all languages by default.
-        every_n_steps: detect and score again after every so many optimizer steps; never by default.
+        corpora: per language, batches as for `detect_neurons`; kept as lists, because they are read several times.
+        strategy: a name or a `Strategy`, followed by a `NeuronTrainer`; shared+exclusive of all languages by default.
+        every_n_steps: detect and score again every `every_n_steps` optimizer steps; by default only before training.
         score_corpora: per language, batches to score on; `corpora` by default.
-        control_seeds: see `language_agnostic_score`; none by default, for they take several times as long as the score.
-        detect_keywords: passed on to `detect_neurons` (`top_ratio`, `consistency`, ...).
+        control_seeds: as for `language_agnostic_score`; none by default, because controls take several times as long
+            as the score itself.
+        detect_keywords: passed to `detect_neurons` (`top_ratio`, `consistency`, ...).
 
-    Attributes, afterwards:
-        neurons: the last `LanguageNeurons`. score: the last `AgnosticScore`. Both are None after a resumed training in which
-            no detection was due: its checkpoint says which neurons train, and its history what the score was.
+    Attributes:
+        neurons: the last `LanguageNeurons`, or None; see `score`.
+        score: the last `AgnosticScore`. Both are None until a detection has run, so also after a resumed training in
+            which none was due: there the checkpoint has the neurons, and the log history has the score.
         choice: what a `NeuronTrainer` trains.
 
     Raises:
-        ValueError: `every_n_steps` below 1, or `score_corpora` lacks a language. TypeError: no batches by language, or a
-            keyword that `detect_neurons` doesn't know.
-        UserError: an unknown strategy, or one of languages that `corpora` lacks.
+        ValueError: if `every_n_steps` is below 1, or `score_corpora` lacks a language.
+        TypeError: if `corpora` aren't batches by language, or `detect_neurons` doesn't accept a keyword.
+        UserError: if the strategy is unknown or names a language that `corpora` lacks.
     """
 
     def __init__(
@@ -78,29 +80,32 @@ class DetectionCallback(TrainerCallback):
         self.score: AgnosticScore | None = None
         self.choice: Choice | None = None
         self.log: Callable[[dict[str, float]], None] | None = None
-        """A trainer's `log`, where the trainer offers it; otherwise its reporting integrations are called."""
+        """The `log` method of a `NeuronTrainer`; None in other trainers, where reporting integrations are called."""
         self.is_fresh = False
-        """Whether a trainer has run it for the training that begins."""
+        """Whether a `NeuronTrainer` has already run detection for the training that is about to start."""
         self._integrations: list[TrainerCallback] | None = None
 
     def run(self, model: nn.Module) -> None:
-        """Detects and scores, with the errors of `detect_neurons` and `language_agnostic_score`. model: left as found."""
+        """Runs `detect_neurons` and `language_agnostic_score`, whose errors it raises; leaves the model as found."""
         self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
         self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
 
     def choose(self, model: nn.Module) -> Choice:
-        """What trains, as `Strategy.choose` has it, from what `run` found; `model` gives the shapes."""
+        """Applies `Strategy.choose` to the results of `run`; `model` provides the shapes."""
         self.choice = choice = self.strategy.choose(self.neurons, self.score, model)
         if choice.neurons is not None:
             logger.info(f"training {len(choice.neurons)} neurons: {choice.reason}")
         return choice
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, by fixed names; what is undefined is left out.
+        """Returns the metrics to log, under fixed names; undefined values are left out.
 
-        `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons,
-        `neurons/shared_ratio/<l>` the part of the related ones that is shared, `agnostic_score/importance/<l>` and
-        `agnostic_score` as `language_agnostic_score` defines them. Raises `ValueError` before any detection.
+        `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons;
+        `neurons/shared_ratio/<l>` is the shared fraction of the related neurons; `agnostic_score/importance/<l>` and
+        `agnostic_score` are as defined by `language_agnostic_score`.
+
+        Raises:
+            ValueError: before the first detection.
         """
         neurons, score = self.neurons, self.score
         if neurons is None or score is None:
@@ -115,7 +120,7 @@ class DetectionCallback(TrainerCallback):
         return {name: value for name, value in values.items() if value is not None}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Detects and scores, if a `NeuronTrainer` hasn't just done so, and reports; not in a resumed run."""
+        """Detects and scores, unless a `NeuronTrainer` has just done so, and reports. Does nothing in a resumed run."""
         self._integrations = None
         if not state.global_step:
             if not self.is_fresh:
@@ -130,7 +135,7 @@ class DetectionCallback(TrainerCallback):
             self._report(args, state, control, kwargs)
 
     def end(self) -> None:
-        """What was found stays; another training, perhaps of another model and by another trainer, detects anew."""
+        """Ends a training: keeps the results, and lets the next one, of any model or trainer, run a new detection."""
         self.is_fresh, self.log = False, None
 
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
@@ -138,13 +143,13 @@ class DetectionCallback(TrainerCallback):
         if self.log is not None:
             should_log = control.should_log
             self.log(metrics)
-            # A trainer takes what was due at this step, its loss, for logged.
+            # `log` clears this flag, but the trainer's own logging (the loss) is still due at this step.
             control.should_log = should_log
             return
-        # A callback has no handle on its trainer: the history and the integrations are what it can reach.
+        # A callback has no access to its trainer, only to the log history and the integrations.
         state.log_history.append({**metrics, "step": state.global_step})
         if state.is_world_process_zero:
-            if self._integrations is None:  # once a training: each opens files of its own
+            if self._integrations is None:  # created once per training: each instance opens its own files
                 self._integrations = [it() for it in get_reporting_integration_callbacks(args.report_to)]
             for integration in self._integrations:
                 integration.on_log(args, state, control, logs=dict(metrics), **kwargs)

@@ -1,4 +1,4 @@
-"""From neurons to entries of weights: which rows or columns of which linears learn."""
+"""Maps neurons to weight entries: which rows or columns of which linear layers are trained."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 
 @dataclass(frozen=True)
 class ChosenEntries:
-    """Rows (dim 0) or columns (dim 1) of one linear's weight.
+    """The chosen rows (dim 0) or columns (dim 1) of one linear layer's weight.
 
-    index: int64, sorted, unique, on the weight's device.
+    Attributes:
+        index: int64, sorted, unique, on the weight's device.
     """
 
     linear: nn.Module
@@ -21,19 +22,19 @@ class ChosenEntries:
     index: Tensor
 
     def frozen(self, size: int) -> Tensor:
-        """Bool, True where an entry must not move, shaped to broadcast over a weight with `size` rows or columns."""
+        """Returns a bool mask of the frozen entries that broadcasts over a weight with `size` rows (or columns)."""
         frozen = torch.ones(size, dtype=torch.bool, device=self.index.device)
         frozen[self.index] = False
         return frozen.unsqueeze(1 - self.dim)
 
 
 def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntries]:
-    """The linears that hold a chosen neuron, by module name, each with its chosen rows or columns.
+    """Returns the linear layers that contain chosen neurons, by module name, with their chosen rows or columns.
 
-    Sites that share a fused weight (Phi-3's q, k and v) become one.
+    Sites that share a fused weight (q, k and v in Phi-3) are combined into one entry.
 
     Raises:
-        UserError: neurons of another model.
+        UserError: if the neurons belong to another model.
     """
     neurons.check(model)
     decoder = find_decoder(model)
@@ -51,6 +52,6 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
 
 
 def num_weights(neurons: NeuronSet, model: nn.Module) -> int:
-    """How many weights a set's rows and columns have."""
+    """Returns the number of weight entries in the rows and columns of a set's neurons."""
     decoder = find_decoder(model)
     return sum(len(indices) * decoder.projection(site).entry_size for site, indices in neurons.items())

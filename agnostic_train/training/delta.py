@@ -1,4 +1,4 @@
-"""What training changed: rows and columns to add to a base model's weights."""
+"""Deltas: the changes made by training, as rows and columns to add to a base model's weights."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +19,16 @@ from agnostic_train.training.chosen import chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear
 
 KEY_PREFIX = "base_model.model."
-"""What PEFT puts before the names of the base model's modules."""
+"""The prefix that PEFT adds to the base model's module names."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What to add to chosen rows (dim 0) or columns (dim 1) of one weight.
+    """Values to add to chosen rows (dim 0) or columns (dim 1) of one weight.
 
-    index: int64, sorted, unique. values: (rows, in) or (out, columns), made float32 if they are less.
+    Attributes:
+        index: int64, sorted, unique.
+        values: (rows, in) or (out, columns); lower precisions are converted to float32.
     """
 
     dim: int
@@ -38,7 +40,7 @@ class Delta:
         object.__setattr__(self, "values", self.values.to(dtype))
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether it can have been trained beside this weight."""
+        """Returns whether the shape and indices match this weight."""
         return (
             len(self.index) > 0
             and self.index.shape == (self.values.shape[self.dim],)
@@ -47,27 +49,25 @@ class Delta:
         )
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """The changed weight, in float32 or better: whoever needs less rounds once."""
+        """Returns the changed weight in float32 or float64, so that callers round only once."""
         values = self.values.to(weight.device, torch.promote_types(weight.dtype, self.values.dtype))
         return weight.to(values.dtype).index_add(self.dim, self.index.to(weight.device), values)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model without PEFT's outer shells; its adapters' layers stay in it.
+    """Returns the model without the `PeftModel` wrapper; adapter layers remain in it.
 
     Raises:
-        UserError: adapters that aren't ours, several active ones, merged or disabled ones.
+        UserError: if an adapter isn't a neuron adapter, is merged or disabled, or if several are active.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, NeuronLinear):
-            raise UserError(
-                f"model: {name} has {type(module).__name__} adapters beside it; merge them first (merge_and_unload)"
-            )
+            raise UserError(f"model: {name} has {type(module).__name__} adapters; merge them first (merge_and_unload)")
         if module.merged:
-            raise UserError("model: its adapter is merged into the weights; take it out first (unmerge_adapter)")
+            raise UserError("model: its adapter is merged into the weights; unmerge it first (unmerge_adapter)")
         if module.disable_adapters:
             raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
         if sum(adapter in module.neuron_delta for adapter in module.active_adapters) > 1:
@@ -77,7 +77,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def adapter_deltas(model: nn.Module) -> dict[str, Delta]:
-    """What the active neuron adapter adds, by module name; empty for a model without one."""
+    """Returns the active neuron adapter's deltas by module name; empty for a model without an adapter."""
     deltas = {}
     for name, module in plain_model(model).named_modules():
         if isinstance(module, NeuronLinear):
@@ -90,7 +90,7 @@ def adapter_deltas(model: nn.Module) -> dict[str, Delta]:
 
 @torch.no_grad()
 def weight_deltas(model: nn.Module, base: nn.Module, neurons: NeuronSet) -> dict[str, Delta]:
-    """What a plain model differs in from its base, at the neurons that were trained."""
+    """Returns the differences between a plain model and its base at the trained neurons, by module name."""
     weights, deltas = dict(base.named_modules()), {}
     for name, chosen in chosen_entries(model, neurons).items():
         weight = chosen.linear.weight
@@ -102,16 +102,18 @@ def weight_deltas(model: nn.Module, base: nn.Module, neurons: NeuronSet) -> dict
 
 
 def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
-    """A saved adapter's deltas by module name, and the name or folder of the base that it was trained on.
+    """Reads a saved adapter: its deltas by module name, and the name or folder of its base model, if recorded.
 
     Raises:
-        UserError: the folder holds no neuron adapter, or a broken one.
+        UserError: if the folder has no neuron adapter, or a damaged one.
     """
     file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     try:
         config = PeftConfig.from_pretrained(str(directory))
         if not isinstance(config, NeuronConfig):
-            raise UserError(f"{directory}: an adapter, but a {config.peft_type.value} one; merge it with its own tools")
+            raise UserError(
+                f"{directory}: holds a {config.peft_type.value} adapter, not a neuron adapter; merge it with PEFT"
+            )
         tensors = load_file(file)
         dims = dict.fromkeys(config.rows, 0) | dict.fromkeys(config.columns, 1)
         deltas = {
@@ -122,24 +124,25 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); a plain checkpoint is given as a loaded model"
+            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); pass a plain checkpoint as a "
+            "loaded model"
         ) from None
     return deltas, config.base_model_name_or_path
 
 
 def add_deltas(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name, with the deltas added; what has no delta is the same tensor.
+    """Yields the weights by name, with the deltas added; a weight without a delta is the same tensor.
 
-    A sum is made when it is asked for, and kept by nobody here: those of a large model take more than the model.
+    Each sum is computed on demand and not kept: all the sums of a large model would need more memory than the model.
 
     Raises:
-        UserError: deltas of another model, before anything is yielded.
+        UserError: if the deltas belong to another model; raised before the first weight is yielded.
     """
     by_name = {f"{module}.weight": delta for module, delta in deltas.items()}
     for name, delta in by_name.items():
         if name not in weights or not delta.fits(weights[name]):
             raise UserError(
-                f"base: {name} is missing there or has another shape; give the base that the adapter was trained on"
+                f"base: {name} is missing or has another shape; give the base that the adapter was trained on"
             )
     for name, weight in weights.items():
         yield name, by_name[name].added_to(weight) if name in by_name else weight

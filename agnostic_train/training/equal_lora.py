@@ -1,4 +1,4 @@
-"""The LoRA baseline: as many trainable parameters as a set of neurons has."""
+"""The LoRA baseline, with about as many trainable parameters as a set of neurons."""
 
 import random
 
@@ -10,21 +10,22 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import num_weights
 
 SCALING = 2.0
-"""lora_alpha / r, at every rank."""
+"""`lora_alpha / r`, the same at every rank."""
 
 
 def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:
-    """A LoRA on the model's projections with at most as many parameters as the neurons have weights.
+    """Configures a LoRA on the model's projections with at most as many parameters as the neurons have weight entries.
 
-    All projections get the rank that the budget allows; what is left gives single projections one more, in a fixed
-    random order, so that no layer or kind is preferred. A budget below one rank of one projection gets that.
+    All projections get the highest common rank within the budget. What is left raises the rank of individual
+    projections by one, in a fixed random order, so that no layer or projection type is favoured. If the budget is too
+    small for any, the projection with the fewest parameters per rank gets rank 1 nevertheless.
 
     Returns: the configuration, and its number of trainable parameters.
     """
     names = {module: name for name, module in model.named_modules()}
     decoder = find_decoder(model)
     linears = dict.fromkeys(decoder.projection(site).linear for site in decoder.sizes)
-    # One rank adds a column of A and a row of B.
+    # Each additional rank adds a row of A (in_features) and a column of B (out_features).
     prices = {names[linear]: linear.in_features + linear.out_features for linear in linears}
     rank, left = divmod(num_weights(neurons, model), sum(prices.values()))
     ranks = dict.fromkeys(prices, rank)
@@ -32,10 +33,10 @@ def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:
         if prices[name] <= left:
             ranks[name] += 1
             left -= prices[name]
-    ranks = {name: its for name, its in ranks.items() if its} or {min(prices, key=prices.__getitem__): 1}
+    ranks = {name: rank for name, rank in ranks.items() if rank} or {min(prices, key=prices.__getitem__): 1}
     largest = max(ranks.values())
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=largest, lora_alpha=SCALING * largest, lora_dropout=0.0, rank_pattern=ranks,
-        alpha_pattern={name: SCALING * its for name, its in ranks.items()}, target_modules=sorted(ranks),
+        alpha_pattern={name: SCALING * rank for name, rank in ranks.items()}, target_modules=sorted(ranks),
     )  # fmt: skip
-    return config, sum(its * prices[name] for name, its in ranks.items())
+    return config, sum(rank * prices[name] for name, rank in ranks.items())

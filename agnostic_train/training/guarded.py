@@ -1,4 +1,4 @@
-"""A Trainer that stops where training has failed and says where, and refuses to go on from a damaged checkpoint."""
+"""A Trainer that stops with a precise error when training fails, and refuses to resume from a damaged checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -26,39 +26,39 @@ _NUM_TOKENS_NAMED = 12
 
 
 class GuardedTrainer(Trainer):
-    """A `Trainer` that stops at the first loss that isn't finite, and never saves weights that aren't.
+    """A `Trainer` that stops at the first non-finite loss, and never saves non-finite weights.
 
-    Raises (from `train`):
-        NonFiniteLossError: naming the step and the batch, with the last good checkpoint left as it is.
-        UserError: naming the file of a checkpoint that can't be resumed from.
+    `train` raises:
+        NonFiniteLossError: with the step and the batch; earlier checkpoints are kept.
+        UserError: if a checkpoint can't be resumed from, with the name of the damaged file.
     """
 
     def __init__(self, *args, **kwargs):
-        # Losses since the last look, and their batches' tokens.
+        # The losses since the last check, each with its batch's token ids.
         self._unchecked: list[tuple[Tensor, Tensor | None]] = []
         super().__init__(*args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         settings = super()._build_accelerator_args(**kwargs)
         if isinstance(self.model, PeftModel) and self.args.ddp_find_unused_parameters is None:
-            # A forward pass uses all of an adapter. A Trainer has DDP look for what isn't used in every model that isn't
-            # transformers' own: a walk through each graph, at which reentrant checkpointing fails.
+            # Every forward pass uses all adapter parameters. For any model that isn't a `PreTrainedModel`, Trainer
+            # makes DDP search each graph for unused parameters, which fails with reentrant gradient checkpointing.
             for handler in settings["kwargs_handlers"]:
                 if isinstance(handler, DistributedDataParallelKwargs):
                     handler.find_unused_parameters = False
         return settings
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a checkpoint is looked through before anything of it is loaded.
+        """Trains as `Trainer.train` does, but checks a checkpoint's files before loading any of them.
 
         Raises:
-            NonFiniteLossError: a loss that isn't finite. UserError: a damaged checkpoint, a disk that takes none, or FSDP
-                with checkpoints of parts.
+            NonFiniteLossError: if a loss isn't finite.
+            UserError: if a checkpoint is damaged or can't be written, or FSDP is set to save sharded checkpoints.
         """
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise UserError(
-                "fsdp_state_dict_type: a Trainer saves parts alone with this one, no adapter or model to load; set it to "
-                "FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
+                "fsdp_state_dict_type: with this value, a Trainer saves only shards, not a loadable adapter or model; "
+                "set it to FULL_STATE_DICT (recipes/accelerate/fsdp2.yaml)"
             )
         self._unchecked.clear()
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
@@ -66,12 +66,13 @@ class GuardedTrainer(Trainer):
             check_resumable(checkpoint)
             if not _has_optimizer(checkpoint):
                 logger.warning(
-                    f"{checkpoint}: has no optimizer (save_only_model); training goes on with a new one, and ends elsewhere"
+                    f"{checkpoint}: has no optimizer (save_only_model); training continues with a new one, and the "
+                    "result will differ"
                 )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            # What is told next would stand in the line of the progress bar.
+            # Close the progress bars: otherwise the error message would be printed on the same line.
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback):
                     for bar in (callback.prediction_bar, callback.training_bar):
@@ -81,29 +82,29 @@ class GuardedTrainer(Trainer):
             raise
 
     def resumed_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The folder that `train` goes on from; True stands for the last one in `output_dir`."""
+        """Returns the folder to resume from, or None; True means the last checkpoint in `output_dir`."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         return Path(checkpoint) if checkpoint else None
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # Resumed from the checkpoint of its last step, in the middle of an epoch, a Trainer would train one step more.
+        # When resumed mid-epoch from the checkpoint of the last step, Trainer would train one step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Mapping | list, *args, **kwargs) -> Tensor:
-        """As `Trainer.training_step`; before an optimizer step the losses that it is made of must be finite.
+        """Runs `Trainer.training_step`, and before each optimizer step checks that its losses are finite.
 
         Raises:
-            NonFiniteLossError: one isn't.
+            NonFiniteLossError: if one isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # Trainers that generate, such as TRL's GRPOTrainer, are handed a list of rows.
+        # In trainers that generate, such as TRL's GRPOTrainer, `inputs` is a list of rows.
         self._unchecked.append((loss, inputs.get("input_ids") if isinstance(inputs, Mapping) else None))
-        # A look waits for the device and for all processes: once a step, not at every batch that is accumulated.
+        # Once per optimizer step, not per accumulated batch: the check synchronises the device and all processes.
         if self.accelerator.sync_gradients:
             unchecked, self._unchecked = self._unchecked, []
             self._check_losses(unchecked)
@@ -111,10 +112,10 @@ class GuardedTrainer(Trainer):
 
     def _check_losses(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
         are_bad = torch.stack([(~loss.isfinite()).any() for loss, _ in batches])
-        # The processes must agree: one that goes on alone waits for the others for ever.
+        # All processes must stop together: one that continued alone would wait forever for the others.
         if not sum_over_processes(are_bad.any().int()):
             return
-        # Where the batches of this process are fine, its last one stands for them.
+        # If only another process has a non-finite loss, report this process's last batch.
         loss, ids = next((batch for batch, is_bad in zip(batches, are_bad, strict=True) if is_bad), batches[-1])
         batch = "" if ids is None else (
             f", on the batch of {len(ids)} sequences whose first begins with the tokens "
@@ -129,27 +130,27 @@ class GuardedTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            # Torch's words for a file that it couldn't write.
+            # Torch's error messages for a file that couldn't be written.
             if not any(it in str(error) for it in ("inline_container", "iostream")):
                 raise
             raise UserError(
-                f"output_dir: {self.args.output_dir} takes no checkpoint ({error}); is the disk full?"
+                f"output_dir: can't write a checkpoint to {self.args.output_dir} ({error}); is the disk full?"
             ) from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, if what was trained is finite: a checkpoint of NaN would replace a good one.
+        """Saves as `Trainer.save_model` does, but refuses non-finite weights, which would replace a good checkpoint.
 
         Raises:
-            NonFiniteLossError: it isn't, and nothing is written.
+            NonFiniteLossError: if a trained weight isn't finite; nothing is written then.
         """
         bad = [
             name
             for name, it in self.model.named_parameters()
-            # Of weights that are split over processes, each looks at its own part.
+            # Each process checks its own shard of sharded weights.
             if it.requires_grad and not own_part(it).isfinite().all()
         ]
         num_bad = torch.tensor(len(bad), device=self.args.device)
-        # At a checkpoint all processes are here, and must agree; elsewhere one may save alone.
+        # Trainer's own checkpoints are saved by all processes, which must agree; a user may call this on one alone.
         if _internal_call:
             num_bad = sum_over_processes(num_bad)
         if num_bad:
@@ -162,9 +163,10 @@ class GuardedTrainer(Trainer):
 
 
 def is_resumable(checkpoint: Path) -> bool:
-    """Whether a checkpoint was saved to the end, and with its optimizer. A Trainer writes its state last, and not atomically.
+    """Returns whether a checkpoint is complete and contains the optimizer state.
 
-    `save_only_model` leaves the optimizer out: a training would go on from there with another, and end elsewhere.
+    Trainer writes its own state last, and not atomically. `save_only_model` omits the optimizer: a resumed training
+    would create a new one, and its result would differ.
     """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -174,21 +176,20 @@ def is_resumable(checkpoint: Path) -> bool:
 
 
 def _has_optimizer(checkpoint: Path) -> bool:
-    # DeepSpeed keeps its own in a folder of the step.
+    # DeepSpeed saves its optimizer in a folder named `global_step<n>`.
     return any(it.name.startswith(("optimizer", "global_step")) for it in checkpoint.iterdir())
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Opens every file that resuming reads, without reading the tensors in it.
+    """Opens every file needed to resume, without reading its tensors.
 
     Raises:
-        UserError: naming the file that is missing, cut short or not what it should be; pickles may hold tensors and plain
-            values alone.
+        UserError: if a file is missing, truncated or invalid; pickles may contain only tensors and plain values.
     """
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         raise UserError(
-            f"{checkpoint / TRAINER_STATE_NAME}: missing, so the checkpoint wasn't saved to its end; delete {checkpoint}, and "
-            "training goes on from the one before it"
+            f"{checkpoint / TRAINER_STATE_NAME}: missing, so the checkpoint is incomplete; delete {checkpoint}, and "
+            "training continues from the one before it"
         )
     for file in sorted(checkpoint.iterdir()):
         try:
@@ -197,11 +198,11 @@ def check_resumable(checkpoint: Path) -> None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:
                     tensors.keys()
-            elif file.suffix in (".pt", ".pth", ".bin") and file.name != TRAINING_ARGS_NAME:  # which nobody reads
+            elif file.suffix in (".pt", ".pth", ".bin") and file.name != TRAINING_ARGS_NAME:  # never read when resuming
                 with safe_globals():
                     torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # unpickling damaged bytes can raise anything
             raise UserError(
-                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training goes on from "
-                "the one before it"
+                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training "
+                "continues from the one before it"
             ) from None

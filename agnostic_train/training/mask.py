@@ -1,7 +1,7 @@
-"""`update="mask"`: gradient masks on the full weights, the exact and simple reference.
+"""Training with `update="mask"`: gradient masks on the full weights, the exact and simple reference.
 
-It costs what full fine-tuning costs: gradients and optimizer state are as large as the weights that hold a chosen
-neuron. Weights without one don't require gradients.
+The cost is close to that of full fine-tuning: every weight with at least one chosen neuron has gradients and optimizer
+state of its full size. Weights without a chosen neuron don't require gradients.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,11 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class MaskedParameter:
-    """A weight of which only some rows (dim 0) or columns (dim 1) learn.
+    """A weight in which only some rows (dim 0) or columns (dim 1) are trained.
 
-    chosen: int64 indices along `dim`. frozen: bool, True where an entry must not move, shaped to broadcast over the
-    weight. Both on the weight's device.
+    Attributes:
+        chosen: int64 indices along `dim`, on the weight's device.
+        frozen: bool, True for entries that must not change; broadcasts over the weight, and is on its device.
     """
 
     name: str
@@ -36,25 +37,26 @@ class MaskedParameter:
 
     @property
     def num_chosen(self) -> int:
-        """Number of single weights that learn."""
+        """Number of trainable weight entries."""
         return len(self.chosen) * self.parameter.numel() // self.parameter.shape[self.dim]
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-"""The names of `TrainingArguments.optim` that treat each weight on its own, and were tested."""
+"""Tested values of `TrainingArguments.optim` whose optimizers update each weight entry independently."""
 
 
 class GradientMask:
-    """Lets only the chosen neurons' rows and columns learn: freezes all else, masks every gradient.
+    """Restricts training to the rows and columns of the chosen neurons by masking gradients.
 
-    Biases, norms and embeddings never learn. A mask is a state of the model: `remove()` ends it.
+    All other parameters, including biases, norms and embeddings, are frozen. The mask stays on the model until
+    `remove()` is called.
 
     Args:
-        model: its parameters' `requires_grad` are set; gradients are masked as soon as they are accumulated.
+        model: the model to train; its `requires_grad` flags are set, and each gradient is masked once accumulated.
         neurons: the neurons to train.
 
     Raises:
-        UserError: no neuron, or neurons of another model.
+        UserError: if `neurons` is empty or belongs to another model.
     """
 
     def __init__(self, model: nn.Module, neurons: NeuronSet):
@@ -75,28 +77,28 @@ class GradientMask:
             parameter.requires_grad_(False)
         for masked in self.parameters:
             masked.parameter.requires_grad_(True)
-            # A tensor hook would silently never fire under FSDP2; this one also sees the accumulated gradient.
+            # Under FSDP2 a plain tensor hook silently never fires. This hook also sees the accumulated gradient.
             self._handles.append(masked.parameter.register_post_accumulate_grad_hook(_zero_frozen(masked.frozen)))
 
     @property
     def num_trainable(self) -> int:
-        """Number of single weights that learn."""
+        """Number of trainable weight entries."""
         return sum(masked.num_chosen for masked in self.parameters)
 
     def guard(self, optimizer: Optimizer) -> None:
-        """Keeps the optimizer from moving a frozen entry by weight decay or by momentum of an earlier run.
+        """Prevents weight decay and the momentum of an earlier run from changing frozen entries.
 
-        Decay is taken out of the optimizer and done on the chosen rows and columns alone, toward zero, in the order
-        and arithmetic of the optimizer's own.
+        The optimizer's own weight decay is set to zero. Instead, the chosen rows and columns alone are decayed toward
+        zero, with the same arithmetic and at the same point of the step as the optimizer would.
 
         Raises:
-            UserError: an optimizer that mixes entries, or whose weight decay isn't known.
+            UserError: if the optimizer isn't Adam, AdamW or SGD: it may mix entries or decay weights in another way.
         """
         if not isinstance(optimizer, (Adam, AdamW, SGD)):
             name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
             raise UserError(
-                f"training.optim: {name} isn't known to treat each weight on its own, so update='mask' can't promise "
-                f"that nothing else moves; use {', '.join(OPTIMIZERS)}"
+                f"training.optim: {name} isn't known to update each weight independently, so update='mask' can't "
+                f"guarantee that no other weight changes; use {', '.join(OPTIMIZERS)}"
             )
         decays = {
             id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
@@ -105,7 +107,7 @@ class GradientMask:
         self._take_decay_out(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer, decays)),
-            # A resumed optimizer brings back its own decay, and momentum that may belong to other neurons.
+            # A loaded state restores the optimizer's own decay, and its momentum may belong to other neurons.
             optimizer.register_load_state_dict_post_hook(self._take_decay_out),
             optimizer.register_load_state_dict_post_hook(self._clean_loaded_state),
         ]
@@ -125,16 +127,16 @@ class GradientMask:
     def _before_step(self, optimizer: Optimizer, decays: dict[int, float]) -> None:
         for masked in self.parameters:
             if masked.parameter.grad is not None:
-                # Clipping came after the mask, and a norm that is NaN makes NaN of frozen entries' zeros too.
+                # Clipping runs after the gradient mask: a NaN norm turns the zeros of frozen entries into NaN as well.
                 masked.parameter.grad.masked_fill_(masked.frozen, 0)
         self._decay_chosen(optimizer, decays)
 
     def _decay_chosen(self, optimizer: Optimizer, decays: dict[int, float]) -> None:
         masked_by_id = {id(masked.parameter): masked for masked in self.parameters}
-        # A gradient scaler leaves it to a fused optimizer to skip a step that overflowed.
+        # With a gradient scaler, a fused optimizer itself skips a step that overflowed; decay must be skipped too.
         overflowed = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
-            # Adam adds decay to the gradient unless told otherwise, AdamW takes it off the weight before its step.
+            # By default, Adam adds decay to the gradient, and AdamW subtracts it from the weight before the step.
             decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
             for parameter in group["params"]:
                 masked, decay = masked_by_id.get(id(parameter)), decays.get(id(parameter), 0.0)
@@ -148,12 +150,12 @@ class GradientMask:
                     parameter.index_copy_(masked.dim, masked.chosen, values * (1 - decay))
                 else:
                     values = values.to(parameter.grad.dtype)
-                    # An optimizer that maximizes turns the gradient's sign before it adds decay.
+                    # With `maximize`, the optimizer negates the gradient before it adds decay.
                     decay = -decay if group.get("maximize") else decay
                     parameter.grad.index_add_(masked.dim, masked.chosen, values, alpha=decay)
 
     def remove(self) -> None:
-        """Takes all hooks off, and gives parameters their `requires_grad` and optimizers their decay back."""
+        """Removes all hooks, and restores the parameters' `requires_grad` and the optimizers' weight decay."""
         for handle in self._handles:
             handle.remove()
         for parameter, requires_grad in self._found:
@@ -164,15 +166,15 @@ class GradientMask:
 
 
 def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedParameter]:
-    """The weights that hold a chosen neuron, each with its chosen rows or columns.
+    """Yields the weights that contain chosen neurons, each with its chosen rows or columns.
 
     Raises:
-        UserError: neurons of another model, or a model with adapters or quantised weights.
+        UserError: if the neurons belong to another model, or a chosen weight has adapters or is quantised.
     """
     for name, chosen in chosen_entries(model, neurons).items():
         if not isinstance(chosen.linear, nn.Linear) or not chosen.linear.weight.is_floating_point():
             raise UserError(
-                f"training.update: 'mask' trains plain weights, and {name} has adapters beside it or is quantised; "
+                f"training.update: 'mask' trains plain weights, and {name} has adapters or is quantised; "
                 "use 'compact', or merge the adapters first"
             )
         weight = chosen.linear.weight
@@ -183,7 +185,7 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
 
 def _zero_frozen(frozen: Tensor):
     def zero(parameter: nn.Parameter) -> None:
-        # Filled, not multiplied: NaN times zero is NaN.
+        # Fill instead of multiplying by zero: NaN * 0 is NaN.
         parameter.grad.masked_fill_(frozen.to(parameter.grad.device), 0)
 
     return zero

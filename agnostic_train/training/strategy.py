@@ -1,4 +1,4 @@
-"""Which neurons to train, given what was detected and scored."""
+"""Strategies: which neurons to train, given the detected neurons and the language-agnostic score."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -25,10 +25,13 @@ BASELINES = ("full", "lora")
 
 @dataclass(frozen=True)
 class Choice:
-    """What learns.
+    """What to train.
 
-    strategy: that gave it (after `auto`). neurons: to train; None for a baseline, which trains `lora` or else all
-    weights. reason: why, in words and numbers.
+    Attributes:
+        strategy: the strategy used; for `auto`, the one it selected.
+        neurons: the neurons to train; None for the baselines, which train `lora`, if given, or all weights.
+        reason: why, in words and numbers.
+        lora: the configuration of the `lora` baseline.
     """
 
     strategy: str
@@ -39,22 +42,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How to choose the neurons that are trained.
+    """A rule for choosing the neurons to train.
 
     Attributes:
-        name: one of `STRATEGIES` or `BASELINES`. `shared` trains what all languages use; `exclusive` and `related` what
-            the target languages use; `random` as many random neurons at every site as `random_like` would choose;
-            `auto` decides by the score: below `low` shared+exclusive, up to `high` shared, above it exclusive. The
-            baseline `full` trains all weights, `lora` a LoRA with as many trainable parameters as `random_like` would
-            choose.
+        name: one of `STRATEGIES` or `BASELINES`. `shared`: the neurons shared by all languages. `exclusive`, `related`:
+            the exclusive or related neurons of the target languages. `shared+exclusive`: their union. `random`: as many
+            random neurons at each site as `random_like` selects. `auto`: by the language-agnostic score,
+            shared+exclusive below `low`, shared up to `high`, exclusive above it. Baselines: `full` trains all weights,
+            `lora` a LoRA with about as many trainable parameters as the neurons of `random_like`.
         languages: the languages to enhance; all detected ones by default.
-        low, high: thresholds of `auto` on the language-agnostic score. log 2 is where shared neurons matter as much as
+        low, high: thresholds of `auto` on the language-agnostic score. At log 2, shared neurons matter as much as
             exclusive ones; the paper supports no default for `high`.
-        random_like: the strategy whose numbers `random` and `lora` match.
-        seed: of `random`.
+        random_like: the strategy whose neuron counts `random` and `lora` match.
+        seed: the random seed of `random`.
 
     Raises:
-        UserError: an unknown name, a text for languages, or thresholds that `auto` can't use.
+        UserError: if a name is unknown, `languages` is a string, or `auto` has no valid thresholds.
     """
 
     name: str = "shared+exclusive"
@@ -65,7 +68,7 @@ class Strategy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.languages, str):  # a sequence too, of its letters
+        if isinstance(self.languages, str):  # a string is also a sequence, of letters
             raise UserError(f"training.languages: expected a list of languages, such as [{self.languages!r}]")
         if self.name not in (*STRATEGIES, *BASELINES):
             raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join((*STRATEGIES, *BASELINES))}")
@@ -79,39 +82,39 @@ class Strategy:
 
     @property
     def needs_score(self) -> bool:
-        """Whether `choose` asks for a score."""
+        """Whether `choose` needs a score."""
         return self.name == "auto"
 
     def check_languages(self, detected: Iterable[str]) -> None:
-        """Compares the languages to enhance with the detected ones.
+        """Checks that all languages to enhance were detected.
 
         Raises:
-            UserError: one isn't among them.
+            UserError: if one wasn't.
         """
         detected = list(detected)
         for language in self.languages or []:
             if language not in detected:
                 raise UserError(
-                    f"training.languages: {language!r} isn't among the detected languages ({', '.join(detected)}); add it "
-                    "to corpus.languages"
+                    f"training.languages: {language!r} isn't among the detected languages ({', '.join(detected)}); "
+                    "add it to corpus.languages"
                 )
 
     def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
-        """Chooses what trains.
+        """Chooses what to train.
 
         Args:
-            found: from `detect_neurons`; `full` alone needs none.
-            score: needed by `auto` alone.
-            model: gives the sizes for `random` and `lora`.
+            found: the result of `detect_neurons`; only `full` works without it.
+            score: the language-agnostic score; only `auto` needs it.
+            model: provides the sizes for `random` and `lora`.
 
         Raises:
-            UserError: no `found`, an unknown language, for `auto` a score that is undefined or clipped in every language, or an
-                empty choice.
+            UserError: if `found` is missing, a language wasn't detected, the choice is empty, or, for `auto`, the score
+                is undefined or clipped in every language.
         """
         if self.name == "full":
             return Choice("full", None, "all weights")
         if found is None:
-            raise UserError(f"training.strategy: {self.name!r} chooses among detected neurons, and none are given")
+            raise UserError(f"training.strategy: {self.name!r} needs detected neurons, and none were given")
         self.check_languages(found.languages)
         languages = list(self.languages or found.languages)
         names = ", ".join(languages)
@@ -126,7 +129,7 @@ class Strategy:
             neurons, reason = _chosen(name, found, languages), f"{name} of {names}"
         if not len(neurons):
             remedy = "lower detection.consistency or raise detection.top_ratio"
-            if found.settings.get("method") == "lape":  # which finds few shared ones
+            if found.settings.get("method") == "lape":  # LAPE finds few shared neurons
                 remedy = "raise detection.lape_ratio" + ("" if name == "related" else ", or train 'related'")
             raise UserError(f"training.strategy: {name!r} of {names} has no neuron to train; {remedy}")
         if self.name == "lora":
@@ -148,21 +151,26 @@ class Strategy:
         if clipped and len(clipped) == len(score.table) - len(score.undefined):
             raise UserError(
                 f"training.strategy: 'auto' needs a measured language-agnostic score, and this one is clipped in "
-                f"{', '.join(clipped)}: switching a set off didn't raise perplexity (by {SMALLEST_CHANGE:g} at least), and the "
-                "ratio is arbitrary; raise detection.top_ratio or name a strategy"
+                f"{', '.join(clipped)}: switching a set off didn't raise perplexity (by {SMALLEST_CHANGE:g} at least), "
+                "and the ratio is arbitrary; raise detection.top_ratio or name a strategy"
             )
         assert self.high is not None
         value = f"score {score.value:.3f}"
         doubts = [
-            f"{what} {', '.join(it)}" for what, it in (("clipped in", clipped), ("undefined in", score.undefined)) if it
+            f"{status} in {', '.join(languages)}"
+            for status, languages in (("clipped", clipped), ("undefined", score.undefined))
+            if languages
         ]
         if doubts:
             value += f" ({'; '.join(doubts)})"
         if score.value < self.low:
-            return "shared+exclusive", f"{value} is below low {self.low:.3f}: the language-agnostic core is young"
+            return "shared+exclusive", f"{value} is below low {self.low:.3f}: the language-agnostic core is still weak"
         if score.value <= self.high:
             return "shared", f"{value} is between low {self.low:.3f} and high {self.high:.3f}"
-        return "exclusive", f"{value} is above high {self.high:.3f}: the core is mature, the language's own part lags"
+        return (
+            "exclusive",
+            f"{value} is above high {self.high:.3f}: the core is strong, the language's own neurons lag behind",
+        )
 
 
 def _chosen(name: str, found: LanguageNeurons, languages: list[str]) -> NeuronSet:

@@ -1,4 +1,4 @@
-"""The Trainer of which only the chosen neurons learn."""
+"""`NeuronTrainer`: a Trainer that trains only the chosen neurons."""
 
 import re
 from collections.abc import Mapping
@@ -25,23 +25,23 @@ NEURONS_FILE = "neurons.safetensors"
 
 @dataclass
 class NeuronTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and how the chosen neurons are updated.
+    """`TrainingArguments` plus the method that updates the chosen neurons.
 
     Args:
-        update: `compact`, a small adapter of their rows and columns beside frozen weights, or `mask`, the full weights
-            with masked gradients. Without weight decay the optimizers that both take end at the same weights, to
-            rounding.
-        Others as for `TrainingArguments`.
+        update: `compact` trains a small adapter of the neurons' rows and columns and keeps the weights frozen; `mask`
+            trains the full weights with masked gradients. Without weight decay, the optimizers that both support
+            produce the same weights, up to rounding.
+        Other arguments: as for `TrainingArguments`.
 
     Raises:
-        UserError: another `update`.
+        UserError: if `update` is neither.
     """
 
     update: Update = field(
         default="compact",
         metadata={
-            "help": "How the chosen neurons learn: 'compact' trains a small adapter of their rows and columns beside "
-            "frozen weights, 'mask' the full weights with masked gradients."
+            "help": "How the chosen neurons are trained: 'compact' trains a small adapter of their rows and columns on "
+            "top of frozen weights, 'mask' trains the full weights with masked gradients."
         },
     )
 
@@ -51,35 +51,34 @@ class NeuronTrainingArguments(TrainingArguments):
 
 
 class NeuronTrainer(GuardedTrainer):
-    """A `Trainer` in which only the chosen neurons' rows and columns learn.
+    """A `Trainer` that trains only the chosen neurons' rows and columns.
 
-    Biases, norms, embeddings and every unchosen row and column keep the very bits that they had, whatever the
-    optimizer's weight decay and momentum. Checkpoints hold the neurons beside the weights, and a resumed run takes
-    them from there.
+    Biases, norms, embeddings and all unchosen rows and columns stay bit-identical, whatever the optimizer's weight
+    decay and momentum. Checkpoints also contain the neurons, and a resumed run reads them from there.
 
-    With `update="compact"` the model becomes a `PeftModel` around the one given (`trainer.model`): the chosen rows
-    and columns are its only trainable tensors, and checkpoints hold them alone. Weight decay draws them toward the
-    base model; with `update="mask"`, toward zero.
+    With `update="compact"`, `trainer.model` is a `PeftModel` that wraps the given model: the chosen rows and columns
+    are its only trainable tensors, and checkpoints contain only these. Weight decay pulls them toward the base model's
+    values; with `update="mask"`, toward zero.
 
     Args:
-        model: a causal language model, plain or with one neuron adapter to go on training.
-        neurons: the neurons to train, as a `NeuronSet`, what makes one, or a file of one. None: those of the model's
-            adapter, or else a `DetectionCallback` among the callbacks finds them inside `train()`, on the training
-            device, before the optimizer exists.
+        model: a causal language model, either plain or with one neuron adapter whose training continues.
+        neurons: the neurons to train: a `NeuronSet`, a mapping to build one from, or the path of its file. If None,
+            those of the model's adapter; without an adapter, a `DetectionCallback` detects them inside
+            `train()`, on the training device, before the optimizer is created.
         update: overrides the arguments' `update`.
-        Others as for `Trainer`.
+        Other arguments: as for `Trainer`.
 
     Attributes:
-        neurons: what trains; None until detection has run. Training with masks notes it in `model.trained_neurons`
-            too (what was trained earlier included), which `export_checkpoint` reads.
+        neurons: the neurons to train; None until detection has run. With `update="mask"`, `model.trained_neurons` also
+            records them, together with those trained earlier, for `export_checkpoint`.
 
     Raises:
-        UserError: neurons of another model, other adapters in the model, an engine or optimizer with which nothing else
-            can be kept from moving, a callback whose strategy trains no neurons; in `train`, neither neurons nor a
-            `DetectionCallback`, a loss that isn't finite and a damaged checkpoint.
+        UserError: if the neurons belong to another model, the model has other adapters, the callback's strategy trains no
+            neurons, or the engine or optimizer can't keep all other weights fixed. `train` also raises if there are neither
+            neurons nor a `DetectionCallback`, a loss isn't finite or a checkpoint is damaged.
     """
 
-    model: nn.Module  # said here because the type checker doesn't read Trainer
+    model: nn.Module  # declared because the type checker doesn't read Trainer
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class NeuronTrainer(GuardedTrainer):
         update: Update | None = None,
         **kwargs,
     ):
-        # Trainers for preferences, such as TRL's, have them in another place.
+        # Found by type: TRL's preference trainers take the arguments in another position.
         arguments = next((it for it in (*args, *kwargs.values()) if isinstance(it, TrainingArguments)), None)
         self.update = update or getattr(arguments, "update", "compact")
         check_choice("training.update", self.update, Update)
@@ -101,13 +100,13 @@ class NeuronTrainer(GuardedTrainer):
         self._resumed_neurons: NeuronSet | None = None
         self._in_float32: dict[str, torch.Tensor] = {}
         if isinstance(model, nn.Module):
-            # As early as this, because a Trainer takes quantised models only with their adapter.
+            # Before `super().__init__`, because Trainer accepts quantised models only with an adapter.
             model = self._with_adapter(model)
         adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
         values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)
         for parameter, value in zip(adapter, values, strict=True):
-            if parameter.dtype != value.dtype:  # TRL rounds what learns beside a quantised base to bfloat16
+            if parameter.dtype != value.dtype:  # TRL casts trainable parameters of quantised models to bfloat16
                 parameter.data = value.to(parameter.device)
         if self.neurons is None and self._detection is not None:
             self._check_strategy(self._detection)
@@ -125,12 +124,12 @@ class NeuronTrainer(GuardedTrainer):
         return next((it for it in self.callback_handler.callbacks if isinstance(it, DetectionCallback)), None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; a resumed run trains the neurons that its checkpoint names.
+        """Trains as `Trainer.train` does; a resumed run trains the neurons stored in its checkpoint.
 
         Raises:
-            UserError: the checkpoint is damaged or of other neurons, an engine splits the weights that `mask` needs
-                whole, detection found nothing to train, or a disk takes no checkpoint.
-            NonFiniteLossError: a loss that isn't finite.
+            UserError: if the checkpoint is damaged or trains other neurons, the engine shards weights that `mask` needs
+                whole, detection finds nothing to train, or a checkpoint can't be written.
+            NonFiniteLossError: if a loss isn't finite.
         """
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
@@ -151,17 +150,17 @@ class NeuronTrainer(GuardedTrainer):
             if self._detection is not None:
                 self._detection.end()
             if self._mask is not None:
-                # A mask left on the model would silently freeze what another training is told to train.
+                # A mask left on the model would silently freeze the parameters of a later training.
                 self._mask.remove()
                 self._mask = self._guarded = None
 
     def call_model_init(self, trial=None) -> nn.Module:
-        """As `Trainer.call_model_init`; inside `train()`, the model is made ready for its neurons to learn."""
+        """Creates the model as `Trainer` does; inside `train()`, also prepares it for neuron training."""
         model = super().call_model_init(trial)
         return self._prepared(model.to(self.args.device)) if getattr(self, "is_in_train", False) else model
 
     def _prepared(self, model: nn.Module) -> nn.Module:
-        """The model with its neurons chosen, and everything else kept from learning."""
+        """Returns the model ready for training: chooses the neurons if needed, and freezes everything else."""
         if self.update == "mask" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise UserError(
                 "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
@@ -169,8 +168,8 @@ class NeuronTrainer(GuardedTrainer):
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise UserError(
-                "fsdp_cpu_ram_efficient_loading: accelerate can't spread the adapter's indices from the first process; "
-                "set it to false (recipes/accelerate/fsdp2.yaml)"
+                "fsdp_cpu_ram_efficient_loading: accelerate can't broadcast the adapter's indices from the first "
+                "process; set it to false (recipes/accelerate/fsdp2.yaml)"
             )
         detection = self._detection
         if detection is not None:
@@ -178,7 +177,7 @@ class NeuronTrainer(GuardedTrainer):
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
             if detection is not None:
-                detection.choice = Choice(detection.strategy.name, self.neurons, "as the checkpoint has them")
+                detection.choice = Choice(detection.strategy.name, self.neurons, "read from the checkpoint")
         elif self.neurons is None:
             if detection is None:
                 raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
@@ -195,13 +194,13 @@ class NeuronTrainer(GuardedTrainer):
         return model
 
     def _read_neurons(self, model: nn.Module) -> NeuronSet | None:
-        """The neurons, from here on without their file."""
+        """Returns the neurons, first replacing a path in `self.neurons` by the set that it contains."""
         if isinstance(self.neurons, (str, Path)):
             self.neurons = NeuronSet.read(self.neurons, model)
         return self.neurons
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
-        """The model, in `compact` with an adapter of the chosen neurons, as soon as they are known."""
+        """Returns the model; with `compact` and known neurons, with an adapter of these neurons."""
         adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         if adapters and (self.update != "compact" or not all(isinstance(it, NeuronLinear) for it in adapters)):
             raise UserError(
@@ -212,21 +211,21 @@ class NeuronTrainer(GuardedTrainer):
         if adapters:
             if not isinstance(model, PeftModel):
                 raise UserError(
-                    "model: it holds an adapter, perhaps of an earlier NeuronTrainer, but is no PeftModel; go on with that "
-                    "trainer's model (trainer.model), or take the adapter out (trainer.model.unload())"
+                    "model: it has an adapter, perhaps of an earlier NeuronTrainer, but isn't a PeftModel; continue "
+                    "with that trainer's model (trainer.model), or remove the adapter (trainer.model.unload())"
                 )
             if any(it.disable_adapters for it in adapters):
                 raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
             if len(model.active_adapters) != 1:
                 raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
-            found = adapter_neurons(model)
-            if neurons is not None and neurons != found:
+            trained = adapter_neurons(model)
+            if neurons is not None and neurons != trained:
                 raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
             if neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
                 raise UserError("model: its adapter is frozen; load it with is_trainable=True")
             model.requires_grad_(False)
             model.set_adapter(model.active_adapters[0])
-            self.neurons = found
+            self.neurons = trained
         elif neurons is not None:
             neurons.check(model)
             if self.update == "compact":
@@ -234,19 +233,19 @@ class NeuronTrainer(GuardedTrainer):
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`; with masks, the optimizer is kept from moving anything else.
+        """Creates the optimizer as `Trainer` does; with `mask`, prevents it from changing frozen entries.
 
         Raises:
-            UserError: it holds nothing that learns, or mixes a weight's entries, which masks can't undo.
+            UserError: if the optimizer has no trainable parameter, or, with `mask`, mixes the entries of a weight.
         """
         optimizer = super().create_optimizer(model)
-        # A second `train()` finds the first one's optimizer, which accelerate has wrapped since.
+        # On a second call of `train()`, this is the optimizer of the first, now wrapped by accelerate.
         bare = getattr(optimizer, "optimizer", optimizer)
         trainable = {id(parameter) for parameter in (model or self.model).parameters() if parameter.requires_grad}
         if not any(id(parameter) in trainable for group in bare.param_groups for parameter in group["params"]):
             raise UserError(
-                "optimizers: this optimizer was made before the adapter, and holds none of it; give "
-                "optimizer_cls_and_kwargs, or get_peft_model(model, NeuronConfig(...)) first"
+                "optimizers: this optimizer was created before the adapter, and has none of its parameters; pass "
+                "optimizer_cls_and_kwargs, or call get_peft_model(model, NeuronConfig(...)) first"
             )
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
@@ -261,13 +260,13 @@ class NeuronTrainer(GuardedTrainer):
         super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with the neurons beside the weights.
+        """Saves as `Trainer.save_model` does, plus the neurons.
 
         Raises:
-            NonFiniteLossError: a trained weight isn't finite, and nothing is written.
+            NonFiniteLossError: if a trained weight isn't finite; nothing is written then.
         """
         if self.is_deepspeed_enabled:
-            # Here, for some versions of transformers call `_save` in the first process alone.
+            # Gathering needs all processes, and some versions of transformers call `_save` only in the first one.
             self._in_float32 = self._gathered_in_float32()
         super().save_model(output_dir, _internal_call)
         self._in_float32 = {}
@@ -276,12 +275,15 @@ class NeuronTrainer(GuardedTrainer):
             neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
 
     def _gathered_in_float32(self) -> dict[str, torch.Tensor]:
-        """What learns: DeepSpeed's bf16 and fp16 round all of the model, the delta too. Empty where nothing is saved."""
+        """Returns the trainable parameters in float32, by name; empty on processes that save nothing.
+
+        With DeepSpeed's bf16 or fp16, the model itself has only rounded values, also of the delta.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         gathered = {}
         for name, parameter in self.model.named_parameters():
-            # Every process takes part in gathering it.
+            # Gathering is a collective operation: every process must call it.
             value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if self.args.should_save and value is not None:
                 gathered[name] = value
@@ -289,6 +291,6 @@ class NeuronTrainer(GuardedTrainer):
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:
-    """A Trainer's checkpoints in its folder, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Returns a Trainer's checkpoints in its output folder, oldest first."""
+    checkpoints = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))

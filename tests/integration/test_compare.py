@@ -36,7 +36,7 @@ def test_a_lora_of_equal_size(root, capsys):
     ids = torch.arange(3, 13)[None]
     torch.testing.assert_close(enhanced(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
     card = (out / "enhanced/README.md").read_text()
-    assert "a LoRA of every projection, merged, learned" in card and "update: compact" not in card
+    assert "a LoRA of every projection was trained, then merged" in card and "update: compact" not in card
     assert run(root, "run", "--training.strategy=lora", "--export.to=lora") == 2
     assert "export.to: 'lora' needs neurons" in capsys.readouterr().err
 

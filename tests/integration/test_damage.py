@@ -83,7 +83,7 @@ def test_what_fsdp_saves_is_looked_through_too(tmp_path):
 
 def test_without_the_damaged_checkpoint_training_goes_on(root, capsys):
     cut(root / "out/checkpoint-3/optimizer.pt")
-    assert_one_line(capsys, run(root, "train"), "delete", "checkpoint-3, and training goes on")
+    assert_one_line(capsys, run(root, "train"), "delete", "checkpoint-3, and training continues")
     shutil.rmtree(root / "out/checkpoint-3")
     assert run(root, "train") == 0
 

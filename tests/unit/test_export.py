@@ -279,8 +279,8 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         (merged, {}, "unmerge_adapter"),
         (two, {}, "several adapters are active"),
         (lora, {}, "merge them first"),
-        (trained(tiny_llama()), {"to": "lora"}, "give that as base"),
-        (tmp_path / "lora", {}, "a LORA one"),
+        (trained(tiny_llama()), {"to": "lora"}, "give that model as base"),
+        (tmp_path / "lora", {}, "a LORA adapter"),
         (tmp_path / "none", {}, "no readable neuron adapter"),
         (tmp_path / "ours", {}, "give it as base"),
         (tmp_path / "ours", {"base": tmp_path / "none"}, "base: can't load"),
@@ -316,7 +316,7 @@ def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monk
         original(self, directory, state_dict={**state_dict, "model.norm.weight": state_dict["model.norm.weight"] + 1})
 
     monkeypatch.setattr(type(native), "save_pretrained", forgetful)
-    with pytest.raises(RuntimeError, match="wasn't written as it was"):
+    with pytest.raises(RuntimeError, match="wasn't written correctly"):
         export_checkpoint(adapted(tiny_llama(), CHOSEN), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -426,7 +426,7 @@ def test_a_folder_with_another_adapter_than_the_trained_one_is_refused(tmp_path)
     adapted(neurons=CHOSEN).save_pretrained(tmp_path / "checkpoint")
     second = NeuronSet({(0, "q"): [2]})
     second.save(tmp_path / "checkpoint/neurons.safetensors")
-    with pytest.raises(UserError, match="its adapter isn't the one that trained"):
+    with pytest.raises(UserError, match="this isn't the adapter that was trained"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama())
     CHOSEN.save(tmp_path / "checkpoint/neurons.safetensors")
     assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama()).status == "identical"

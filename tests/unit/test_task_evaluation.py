@@ -364,7 +364,7 @@ def test_without_the_harness(monkeypatch):
 def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
     (tmp_path / "sw.tsv").write_text("Ngapi?\t777\nNgapi?\tsaba\n")
     for name, message in {
-        "mgsm_direct_swa": r"lm-eval knows no task 'mgsm_direct_swa'; did you mean mgsm_direct_sw\b",
+        "mgsm_direct_swa": r"lm-eval has no task 'mgsm_direct_swa'; did you mean mgsm_direct_sw\b",
         "mgsm_direct_fr": rf"^evaluation.mgsm: no file {tmp_path}/fr.tsv, which mgsm_direct_fr needs$",
         "mgsm_en_cot_sw": rf"^{tmp_path}/sw.tsv, line 2: expected a question, a tab and a whole number$",
         "mmmlu_sw_ke": r"^evaluation.tasks: the data of mmmlu_sw_ke can't be loaded: .*openai/MMMLU",
@@ -381,8 +381,8 @@ def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
         ("dataset_path: nobody/has_this\ndataset_kwargs: {}\n", {}, "the data of choose can't be loaded"),
         ("doc_to_text: '{{ question.nothing.at_all }}'\n", {}, "can't load choose: UndefinedError"),
         ("unsafe_code: true\n", {}, "choose runs code that the model writes"),
-        ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "code of the metric 'mauve'"),
-        ("", {"num_fewshot": 1}, "^evaluation.num_fewshot: choose has no exemplars beside its test items; use 0$"),
+        ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "metric 'mauve' would download"),
+        ("", {"num_fewshot": 1}, "^evaluation.num_fewshot: choose has no exemplars besides its test items; use 0$"),
         ("num_fewshot: 3\n", {}, "^evaluation.num_fewshot: choose has no exemplars"),
     ],
 )

@@ -175,14 +175,14 @@ def test_a_checkpoint_without_an_optimizer_is_told(tmp_path, caplog):
     guarded.logger.addHandler(caplog.handler)
     trainer_of(tiny_llama(), tmp_path, "compact", max_steps=3, **saving).train(True)
     guarded.logger.removeHandler(caplog.handler)
-    assert "checkpoint-2: has no optimizer (save_only_model); training goes on with a new one" in caplog.text
+    assert "checkpoint-2: has no optimizer (save_only_model); training continues with a new one" in caplog.text
 
 
 def test_a_checkpoint_without_a_state_is_refused(tmp_path):
     saving = dict(save_strategy="steps", save_steps=2)
     trainer_of(tiny_llama(), tmp_path, "compact", max_steps=2, **saving).train()
     (tmp_path / "checkpoint-2/trainer_state.json").unlink()
-    with pytest.raises(UserError, match="trainer_state.json: missing, so the checkpoint wasn't saved to its end"):
+    with pytest.raises(UserError, match="trainer_state.json: missing, so the checkpoint is incomplete"):
         trainer_of(tiny_llama(), tmp_path, "compact", max_steps=3, **saving).train(True)
 
 
@@ -342,7 +342,7 @@ def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
     trainer = NeuronTrainer(
         model, arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN, optimizers=(optimizer, None)
     )
-    with pytest.raises(UserError, match="made before the adapter"):
+    with pytest.raises(UserError, match="created before the adapter"):
         trainer.train()
     two = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     two.add_adapter("second", NeuronConfig(neurons=CHOSEN))

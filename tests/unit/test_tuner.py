@@ -229,7 +229,7 @@ def test_an_adapter_is_no_reference_for_a_copy_of_it():
     wrapped = get_peft_model(tiny_llama(), NeuronConfig(neurons=NeuronSet({(0, "q"): [1]}), task_type="CAUSAL_LM"))
     wrapped.add_adapter("ref", wrapped.peft_config["default"])  # both are the base model
     fill(wrapped)
-    with pytest.raises(UserError, match="adapter 'default' of this NeuronConfig has learnt already"):
+    with pytest.raises(UserError, match="adapter 'default' of this NeuronConfig is already trained"):
         wrapped.add_adapter("other", wrapped.peft_config["default"])
     assert "other" not in wrapped.peft_config
     assert not any("other" in name for name, _ in wrapped.named_parameters())

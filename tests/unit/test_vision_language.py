@@ -63,6 +63,6 @@ def test_a_weight_that_was_not_written_as_it_was_is_noticed(tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(Gemma3ForConditionalGeneration, "from_pretrained", classmethod(with_a_changed_weight))
-    with pytest.raises(RuntimeError, match="wasn't written as it was"):
+    with pytest.raises(RuntimeError, match="wasn't written correctly"):
         export_checkpoint(gemma_with_images(), tmp_path / "out", base=gemma_with_images(), neurons=CHOSEN)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`update="compact"`: the chosen rows and columns as a PEFT tuner, float32, beside a frozen base."""
+"""Training with `update="compact"`: a PEFT tuner that adds float32 rows and columns to a frozen base model."""
 
 from peft.utils import register_peft_method
 

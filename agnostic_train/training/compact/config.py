@@ -1,4 +1,4 @@
-"""The configuration of a neuron adapter: which rows and columns learn, and of which shapes they are."""
+"""The configuration of a neuron adapter: which rows and columns are trained, and how many per module."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,16 +15,16 @@ from agnostic_train.training.chosen import ChosenEntries, chosen_entries
 
 @dataclass
 class NeuronConfig(PeftConfig):
-    """Configures an adapter of chosen rows and columns: `get_peft_model(model, NeuronConfig(neurons=...))`.
+    """Configuration of an adapter that trains chosen rows and columns: `get_peft_model(model, NeuronConfig(...))`.
 
-    The indices themselves are saved with the weights; `rows` and `columns` are enough to allocate the shapes, which
+    The indices are saved with the weights. `rows` and `columns` suffice to allocate tensors of the right shapes, which
     `PeftModel.from_pretrained` and `load_adapter` then fill.
 
     Args:
-        neurons: a `NeuronSet`, what makes one, or a file of one, as `NeuronSet.read` takes it. Not needed to load a
-            saved adapter.
-        rows, columns: number of chosen rows and columns of each module's weight, by its name; filled from `neurons`.
-        Others as for `PeftConfig`.
+        neurons: a `NeuronSet`, a mapping to build one from, or the path of a file that `NeuronSet.read` accepts. Not
+            needed to load a saved adapter.
+        rows, columns: number of chosen rows and columns of each module's weight, by module name; filled from `neurons`.
+        Other arguments: as for `PeftConfig`.
     """
 
     neurons: NeuronSet | Mapping[Site, Iterable[int] | Tensor] | str | Path | None = field(
@@ -40,21 +40,24 @@ class NeuronConfig(PeftConfig):
     )
 
     target_modules = None
-    """PEFT reads it of every config; here `rows` and `columns` name the modules."""
+    """Unused, but PEFT reads it from every config; here `rows` and `columns` name the modules."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.NEURON
 
     def to_dict(self) -> dict:
-        """What `adapter_config.json` holds: all but `neurons`, whose indices are saved with the weights."""
+        """Returns the content of `adapter_config.json`: all fields but `neurons`, which are saved with the weights."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "neurons"}
 
     def resolve(self, model: nn.Module) -> dict[str, ChosenEntries]:
         """Fills `rows` and `columns` from `neurons`, and returns the chosen entries by module name.
 
+        Returns an empty dict for the configuration of a saved adapter, which has no `neurons`.
+
         Raises:
-            UserError: no neuron at all, or neurons of another model. TypeError, ValueError: as by `NeuronSet.of`.
+            UserError: if there are no neurons, they belong to another model, or the model is a `PeftModel` already.
+            TypeError, ValueError: as in `NeuronSet.of`.
         """
         if self.neurons is None:
             if not self.rows and not self.columns:

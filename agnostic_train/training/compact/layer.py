@@ -1,4 +1,4 @@
-"""One linear with chosen rows or columns beside it."""
+"""The tuner layer: a frozen linear layer plus trainable deltas for some of its rows or columns."""
 
 import copy
 import warnings
@@ -15,17 +15,18 @@ from agnostic_train.training.compact.product import fits, neuron_product
 
 
 class NeuronLinear(nn.Module, BaseTunerLayer):
-    """Runs the base layer, and adds what the active adapters change in its chosen rows or columns.
+    """Wraps a linear layer and adds the active adapters' deltas for its chosen rows or columns.
 
-    For chosen rows (dim 0): `y[..., index] += x @ delta.T`, delta (rows, in). For chosen columns (dim 1):
-    `y += x[..., index] @ delta.T`, delta (out, columns). The delta is float32, float64 beside a float64 base.
+    For chosen rows (dim 0): `y[..., index] += x @ delta.T`, delta of shape (rows, in). For chosen columns (dim 1):
+    `y += x[..., index] @ delta.T`, delta of shape (out, columns). Deltas are float32, or float64 for a float64 base.
 
-    While an adapter learns on float32 or float64 weights, its delta is written into the base weight during each matrix product:
-    evaluate or save such a model in the thread that trains it. A frozen adapter leaves the weight alone.
+    While an adapter trains on float32 or float64 weights, each matrix product temporarily adds the delta to the base
+    weight itself: evaluate or save such a model only in the thread that trains it. A frozen adapter never modifies the
+    weight.
 
     Args:
         base_layer: an `nn.Linear`, quantised or not.
-        dim: which dimension of the weight counts neurons.
+        dim: the dimension of the weight along which neurons are counted.
     """
 
     adapter_layer_names = ("neuron_delta",)
@@ -44,7 +45,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         self._backend = resolve_quantization_backend(base_layer)
 
     def add(self, adapter_name: str, index: Tensor) -> None:
-        """Adds an adapter of zeros for the rows or columns at `index` (int64, sorted, unique)."""
+        """Adds a zero-initialised adapter for the rows or columns at `index` (int64, sorted, unique)."""
         weight = self.base_layer.weight
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         shape = (len(index), self.in_features) if self.dim == 0 else (self.out_features, len(index))
@@ -71,7 +72,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, which would also round the delta to the base's dtype, and have a frozen one learn."""
+        """Moves an adapter as PEFT's method does, but preserves the delta's dtype and `requires_grad`."""
         delta = self.neuron_delta.get(adapter_name)
         if delta is None or delta.is_meta:
             return
@@ -81,22 +82,25 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         self.neuron_index[adapter_name] = self.neuron_index[adapter_name].to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the weight, dense: (out, in)."""
+        """Returns what an adapter adds to the weight, as a dense (out, in) tensor."""
         delta = self.neuron_delta[adapter]
         dense = torch.zeros(self.out_features, self.in_features, dtype=delta.dtype, device=delta.device)
         return dense.index_copy(self.dim, self.neuron_index[adapter], delta.detach())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's conversion is by singular values; `export_checkpoint(to="lora")` is exact."""
+        """Returns False: PEFT converts by truncated SVD, whereas `export_checkpoint(to="lora")` is exact."""
         return False
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Puts the adapters' rows and columns into the base weight, each rounded once from its sum.
+        """Merges adapters into the base weight; each sum is rounded once to the weight's dtype.
 
         Args:
-            safe_merge: raise `ValueError` instead if a sum isn't finite.
-            adapter_names: the active ones by default.
+            safe_merge: raise an error instead of merging an adapter whose sums aren't all finite.
+            adapter_names: the adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: with `safe_merge`, if a sum isn't finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.neuron_delta:
@@ -106,9 +110,9 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
             before = weight.index_select(self.dim, index)
             merged = before + delta
             if safe_merge and not merged.isfinite().all():
-                # In the words of PEFT's own tuners.
+                # Same message as PEFT's own tuners.
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            # Quantising again would not give the same bits: the quantised weight is kept whole.
+            # Keep the whole quantised weight: quantising again at unmerge would not restore the same bits.
             self._before_merge.append(before if self._backend is None else copy.deepcopy(self.base_layer.weight))
             weight.index_copy_(self.dim, index, merged.to(weight.dtype))
             if self._backend is not None:
@@ -117,7 +121,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the base weight's own rows and columns back, bit for bit."""
+        """Restores the base weight's original values, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

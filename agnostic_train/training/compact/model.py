@@ -1,4 +1,4 @@
-"""The tuner that puts a `NeuronLinear` around every linear with a chosen neuron."""
+"""The tuner that wraps every linear layer with chosen neurons in a `NeuronLinear`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ NOT_LOADED = -1
 
 
 class NeuronModel(BaseTuner):
-    """A model of which only chosen rows and columns learn, made by `get_peft_model(model, NeuronConfig(...))`.
+    """Tuner that trains only chosen rows and columns, created by `get_peft_model(model, NeuronConfig(...))`.
 
-    Weight decay draws the chosen entries toward the base model (in `update="mask"`, toward zero).
+    Weight decay pulls the chosen entries toward the base model's values (with `update="mask"`, toward zero).
     """
 
     prefix = "neuron_"
@@ -40,19 +40,22 @@ class NeuronModel(BaseTuner):
             raise UserError(f"neurons: the adapter has rows of {strangers[0]}, which this model lacks")
 
     def _check_unlearnt(self, peft_config: NeuronConfig, model: nn.Module) -> None:
-        """TRL's trainers for preferences make a reference of an adapter by its configuration, and would copy no neuron's."""
+        """Refuses a second adapter from the configuration of one that is trained.
+
+        TRL's preference trainers create their reference adapter this way, without copying the trained neuron weights.
+        """
         for module in model.modules():
             for other in module.neuron_delta if isinstance(module, NeuronLinear) else []:
                 if self.peft_config.get(other) is peft_config and module.neuron_delta[other].any():
                     raise UserError(
-                        f"neurons: adapter {other!r} of this NeuronConfig has learnt already, and another begins at the "
-                        "base model; merge it first (merge_and_unload), give a trainer that wants a reference a ref_model, "
-                        "or make a NeuronConfig of its own"
+                        f"neurons: adapter {other!r} of this NeuronConfig is already trained, and a second adapter "
+                        "would start from the base model; merge the first one (merge_and_unload), pass ref_model to a "
+                        "trainer that needs a reference model, or create a separate NeuronConfig"
                     )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        # PEFT drops it for tuners that don't know it, and every row would silently take the active adapter.
+        # For tuners without support, PEFT drops `adapter_names`: every row would silently use the active adapter.
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names: neuron adapters can't be mixed in a batch; use set_adapter")
         yield
@@ -69,7 +72,7 @@ class NeuronModel(BaseTuner):
         if current_key in self._chosen:
             index = self._chosen[current_key].index
         else:
-            # A saved adapter is about to be loaded, and brings its own. Until then no forward pass succeeds.
+            # The indices come with the saved adapter that is loaded next. Until then every forward pass fails.
             index = torch.full(((peft_config.rows if dim == 0 else peft_config.columns)[current_key],), NOT_LOADED)
         if isinstance(target, NeuronLinear):
             layer = target
@@ -85,7 +88,7 @@ class NeuronModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: NeuronConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT; an index beyond a weight would otherwise only be noticed by an error in mid-training."""
+        """Remaps names as PEFT does, and checks the indices, which otherwise would only fail later, during training."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, module in model.named_modules():
             index = remapped.get(f"{name}.neuron_index.{adapter_name}")
@@ -93,19 +96,20 @@ class NeuronModel(BaseTuner):
                 size = module.out_features if module.dim == 0 else module.in_features
                 if index.min() < 0 or index.max() >= size:
                     raise ValueError(
-                        f"{name}: the adapter's neuron {int(index.max())} isn't one of {size}; it was trained on another model"
+                        f"{name}: the adapter's neuron {int(index.max())} is out of range for {size} neurons; it was "
+                        "trained on another model"
                     )
         return remapped
 
 
 def adapter_neurons(model: nn.Module) -> NeuronSet:
-    """The neurons of the active adapters, read from the model's layers.
+    """Returns the neurons of the active adapters, read from the model's layers.
 
     Args:
-        model: with neuron adapters, in a `PeftModel` or not.
+        model: a model with neuron adapters, wrapped in a `PeftModel` or not.
 
     Raises:
-        UserError: an adapter made from a saved configuration, without its weights.
+        UserError: if an adapter was created from a saved configuration and its weights weren't loaded.
     """
     decoder = find_decoder(model)
     sites = {}
@@ -113,12 +117,12 @@ def adapter_neurons(model: nn.Module) -> NeuronSet:
         projection = decoder.projection(site)
         layer = projection.linear
         if isinstance(layer, NeuronLinear):
-            found = [layer.neuron_index[name] for name in layer.active_adapters if name in layer.neuron_index]
-            if any((index == NOT_LOADED).any() for index in found):
+            indices = [layer.neuron_index[name] for name in layer.active_adapters if name in layer.neuron_index]
+            if any((index == NOT_LOADED).any() for index in indices):
                 raise UserError(
                     "neurons: the adapter's weights weren't loaded (PeftModel.from_pretrained); a new adapter needs "
                     "NeuronConfig(neurons=...)"
                 )
-            if found:
-                sites[site] = projection.neurons(torch.cat(found))
+            if indices:
+                sites[site] = projection.neurons(torch.cat(indices))
     return NeuronSet(sites, decoder.sizes)

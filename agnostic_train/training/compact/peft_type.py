@@ -1,4 +1,4 @@
-"""PEFT's list of tuners is a closed enum: this adds the member that our tuner registers under."""
+"""Adds a `NEURON` member to `PeftType`, a closed enum, because PEFT registers a tuner only under such a member."""
 
 from peft import PeftType
 
@@ -11,5 +11,5 @@ if NEURON not in PeftType.__members__:
     PeftType._member_names_.append(NEURON)
     PeftType._member_map_[NEURON] = member
     PeftType._value2member_map_[NEURON] = member
-    # EnumType's own __setattr__ refuses names of members.
+    # `EnumType.__setattr__` refuses to assign member names.
     type.__setattr__(PeftType, NEURON, member)

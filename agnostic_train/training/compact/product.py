@@ -1,8 +1,8 @@
-"""The product with a frozen weight of which some rows or columns learn, as one step of automatic differentiation.
+"""Linear layer with a frozen weight and a trainable delta for some rows or columns, as one autograd function.
 
-In full precision the delta is written into the weight for the duration of one matrix product, so that forward and backward
-pass multiply as often as without an adapter. In half precision that would round the delta away; there the product with the
-delta is computed on its own and added in place.
+In full precision, the delta is added to the weight itself for the duration of one matrix product, so that outputs and
+input gradients take no more matrix products than without an adapter. In half precision, this would round the delta
+away: the product with the delta is computed separately and added in place.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,18 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 _FULL_PRECISION = (torch.float32, torch.float64)
-# A second thread would take the first one's sum for the weight's own bits, and put them back last.
+# Without the lock, a second thread could save the first thread's sum as the original weight, and restore that.
 _ONE_AT_A_TIME = Lock()
 
 
 def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
-    """Whether `neuron_product` computes what the base layer and the delta beside it would.
+    """Returns whether `neuron_product` can replace the base layer plus the separate product with the delta.
 
-    It takes plain linears that nothing hooks into, with a delta that learns: a frozen adapter may serve several threads.
-    Compilers fuse the plain form themselves, and `torch.func` differentiates it.
+    This requires a plain `nn.Linear` without hooks and a trainable delta; frozen adapters are excluded because several
+    threads may share one. Under `torch.compile`, which fuses the plain form itself, and `torch.func`, which can
+    differentiate only the plain form, the answer is False.
     """
-    # Asked first: a compiler would stumble over what else is asked.
+    # Checked first: the compiler can't trace the checks below.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if type(base_layer) is not nn.Linear or type(base_layer.weight) is not nn.Parameter:
@@ -36,7 +37,7 @@ def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
         return False
     if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype):
         return False
-    # Other processes may read a shared weight at any moment.
+    # Other processes may read a weight in shared memory at any time.
     if weight.device.type == "meta" or (weight.device.type == "cpu" and weight.is_shared()):
         return False
     if _hooked(base_layer) or not weight.device == x.device == delta.device:
@@ -47,13 +48,13 @@ def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
 
 
 def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tensor, dim: int) -> Tensor:
-    """`F.linear(x, weight + delta at index, bias)`, differentiable once, by x and delta.
+    """Computes `F.linear(x, weight + delta at index, bias)`, differentiable once with respect to x and delta.
 
-    Several threads may compute it at once; while it runs, none may read the weight in another way.
+    Several threads may call it concurrently, but no thread may read the weight in any other way meanwhile.
 
     Args:
         x: (..., in).
-        delta: (rows, in) for dim 0, (out, columns) for dim 1, at least float32.
+        delta: (rows, in) for dim 0, (out, columns) for dim 1; float32 or float64.
         index: int64, sorted, unique.
 
     Returns: (..., out), in the weight's dtype.
@@ -65,7 +66,7 @@ def neuron_product(x: Tensor, base_layer: nn.Linear, delta: Tensor, index: Tenso
 
 
 def _hooked(module: nn.Module) -> bool:
-    # Accelerate's hooks overwrite `forward` on the instance.
+    # Accelerate's hooks replace `forward` on the instance.
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(kinds) or "forward" in vars(module) or _has_any_global_hook()
 
@@ -76,7 +77,7 @@ class _NeuronProduct(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Tensor, dim: int
     ) -> Tensor:
         ctx.dim = dim
-        # All that the gradient of a column needs of x.
+        # The gradient of the chosen columns needs only these columns of x.
         seen = x if dim == 0 else _columns(x, index)
         ctx.save_for_backward(seen, weight, delta, index)
         if _in_place(weight, delta):
@@ -105,7 +106,7 @@ class _NeuronProduct(torch.autograd.Function):
 
 
 def _columns(values: Tensor, index: Tensor) -> Tensor:
-    # On a CPU `index_select` takes the last dimension on one thread.
+    # On the CPU, `index_select` along the last dimension runs on a single thread.
     return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
 
@@ -119,8 +120,8 @@ def _in_place(weight: Tensor, delta: Tensor) -> bool:
 
 @contextmanager
 def _summed(weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Iterator[None]:
-    """Within it the weight has the delta added; afterwards it has its own bits again."""
-    # Not through autograd's counter of changes: whoever saved the weight finds it as it was.
+    """Adds the delta to the weight inside the `with` block, and restores the weight bit for bit afterwards."""
+    # `.data` bypasses autograd's version counter: tensors saved for backward stay valid, since the weight is restored.
     weight = weight.data
     with _ONE_AT_A_TIME:
         own = weight.index_select(0, index) if dim == 0 else _columns(weight, index)
