@@ -166,8 +166,8 @@ class Encoder:
     def packed_examples(self, sentences: Sequence[str], purpose: str) -> list[Example]:
         """Encodes sentences to train on and joins them into sequences of `max_length` tokens.
 
-        Each sentence ends with the end-of-sequence token. None is cut: the next sequence continues it. The last sequence
-        is shorter, and left out if it is one token.
+        Each sentence ends with the end-of-sequence token. None is cut: it continues in the next sequence. The last
+        sequence is shorter, and left out if it is one token.
 
         Raises:
             UserError: the tokenizer has no end-of-sequence token.
@@ -181,7 +181,7 @@ class Encoder:
         return packed[:-1] if len(packed) > 1 and len(packed[-1]["input_ids"]) == 1 else packed
 
     def sentences_packed(self, sentences: Sequence[str], purpose: str) -> float:
-        """Estimates how many sentences a packed sequence holds, from the lengths of the first `SAMPLE` sentences."""
+        """Estimates how many sentences a packed sequence holds, from the lengths of the first `SAMPLE` of them."""
         assert self.max_length is not None
         first = replace(self, max_length=None)._encoded(sentences[:SAMPLE], purpose, to_train=True)
         return self.max_length / fmean(len(row["input_ids"]) for row in first)
@@ -194,7 +194,7 @@ class Encoder:
             )
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Makes a training batch of `input_ids`, `attention_mask`, `labels` (-100 at padding), int64 (batch, length)."""
+        """Makes a batch to train on: `input_ids`, `attention_mask`, `labels` (-100 at padding), int64 (batch, length)."""
         batch = self._padded(rows)
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
