@@ -138,7 +138,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, remedy: str = "delete it and run its stage again") -> Any:
-    """Reads a JSON file; raises `UserError` that names the file if it is missing or broken, then with the remedy."""
+    """Reads a JSON file.
+
+    Args:
+        remedy: what the error tells the user to do with a broken file.
+
+    Raises:
+        UserError: the file, which the message names, is missing or broken.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,7 +160,7 @@ def fingerprint(value: Any) -> str:
 
 
 def public_name(name: str) -> str:
-    """Returns a name without the folders before it, if it is the path of a file or folder; they aren't published."""
+    """Returns a name as it may be published: if it is an existing path, without the folders that lead to it."""
     return Path(name).resolve().name if os.path.exists(name) else name
 
 

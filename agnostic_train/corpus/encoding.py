@@ -194,7 +194,7 @@ class Encoder:
             )
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Makes a batch to train on: `input_ids`, `attention_mask`, `labels` (-100 at padding), int64 (batch, length)."""
+        """Makes a training batch: `input_ids`, `attention_mask`, `labels` (-100 at padding), int64 (batch, length)."""
         batch = self._padded(rows)
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
@@ -228,7 +228,7 @@ def batches_of(
         add_bos: whether texts begin with the beginning-of-sequence token; by default the tokenizer decides.
 
     Raises:
-        UserError: the tokenizer makes no token of a text, has no token to pad with, or no beginning-of-sequence token
+        UserError: the tokenizer makes no tokens for a text, has no token to pad with, or no beginning-of-sequence token
             though `add_bos` is true.
         TypeError: `texts` is a single text or a mapping, or holds something other than text.
         ValueError: `batch_size` or `max_length` is below 1.

@@ -86,13 +86,13 @@ def parallel_text(
     """Reads aligned lines from `{lang}.txt`, for the languages that have such a file: `{language: [line, ...]}`.
 
     Args:
-        corpus: its detection, training and validation text may hold no line, nor all sentences of one.
+        corpus: no line, nor all sentences of a line, may be in its detection, training or validation text.
         count: how many lines to draw, the same in every language; all by default.
         split_sentences: whether the corpus was also split at sentence ends.
 
     Raises:
-        UserError: there is no folder, no file, or too few lines; the lines aren't aligned; or a line is in the text that
-            served detection, training or validation.
+        UserError: there is no folder, no file, or too few lines; the lines aren't aligned; or a line is in the
+            detection, training or validation text.
     """
     key, folder = "evaluation.parallel", Path(folder)
     if not folder.is_dir():

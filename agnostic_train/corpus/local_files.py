@@ -19,7 +19,7 @@ _OPEN: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    # By pyarrow, since zstandard reads a truncated file without an error.
+    # pyarrow's, because the zstandard package accepts a truncated file without an error.
     ".zst": lambda file: pyarrow.input_stream(str(file), compression="zstd"),
 }
 _ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in ("", *_OPEN)] + [".parquet"]

@@ -79,7 +79,7 @@ def streamed_test(section: CorpusSection, language: str, count: int, keep: Path 
 def _kept(
     folder: Path | None, section: CorpusSection, name: str, wanted: Mapping[str, int | str], read: Callable[[], dict]
 ) -> dict:
-    """Returns the result of `read`, stored in a file of `folder`: it is called only if the file doesn't exist yet."""
+    """Returns the result of `read`, which is stored in a file of `folder` and read from there the next time."""
     if folder is None:
         return read()
     source = {key: getattr(section, key) for key in _OF_THE_SOURCE}

@@ -7,7 +7,7 @@ from agnostic_train.errors import UserError
 
 
 def check_complete(info: dict[str, Any], name: str | Path, key: str = "model.name") -> None:
-    """Refuses a model if, when it was loaded, weights were missing or had other shapes than its config says.
+    """Refuses a model that was loaded with weights missing, or with weights of other shapes than its config says.
 
     Args:
         info: what `from_pretrained` returned with `output_loading_info=True` and `ignore_mismatched_sizes=True`.

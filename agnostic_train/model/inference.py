@@ -47,9 +47,7 @@ def full_precision() -> Iterator[None]:
         return
     try:
         precision = torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # set through the newer of torch's two interfaces, whose settings the older one refuses to read
+    except RuntimeError:  # the older of torch's two interfaces refuses to read what was set through the newer one
         precision = None
     torch.set_float32_matmul_precision("highest")
     try:
@@ -122,8 +120,8 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
     """Checks that a batch is valid input for the model.
 
     Raises:
-        ValueError: `input_ids` is empty, not two-dimensional, or not of integers; `attention_mask` has another shape; or,
-            unless the batch is on a GPU already, a token is beyond the model's vocabulary.
+        ValueError: `input_ids` is empty, not two-dimensional, or not of integers; `attention_mask` has another shape;
+            or, unless the batch is on a GPU already, a token is beyond the model's vocabulary.
         TypeError: `batch` isn't a mapping with `input_ids`, or holds something other than tensors.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:

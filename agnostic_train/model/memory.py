@@ -75,7 +75,11 @@ class Layout:
         return self.weight_bytes * self.num_parameters
 
     def learnt(self, num_entries: int | None) -> int:
-        """Returns the bytes for learning `num_entries` weights in an adapter, or (None) with gradients of all weights."""
+        """Returns the bytes of what is learnt: values, gradients and optimizer state.
+
+        Args:
+            num_entries: weights in the chosen rows and columns, in an adapter; None if all weights have gradients.
+        """
         if num_entries is None:
             return 3 * self.weight_bytes * self.num_parameters
         return (16 + self.weight_bytes) * num_entries

@@ -82,7 +82,7 @@ def activation_ratio(
         layers: the model's layers.
         activations: the activations to compare by.
 
-    Returns: by projection, and as `all` for them together, the control's mean activation at a site divided by the set's,
+    Returns: by projection, and as `all` for all of them, the control's mean activation at a site divided by the set's,
         averaged over controls and sites, weighted by the set's number of neurons at the site. Ratios are taken per
         site because layers and projections differ in scale. Sites where the whole set is inactive are left out.
     """

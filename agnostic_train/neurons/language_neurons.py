@@ -168,7 +168,7 @@ class LanguageNeurons:
 
 
 def set_hashes(directory: str | Path) -> dict[str, str]:
-    """Returns the SHA-256 of each saved set's file, which depends only on the set. Empty if there are no sets."""
+    """Returns the SHA-256 of each saved set's file; equal sets have equal hashes. Empty if there are no files."""
     files = sorted(Path(directory).glob("*.safetensors"))
     return {file.name: hash_file(file) for file in files if file.name != ACTIVATIONS_FILE}
 

@@ -40,8 +40,8 @@ class NeuronSet:
 
     Raises:
         TypeError: `sites` isn't a mapping.
-        ValueError: a key isn't a site, or indices aren't integers, are negative or are beyond their site's size; in `|`,
-            `&` and `-`, the sets belong to models of different shapes.
+        ValueError: a key isn't a site, or indices aren't integers, are negative or are beyond their site's size. In
+            `|`, `&` and `-`: the sets belong to models of different shapes.
     """
 
     def __init__(
