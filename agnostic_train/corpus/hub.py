@@ -71,8 +71,8 @@ def _dataset(section: CorpusSection, config: str | None, files: str | None) -> I
 def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDataset:
     """Streams the rows of some files of a dataset, whatever else its repository holds; a JSON line is a row's `text`.
 
-    `datasets` refuses repositories with a loading script, such as OSCAR-2301 and MADLAD-400, but reads their files. JSON
-    lines are read as text because a crawl's documents differ in their other keys, which a table's rows can't.
+    `datasets` refuses repositories with a loading script, such as OSCAR-2301 and MADLAD-400, but reads their files.
+    JSON lines are read as text because a crawl's documents differ in their other keys, which a table's rows can't.
     """
     root, split = str(section.dataset), section.dataset_split
     if not Path(root).is_dir():
