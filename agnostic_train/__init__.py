@@ -68,7 +68,7 @@ _MODULES = {
     "neuron_impacts": "detection.detect",
     "perplexity": "scores.perplexity",
 }
-"""Where each public name is: its file is read when the name is first asked for, for torch and PEFT take seconds."""
+"""The module of each public name, imported when the name is first used: importing torch and PEFT takes seconds."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m agnostic_train`, and `accelerate launch -m agnostic_train`."""
+"""Entry point of `python -m agnostic_train` and `accelerate launch -m agnostic_train`."""
 
 import sys
 

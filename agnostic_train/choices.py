@@ -1,4 +1,4 @@
-"""Choices that a recipe's keys and the Python functions have in common."""
+"""The options of choices that recipe keys and Python functions share."""
 
 from typing import Any, Literal, get_args
 
@@ -13,10 +13,10 @@ SetStrategy = Literal["shared", "exclusive", "shared+exclusive", "related"]
 
 
 def check_choice(key: str, value: Any, choices: Any) -> None:
-    """Refuses a value that isn't one of a `Literal`'s.
+    """Checks that a value is one of the options of a `Literal` type.
 
     Raises:
-        UserError: it isn't.
+        UserError: it isn't; the message names `key` and lists the options.
     """
     if value not in get_args(choices):
         raise UserError(f"{key}: {value!r} isn't one of {', '.join(get_args(choices))}")

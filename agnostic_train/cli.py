@@ -1,4 +1,4 @@
-"""`agnostic-train STAGE RECIPE [--section.key=value ...]`."""
+"""The command line: `agnostic-train STAGE RECIPE [--section.key=value ...]`."""
 
 import argparse
 import errno
@@ -18,22 +18,22 @@ from agnostic_train.pipeline import STAGE_HELP, OutOfMemory
 from agnostic_train.recipe import OWN_KEYS, recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # found while writing, these name no file
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, these errors name no file
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest name."""
+    """An argument parser that reports an error in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"agnostic-train: error: {message} (see {self.prog} --help)\n")
 
 
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of the command line, with a subcommand per stage and a flag per recipe key.
+    """Makes the command-line parser, with a subcommand per stage and a flag per recipe key.
 
     Args:
-        arguments: what it will parse. It knows those keys of TrainingArguments that occur there: for a list of all it
-            would have to import transformers, which takes seconds.
+        arguments: the arguments that it will parse. TrainingArguments keys become flags only if they occur there:
+            listing all of them means importing transformers, which takes seconds.
     """
     parser = _Parser(
         prog="agnostic-train",
@@ -43,20 +43,22 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agnostic-train {__version__}")
     named = {it.partition("=")[0].removeprefix("--training.") for it in arguments if it.startswith("--training.")}
     named -= {key.partition(".")[2] for key in recipe_keys() if key.startswith("training.")}
-    of_training = sorted(named & training_argument_types().keys()) if named else []
+    training_keys = sorted(named & training_argument_types().keys()) if named else []
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=_Parser)
     for stage, text in STAGE_HELP.items():
         command = stages.add_parser(
             stage,
             help=text,
-            description=text[0].upper() + text[1:] + ". What it needs is run first, what is unchanged is kept.",
-            epilog="A flag wins over the recipe, the recipe over defaults. Values are YAML.",
+            description=text[0].upper() + text[1:] + ". Runs the stages that it needs first, skips unchanged ones.",
+            epilog="Flags override the recipe, and the recipe overrides defaults. Values are parsed as YAML.",
             allow_abbrev=False,
         )
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
         command.add_argument("--force", action="store_true", help="run again even if nothing has changed")
         command.add_argument(
-            "--dry-run", action="store_true", help="only say what it would take: loads no weights, writes nothing"
+            "--dry-run",
+            action="store_true",
+            help="only print what the stage would take: loads no weights, writes nothing",
         )
         groups: dict[str, argparse._ArgumentGroup] = {}
         for key, help_text in recipe_keys().items():
@@ -65,21 +67,22 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
             group.add_argument(
                 f"--{key}", default=argparse.SUPPRESS, metavar="VALUE", help=help_text.replace("%", "%%")
             )
-        for key in of_training:
+        for key in training_keys:
             groups["training"].add_argument(f"--training.{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         groups["training"].description = "and every key of transformers' TrainingArguments"
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a stage.
+    """Runs the stage that the command line names.
 
     Returns:
-        The exit status: 0 when its files are complete, 2 for a user's mistake, 1 if the device's memory doesn't suffice.
+        The exit status: 0 if the stage's files are complete, 1 if the device ran out of memory, 2 for a user's mistake,
+        130 if interrupted.
     """
     is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
-    # PEFT asks transformers by a name that it is about to drop, and recipes set what older versions know, too.
+    # PEFT still reads the deprecated attribute, and recipes set the keys that older versions of transformers know, too.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     parser = make_parser(arguments)
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = {key: value for key, value in vars(known).items() if key not in ("stage", "recipe", "force", "dry_run")}
     try:
         recipe = load_recipe(known.recipe, flags)
-        # Imported late: they bring the libraries that take seconds, and a mistake in a recipe shouldn't.
+        # Imported only now: their libraries take seconds to import, and a mistake in the recipe should show at once.
         if known.dry_run:
             from agnostic_train.pipeline.dry_run import print_plan
 
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         from agnostic_train.pipeline.run import Pipeline
 
         if is_command:
-            # The libraries stay to the end: a Trainer that collects garbage, as each does, needn't look for it there.
+            # The libraries stay until the end. Frozen, they don't slow the garbage collections that each Trainer does.
             gc.freeze()
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
     except OutOfMemory as error:
         return _fail(str(error), 1)
-    except SafetensorError as error:  # what writing to a full disk raises, too
+    except SafetensorError as error:  # also raised when the disk is full
         return _fail(f"a weight file can't be read or written ({error}); is the disk of output_dir full?")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else "output_dir: " if error.errno in _FULL_DISK else ""
@@ -127,15 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drops the message of bitsandbytes, which PEFT imports, about an optional CPU kernel."""
+    """A log filter that drops the message of bitsandbytes, which PEFT imports, about an optional CPU kernel."""
     return "from kernels-community" not in record.getMessage()
 
 
 def _explain_unknown(argument: str) -> str:
     name = argument.partition("=")[0]
-    own = OWN_KEYS.get(name.removeprefix("--training."))
-    if own is not None:
-        return f"unknown flag {name}; it comes from the recipe's own key, --{own}"
+    own_key = OWN_KEYS.get(name.removeprefix("--training."))
+    if own_key is not None:
+        return f"unknown flag {name}; it comes from the recipe's own key, --{own_key}"
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
     nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.5)
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and fingerprints of what a stage has read."""
+"""Files and folders that are written whole or not at all, and fingerprints of a stage's inputs."""
 
 import hashlib
 import json
@@ -16,15 +16,17 @@ from filelock import FileLock, Timeout
 from agnostic_train.errors import UserError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
-"""What `whole_file` and `whole_directory` call their files until they are whole, and what is in their place until then."""
+"""Names that `whole_file` and `whole_directory` give to unfinished files or folders (tmp) and replaced ones (old)."""
 
 
 @contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
-    """Holds a folder for this process, and clears it of what a killed one left half-written; not folders of other runs in it.
+    """Locks a folder for this process and removes the half-written files that a killed process left in it.
+
+    Folders of other runs inside it, which have a lock file, are left alone.
 
     Raises:
-        UserError: another process holds it. A killed process holds nothing.
+        UserError: another process holds the lock. A killed process no longer does.
     """
     lock = FileLock(directory / ".lock", blocking=False)
     try:
@@ -34,16 +36,16 @@ def sole_user(directory: Path) -> Iterator[None]:
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
         ) from None
     try:
-        others = {it.parent for it in directory.rglob(".lock")} - {directory}
+        other_runs = {it.parent for it in directory.rglob(".lock")} - {directory}
         for leftover in [*directory.rglob(".*")]:
-            name = _TEMPORARY.fullmatch(leftover.name)
-            if name is None or others.intersection(leftover.parents):
+            match = _TEMPORARY.fullmatch(leftover.name)
+            if match is None or other_runs.intersection(leftover.parents):
                 continue
-            if not os.path.lexists(leftover):  # it went with the folder that it was in
+            if not os.path.lexists(leftover):  # removed together with its folder
                 continue
-            if name[2] == "old" and not leftover.with_name(name[1]).exists():
-                # Killed in the moment between taking the old folder away and putting the new one there.
-                os.rename(leftover, leftover.with_name(name[1]))
+            if match[2] == "old" and not leftover.with_name(match[1]).exists():
+                # The process was killed between moving the old folder aside and moving the new one into place.
+                os.rename(leftover, leftover.with_name(match[1]))
             elif leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
@@ -59,7 +61,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` on success and removed on failure."""
+    """Yields a temporary path in the same folder; it is renamed to `path` on success and removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -71,13 +73,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
-    """Lets a folder pass that is absent, empty, or holds nothing but what this package writes there.
+    """Checks that a folder is absent, empty, or holds nothing but what this package writes there.
 
     Args:
-        is_own: whether an entry of the folder is of our writing.
+        is_own: whether an entry of the folder was written by this package.
 
     Raises:
-        UserError: something else is there, which replacing the folder would delete.
+        UserError: `path` is a file, or holds something else, which replacing the folder would delete.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -96,13 +98,14 @@ def _is_never_own(entry: Path) -> bool:
 
 @contextmanager
 def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never_own) -> Iterator[Path]:
-    """Yields a temporary directory beside `path` that replaces `path` on success and is removed on failure.
+    """Yields a temporary directory beside `path`; it replaces `path` on success and is removed on failure.
 
     Args:
-        is_own: whether an entry of `path` is of our writing, and may go; by default only an empty folder is replaced.
+        is_own: whether an entry of `path` was written by this package and may be deleted; by default no entry was, so
+            that only an empty folder is replaced.
 
     Raises:
-        UserError: at the start or the end, `path` holds something else, or is a file.
+        UserError: at the start or the end, `path` is a file or holds something else.
     """
     path = Path(path).resolve()
     check_replaceable(path, is_own)
@@ -113,7 +116,7 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
         yield temporary
         check_replaceable(path, is_own)
         if path.exists():
-            # A non-empty directory can't be replaced in one step: the old one steps aside first.
+            # A non-empty directory can't be replaced in one step, so the old one is moved aside first.
             old = temporary.with_suffix(".old")
             os.rename(path, old)
             try:
@@ -129,32 +132,39 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON (no NaN, no Infinity), UTF-8, indented, whole or not at all."""
+    """Writes a value as strict JSON (no NaN, no Infinity), UTF-8, indented; the file is written whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, remedy: str = "delete it and run its stage again") -> Any:
-    """Reads a JSON file; raises `UserError` that names the file when it is missing or broken, and what to do then."""
+    """Reads a JSON file.
+
+    Args:
+        remedy: what the error tells the user to do with a broken file.
+
+    Raises:
+        UserError: the file, which the message names, is missing or broken.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of 5000 digits, nested too deeply
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits, nested too deeply
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of keys."""
+    """Returns the SHA-256 of a JSON value; the order of keys doesn't matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def public_name(name: str) -> str:
-    """What is published of a name that may be a path: of a file or folder its own name alone."""
+    """Returns a name as it may be published: if it is an existing path, without the folders that lead to it."""
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Tells PEFT of the neuron adapter as soon as it is imported, and not before: importing PEFT takes seconds."""
+"""Registers the neuron adapter with PEFT when PEFT is imported, and not before: importing PEFT takes seconds."""
 
 import importlib
 import sys
@@ -8,11 +8,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _TUNER = "agnostic_train.training.compact"
-"""Registers its type when it is imported. Nothing that it imports outside its folder may import PEFT in turn."""
+"""The module that registers the adapter on import. What it imports from other folders must not import PEFT."""
 
 
 class _PeftImport(MetaPathFinder):
-    """Finds nothing itself, but has PEFT's import followed by the tuner's."""
+    """Has the import of PEFT followed by that of the tuner; the modules themselves are found by the other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -29,13 +29,13 @@ class _PeftImport(MetaPathFinder):
             load(module)
             importlib.import_module(_TUNER)
 
-        # On the loader itself: what asks a module for its loader, such as pkgutil, still meets the real one.
+        # Set on the loader itself: code that asks a module for its loader, such as pkgutil, still gets the real one.
         spec.loader.exec_module = load_both  # type: ignore[method-assign]
         return spec
 
 
 def register_with_peft() -> None:
-    """Registers the tuner at once if PEFT is there already, and otherwise when it comes."""
+    """Registers the tuner now if PEFT is already imported, and otherwise as soon as it is."""
     if "peft" in sys.modules:
         importlib.import_module(_TUNER)
     elif not any(isinstance(finder, _PeftImport) for finder in sys.meta_path):

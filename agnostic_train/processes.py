@@ -1,7 +1,7 @@
-"""Sharing work over the processes of a run, if there are several.
+"""Sharing work among the processes of a run.
 
-Batches are made before they are shared out, so that a result depends on how many processes there are only by the order
-in which floats are added up.
+Batches are made before they are shared out, so that the number of processes affects a result only through the order in
+which floats are summed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def num_processes() -> int:
-    """How many processes share the run; 1 where `torch.distributed` isn't set up."""
+    """Returns how many processes share the run; 1 if `torch.distributed` isn't initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -27,30 +27,33 @@ def process_index() -> int:
 
 
 def own_share(items: Iterable[T]) -> Iterator[T]:
-    """Every n-th item, n the number of processes; together the processes get each item once."""
+    """Yields this process's share: every n-th item, where n is the number of processes. No item is in two shares."""
     return islice(items, process_index(), None, num_processes())
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Adds up integers or floats of all processes, in place, on the device that the backend works on."""
+    """Sums integers or floats over all processes, in place. They must be on a device that the backend supports."""
     if num_processes() > 1:
         dist.all_reduce(values)
     return values
 
 
 def own_part(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter: all of it, or its part under FSDP2 and ZeRO-3."""
+    """Returns what this process holds of a parameter: all of it, or its shard under FSDP2 and ZeRO-3."""
     return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Refuses a model whose weights are split over processes.
+    """Checks that each process holds all of the model's weights.
+
+    Args:
+        what: the operation that needs the whole model, for the error message.
 
     Raises:
-        UserError: saying what the whole model is needed for.
+        UserError: FSDP or ZeRO-3 has split the weights.
     """
     for parameter in model.parameters():
-        # ZeRO-3 leaves an empty tensor where it has split a weight, and its size beside it.
+        # ZeRO-3 replaces a weight that it has split by an empty tensor, and keeps the full size in `ds_numel`.
         if isinstance(parameter, DTensor) or getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
             raise UserError(
                 f"model: {what} needs all weights in each process, and FSDP or ZeRO-3 has split them; do it in a run "
@@ -59,7 +62,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def in_order(own: list[T]) -> list[T]:
-    """From each process's results of its `own_share` to the results of all items, in their order, everywhere."""
+    """Gathers the results of every process's `own_share` and returns them on each process, in the items' order."""
     if num_processes() == 1:
         return own
     shares: list[list[T]] = [[] for _ in range(num_processes())]

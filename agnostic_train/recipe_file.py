@@ -1,4 +1,4 @@
-"""A recipe from a YAML file and flags, with one line for every mistake. Defaults < file < flags."""
+"""Reading a recipe from a YAML file and flags. Flags override the file, the file overrides defaults."""
 
 import math
 import re
@@ -31,15 +31,15 @@ _FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:
-    """Reads a YAML recipe; flags win over it, it wins over defaults.
+    """Reads a YAML recipe; flags override the file, the file overrides defaults.
 
     Args:
-        file: YAML 1.2, so that `no` is Norwegian and 1e-4 a number.
-        flags: `section.key` or `output_dir` to a value, parsed as YAML; where the key takes text, what YAML makes
-            anything else of ({lang}, 1e5, 2024-01-01) stays as it was typed.
+        file: YAML 1.2, so that `no` is the language code of Norwegian, not false, and 1e-4 is a number.
+        flags: values by `section.key` or `output_dir`, parsed as YAML. If the key takes text, a value that YAML would
+            read as something else ({lang}, 1e5, 2024-01-01) stays as it was typed.
 
     Raises:
-        UserError: one line that names the file and the key, and says what would be right.
+        UserError: a mistake in the file or a flag; one line that names it and the key, and says what would be right.
     """
     source = str(file)
     try:
@@ -54,7 +54,7 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         raise UserError(f"{source}: the recipe is empty")
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections such as 'model:' and 'corpus:', not a {type(values).__name__}")
-    # A section whose keys are all commented out.
+    # A section whose keys are all commented out is read as None.
     values |= {name: {} for name in SECTIONS if name in values and values[name] is None}
     for key, value in (flags or {}).items():
         section, _, name = key.partition(".")
@@ -68,18 +68,18 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
     try:
         return make_recipe(values, source)
     except UserError as error:
-        # What a flag says is no fault of the file.
+        # A mistake in a flag is reported under the flag's name, not the file's.
         message = str(error).removeprefix(f"{source}: ")
         if any(re.match(rf"{re.escape(key)}[.: ]", message) for key in flags or {}):
             raise UserError(f"--{message}") from None
-        of_section = [f"--{key}" for key in flags or {} if message.startswith(f"{key.partition('.')[0]}: ")]
-        if of_section:
-            raise UserError(f"{source} with {', '.join(of_section)}: {message}") from None
+        section_flags = [f"--{key}" for key in flags or {} if message.startswith(f"{key.partition('.')[0]}: ")]
+        if section_flags:
+            raise UserError(f"{source} with {', '.join(section_flags)}: {message}") from None
         raise
 
 
 def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Builds a recipe from nested plain values; see `load_recipe`."""
+    """Builds a recipe from plain values, nested by section; errors are as by `load_recipe` and name `source`."""
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     for name, section in values.items():
         for key, value in section.items() if isinstance(section, dict) else [("", section)]:
@@ -90,18 +90,18 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
             _check_truth(value, own_types().get(where), f"{source}: {where}")
     training, arguments = values.get("training"), {}
     if isinstance(training, dict):
-        own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
-        arguments = {key: value for key, value in training.items() if key not in own}
-        values["training"] = {key: value for key, value in training.items() if key in own}
+        own_keys = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+        arguments = {key: value for key, value in training.items() if key not in own_keys}
+        values["training"] = {key: value for key, value in training.items() if key in own_keys}
     try:
         recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        # A misspelt key is missing under its right name too: the misspelling is the better message.
+        # A misspelt key is also missing under its right name; the error about the misspelling is more helpful.
         errors = sorted(error.errors(), key=lambda it: it["type"] not in _UNKNOWN_KEY)
         if errors[0]["loc"][:1] == ("training",):
             _check_arguments(arguments, source)
         raise UserError(f"{source}: {_explain(errors[0])}") from None
-    # Last, since it imports transformers: other mistakes shouldn't take seconds.
+    # Checked last: it imports transformers, which takes seconds, and other mistakes should show at once.
     arguments = _check_arguments(arguments, source)
     return replace(recipe, training=replace(recipe.training, arguments=arguments))
 
@@ -120,7 +120,7 @@ def _parse_flag(key: str, value: str) -> Any:
 
 
 def _takes_text(key: str) -> Literal["one", "several"] | None:
-    """Whether a key's value is text, a list of texts, or neither."""
+    """Returns `"one"` if a key takes text, `"several"` if it takes a list of texts, and otherwise None."""
     section, _, name = key.partition(".")
     kind = own_types().get(key)
     if kind is None and section == "training":
@@ -137,17 +137,19 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
-    """TrainingArguments by name, each as its type has it."""
+    """Checks the names and types of TrainingArguments and returns their values, converted to these types."""
     if not arguments:
         return {}
     known = training_argument_types()
-    own = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
+    own_keys = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
     checked = {}
     for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
         if key not in known:
-            raise UserError(f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own, *known)])}")
+            raise UserError(
+                f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own_keys, *known)])}"
+            )
         _check_truth(value, known[key], f"{source}: training.{key}")
         try:
             checked[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)
@@ -157,41 +159,45 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Refuses what a manifest (strict JSON) or a file name can't hold, such as YAML's dates and what contains itself."""
-    left, num_values = [value], 0
-    while left:
-        it = left.pop()
+    """Refuses values that a manifest (strict JSON) or a file name can't hold, such as dates and recursive lists."""
+    pending, num_values = [value], 0
+    while pending:
+        item = pending.pop()
         num_values += 1
         if num_values > _MOST_VALUES:
-            # Aliases of aliases: a few lines of YAML can stand for billions of values, or for endless ones.
-            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, or it contains itself; write it out shorter")
-        if isinstance(it, dict):
-            left += [*it.keys(), *it.values()]
-        elif isinstance(it, (list, tuple)):
-            left += it
-        elif isinstance(it, str):
-            if "\0" in it or any("\ud800" <= character <= "\udfff" for character in it):
-                raise UserError(f"{where}: {_short(it)} holds characters that no text or file name can hold")
-        elif isinstance(it, int):
-            if not abs(it) < 2**63:
+            # With aliases of aliases, a few lines of YAML can stand for billions of values, or for endlessly many.
+            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, or it contains itself; make it shorter")
+        if isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            pending += item
+        elif isinstance(item, str):
+            if "\0" in item or any("\ud800" <= character <= "\udfff" for character in item):
+                raise UserError(f"{where}: {_short(item)} holds characters that no text or file name can hold")
+        elif isinstance(item, int):
+            if not abs(item) < 2**63:
                 raise UserError(f"{where}: a whole number must be below 2^63")
-        elif isinstance(it, float):
-            if not math.isfinite(it):
-                raise UserError(f"{where}: must be a finite number, not {it}")
-        elif it is not None:
-            raise UserError(f"{where}: {_short(it)} is a {type(it).__name__}; write it as text, in quotes")
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise UserError(f"{where}: must be a finite number, not {item}")
+        elif item is not None:
+            raise UserError(f"{where}: {_short(item)} is a {type(item).__name__}; write it as text, in quotes")
 
 
 def _check_truth(value: Any, kind: Any, where: str) -> None:
-    """Refuses `true` and `false` where they would be read as the numbers 1 and 0. kind: the key's type, None if unknown."""
+    """Refuses `true` and `false` where they would be read as the numbers 1 and 0.
+
+    Args:
+        kind: the key's type; None, which lets every value pass, if it is unknown.
+    """
     values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    truths = [it for it in values if isinstance(it, bool)]
-    if truths and kind is not None and not _holds(kind, bool) and (_holds(kind, int) or _holds(kind, float)):
-        raise UserError(f"{where}: takes a number, not {str(truths[0]).lower()}")
+    booleans = [it for it in values if isinstance(it, bool)]
+    if booleans and kind is not None and not _holds(kind, bool) and (_holds(kind, int) or _holds(kind, float)):
+        raise UserError(f"{where}: takes a number, not {str(booleans[0]).lower()}")
 
 
 def _holds(kind: Any, wanted: type) -> bool:
-    """Whether a type, or one that it is made of, is wanted."""
+    """Whether a type is `wanted` or has it among its type arguments, at any depth."""
     return kind is wanted or any(_holds(it, wanted) for it in get_args(kind))
 
 
@@ -213,9 +219,9 @@ def _explain(error: dict) -> str:
     if error["type"] == "too_short":
         return f"{key}: needs at least {error['ctx']['min_length']}, not {_short(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
-    # Our own validators say what was given.
-    own = error["type"] == "value_error"
-    given = "" if own or isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
+    # Errors of our own validators already say what was given.
+    is_own = error["type"] == "value_error"
+    given = "" if is_own or isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 
@@ -229,7 +235,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
-    except (YAMLError, ValueError, LookupError) as error:  # `!!int x` and a 99th of May are Python's own errors
+    except (YAMLError, ValueError, LookupError) as error:  # `!!int x` and 99 May raise Python's own
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error

@@ -1,10 +1,10 @@
-"""Versions of installed packages, this one among them."""
+"""Versions of installed packages, including this one."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str) -> str:
-    """A package's version; `0+unknown` where it runs from a folder on the path and isn't installed."""
+    """Returns a package's version, or `0+unknown` if it isn't installed but runs from a folder on the path."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""From what files and datasets hold to documents, and from documents to sentences."""
+"""Reading documents from rows of files and datasets, and splitting documents into sentences."""
 
 import json
 import re
@@ -10,7 +10,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
-    """Documents to sentences: at line breaks, and where asked for after `. ! ?` and their Chinese forms."""
+    """Splits documents at line breaks and, if asked to, after `. ! ? …` and their Chinese forms; skips empty parts."""
     for document in documents:
         for line in document.split("\n"):
             for sentence in _SENTENCE_END.split(line) if split_sentences else (line,):
@@ -19,10 +19,10 @@ def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator
 
 
 def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
-    """The documents in a column of rows; those without one are passed over.
+    """Yields the documents in a column of rows; rows without one are skipped.
 
     Raises:
-        UserError: naming the source: it can't be read, has no such column, or something else than text in it.
+        UserError: the source can't be read, lacks the column, or holds something other than text; the message names it.
     """
     rows, seen = iter(stream), False
     while True:
@@ -38,7 +38,7 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(row)}")
         seen = True
         text = row.get(column)
-        if isinstance(text, list):  # mOSCAR keeps a document as a list of its parts
+        if isinstance(text, list):  # mOSCAR stores a document as a list of its parts
             parts = (part.get("text") if isinstance(part, dict) else part for part in text)
             text = "\n".join(str(part) for part in parts if part is not None)
         if text is None:
@@ -51,7 +51,7 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
 
 
 def row_of(line: str, where: str) -> dict:
-    """A row from a JSON line; raises `UserError`, which begins with `where` it stands, if it is none."""
+    """Parses a JSON line into a row; raises `UserError`, starting with `where` the line is, if it isn't an object."""
     try:
         row = json.loads(line)
     except ValueError as error:

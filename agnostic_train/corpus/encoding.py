@@ -1,4 +1,4 @@
-"""From sentences to token ids and padded batches."""
+"""Turning sentences into token ids and padded batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,22 +15,24 @@ from agnostic_train.errors import UserError
 from agnostic_train.recipe import CorpusSection
 
 Example = dict[str, np.ndarray]
-"""A sequence to train on: its `input_ids`, int32, which take a quarter of the memory that a list of them would."""
+"""A sequence to train on: its `input_ids` as int32, which take a quarter of the memory of a list."""
 
-# Sentences a call of the tokenizer: what it returns takes far more memory than their tokens.
+# Sentences per tokenizer call, limited because its output takes far more memory than the token ids alone.
 _AT_ONCE = 1000
 SAMPLE = 200
-"""Of how many sentences the length is looked at, where an estimate will do."""
+"""The number of sentences whose length is measured where an estimate is enough."""
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns sentences into token ids, by the recipe's corpus keys and the model's limits.
+    """Turns sentences into token ids, following the recipe's corpus keys and the model's limits.
 
-    add_bos: None leaves it to the tokenizer. max_length: in tokens; longer sentences are cut, and counted. vocab_size: of
-    the model, None if that isn't known.
+    Attributes:
+        add_bos: whether sentences begin with the beginning-of-sequence token; None leaves it to the tokenizer.
+        max_length: in tokens; longer sentences are cut, and the log says how many. None means no limit.
+        vocab_size: the size of the model's vocabulary; None if it isn't known.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,10 +43,10 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, section: CorpusSection, config) -> "Encoder":
-        """An encoder for a model's config; says once what it had to decide.
+        """Makes an encoder for a model's config, and logs what it had to decide.
 
         Raises:
-            UserError: no token to pad with, no beginning-of-sequence token where one is asked for.
+            UserError: the tokenizer has no token to pad with, or none to begin with though `corpus.add_bos` is true.
         """
         config = config.get_text_config()
         pad_id = _pad_id(tokenizer)
@@ -59,14 +61,14 @@ class Encoder:
         return cls(tokenizer, section.add_bos, min(limits, default=None), pad_id, config.vocab_size)
 
     def encode(self, sentences: Sequence[str], purpose: str) -> list[dict]:
-        """One dict a sentence: `input_ids`, `special_tokens_mask` (lists of int), `num_bytes` (int).
+        """Encodes each sentence as a dict: `input_ids`, `special_tokens_mask` (lists of int), `num_bytes` (int).
 
-        num_bytes counts the UTF-8 bytes that the kept tokens cover.
+        `num_bytes` counts the UTF-8 bytes that the kept tokens cover. `purpose` names the text in messages.
         """
         return list(self._encoded(sentences, purpose))
 
     def _encoded(self, sentences: Sequence[str], purpose: str, to_train: bool = False) -> Iterator[dict]:
-        """As `encode`; `to_train`, `input_ids` alone, closed by the end-of-sequence token."""
+        """Yields what `encode` lists; with `to_train`, `input_ids` alone, with an end-of-sequence token added."""
         tokenizer, num_cut = self.tokenizer, 0
         with_offsets = tokenizer.is_fast and not to_train
         for start in range(0, len(sentences), _AT_ONCE):
@@ -88,8 +90,8 @@ class Encoder:
                     ids = [*ids, tokenizer.eos_token_id]
                 if not ids:
                     raise UserError(
-                        f"{purpose}: the tokenizer makes no token of number {start + place + 1}, {sentence[:60]!r}; take it "
-                        "out"
+                        f"{purpose}: the tokenizer makes no tokens for sentence {start + place + 1}, {sentence[:60]!r}; "
+                        "take it out"
                     )
                 kept = ids[: self.max_length]
                 num_cut += len(kept) < len(ids)
@@ -107,23 +109,23 @@ class Encoder:
                 num_bytes = len(text.encode())
                 yield {"input_ids": kept, "special_tokens_mask": special[: len(kept)], "num_bytes": num_bytes}
         if num_cut:
-            # Several stages read the same text: once is enough.
+            # Once, although several stages encode the same text.
             logger.warning_once(f"{purpose}: {num_cut} of {len(sentences)} sentences cut at {self.max_length} tokens")
 
     def _begun(
         self, ids: list[int], special: list[int], offsets: list[tuple[int, int]] | None
     ) -> tuple[list[int], list[int], list[tuple[int, int]] | None]:
-        """What the tokenizer made of a sentence, with the beginning-of-sequence token or without, as `add_bos` says."""
+        """Adds or removes the beginning-of-sequence token of an encoded sentence, as `add_bos` says."""
         bos = self.tokenizer.bos_token_id
         if self.add_bos and ids[:1] != [bos]:
             return [bos, *ids], [1, *special], None if offsets is None else [(0, 0), *offsets]
-        # One that the text itself spells out isn't special, and stays.
+        # If the text itself spells out the token, it isn't marked as special, and is kept.
         if self.add_bos is False and ids[:1] == [bos] and special[0]:
             return ids[1:], special[1:], None if offsets is None else offsets[1:]
         return ids, special, offsets
 
     def _covered(self, sentence: str, kept: list[int], offsets: Sequence[tuple[int, int]] | None) -> str:
-        """The text of the tokens that are kept. offsets: of all tokens; None of a slow tokenizer."""
+        """Returns the text of the kept tokens. `offsets` are those of all tokens, None with a slow tokenizer."""
         if offsets is None:
             return self.tokenizer.decode(kept, skip_special_tokens=True)
         return sentence[: max((end for _, end in offsets[: len(kept)]), default=0)]
@@ -133,11 +135,14 @@ class Encoder:
     ) -> list[dict[str, torch.Tensor]]:
         """Padded batches of sentences of similar length, the longest first.
 
-        What the longest need in memory shows at once, and the self-check sees them. The composition of the batches depends
-        on the sentences and `batch_size` alone. skip_special_tokens adds the `special_tokens_mask` that leaves such
-        tokens out of impacts.
+        The longest come first so that a lack of memory shows at once, and so that the self-check sees them. The
+        composition of the batches depends only on the sentences and `batch_size`.
 
-        Returns: each with `input_ids` and `attention_mask`, int64 (batch, length), `num_bytes` and `sentence_index`,
+        Args:
+            skip_special_tokens: adds `special_tokens_mask`, int64 (batch, length), which leaves special tokens out of
+                impacts.
+
+        Returns: batches of `input_ids` and `attention_mask`, int64 (batch, length), `num_bytes` and `sentence_index`,
             int64 (batch,).
         """
         rows = sorted(enumerate(self.encode(sentences, purpose)), key=lambda row: -len(row[1]["input_ids"]))
@@ -155,13 +160,14 @@ class Encoder:
         return batches
 
     def examples(self, sentences: Sequence[str], purpose: str) -> list[Example]:
-        """Sentences to train on, as `input_ids`, each closed by the end-of-sequence token."""
+        """Encodes sentences to train on, each ended by the end-of-sequence token (unless cut, or without one)."""
         return [_example(row["input_ids"]) for row in self._encoded(sentences, purpose, to_train=True)]
 
     def packed_examples(self, sentences: Sequence[str], purpose: str) -> list[Example]:
-        """Sentences to train on, as `input_ids` of `max_length` tokens, one sentence joined to the next, none cut off.
+        """Encodes sentences to train on and joins them into sequences of `max_length` tokens.
 
-        Each is closed by the end-of-sequence token. The last sequence is shorter, and left out if it is one token.
+        Each sentence ends with the end-of-sequence token. None is cut: it continues in the next sequence. The last
+        sequence is shorter, and left out if it is one token.
 
         Raises:
             UserError: the tokenizer has no end-of-sequence token.
@@ -170,12 +176,12 @@ class Encoder:
         self.check_packing()
         rows = replace(self, max_length=None)._encoded(sentences, purpose, to_train=True)
         tokens = chain.from_iterable(row["input_ids"] for row in rows)
-        # The last call finds no token left, and its empty list ends the sequences.
+        # When no tokens are left, the lambda returns an empty list, which ends the iteration.
         packed = [_example(ids) for ids in iter(lambda: list(islice(tokens, self.max_length)), [])]
         return packed[:-1] if len(packed) > 1 and len(packed[-1]["input_ids"]) == 1 else packed
 
     def sentences_packed(self, sentences: Sequence[str], purpose: str) -> float:
-        """About how many sentences a packed sequence takes, by the length of the first of them."""
+        """Estimates how many sentences a packed sequence holds, from the lengths of the first `SAMPLE` of them."""
         assert self.max_length is not None
         first = replace(self, max_length=None)._encoded(sentences[:SAMPLE], purpose, to_train=True)
         return self.max_length / fmean(len(row["input_ids"]) for row in first)
@@ -184,11 +190,11 @@ class Encoder:
         """Raises `UserError` if the tokenizer has no end-of-sequence token."""
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                "training.packing: the tokenizer has no end-of-sequence token to stand between sentences; set it to false"
+                "training.packing: the tokenizer has no end-of-sequence token to separate sentences; set it to false"
             )
 
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """A training batch: `input_ids`, `attention_mask` and `labels` (-100 at padding), int64 (batch, length)."""
+        """Makes a training batch: `input_ids`, `attention_mask`, `labels` (-100 at padding), int64 (batch, length)."""
         batch = self._padded(rows)
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
@@ -207,35 +213,37 @@ def batches_of(
     max_length: int | None = None,
     add_bos: bool | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Makes padded batches of one language's texts, as `detect_neurons`, `perplexity` and the others take them.
+    """Makes padded batches of one language's texts, for `detect_neurons`, `perplexity` and similar functions.
 
-    Texts of similar length come together, the longest first. A batch holds `input_ids` and `attention_mask`, int64
-    (texts, length), `num_bytes`, for bits per byte, and `sentence_index`, each text's place in `texts`, int64 (texts,).
+    Texts of similar length are batched together, the longest first. A batch holds `input_ids` and `attention_mask`,
+    int64 (batch, length), `num_bytes`, for bits per byte, and `sentence_index`, each text's index in `texts`, int64
+    (batch,).
 
     Args:
-        texts: each is what detection calls a sentence, whatever it is; a sentence a text is what the paper has.
-        tokenizer: the model's own. Special tokens are added as it does by itself, except by `add_bos`.
+        texts: each text counts as one sentence in detection, whatever its length; the paper uses single sentences.
+        tokenizer: the model's own. It adds its usual special tokens; only `add_bos` changes this.
         batch_size: texts per batch.
-        max_length: in tokens: what is longer is cut, and a log line counts how many were. Without it, the tokenizer's
-            own limit, if it has one.
-        add_bos: whether texts begin with the beginning-of-sequence token; as the tokenizer does by default.
+        max_length: in tokens; longer texts are cut, and a log line says how many. By default the tokenizer's own limit,
+            if it has one.
+        add_bos: whether texts begin with the beginning-of-sequence token; by default the tokenizer decides.
 
     Raises:
-        UserError: a text of which the tokenizer makes no token, or a tokenizer without a token to pad with.
-        TypeError: one text where several were expected, or what isn't text.
+        UserError: the tokenizer makes no tokens for a text, has no token to pad with, or no beginning-of-sequence token
+            though `add_bos` is true.
+        TypeError: `texts` is a single text or a mapping, or holds something other than text.
         ValueError: `batch_size` or `max_length` is below 1.
     """
     if isinstance(texts, (str, Mapping)):
-        what = "one" if isinstance(texts, str) else "a mapping: take one language's, or one column"
-        raise TypeError(f"texts: expected several texts, such as a list, not {what}")
+        received = "one" if isinstance(texts, str) else "a mapping: take one language's, or one column"
+        raise TypeError(f"texts: expected several texts, such as a list, not {received}")
     texts = list(texts)
-    if strange := [it for it in texts if not isinstance(it, str)]:
-        raise TypeError(f"texts: expected text, got {type(strange[0]).__name__}")
+    if non_texts := [it for it in texts if not isinstance(it, str)]:
+        raise TypeError(f"texts: expected text, got {type(non_texts[0]).__name__}")
     if batch_size < 1 or (max_length is not None and max_length < 1):
         raise ValueError(f"batch_size and max_length must be at least 1, not {batch_size} and {max_length}")
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError("add_bos: the tokenizer has no beginning-of-sequence token")
-    # A tokenizer without a limit gives a number that no text reaches.
+    # If a tokenizer has no limit, its model_max_length is a number that no text reaches.
     limit = tokenizer.model_max_length if max_length is None else max_length
     encoder = Encoder(tokenizer, add_bos, limit, _pad_id(tokenizer), vocab_size=None)
     return encoder.batches(texts, "texts", batch_size)

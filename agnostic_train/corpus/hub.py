@@ -1,4 +1,4 @@
-"""Text in datasets of the hub, and in folders like them."""
+"""Reading documents from datasets on the hub, and from local folders of the same form."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,67 +11,68 @@ from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.recipe import CorpusSection
 
 _BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
-"""By a file's ending, the builder of `datasets` that reads a dataset's files."""
+"""File ending -> the builder of `datasets` that reads such files."""
 _SHUFFLE_BUFFER = 10_000
 
 
 def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
-    """A dataset's documents of one language, streamed and shuffled by `corpus.seed`.
+    """Streams a dataset's documents of one language, shuffled by `corpus.seed`.
 
     Raises:
-        UserError: a dataset, config or column that isn't there.
+        UserError: the dataset, config or column doesn't exist, or there is no document.
     """
     check_dataset(section)
     config = section.config_pattern and section.config_pattern.format(lang=language)
     files = section.data_files and section.data_files.format(lang=language)
-    wanted = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
-    source = f"corpus.dataset: {wanted}"
+    dataset = f"{section.dataset}" + (f", config {config}" if config else "") + (f", files {files}" if files else "")
+    source = f"corpus.dataset: {dataset}"
     ending = _ending(section, files) if config is None else None
     try:
         stream = _files_of(section, files, ending) if files and ending else _dataset(section, config, files)
         stream = stream.shuffle(seed=section.seed, buffer_size=_SHUFFLE_BUFFER)
     except Exception as error:
-        raise UserError(f"corpus.dataset: can't stream {wanted}: {in_one_line(error)}") from None
+        raise UserError(f"corpus.dataset: can't stream {dataset}: {in_one_line(error)}") from None
     rows: Iterable[dict] = stream
     if ending == ".jsonl":
         rows = (row_of(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
     documents = texts_of(rows, section.text_column, source)
     first = next(documents, None)
     if first is None:
-        raise UserError(
-            f"{source} has no document of {language!r}; look at corpus.languages, as the dataset names them"
-        )
+        raise UserError(f"{source} has no document of {language!r}; corpus.languages must use the dataset's own names")
     yield first
     yield from documents
 
 
 def check_dataset(section: CorpusSection) -> None:
-    """Raises `UserError` if `corpus.dataset` is a folder's name, and there is none."""
+    """Raises `UserError` if `corpus.dataset` is the path of a folder that doesn't exist."""
     name = str(section.dataset)
     if name.startswith(("/", ".")) and not Path(name).is_dir():
         raise UserError(f"corpus.dataset: no such folder {name}")
 
 
 def _ending(section: CorpusSection, files: str | None) -> str | None:
-    """The ending by which files are read that are named whole, or are of a folder or repository; None for other ones."""
+    """Returns the ending in `files` that says how to read them; None to leave that to `datasets`.
+
+    The ending counts if `files` is a URL or an absolute path, or if the dataset is a folder or a repository.
+    """
     name = str(section.dataset)
-    is_repository = "/" in name or Path(name).is_dir()  # else a format, such as json
+    is_repository = "/" in name or Path(name).is_dir()  # otherwise a format, such as json
     if files is None or not (is_repository or _is_whole(files)):
         return None
     return next((it for it in _BUILDERS if it in Path(files).suffixes), None)
 
 
 def _dataset(section: CorpusSection, config: str | None, files: str | None) -> IterableDataset:
-    """A dataset's rows, as its repository says that they are read."""
+    """Streams a dataset's rows, read as its repository defines."""
     name, revision, split = section.dataset, section.revision, section.dataset_split
     return load_dataset(name, config, data_files=files, revision=revision, split=split, streaming=True)
 
 
 def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDataset:
-    """The rows of some files of a dataset, whatever else its repository holds; of JSON lines, each line as `text`.
+    """Streams the rows of some files of a dataset, whatever else its repository holds; a JSON line is a row's `text`.
 
-    A repository with a loading script is refused as a whole: OSCAR-2301's and MADLAD-400's are. And the JSON lines of a
-    crawl differ in their other keys, which a table's columns may not.
+    `datasets` refuses repositories with a loading script, such as OSCAR-2301 and MADLAD-400, but reads their files.
+    JSON lines are read as text because a crawl's documents differ in their other keys, which a table's rows can't.
     """
     root, split = str(section.dataset), section.dataset_split
     if not Path(root).is_dir():

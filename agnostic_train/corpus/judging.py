@@ -1,4 +1,4 @@
-"""Text that only judges: test sentences of every language that is measured, and aligned lines."""
+"""Text that is used only for evaluation: test sentences of every measured language, and aligned lines."""
 
 import random
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from agnostic_train.recipe import CorpusSection, EvaluationSection
 def held_out_text(
     section: CorpusSection, language: str, path: str | Path | None = None, keep: Path | None = None
 ) -> tuple[list[str], dict]:
-    """The test sentences of a language that serves no other purpose, and the SHA-256 of each file they came from.
+    """Returns the test sentences of a language that is only evaluated, and the SHA-256 of each file they came from.
 
-    Local text needs `{lang}.valid` or `{lang}.test`; a hub's dataset is streamed, as by `load_corpus`.
+    Local text needs `{lang}.test` or `{lang}.valid`; a hub dataset is streamed, as by `load_corpus`.
 
     Raises:
-        UserError: neither file is there, or fewer sentences than asked for.
+        UserError: neither file exists, or there are fewer sentences than asked for.
     """
     count = section.test_sentences
     if path is None:
@@ -34,7 +34,7 @@ def held_out_text(
             missing = Path(path) / f"{language}.test.txt"
             raise UserError(f"evaluation.languages: {language!r} has no file {missing}, nor .valid; add one")
         sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
-        # The same half as for a language that is detected: it may become one.
+        # The same half as for a language that is detected, since this one may become one.
         sentences = sentences if files["test"] else sentences[1::2]
     if not sentences:
         raise UserError(f"evaluation.languages: {source} has no sentence of {language!r} to test on; add text")
@@ -53,19 +53,19 @@ def judging_text(
     path: str | Path | None = None,
     keep: Path | None = None,
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
-    """The text that only judges, per kind (`test`, `parallel`) and language, and the SHA-256 of files read for it.
+    """Returns the text for evaluation, by kind (`test`, `parallel`) and language, and the SHA-256 of files read for it.
 
     Args:
         path, keep: as for `load_corpus`.
 
     Raises:
-        UserError: as `held_out_text` and `parallel_text`.
+        UserError: as by `held_out_text` and `parallel_text`.
     """
     texts = {"test": {language: text.test for language, text in corpus.texts.items()}}
     hashes: dict[str, str] = {}
     for language in evaluation.languages:
-        texts["test"][language], found = held_out_text(section, language, path, keep)
-        hashes |= found
+        texts["test"][language], file_hashes = held_out_text(section, language, path, keep)
+        hashes |= file_hashes
     if evaluation.parallel is not None:
         languages = [*section.languages, *evaluation.languages]
         texts["parallel"] = parallel_text(
@@ -83,15 +83,16 @@ def parallel_text(
     seed: int,
     split_sentences: bool = False,
 ) -> dict:
-    """Aligned lines of `{lang}.txt`, for those of the languages that have a file: `{language: [line, ...]}`.
+    """Reads aligned lines from `{lang}.txt`, for the languages that have such a file: `{language: [line, ...]}`.
 
     Args:
-        corpus: no line, or all of a line's sentences, may stand in its detection, training or validation text.
-        count: draw so many lines, the same in every language; all by default.
-        split_sentences: whether the corpus was split at the ends of sentences, too.
+        corpus: no line, nor all sentences of a line, may be in its detection, training or validation text.
+        count: how many lines to draw, the same in every language; all by default.
+        split_sentences: whether the corpus was also split at sentence ends.
 
     Raises:
-        UserError: no folder, no file, lines that aren't aligned, or a line that something was chosen or trained by.
+        UserError: there is no folder, no file, or too few lines; the lines aren't aligned; or a line is in the
+            detection, training or validation text.
     """
     key, folder = "evaluation.parallel", Path(folder)
     if not folder.is_dir():
@@ -100,13 +101,13 @@ def parallel_text(
     if not files:
         raise UserError(f"{key}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt")
     lines = {language: [it.strip() for it in read_text(file).split("\n")] for language, file in files.items()}
-    for language, its in lines.items():
-        while its and not its[-1]:
-            its.pop()
+    for language, own_lines in lines.items():
+        while own_lines and not own_lines[-1]:
+            own_lines.pop()
         first = next(iter(lines))
-        if len(its) != len(lines[first]):
+        if len(own_lines) != len(lines[first]):
             raise UserError(
-                f"{key}: {files[language]} has {len(its)} lines, {files[first].name} {len(lines[first])}; aligned "
+                f"{key}: {files[language]} has {len(own_lines)} lines, {files[first].name} {len(lines[first])}; aligned "
                 "text has as many in every language"
             )
     kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
@@ -118,11 +119,11 @@ def parallel_text(
         kept = sorted(random.Random(seed).sample(kept, count))
     for language, text in corpus.texts.items():
         seen = {line for line in (*text.detection, *text.training, *text.validation)}
-        of_language = [lines[language][index] for index in kept if language in lines]
-        repeated = [it for it in of_language if seen.issuperset(split_documents([it], split_sentences))]
+        own_lines = [lines[language][index] for index in kept if language in lines]
+        repeated = [it for it in own_lines if seen.issuperset(split_documents([it], split_sentences))]
         if repeated:
             raise UserError(
-                f"{key}: {len(repeated)} lines of {files[language]} stand in the train or valid text, such as "
+                f"{key}: {len(repeated)} lines of {files[language]} are in the train or valid text, such as "
                 f"{repeated[0][:60]!r}; take them out of one"
             )
-    return {language: [its[index] for index in kept] for language, its in lines.items()}
+    return {language: [own_lines[index] for index in kept] for language, own_lines in lines.items()}

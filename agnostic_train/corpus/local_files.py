@@ -19,48 +19,48 @@ _OPEN: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    # Of these, zstandard would take a file that is cut short for a whole one.
+    # pyarrow's, because the zstandard package accepts a truncated file without an error.
     ".zst": lambda file: pyarrow.input_stream(str(file), compression="zstd"),
 }
 _ENDINGS = [f"{ending}{packed}" for ending in (".txt", ".jsonl") for packed in ("", *_OPEN)] + [".parquet"]
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
-    """`{lang}.{split}` as .txt or .jsonl, compressed or not, or .parquet; None where there is none.
+    """Finds `{lang}.{split}` as .txt or .jsonl, compressed or not, or .parquet; returns None if there is none.
 
     Raises:
-        UserError: two of them.
+        UserError: there is more than one.
     """
-    found = [file for ending in _ENDINGS if (file := folder / f"{language}.{split}{ending}").exists()]
-    if len(found) > 1:
-        raise UserError(f"{found[0]}: stands beside {found[1].name}; keep one")
-    return found[0] if found else None
+    files = [file for ending in _ENDINGS if (file := folder / f"{language}.{split}{ending}").exists()]
+    if len(files) > 1:
+        raise UserError(f"{files[0]}: the folder also has {files[1].name}; keep one")
+    return files[0] if files else None
 
 
 def local_sentences(section: CorpusSection, file: Path) -> list[str]:
-    """The distinct sentences of a file, in its order.
+    """Reads the distinct sentences of a file, in their order.
 
     Raises:
-        UserError: an unreadable file, not UTF-8, without the text column, or without a sentence.
+        UserError: the file isn't readable, isn't UTF-8, lacks the text column, or has no sentence.
     """
     documents = [read_text(file)] if ".txt" in file.suffixes else texts_of(_rows(file), section.text_column, str(file))
     sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
     if not sentences:
-        raise UserError(f"{file}: has no sentence; a sentence a line is expected")
+        raise UserError(f"{file}: has no sentence; one sentence per line is expected")
     return sentences
 
 
 def read_text(file: Path) -> str:
-    """A UTF-8 file's text, compressed or not; raises `UserError` that names the file if it isn't one."""
+    """Reads a UTF-8 text file, compressed or not; raises `UserError` that names the file if it can't."""
     try:
         with _opened(file) as content:
-            # A byte order mark isn't text.
+            # The -sig drops a byte order mark, which isn't text.
             return content.read().decode("utf-8-sig")
     except IsADirectoryError:
-        raise UserError(f"{file}: a folder, where a text was expected") from None
+        raise UserError(f"{file}: a folder, where a text file was expected") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
-    except Exception as error:  # each way of compressing has errors of its own
+    except Exception as error:  # every compression format raises other errors
         raise UserError(f"{file}: not readable ({in_one_line(error)})") from None
 
 
@@ -72,12 +72,12 @@ def _rows(file: Path) -> Iterator[dict]:
     if ".parquet" not in file.suffixes:
         yield from _json_lines(file)
         return
-    # Streamed: nothing is copied into the cache of `datasets`.
+    # Streamed, so that nothing is copied into the cache of `datasets`.
     yield from load_dataset("parquet", data_files=str(file), split="train", streaming=True)
 
 
 def _json_lines(file: Path) -> Iterator[dict]:
-    """Read one by one: a crawl's documents differ in their other keys, which a table's columns may not."""
+    """Parses each line by itself: a crawl's documents differ in their other keys, which a table's rows can't."""
     with TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():

@@ -1,4 +1,4 @@
-"""Text in several languages: which sentence serves which purpose. No sentence serves two."""
+"""Reading text in several languages and dividing its sentences among the purposes that they serve."""
 
 import random
 from collections.abc import Container, Sequence
@@ -16,7 +16,8 @@ from agnostic_train.recipe import CorpusSection
 class LanguageText:
     """One language's sentences by purpose; no sentence serves two.
 
-    detection and training come from the train file, validation selects (scores, strategies), test only judges.
+    `detection` and `training` come from the train text, `validation` selects (scores, strategies), and `test` is used
+    only for evaluation.
     """
 
     detection: list[str]
@@ -27,7 +28,7 @@ class LanguageText:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Every language's text, and the SHA-256 of each file that it came from."""
+    """Every language's text, and the SHA-256 of each file that it came from (of the sentences, if streamed)."""
 
     texts: dict[str, LanguageText]
     hashes: dict[str, str]
@@ -40,18 +41,19 @@ def load_corpus(
     keep: Path | None = None,
     trained: Container[str] | None = None,
 ) -> Corpus:
-    """Reads the text of every language, from `path` or, without one, from the hub's `corpus.dataset`.
+    """Reads the text of every language from `path` or, if it is None, from the hub's `corpus.dataset`.
 
-    Local text is `{lang}.train`, `{lang}.valid` and, if there, `{lang}.test` as `.txt` (a document a line), `.jsonl`, both
-    also compressed, or `.parquet`. Without a test file every second sentence of valid is the test text, and only the others
-    ever select anything. Documents are split at line breaks; repeated sentences are dropped; `corpus.seed` draws the order.
+    Local text is `{lang}.train`, `{lang}.valid` and optionally `{lang}.test`, as `.txt` (one document per line) or
+    `.jsonl`, compressed or not, or as `.parquet`. Without a test file, every second sentence of valid is test text, and
+    only the others are used to select anything. Documents are split at line breaks (with `corpus.split_sentences`, also
+    at sentence ends), repeated sentences are dropped, and the order is shuffled by `corpus.seed`.
 
     Args:
-        keep: a folder for what is streamed. What is there already isn't streamed again, nor looked for on the hub.
-        trained: the languages of which training text is streamed; all by default. Local text is read whole.
+        keep: a folder that stores streamed text. Text that it has is neither streamed again nor looked up on the hub.
+        trained: the languages whose training text is streamed; all by default. Local text is always read whole.
 
     Raises:
-        UserError: a missing, empty or unreadable file, fewer sentences than asked for, or text in two splits.
+        UserError: a file is missing, empty or unreadable, has too few sentences, or shares one with another split.
     """
     texts, hashes = {}, {}
     for language in section.languages:
@@ -87,19 +89,19 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
 
 def _check_disjoint(language: str, splits: dict[str, list[str]], path: Path) -> None:
     seen: dict[str, str] = {}
-    shared: list[str] = []
+    repeated: list[str] = []
     for split, sentences in splits.items():
-        shared += [sentence for sentence in sentences if seen.setdefault(sentence, split) != split]
-    if shared:
-        examples = "; ".join(repr(sentence[:60]) for sentence in shared[:3])
+        repeated += [sentence for sentence in sentences if seen.setdefault(sentence, split) != split]
+    if repeated:
+        examples = "; ".join(repr(sentence[:60]) for sentence in repeated[:3])
         raise UserError(
-            f"{path}: {len(shared)} sentences of {language!r} stand in two of its train, valid and test text, such as "
+            f"{path}: {len(repeated)} sentences of {language!r} are in two of its train, valid and test text, such as "
             f"{examples}; take them out of one"
         )
 
 
 def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[str]], path: Path) -> LanguageText:
-    # A generator of its own per language: adding a language doesn't change another's sample.
+    # One generator per language, so that adding a language doesn't change the sample of another.
     train = list(splits["train"])
     random.Random(f"{section.seed} {language}").shuffle(train)
     wanted = {

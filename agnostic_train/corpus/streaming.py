@@ -1,4 +1,4 @@
-"""Text streamed from a dataset of the hub, and kept: later commands do without a network, and read the same."""
+"""Text streamed from a hub dataset and stored, so that later commands read the same text without a network."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -16,16 +16,16 @@ from agnostic_train.recipe import CorpusSection
 logger = logging.get_logger(__name__)
 
 STREAMED_DEFAULT = 1000
-"""Validation and test sentences per language of a streamed dataset, where the recipe names no number."""
+"""The number of validation and of test sentences streamed per language if the recipe names none."""
 
 _OF_THE_SOURCE = (
     "dataset", "revision", "config_pattern", "data_files", "dataset_split", "text_column", "split_sentences", "seed"
 )  # fmt: skip
-"""Keys of the section that say which documents of a language come in which order, and what their sentences are."""
+"""Corpus keys that determine a language's documents, their order, and how they are split into sentences."""
 
 
 def wanted_sentences(section: CorpusSection, with_training: bool) -> dict[str, int]:
-    """How many sentences of a language are streamed for each purpose.
+    """Returns how many sentences of a language are streamed for each purpose.
 
     Raises:
         UserError: the recipe doesn't say how many to train on.
@@ -43,13 +43,13 @@ def wanted_sentences(section: CorpusSection, with_training: bool) -> dict[str, i
 def streamed_by_purpose(
     section: CorpusSection, language: str, with_training: bool, keep: Path | None, progress: bool
 ) -> dict[str, list[str]]:
-    """Fills one purpose after the other from whole documents, so that no document serves two.
+    """Streams a language's sentences for one purpose after the other; no document serves two purposes.
 
-    Training comes last, and may get less than it was to have. Its text is kept by itself: whether a language trains, and on
-    how much, changes nothing of what it is measured on.
+    Training comes last and may get fewer sentences than asked for. Its text is stored in a separate file: whether a
+    language trains, and on how much text, doesn't change the text that it is measured on.
 
     Raises:
-        UserError: no such dataset, or too little text for another purpose.
+        UserError: there is no such dataset, or too little text for another purpose than training.
     """
     wanted = wanted_sentences(section, with_training)
     num_training = wanted.pop("training")
@@ -67,11 +67,11 @@ def streamed_by_purpose(
 
 
 def streamed_test(section: CorpusSection, language: str, count: int, keep: Path | None) -> list[str]:
-    """The first `count` sentences of a language, or as many as there are; see `streamed_by_purpose`."""
+    """Returns a language's first `count` sentences, or all if there are fewer, streamed as by `streamed_by_purpose`."""
 
     def read() -> dict:
-        documents = split_documents(hub_documents(section, language), section.split_sentences)
-        return {"sentences": list(islice(_unseen(documents, set()), count))}
+        sentences = split_documents(hub_documents(section, language), section.split_sentences)
+        return {"sentences": list(islice(_unseen(sentences, set()), count))}
 
     return _kept(keep, section, f"held-out-{language}", {"test": count}, read)["sentences"]
 
@@ -79,7 +79,7 @@ def streamed_test(section: CorpusSection, language: str, count: int, keep: Path 
 def _kept(
     folder: Path | None, section: CorpusSection, name: str, wanted: Mapping[str, int | str], read: Callable[[], dict]
 ) -> dict:
-    """What `read` gives, from a file of the folder if it gave that once."""
+    """Returns the result of `read`, which is stored in a file of `folder` and read from there the next time."""
     if folder is None:
         return read()
     source = {key: getattr(section, key) for key in _OF_THE_SOURCE}
@@ -92,9 +92,15 @@ def _kept(
 def _fill(
     section: CorpusSection, language: str, wanted: dict[str, int], progress: bool, after: dict | None = None
 ) -> dict:
-    """Streams so many `sentences` of each purpose, from the `documents` on that an earlier call ended before."""
+    """Streams the wanted number of sentences for each purpose.
+
+    Args:
+        after: the result of an earlier call; its documents and sentences aren't used again.
+
+    Returns: `sentences`, by purpose, and `documents`, the number of documents read so far.
+    """
     num_documents = after["documents"] if after else 0
-    seen = {sentence for its in after["sentences"].values() for sentence in its} if after else set()
+    seen = {sentence for used in after["sentences"].values() for sentence in used} if after else set()
     documents = islice(hub_documents(section, language), num_documents, None)
     taken: dict[str, list[str]] = {}
     with tqdm(total=sum(wanted.values()), desc=f"read {language}", disable=not progress, leave=False) as bar:
@@ -103,9 +109,9 @@ def _fill(
             while len(taken[purpose]) < count and (document := next(documents, None)) is not None:
                 num_documents += 1
                 new = _unseen(split_documents([document], section.split_sentences), seen)
-                found = list(islice(new, count - len(taken[purpose])))
-                taken[purpose] += found
-                bar.update(len(found))
+                added = list(islice(new, count - len(taken[purpose])))
+                taken[purpose] += added
+                bar.update(len(added))
             if len(taken[purpose]) == count:
                 continue
             if purpose == "training":

@@ -1,1 +1,1 @@
-"""Hugging Face models: where their projections are, how to load, run and measure them, what memory they take."""
+"""Hugging Face models: finding their projections, loading and running them, estimating their memory."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint held all of its model: transformers fills with random numbers what is missing, and goes on."""
+"""Checking that a checkpoint is complete: transformers fills missing weights with random numbers and continues."""
 
 from pathlib import Path
 from typing import Any
@@ -7,20 +7,21 @@ from agnostic_train.errors import UserError
 
 
 def check_complete(info: dict[str, Any], name: str | Path, key: str = "model.name") -> None:
-    """Refuses a model that was loaded with weights missing, or of other shapes than its config says.
+    """Refuses a model that was loaded with weights missing, or with weights of other shapes than its config says.
 
     Args:
-        info: what `from_pretrained` returns for `output_loading_info=True`, with `ignore_mismatched_sizes=True`.
-        name: the checkpoint's folder or hub name. key: by which the user gave it.
+        info: what `from_pretrained` returned with `output_loading_info=True` and `ignore_mismatched_sizes=True`.
+        name: the checkpoint's folder or hub name.
+        key: the recipe key that named the checkpoint, for the error message.
 
     Raises:
-        UserError: the checkpoint isn't complete, or isn't its config's.
+        UserError: the checkpoint isn't complete, or doesn't belong to its config.
     """
     if info["mismatched_keys"]:
-        weight, found, wanted = min(info["mismatched_keys"])
+        weight, shape, expected_shape = min(info["mismatched_keys"])
         raise UserError(
-            f"{key}: {name} has weights of other shapes than its config.json says, such as {weight}: {tuple(found)}, not "
-            f"{tuple(wanted)}; one of the two is another model's"
+            f"{key}: {name} has weights of other shapes than its config.json says, such as {weight}: {tuple(shape)}, not "
+            f"{tuple(expected_shape)}; one of the two is another model's"
         )
     if info["missing_keys"]:
         absent = sorted(info["missing_keys"])

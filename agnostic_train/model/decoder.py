@@ -1,7 +1,7 @@
-"""Where the seven projections live in a Hugging Face decoder, and how its attention rotates.
+"""Where the seven projections are in a Hugging Face decoder, and how its attention rotates queries and keys.
 
-Everything is read from the modules themselves (weight shapes, the family's own rotation function), never from a
-formula over the config. A model in which something can't be found is refused by name.
+Everything is read from the modules themselves (weight shapes, the family's own rotation function), never computed from
+the config. A model in which something can't be found is refused, with an error that names it.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from agnostic_train.errors import UserError
 
 if TYPE_CHECKING:
-    # At run time PEFT's import registers our tuner, which rests on this file.
+    # Not at run time: importing PEFT also imports our tuner, which imports this file.
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,13 +33,13 @@ Site = tuple[int, str]
 _UNIT_VECTORS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
+@dataclass(frozen=True, eq=False)  # == of tensors gives no single bool
 class Projection:
     """One projection of one layer: an `nn.Linear` whose rows (or, for `o` and `down`, columns) are neurons.
 
-    linear: the module that the model calls; with adapters, PEFT's layer around the `nn.Linear`.
-    rows: where the projection shares a fused linear with others, the row of each of its neurons, int64; None where
-    the linear is its own.
+    Attributes:
+        linear: the module that the model calls; with adapters, PEFT's layer around the `nn.Linear`.
+        rows: the row of each neuron, int64, if the projection shares a fused linear with others; otherwise None.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Projection:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the linear is its weight and nothing more: no adapters beside it, not quantised."""
+        """Whether the linear applies its weight as stored: it has no adapters and isn't quantised."""
         return isinstance(self.linear, nn.Linear) and self.linear.weight.is_floating_point()
 
     @property
     def neuron_dim(self) -> int:
-        """The dimension of `weight` that counts neurons: 0 for rows, 1 for columns."""
+        """The dimension of `weight` that indexes neurons: 0 for rows, 1 for columns."""
         return 1 if self.name in COLUMN_PROJECTIONS else 0
 
     @property
@@ -62,66 +62,70 @@ class Projection:
             return len(self.rows)
         if self.is_plain and self.linear.weight.dim() == 2:
             return self.linear.weight.shape[self.neuron_dim]
-        # Four-bit weights are packed, and ZeRO-3 leaves an empty tensor of one dimension: their shape says nothing.
+        # The weight's shape is of no use: four-bit weights are packed, and ZeRO-3 leaves an empty 1-D tensor.
         return self.linear.in_features if self.neuron_dim else self.linear.out_features
 
     @property
     def entry_size(self) -> int:
-        """How many weights a neuron's row or column has."""
+        """The number of weights in a neuron's row or column."""
         return self.linear.out_features if self.neuron_dim else self.linear.in_features
 
     def entries(self, neurons: Tensor) -> Tensor:
-        """The rows or columns of `linear.weight` that hold the neurons, on the weight's device."""
+        """Returns the rows or columns of `linear.weight` that hold the given neurons, on the weight's device."""
         entries = neurons if self.rows is None else self.rows[neurons]
         return entries.to(self.linear.weight.device)
 
     def neurons(self, entries: Tensor) -> Tensor:
-        """The neurons of this projection among rows or columns of `linear.weight`: the inverse of `entries`."""
+        """Returns this projection's neurons among rows or columns of `linear.weight`: the inverse of `entries`."""
         return (
             entries if self.rows is None else torch.isin(self.rows, entries.to(self.rows.device)).nonzero().squeeze(1)
         )
 
     def effective_weight(self) -> Tensor:
-        """What the linear applies, (out, in): its weight, or what adapters and quantisation make of it."""
+        """Returns the weight that the linear applies, (out, in), including what adapters and quantisation change."""
         return self.linear.weight if self.is_plain else _weight_read_through(self.linear)
 
     def output(self, output: Tensor) -> Tensor:
-        """The projection's own part of its linear's output, (..., neurons)."""
+        """Selects the projection's own part, (..., neurons), of its linear's output."""
         return output if self.rows is None else output[..., self._rows_beside_the_weight.to(output.device)]
 
     @cached_property
     def _rows_beside_the_weight(self) -> Tensor:
-        """The rows on the weight's device: a copy at every pass would wait for the device."""
+        """`rows` on the weight's device, cached because a copy in every forward pass would wait for the device."""
         assert self.rows is not None
         return self.rows.to(self.linear.weight.device)
 
     def parts(self) -> list[tuple[nn.Parameter, int]]:
-        """The parameters that deactivation zeroes where the linear is plain, each with its neuron dimension."""
+        """Returns the parameters that deactivation zeroes if the linear is plain, each with its neuron dimension."""
         parts = [(self.linear.weight, self.neuron_dim)]
         if self.linear.bias is not None and self.neuron_dim == 0:
             parts.append((self.linear.bias, 0))
         return parts
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
+@dataclass(frozen=True, eq=False)  # == of tensors gives no single bool
 class Rotation:
     """A family's rotary position embedding as it acts on one head.
 
-    `apply(x, cos, sin)` rotates `x` (batch, heads, length, head_dim). `partner` (head_dim,) int64 tells which
-    entry each entry mixes with, itself where the rotation leaves the entry alone.
+    Attributes:
+        apply: `apply(x, cos, sin)` rotates `x` (batch, heads, length, head_dim).
+        partner: (head_dim,) int64, the entry that each entry mixes with; itself if the rotation leaves it unchanged.
     """
 
     apply: Callable[[Tensor, Tensor, Tensor], Tensor]
     partner: Tensor
 
     def coefficients(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """What a unit vector becomes: `R_i e_n = own[i, n] e_n + other[i, n] e_partner(n)`.
+        """Computes the rotated unit vectors: `R_i e_n = own[i, n] e_n + other[i, n] e_partner(n)`.
 
-        cos, sin: (batch, length, rotary_dim). Returns own, other: (batch, length, head_dim).
+        Args:
+            cos, sin: (batch, length, rotary_dim).
+
+        Returns: own, other: both (batch, length, head_dim).
         """
         head_dim = len(self.partner)
         index = torch.arange(head_dim, device=self.partner.device)
-        first = (index <= self.partner).to(cos.dtype)  # one of each pair, and every entry without a partner
+        first = (index <= self.partner).to(cos.dtype)  # one entry of each pair, and every entry without a partner
         shape = (cos.shape[0], 1, cos.shape[1], head_dim)
         rotated_first = self.apply(first.expand(shape), cos, sin).squeeze(1)
         rotated_second = self.apply((1 - first).expand(shape), cos, sin).squeeze(1)
@@ -133,10 +137,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its attention and feed-forward modules and their projections by name.
+    """One decoder layer: its attention and feed-forward modules and their projections.
 
-    A feed-forward module without a gate has no `gate`. norms: the modules that normalise queries and keys before
-    rotation, by `q` and `k`, where the family has them.
+    Attributes:
+        projections: by name; without `gate` if the feed-forward module has none.
+        norms: by `q` and `k`, the modules that normalise queries and keys before rotation, if the family has them.
     """
 
     index: int
@@ -160,7 +165,7 @@ class Layer:
         return self.num_query_heads // self.num_kv_heads
 
     def norm_spans_heads(self, name: str) -> bool:
-        """Whether the norm of `q` or `k` is taken over all heads at once (OLMo 2) or over each (Qwen3, Gemma 3)."""
+        """Whether the norm of `q` or `k` spans all heads (OLMo 2) rather than each head (Qwen3, Gemma 3)."""
         size = self.norms[name].weight.numel()
         if size not in (self.head_dim, self.projections[name].num_neurons):
             raise UserError(
@@ -170,7 +175,7 @@ class Layer:
         return size != self.head_dim
 
     def rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
-        """The rotation of this layer's family, with its pairs found by rotating each unit vector once."""
+        """Returns the rotation of this layer's family; its pairs are found by rotating each unit vector once."""
         rotate_both = getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
         if rotate_both is None:
             raise UserError(
@@ -181,7 +186,7 @@ class Layer:
         def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             return rotate_both(x, x, cos, sin)[0]
 
-        # The probe takes its own angle: at position 0 the sine is zero and every entry would look unpaired.
+        # The probe uses a fixed angle: at position 0 the sine is zero, and every entry would look unpaired.
         angle = torch.full((1, 1, cos.shape[-1]), 0.5, device=cos.device)
         basis = torch.eye(self.head_dim, device=cos.device).view(1, self.head_dim, 1, self.head_dim)
         rotated = apply(basis, angle.cos(), angle.sin())[0, :, 0]
@@ -211,7 +216,7 @@ class Decoder:
         return self.layers[site[0]].projections[site[1]]
 
     def check_on_devices(self, what: str) -> None:
-        """Raises `UserError`, saying what needs them, if weights of projections are offloaded or empty."""
+        """Raises `UserError` if weights of projections are offloaded or empty; `what` names what needs them."""
         if any(it.linear.weight.is_meta for layer in self.layers for it in layer.projections.values()):
             raise UserError(
                 f"model.name: some of the model's weights are offloaded or empty; {what} needs them all on devices"
@@ -225,7 +230,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     (`query_key_value`, interleaved by head, and no gate).
 
     Raises:
-        UserError: naming the class and the projection that can't be found.
+        UserError: a projection can't be found; the message names it and the class.
     """
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
     blocks = getattr(backbone, "layers", None)
@@ -243,10 +248,11 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[str, ...]:
-    """The projections named, each once, in the order of `PROJECTIONS`; None means all.
+    """Returns the named projections, each once, in the order of `PROJECTIONS`; None means all.
 
     Raises:
-        ValueError: an unknown name, or one text instead of several. UserError: a model that has none of them.
+        ValueError: a name is unknown, or `names` is a single string.
+        UserError: the model has none of the projections.
     """
     if isinstance(names, str):
         raise ValueError(f"projections: expected several names, such as [{names!r}], not one text")
@@ -260,11 +266,11 @@ def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[st
 
 
 def float32_copy(layer: Layer) -> Layer:
-    """The layer's two modules copied and cast to float32, to be tried out alone; the model isn't touched."""
+    """Copies the layer's two modules and casts them to float32, to run them alone; the model isn't changed."""
     attention, feed_forward = (copy.deepcopy(module) for module in (layer.attention, layer.feed_forward))
     for module in (attention, feed_forward):
         for name, linear in list(module.named_modules()):
-            # Quantised matrix products have rounding errors of their own, which change with the batch.
+            # Quantised matrix products add rounding errors that depend on the batch.
             if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():
                 module.set_submodule(name, _dequantised(linear))
     return _find_layer(layer.index, attention.float(), feed_forward.float())
@@ -296,7 +302,7 @@ def _attention_projections(index: int, attention: nn.Module, head_dim: int) -> d
         rows = dict(zip("qkv", torch.arange(fused.out_features, device="cpu").split(sizes), strict=True))
     else:
         return {name: Projection(name, _linear(index, attention, f"{name}_proj")) for name in ATTENTION_PROJECTIONS}
-    return {name: Projection(name, fused, its_rows) for name, its_rows in rows.items()} | {"o": Projection("o", output)}
+    return {name: Projection(name, fused, own_rows) for name, own_rows in rows.items()} | {"o": Projection("o", output)}
 
 
 def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dict[str, Projection]:
@@ -313,10 +319,10 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
 
 @torch.no_grad()
 def _weight_read_through(linear: nn.Module) -> Tensor:
-    """The weight that a linear applies, (out, in), found by giving it unit vectors."""
+    """Computes the weight that a linear applies, (out, in), by applying it to unit vectors."""
     weight = linear.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # Taken off the output it would leave its rounding there.
+    # The bias is zeroed instead of subtracted from the output, where it would leave a rounding error.
     tensors = chain(linear.named_parameters(), linear.named_buffers())
     no_bias = {name: torch.zeros_like(it) for name, it in tensors if it is linear.bias}
     columns = [

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it: what detection and perplexity share."""
+"""Running a model on batches and leaving it as it was, for detection and perplexity."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,13 +13,14 @@ Batch = Mapping[str, Tensor]
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Runs its body in evaluation mode without gradients, then restores every module's training flag and torch's random states.
+    """Runs the block in evaluation mode without gradients, then restores training flags and torch's random states.
 
-    The model computes in its weights' own dtype, see `full_precision` and `without_autocast`. A model in training may hold
-    modules that are kept in evaluation mode, so each module's own flag is restored.
+    The model computes in its weights' own dtype, see `full_precision` and `without_autocast`. A model in training may
+    hold modules that are kept in evaluation mode, so each module's own flag is restored.
 
     Raises:
-        UserError: weights split over processes. Such models deadlock when processes have unequal numbers of batches.
+        UserError: the weights are split over processes. Such a model deadlocks if processes have different numbers of
+            batches.
     """
     check_whole(model, "running a model to measure it")
     modes = [(module, module.training) for module in model.modules()]
@@ -36,9 +37,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Keeps TF32 out of its body: of 23 bits it keeps 10, which impacts and their proven bounds can't do without.
+    """Disables TF32 inside the block: it keeps 10 of 23 mantissa bits, too few for impacts and their proven bounds.
 
-    `tf32: true` and `torch_compile: true` among TrainingArguments turn it on for the whole process.
+    `tf32: true` and `torch_compile: true` in TrainingArguments enable it for the whole process.
     """
     matmul = torch.backends.cuda.matmul
     if matmul.fp32_precision != "tf32":
@@ -46,7 +47,7 @@ def full_precision() -> Iterator[None]:
         return
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through the newer of torch's two interfaces, which the older one refuses to read
+    except RuntimeError:  # the older of torch's two interfaces refuses to read what was set through the newer one
         precision = None
     torch.set_float32_matmul_precision("highest")
     try:
@@ -60,36 +61,36 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Keeps autocast out of its body, the caller's and the one that a training in bf16 or fp16 leaves around `forward`.
+    """Disables autocast inside the block: the caller's, and what training in bf16 or fp16 wraps around `forward`.
 
-    A model before, during and after training is measured alike, so that only its weights make a difference. One whose weights
-    differ in dtype, and that computes under autocast alone, can't be measured.
+    A model is thus measured in the same way before, during and after training, and only its weights make a difference.
+    A model with weights of different dtypes that runs only under autocast can't be measured.
     """
     names = {"forward", "_original_forward"}
-    autocast = [(module, vars(module)["forward"]) for module in model.modules() if names <= vars(module).keys()]
+    wrapped = [(module, vars(module)["forward"]) for module in model.modules() if names <= vars(module).keys()]
     with ExitStack() as stack:
         for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        for module, _ in autocast:
-            module.forward = module._original_forward  # accelerate's name for it
+        for module, _ in wrapped:
+            module.forward = module._original_forward  # where accelerate keeps the forward that it wraps
         try:
             yield
         finally:
-            for module, forward in autocast:
+            for module, forward in wrapped:
                 module.forward = forward
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: the device of its embeddings, or the one that they are fetched to if offloaded."""
+    """Returns the device of the model's inputs: its embeddings', or where offloaded embeddings are fetched to."""
     embeddings = model.get_input_embeddings()
-    fetched_to = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)  # accelerate's
+    fetched_to = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)  # set by accelerate
     if embeddings.weight.is_meta and fetched_to is not None:
         return torch.device(fetched_to)
     return embeddings.weight.device
 
 
 def check_corpora(corpora: object) -> None:
-    """Raises `TypeError` for what isn't batches by language."""
+    """Raises `TypeError` unless `corpora` maps languages to batches."""
     if not isinstance(corpora, Mapping):
         raise TypeError(
             f"corpora: expected batches by language, such as {{'sw': batches}}, got {type(corpora).__name__}"
@@ -100,7 +101,7 @@ def check_corpora(corpora: object) -> None:
 
 
 def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
-    """Raises `ValueError` for tokens that the model has no embedding of; a GPU would stop at them without a name."""
+    """Raises `ValueError` that names a token without an embedding; an error on a GPU wouldn't name it."""
     size = model.get_input_embeddings().weight.shape[0]
     smallest, largest = (int(it) for it in input_ids.long().aminmax())
     if smallest < 0 or largest >= size:
@@ -109,28 +110,28 @@ def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
 
 
 def own_sentences(batches: Iterable[Batch]) -> int | None:
-    """How many sentences this process's share of the batches has; None where that shows only on the way."""
+    """Returns the number of sentences in this process's share of the batches; None if they aren't a sequence."""
     if not isinstance(batches, Sequence):
         return None
     return sum(len(batch["input_ids"]) for batch in own_share(batches) if isinstance(batch, Mapping))
 
 
 def check_batch(model: nn.Module, batch: Batch) -> None:
-    """Refuses what isn't a batch for the model.
+    """Checks that a batch is valid input for the model.
 
     Raises:
-        ValueError: a batch without a token, of another shape, of numbers that aren't integers, or, unless it is on a GPU
-            already, with a token beyond the model's vocabulary.
-        TypeError: no batch of tensors.
+        ValueError: `input_ids` is empty, not two-dimensional, or not of integers; `attention_mask` has another shape;
+            or, unless the batch is on a GPU already, a token is beyond the model's vocabulary.
+        TypeError: `batch` isn't a mapping with `input_ids`, or holds something other than tensors.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        what = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise TypeError(f"batch: expected a mapping with input_ids, got {what}; batches_of makes batches")
+        received = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f"batch: expected a mapping with input_ids, got {received}; batches_of makes batches")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    for name, it in (("input_ids", ids), ("attention_mask", mask)):
-        if it is not None and not isinstance(it, Tensor):
+    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+        if value is not None and not isinstance(value, Tensor):
             raise TypeError(
-                f"{name}: expected a tensor, got {type(it).__name__}; tokenizers give them with return_tensors='pt', and "
+                f"{name}: expected a tensor, got {type(value).__name__}; tokenizers give them with return_tensors='pt', and "
                 "batches_of makes batches"
             )
     shape = tuple(ids.shape)
@@ -138,13 +139,13 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
         raise ValueError(f"input_ids: expected integers of shape (batch, length), not empty, got {ids.dtype} {shape}")
     if mask is not None and mask.shape != shape:
         raise ValueError(f"attention_mask: expected the shape of input_ids, {shape}, got {tuple(mask.shape)}")
-    # A GPU would have to be waited for.
+    # Not on a GPU, where reading the values would wait for the device.
     if ids.device.type == "cpu":
         check_tokens(model, ids)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The forward arguments for a padded batch, on the model's input device.
+    """Makes the forward arguments for a padded batch, on the model's input device.
 
     Positions count real tokens only, so that a sentence's result doesn't depend on how it was padded.
 
@@ -157,21 +158,22 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     check_batch(model, batch)
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     device = find_device(model)
-    # A GPU that is still busy with the last batch needn't be waited for.
-    ahead = device.type == "cuda"
-    input_ids = ids.to(device, torch.int64, non_blocking=ahead)
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=ahead)
+    # Copied without waiting for a GPU that may still be busy with the last batch.
+    non_blocking = device.type == "cuda"
+    input_ids = ids.to(device, torch.int64, non_blocking=non_blocking)
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=non_blocking)
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
 
 
 def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which tokens are real, and which of them count in a norm: both (batch, length) bool, on the input device.
+    """Returns which tokens are real, and which of them count in norms: both (batch, length) bool, on the input device.
 
-    inputs: what `model_inputs` made of the batch.
+    Args:
+        inputs: what `model_inputs` made of the batch.
 
     Raises:
-        ValueError: unless it is on a GPU already, a batch with a sentence of padding alone, which would count as one.
+        ValueError: a sentence is padding alone, but would count as one. Not checked if the batch is on a GPU already.
     """
     mask = batch.get("attention_mask")
     if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():

@@ -1,4 +1,4 @@
-"""Models and tokenizers by the recipe's `model` section, with one-line errors."""
+"""Loading models and tokenizers as the recipe's `model` section says, with one-line errors."""
 
 import logging
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
         name: a local checkpoint folder or a hub name.
 
     Raises:
-        UserError: it isn't there, or can't be loaded.
+        UserError: the model doesn't exist, can't be loaded, or its checkpoint isn't complete.
     """
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     with _without_report():
@@ -55,24 +55,24 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
 
 
 def find_accelerator() -> torch.device | None:
-    """What models are loaded and trained on; None for the CPU."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # recipes/accelerate/cpu.yaml, where there is a GPU too
+    """Returns the device that models are loaded and trained on; None for the CPU."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # recipes/accelerate/cpu.yaml, even if there is a GPU
         return None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    # Apple's has no float64, which detection and perplexity sum in.
+    # Apple's MPS has no float64, in which detection and perplexity sum.
     return None if accelerator is not None and accelerator.type == "mps" else accelerator
 
 
 def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:
-    """Reads the model's config; raises `UserError` if it isn't there."""
+    """Reads the model's config; raises `UserError` if it can't."""
     return _load(AutoConfig, section, name)
 
 
 def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
-    """Builds the model from its config alone, on the meta device: its modules and shapes without a weight.
+    """Builds the model from its config alone, on the meta device: its modules and shapes, without weights.
 
     Raises:
-        UserError: no such config, or one that no causal language model is made of.
+        UserError: the config doesn't exist, or isn't one of a causal language model.
     """
     config = load_config(section, name)
     dtype = (config.get_text_config().dtype or torch.float32) if section.dtype == "auto" else section.dtype
@@ -93,10 +93,11 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
     """Loads an earlier state of the model: a folder, or a revision of its hub repository.
 
     Args:
-        key: the recipe's key that names it, for errors.
+        source: the folder or revision.
+        key: the recipe key that names it, for error messages.
 
     Raises:
-        UserError: it is neither.
+        UserError: there is no such folder or revision, or the model can't be loaded from it.
     """
     check_checkpoint(section, source, key)
     if Path(source).is_dir():
@@ -105,27 +106,28 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
 
 
 def checkpoint_identity(section: ModelSection, source: str) -> dict:
-    """What tells a state of the model that `load_checkpoint` loads from others, see `model_identity`."""
+    """Returns the `model_identity` of the state that `load_checkpoint` loads."""
     if Path(source).is_dir():
         return model_identity(section, source)
     return model_identity(replace(section, revision=source), section.name)
 
 
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
-    """Raises `UserError`, which names `key`, if a checkpoint can't be a folder nor a revision."""
+    """Raises `UserError` that names `key` if `source` isn't a folder and can't be a revision."""
     if not Path(source).is_dir() and Path(section.name).exists():
         raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
 def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the model's tokenizer; raises `UserError` if it isn't there."""
+    """Loads the model's tokenizer; raises `UserError` if it can't."""
     return _load(AutoTokenizer, section, name)
 
 
 def model_identity(section: ModelSection, name: str | Path) -> dict:
-    """What tells one model from another: the hub's commit, or the files of a local folder.
+    """Returns what distinguishes a model from others: the hub's commit, or the files of a local folder.
 
-    Small files count by content, weights by size and time of change: hashing 16 GB at every start would be slow.
+    Small files are identified by content, large ones by size and modification time: hashing 16 GB of weights at every
+    start would be slow.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -133,7 +135,7 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
         return {"name": str(name), "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
     files = {}
     for file in sorted(folder.glob("*")):
-        # Not only weights and tokenizers, which have many names: a model's own code, too.
+        # All files but documentation: weights and tokenizers have many names, and a model's own code counts, too.
         if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
             stat = file.stat()
             files[file.name] = hash_file(file) if stat.st_size < _SMALL_FILE else [stat.st_size, stat.st_mtime_ns]
@@ -142,7 +144,7 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
 
 def _load(auto_class, section: ModelSection, name: str | Path, **settings):
     if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
-        # No name of the hub, which would be asked again and again.
+        # This can't be a hub name; without the check, the hub would be asked for it repeatedly.
         raise UserError(f"model.name: no such folder {name}")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise UserError(f"model.name: {name} has no config.json; name the folder of a checkpoint")
@@ -159,7 +161,7 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Holds back the table by which transformers says which weights don't fit, unless loading fails because of them."""
+    """Holds back the table in which transformers reports weights that don't fit; it is logged only if loading fails."""
     reporter, held = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
     def is_no_report(record: logging.LogRecord) -> bool:

@@ -1,16 +1,16 @@
-"""How much GPU memory a model takes, by arithmetic over its sizes. The formulas stand in recipes/README.md too.
+"""Estimating the GPU memory that a model takes from its sizes. The formulas are in recipes/README.md, too.
 
-In bytes, for one process that holds a whole model. b: bytes of a weight; T: tokens of a batch; L: its padded length; h,
-q, f, V: widths of the hidden state, queries, feed-forward and vocabulary; n: the widths of a layer's norms.
+All are in bytes, for one process that holds a whole model. b: bytes per weight; T: tokens per batch; L: its padded
+length; h, q, f, V: widths of the hidden state, queries, feed-forward and vocabulary; n: the widths of a layer's norms.
 
     weights      b * parameters
     learnt       (16 + b) * chosen entries: value, gradient and AdamW's two moments in float32, and a copy in the
-                 weights' dtype; where all weights have gradients, 3 * b * parameters
-    activations  T * (4 * sum(n) + b * (2 * h + 4 * q + 3 * f)) a layer, + T * 8 * heads * L where attention is
-                 'eager', + T * b * (q + f) where all weights have gradients; under gradient checkpointing T * b * h
-                 a layer and this for one
-    logits       T * V * (2 * b + 8) in training: logits and their gradient, log-probabilities and theirs in float32;
-                 T * V * b + max(L, 512) * V * 8 where they are only scored
+                 weights' dtype; if all weights have gradients, 3 * b * parameters
+    activations  per layer T * (4 * sum(n) + b * (2 * h + 4 * q + 3 * f)), + T * 8 * heads * L if attention is 'eager',
+                 + T * b * (q + f) if all weights have gradients; with gradient checkpointing, T * b * h per layer and
+                 the above for one layer
+    logits       in training T * V * (2 * b + 8): logits and their gradient, and log-probabilities and their gradient in
+                 float32; if they are only scored, T * V * b + max(L, 512) * V * 8
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,17 @@ from agnostic_train.model.decoder import Decoder, Site
 
 GIB = 2**30
 SLACK = 1.1
-"""What an allocator loses, and what the formulas leave out: each estimate is this many times their sum."""
+"""A factor on every estimate, for the allocator's overhead and for what the formulas leave out."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's sizes, as the formulas need them.
+    """A model's sizes, as the formulas need them. Widths are those of the largest layer.
 
-    num_parameters: tied weights once. entry_sizes: how many weights a neuron of each site has. norm_widths: summed
-    over a layer's norms. The widths are those of the largest layer.
+    Attributes:
+        num_parameters: tied weights count once.
+        norm_widths: the sum over a layer's norms.
+        entry_sizes: by site, the number of weights of a neuron.
     """
 
     num_parameters: int
@@ -47,7 +49,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: PreTrainedModel, decoder: Decoder) -> "Layout":
-        """Reads the sizes off a model, which may be on the meta device."""
+        """Reads the sizes from a model, which may be on the meta device."""
         hidden = decoder.layers[0].projections["o"].linear.out_features
         norm_widths = []
         for layer, block in zip(decoder.layers, decoder.backbone.layers, strict=True):
@@ -73,13 +75,17 @@ class Layout:
         return self.weight_bytes * self.num_parameters
 
     def learnt(self, num_entries: int | None) -> int:
-        """num_entries: of the chosen rows and columns, in an adapter; None where all weights have gradients."""
+        """Returns the bytes of what is learnt: values, gradients and optimizer state.
+
+        Args:
+            num_entries: weights in the chosen rows and columns, in an adapter; None if all weights have gradients.
+        """
         if num_entries is None:
             return 3 * self.weight_bytes * self.num_parameters
         return (16 + self.weight_bytes) * num_entries
 
     def layer_activations(self, num_tokens: int, length: int, all_weights: bool = False) -> int:
-        """What one layer keeps for its backward pass, of `num_tokens` in sequences of `length`."""
+        """Returns the bytes that one layer keeps for its backward pass over `num_tokens` in sequences of `length`."""
         attention = 8 * self.num_heads * length if self.is_eager else 0
         inputs = self.queries + self.feed_forward if all_weights else 0
         plain = 2 * self.hidden + 4 * self.queries + 3 * self.feed_forward + inputs

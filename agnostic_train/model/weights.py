@@ -1,4 +1,4 @@
-"""The bits of a model's weights: what a comparison looks at, and what tells one model's from another's."""
+"""Bit patterns of a model's weights, for exact comparison, and a checksum of the weights."""
 
 from itertools import chain
 
@@ -11,16 +11,16 @@ _AT_ONCE = 1 << 22
 
 
 def bit_patterns(values: Tensor) -> Tensor:
-    """As signed integers of the same size: NaN equals NaN, and 0 differs from -0."""
+    """Views values as signed integers of the same size: NaN then equals NaN, and 0 differs from -0."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return values.contiguous().view(integers[values.element_size()])
 
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """Tells weights from those of before a training step, and from those with other adapters active; the same on every device.
+    """Returns a checksum that changes with a training step and with the active adapters, but not with the device.
 
-    Offloaded weights, which aren't on any, are left out.
+    Offloaded weights, which are on no device, are left out.
     """
     sums = [
         [name, list(value.shape), _sums(bit_patterns(value))]
@@ -36,6 +36,9 @@ def weights_checksum(model: nn.Module) -> str:
 
 
 def _sums(values: Tensor) -> list[int]:
-    """Of each part, of integers times their places: rows in another order give others. A part at a time, as int64."""
-    places = torch.arange(1, 1 + min(_AT_ONCE, values.numel()), device=values.device)
-    return [int((part * places[: len(part)]).sum()) for part in values.flatten().split(_AT_ONCE)]
+    """Returns, for each part of the values, their sum weighted by position, so that the order of rows counts.
+
+    The parts bound the memory of the products, which are int64.
+    """
+    positions = torch.arange(1, 1 + min(_AT_ONCE, values.numel()), device=values.device)
+    return [int((part * positions[: len(part)]).sum()) for part in values.flatten().split(_AT_ONCE)]

@@ -1,1 +1,1 @@
-"""Sets of neurons, and what can be done with them without training."""
+"""Sets of neurons, and the operations on them that need no training."""

@@ -1,4 +1,4 @@
-"""How active each neuron is in each language on average: its file, and how like a set's activity a control's is."""
+"""Each neuron's mean activation per language: saving and loading it, and comparing controls with a set by it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 from agnostic_train.neurons.random_moves import channels_read
 
 MEASURED = ("q", "k", "v", "down")
-"""Where activations are read: a hidden unit's at the input of `down`, a value channel's at the output of `v`. The
-neurons of `gate` and `up` are those units too, and the columns of `o` read those channels."""
+"""Projections where activations are measured: a hidden unit's at the input of `down`, a value channel's at the output
+of `v`. The neurons of `gate` and `up` are the same hidden units, and the columns of `o` read the same channels."""
 
 Activations = dict[Site, Tensor]
 """Mean absolute activations per token: (layer, one of `MEASURED`) -> (neurons,), float32, on the CPU."""
 
 
 def save_activations(activations: Mapping[str, Activations], file: Path) -> None:
-    """Writes safetensors: a tensor `<language>/<layer>/<projection>` for each language and site."""
+    """Writes a safetensors file, with a tensor `<language>/<layer>/<projection>` for each language and site."""
     tensors = {
         f"{language}/{layer}/{projection}": values
         for language, by_site in activations.items()
@@ -33,14 +33,14 @@ def save_activations(activations: Mapping[str, Activations], file: Path) -> None
 def load_activations(
     file: Path, languages: Sequence[str], sizes: Mapping[Site, int] | None
 ) -> dict[str, Activations] | None:
-    """Reads what `save_activations` wrote; None where there is no file.
+    """Reads what `save_activations` wrote; returns None if there is no file.
 
     Args:
-        languages: those that it must hold.
-        sizes: number of neurons by site, where known, to check the tensors by.
+        languages: the languages that the file must hold.
+        sizes: the number of neurons by site, which the tensors must have; None if unknown.
 
     Raises:
-        UserError: the file can't be read, or isn't of these languages and sizes.
+        UserError: the file can't be read, or has other languages or sizes.
     """
     if not file.exists():
         return None
@@ -61,7 +61,7 @@ def load_activations(
 
 
 def mean_over_languages(activations: Mapping[str, Activations]) -> Activations:
-    """Every language counts alike, whatever the number of its tokens."""
+    """Averages activations over languages, with equal weights whatever their numbers of tokens."""
     by_language = list(activations.values())
     return {site: torch.stack([it[site] for it in by_language]).mean(0) for site in by_language[0]}
 
@@ -72,34 +72,34 @@ def activation_ratio(
     layers: Sequence[Layer],
     activations: Activations,
 ) -> dict[str, float]:
-    """How active random controls are, compared with the set that they are for: 1 where they are alike.
+    """Returns how active random controls are relative to the set that they control for; 1 means equally active.
 
-    A set holds the most active neurons of its sites, so that none outside it may be as active: then even matched
+    A set may hold the most active neurons of its sites, with none outside it that is as active: then even matched
     controls stay below 1.
 
     Args:
-        members, controls: indices by site, as many in each control as in the set.
-        layers: of the model.
-        activations: what both are compared in.
+        members, controls: indices by site; each control has as many as the set.
+        layers: the model's layers.
+        activations: the activations to compare by.
 
-    Returns: by projection, and for `all` together, the control's mean activation at a site over the set's, averaged
-        over controls and sites, each as often as it has neurons: activations of different layers and projections are
-        on different scales. Sites where the whole set is inactive have no ratio.
+    Returns: by projection, and as `all` for all of them, the control's mean activation at a site divided by the set's,
+        averaged over controls and sites, weighted by the set's number of neurons at the site. Ratios are taken per
+        site because layers and projections differ in scale. Sites where the whole set is inactive are left out.
     """
     ratios: dict[str, list[Tensor]] = {}
     for (index, projection), indices in members.items():
-        its = _activations_at(layers[index], projection, activations)
-        if not its[indices].any():
+        values = _activations_at(layers[index], projection, activations)
+        if not values[indices].any():
             continue
         for control in controls:
-            ratio = (its[control[(index, projection)]].mean() / its[indices].mean()).expand(len(indices))
+            ratio = (values[control[(index, projection)]].mean() / values[indices].mean()).expand(len(indices))
             for name in (projection, "all"):
                 ratios.setdefault(name, []).append(ratio)
-    return {name: float(torch.cat(its).mean()) for name, its in ratios.items()}
+    return {name: float(torch.cat(parts).mean()) for name, parts in ratios.items()}
 
 
 def _activations_at(layer: Layer, projection: str, activations: Activations) -> Tensor:
-    """(neurons,) of any projection: `gate` and `up` are hidden units, a column of `o` is the value channel it reads."""
+    """Returns a projection's activations, (neurons,): `gate` and `up` as hidden units, `o` by the channels read."""
     if projection == "o":
         return activations[(layer.index, "v")][channels_read(layer)].double()
     return activations[(layer.index, "down" if projection in FEED_FORWARD_PROJECTIONS else projection)].double()

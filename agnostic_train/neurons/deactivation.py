@@ -1,4 +1,4 @@
-"""Switching neurons off in place, and bit for bit back on."""
+"""Switching neurons off in place, and back on bit for bit."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,21 +15,21 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 def deactivate(
     model: nn.Module, neurons: NeuronSet | Mapping[Site, Iterable[int] | torch.Tensor]
 ) -> Iterator[nn.Module]:
-    """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero for the length of the block.
+    """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero inside the block.
 
-    Only the chosen rows and columns are copied; afterwards, also after an exception, every weight has the very bits
-    that it had before. Blocks can be nested. With adapters or quantised weights it is the sum that is switched off, at
-    the linear's output (for `o` and `down`, at its input): nowhere is there a weight to set to zero. A backward pass belongs
-    into the block with its forward pass.
+    Only the chosen rows and columns are copied. After the block, also if it raises, every weight is bit-identical to
+    before. Blocks can be nested. With adapters or quantised weights there is no single weight to set to zero; instead,
+    the linear's output (for `o` and `down`, its input) is zeroed at the neurons, which switches off base and adapters
+    together. Run a backward pass in the same block as its forward pass.
 
     Args:
-        model: a model that `find_decoder` knows, on any device.
-        neurons: which neurons, as a `NeuronSet` or what makes one.
+        model: a model that `find_decoder` supports, on any device.
+        neurons: a `NeuronSet`, or a mapping that makes one.
 
     Raises:
         TypeError, ValueError: as by `NeuronSet.of`.
-        UserError: neurons beyond the model's shapes, weights that are offloaded, or a model that isn't supported;
-            nothing was changed.
+        UserError: neurons are beyond the model's shapes, weights are offloaded, or the model isn't supported. The model
+            is then unchanged.
     """
     neurons = NeuronSet.of(neurons)
     neurons.check(model)
@@ -41,7 +41,7 @@ def deactivate(
 
 @contextmanager
 def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
-    """Switches the given neurons of single projections off for the length of the block."""
+    """Switches off the given neurons of single projections inside the block."""
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     hooks: list[RemovableHandle] = []
     try:

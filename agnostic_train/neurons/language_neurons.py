@@ -1,4 +1,4 @@
-"""What detection finds in a model: each language's related neurons, and from them the shared and exclusive ones."""
+"""The result of a detection: each language's related neurons, and the shared and exclusive sets derived from them."""
 
 import re
 from collections.abc import Iterable
@@ -20,32 +20,32 @@ _OWN_FILES = re.compile(r"(shared|activations|(related|exclusive)\..+)\.safetens
 
 
 def check_languages(languages: Iterable[str]) -> None:
-    """Raises `ValueError` for names that can't be part of a file's name."""
+    """Raises `ValueError` for language names that can't be part of a file's name."""
     for language in languages:
         if not isinstance(language, str) or not re.fullmatch(r"[^/\\\0\n]+", language):
             raise ValueError(f"languages: {language!r} can't be part of a file's name; leave slashes out")
 
 
 def check_min_languages(min_languages: int | None, num_languages: int) -> None:
-    """Raises `ValueError` if a shared neuron can't be related to so many languages; None means all."""
+    """Raises `ValueError` unless `min_languages` is from 1 to the number of languages, or None, which means all."""
     if min_languages is not None and not 1 <= min_languages <= num_languages:
         raise ValueError(f"min_languages must be from 1 to the number of languages, {num_languages}")
 
 
 @dataclass
 class LanguageNeurons:
-    """What detection found: each language's related neurons, and from them the shared and exclusive ones.
+    """The result of a detection: each language's related neurons, and the shared and exclusive sets derived from them.
 
     Attributes:
         related: per language, the neurons that matter for (nearly) every one of its sentences.
-        shared: related to every language (or at least `min_languages`).
+        shared: the neurons related to every language (or to at least `min_languages`).
         exclusive: per language, `complement`: related minus shared; `unique`: related minus all others' related.
-        settings: how they were found (ratio, consistency, exclusive mode, sentences), plain JSON values.
-        stability: how much of the sets other samples give, see `detection_stability`; None if it wasn't asked for.
+        settings: how the sets were detected (ratio, consistency, exclusive mode, sentences), as plain JSON values.
+        stability: overlaps with the sets from other samples, see `detection_stability`; None if it wasn't asked for.
         activations: per language, mean absolute activations over its sentences' tokens, by (layer, `q`, `k`, `v` or
-            `down`), (neurons,) float32 on the CPU; a hidden unit's stand under `down`. None if they weren't measured.
-        exact_share: the part of the q and of the k neurons, over all sentences, whose exact impact was computed before
-            pruning could leave the others out; it is no property of the sets, so comparing two ignores it.
+            `down`), (neurons,) float32 on the CPU; those of hidden units are under `down`. None if not measured.
+        exact_share: the shares of q and of k neurons, over all sentences, whose exact impact was computed; pruning left
+            out the others. Comparisons ignore it, since it isn't a property of the sets.
     """
 
     related: dict[str, NeuronSet]
@@ -67,15 +67,15 @@ class LanguageNeurons:
         """Derives the shared and exclusive sets from each language's related neurons (Chen et al. 2025, section 2).
 
         Args:
-            related: per language.
+            related: the related neurons by language.
             exclusive: `complement`, related minus shared, as in the paper's published code; or `unique`, related minus
                 the union of the other languages' related.
             min_languages: shared means related to at least this many languages; all by default.
-            settings: kept beside them, with `exclusive` and `min_languages` added.
+            settings: stored with the sets; `exclusive` and `min_languages` are added.
 
         Raises:
-            ValueError: an unknown `exclusive`, no language, one that can't be part of a file's name, or `min_languages` out
-                of range.
+            ValueError: `exclusive` is unknown, there is no language, a language can't be part of a file's name, or
+                `min_languages` is out of range.
         """
         check_choice("exclusive", exclusive, Exclusive)
         if not related:
@@ -100,7 +100,7 @@ class LanguageNeurons:
 
     @property
     def shared_ratio(self) -> dict[str, float | None]:
-        """Per language, the part of its related neurons that is shared; None where nothing is related."""
+        """Per language, the share of its related neurons that is shared; None if it has no related neurons."""
         return {
             language: len(self.shared & neurons) / len(neurons) if len(neurons) else None
             for language, neurons in self.related.items()
@@ -116,10 +116,10 @@ class LanguageNeurons:
     def save(self, directory: str | Path) -> None:
         """Writes `shared`, `related.<l>`, `exclusive.<l>` as safetensors and `summary.json`, all or nothing.
 
-        A directory that is there is replaced.
+        Measured activations go to `activations.safetensors`. An existing directory is replaced.
 
         Raises:
-            UserError: it holds something else than neurons.
+            UserError: the existing directory holds other files than those of neurons.
         """
         summary = {
             "languages": self.languages,
@@ -144,7 +144,7 @@ class LanguageNeurons:
 
     @classmethod
     def load(cls, directory: str | Path) -> "LanguageNeurons":
-        """Reads what `save` wrote; raises `UserError` that names the file that is missing or broken."""
+        """Reads what `save` wrote; raises `UserError` that names a missing or broken file."""
         directory = Path(directory)
         summary = read_json(directory / "summary.json")
         summary = summary if isinstance(summary, dict) else {}
@@ -168,13 +168,13 @@ class LanguageNeurons:
 
 
 def set_hashes(directory: str | Path) -> dict[str, str]:
-    """SHA-256 of the saved sets' files: the same sets have the same, whenever they were detected. Empty without any."""
+    """Returns the SHA-256 of each saved set's file; equal sets have equal hashes. Empty if there are no files."""
     files = sorted(Path(directory).glob("*.safetensors"))
     return {file.name: hash_file(file) for file in files if file.name != ACTIVATIONS_FILE}
 
 
 def is_neuron_file(path: Path) -> bool:
-    """Whether a file's name is one of those that `LanguageNeurons.save` gives."""
+    """Whether a path is a file with a name that `LanguageNeurons.save` gives."""
     return path.is_file() and _OWN_FILES.fullmatch(path.name) is not None
 
 

@@ -1,4 +1,4 @@
-"""A set of neurons: which rows and columns of which projections, its files, and random sets like it."""
+"""A set of neurons (rows and columns of projections), its files, and random sets of the same sizes."""
 
 import json
 from collections import Counter
@@ -29,18 +29,19 @@ _PUBLISHED_KEYS = {
 class NeuronSet:
     """An immutable set of neurons: `{(layer, projection): indices}`.
 
-    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, iterating gives the
-    sites that have neurons, `==` compares neurons alone, whatever sizes the sets carry. Sets can't be hashed.
+    `a | b`, `a & b` and `a - b` are sets, `len(a)` counts neurons, `a[site]` gives a site's indices, and iteration
+    yields the sites that have neurons. `==` compares only the neurons, not `sizes`. Sets can't be hashed.
 
     Args:
-        sites: for each site, the indices of its neurons (any iterable or 1-D integer tensor). They are kept sorted
-            and unique, int64, on the CPU.
-        sizes: how many neurons each site of the model has, where known. Sets made by detection carry them, so that a
-            set can't be used on a model of other shapes, nor mixed with a set of one.
+        sites: for each site, the indices of its neurons (any iterable or 1-D integer tensor). They are stored sorted
+            and unique, as int64, on the CPU.
+        sizes: the number of neurons at each site of the model, if known. Sets from a detection have sizes, so that they
+            can't be used on a model of other shapes, or combined with a set of one.
 
     Raises:
-        TypeError: no mapping. ValueError: a key that isn't a site, a negative index, or an index beyond its site's size; in
-            `|`, `&` and `-`, sets of models of different shapes.
+        TypeError: `sites` isn't a mapping.
+        ValueError: a key isn't a site, or indices aren't integers, are negative or are beyond their site's size. In
+            `|`, `&` and `-`: the sets belong to models of different shapes.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class NeuronSet:
             if not indices.numel():
                 continue
             if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1:
-                what = f"shape {tuple(indices.shape)} of {indices.dtype}"
-                raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {what}")
+                received = f"shape {tuple(indices.shape)} of {indices.dtype}"
+                raise ValueError(f"layer {layer} {projection}: expected a list of indices, got {received}")
             indices = indices.to(torch.int64).unique()
             site = (int(layer), projection)
             if indices[0] < 0 or site[0] < 0:
@@ -72,10 +73,11 @@ class NeuronSet:
 
     @classmethod
     def of(cls, neurons: object) -> "NeuronSet":
-        """A set as it is, or the one that a mapping makes.
+        """Returns a `NeuronSet` as it is, and makes one from a mapping.
 
         Raises:
-            TypeError: neither. ValueError: of a mapping, as by `NeuronSet`.
+            TypeError: `neurons` is neither.
+            ValueError: the mapping is invalid, as by `NeuronSet`.
         """
         if isinstance(neurons, NeuronSet):
             return neurons
@@ -87,7 +89,7 @@ class NeuronSet:
         )
 
     def __getitem__(self, site: Site) -> Tensor:
-        """The site's indices, sorted, int64, as a tensor of the caller's own; empty where the set has none."""
+        """Returns a copy of the site's indices, sorted, int64; empty if the set has none there."""
         _check_site(site)
         return self._at(site).clone()
 
@@ -115,11 +117,11 @@ class NeuronSet:
         return f"NeuronSet({len(self)} neurons{': ' + counts if counts else ''})"
 
     def items(self) -> ItemsView[Site, Tensor]:
-        """The sites that have neurons, in the order of layers and projections, with their indices as by `[site]`."""
+        """Returns the sites that have neurons, ordered by layer and projection, with copies of their indices."""
         return {site: indices.clone() for site, indices in self._sites.items()}.items()
 
     def counts(self) -> dict[str, int]:
-        """Number of neurons per projection, all layers together."""
+        """Returns the number of neurons per projection, summed over layers."""
         totals = Counter({name: 0 for name in PROJECTIONS})
         for (_, projection), indices in self._sites.items():
             totals[projection] += len(indices)
@@ -145,11 +147,11 @@ class NeuronSet:
         )
 
     def check(self, model: nn.Module, source: str = "neurons") -> None:
-        """Compares the set with a model's shapes.
+        """Checks that the set fits a model's shapes.
 
         Args:
-            model: it may be on the meta device.
-            source: what the error names: a key or a file.
+            model: may be on the meta device.
+            source: the key or file that the error names.
 
         Raises:
             UserError: the set can't belong to the model.
@@ -172,19 +174,19 @@ class NeuronSet:
                 )
 
     def random_like(self, seed: int, model: nn.Module, activations: Activations | None = None) -> "NeuronSet":
-        """A random set with as many neurons at every site, drawn without replacement.
+        """Draws a random set with as many neurons at every site, without replacement.
 
-        Gate, up and down of a hidden unit are drawn together, likewise v with the o columns that it feeds: one
-        permutation of a layer's hidden units moves all three sets, one of its value channels moves v and o. Without
-        that, a random set would silence up to three times as many hidden units as the set that it controls for.
+        Gate, up and down of a hidden unit are drawn together, and so are v and the o columns that it feeds: one
+        permutation of a layer's hidden units moves all three sets, one of its value channels moves v and o. Otherwise a
+        random set could silence up to three times as many hidden units as the set that it controls for.
 
         Args:
             seed: the same seed gives the same set, on any device.
             model: gives the sizes and which query heads read a value channel.
-            activations: mean absolute activations by (layer, `q`, `k`, `v` or `down`), (neurons,) float: a language's
-                of `LanguageNeurons.activations`, or its `mean_activations`. With them each neuron's counterpart is, of
-                those outside the set, one of the nearest in activation, so that the control answers whether a set does
-                more than any neurons that are as active.
+            activations: mean absolute activations by (layer, `q`, `k`, `v` or `down`), (neurons,) float: one language's
+                from `LanguageNeurons.activations`, or `LanguageNeurons.mean_activations`. If given, each neuron is
+                replaced by one of the neurons outside the set that are nearest in activation, so that the control shows
+                whether the set matters more than other neurons of similar activation.
 
         Raises:
             UserError: the set can't belong to the model.
@@ -202,16 +204,16 @@ class NeuronSet:
         return NeuronSet(drawn, find_decoder(model).sizes)
 
     def save(self, file: str | Path) -> None:
-        """Writes safetensors: an int64 tensor `layers.<layer>.<projection>` per site, the sizes as metadata."""
+        """Writes a safetensors file: an int64 tensor `layers.<layer>.<projection>` per site, the sizes as metadata."""
         sizes = None if self.sizes is None else {_key(site): size for site, size in self.sizes.items()}
-        # One key: safetensors writes several in random order, and equal sets should be equal files.
+        # A single key: safetensors writes several in random order, and equal sets should give equal files.
         metadata = {_METADATA: json.dumps({"format": FORMAT, "version": 2, "sizes": sizes})}
         with whole_file(file) as temporary:
             save_file({_key(site): indices for site, indices in self.items()}, temporary, metadata)
 
     @classmethod
     def load(cls, file: str | Path) -> "NeuronSet":
-        """Reads what `save` wrote; raises `UserError` that names the file if it is missing or isn't one."""
+        """Reads what `save` wrote; raises `UserError` that names the file if it is missing or isn't a neuron set."""
         if Path(file).is_dir():
             raise UserError(
                 f"{file}: a folder, where the file of a neuron set was expected; an adapter is loaded by PEFT"
@@ -237,7 +239,7 @@ class NeuronSet:
 
     @classmethod
     def read(cls, file: str | Path, model: nn.Module) -> "NeuronSet":
-        """Reads either format by the file's name: `.json` by `from_json`, which needs `model`, any other by `load`."""
+        """Reads a `.json` file with `from_json` and any other with `load`, and checks that the set fits `model`."""
         if Path(file).suffix == ".json":
             return cls.from_json(file, model)
         neurons = cls.load(file)
@@ -247,7 +249,7 @@ class NeuronSet:
     def to_json(self, file: str | Path) -> None:
         """Writes `{"format": .., "neurons": {projection: {layer: [index, ..]}}}`, for people and other tools.
 
-        `k` and `v` count the rows of their own weights here, unlike the published sets that `from_json` reads too.
+        `k` and `v` index the rows of their own weights here, unlike in the published sets that `from_json` also reads.
         """
         neurons: dict[str, dict[str, list[int]]] = {}
         for (layer, projection), indices in self.items():
@@ -258,12 +260,12 @@ class NeuronSet:
     def from_json(cls, file: str | Path, model: nn.Module) -> "NeuronSet":
         """Reads `to_json`'s format, or a set published with the paper (repository Abstract_Thought).
 
-        There `attn_k` and `attn_v` count query-head channels: channel c of query head h belongs to the KV head that
-        serves h, same channel, and duplicates are merged. `fwd_up` is `up` alone; `gate` stays empty.
+        In published sets, `attn_k` and `attn_v` index query-head channels: channel c of query head h is mapped to
+        channel c of the KV head that serves h, and duplicates are merged. `fwd_up` is `up` alone; `gate` stays empty.
 
         Args:
             file: a JSON file of either format.
-            model: gives the sizes and the heads; it may be on the meta device.
+            model: gives the sizes and the heads; may be on the meta device.
 
         Raises:
             UserError: the file is missing, broken, of another format, or of another model.

@@ -1,4 +1,4 @@
-"""Where a random control puts each neuron of a layer: to a random place, or to one of similar activation."""
+"""Which neuron replaces each neuron of a layer in a random control: any, or one of similar activation."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from torch import Tensor
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 
 NUM_NEAREST = 2
-"""A neuron's activation-matched counterpart is drawn from this many free ones of nearest mean absolute activation.
+"""A neuron's activation-matched counterpart is drawn from this many free neurons of nearest mean absolute activation.
 
-Few, because the members of a set are its site's most active: of 16 the most lie far below. One would be hardly nearer,
-and the same neuron for nearly every seed."""
+Few, because the members of a set are the most active of their site: most of the nearest 16 would be far less active. A
+single one would hardly be nearer, and would be the same neuron for nearly every seed."""
 
 
 def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
-    """For each projection of a layer, where each neuron goes: an int64 permutation of the site's indices.
+    """Draws for each projection of a layer where each neuron goes: an int64 permutation of the site's indices.
 
-    Gate, up and down of a hidden unit move together, likewise v with the o columns that read it.
+    Gate, up and down of a hidden unit move together, and so do v and the o columns that read it.
     """
     drawn = {
         name: torch.randperm(layer.projections[name].num_neurons, generator=generator, device="cpu")
@@ -30,23 +30,26 @@ def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
 def matched_moves(
     layer: Layer, members: Mapping[str, Tensor], activations: Mapping[Site, Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """As `random_moves`, but each member goes to a neuron of similar activation that is no member.
+    """Draws moves like `random_moves`, but from each member to a neuron of similar activation that isn't a member.
 
     Args:
-        members: the neurons of the set that the control is for, by projection.
+        members: by projection, the neurons of the set that the control is for.
         activations: mean absolute activations, (layer, `q`, `k`, `v` or `down`) -> (neurons,).
 
-    Returns: int64 by projection, meaningful at members. Where members are more than half of a site, some stay members.
+    Returns: int64 by projection, meaningful only at members. If members are more than half of a site, they may also
+        move to members.
     """
     units = torch.cat([members[name] for name in FEED_FORWARD_PROJECTIONS]).unique()
     channels = torch.cat([members["v"], channels_read(layer)[members["o"]]]).unique()
     together = {"down": units, "v": channels, "q": members["q"], "k": members["k"]}
-    drawn = {name: _nearest_free(activations[(layer.index, name)], its, generator) for name, its in together.items()}
+    drawn = {
+        name: _nearest_free(activations[(layer.index, name)], indices, generator) for name, indices in together.items()
+    }
     return _joint_moves(layer, drawn, generator)
 
 
 def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
-    """A map of all indices that takes each member to one of its `NUM_NEAREST` nearest free neurons, each used once."""
+    """Maps all indices; each member goes to one of its `NUM_NEAREST` nearest free neurons, which is used only once."""
     free = torch.ones(len(activation), dtype=torch.bool, device="cpu")
     if 2 * len(members) <= len(activation):
         free[members] = False
@@ -56,13 +59,13 @@ def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generato
     as_active, less_active = (_Line(candidates[order].tolist()) for order in (upward, downward))
     move = torch.arange(len(activation), device="cpu")
     levels, sorted_levels = activation.double().tolist(), ordered.tolist()
-    # The order is random, so that no member always has the first choice.
+    # In random order, so that no member always has the first choice.
     for member in members[torch.randperm(len(members), generator=generator, device="cpu")].tolist():
         level = levels[member]
         num_less = bisect_left(sorted_levels, level)
-        found = as_active.first(num_less, NUM_NEAREST)
-        found += less_active.first(len(sorted_levels) - num_less, NUM_NEAREST)
-        nearest = sorted(found, key=lambda index: (abs(levels[index] - level), index))[:NUM_NEAREST]
+        nearby = as_active.first(num_less, NUM_NEAREST)
+        nearby += less_active.first(len(sorted_levels) - num_less, NUM_NEAREST)
+        nearest = sorted(nearby, key=lambda index: (abs(levels[index] - level), index))[:NUM_NEAREST]
         choice = nearest[int(torch.randint(len(nearest), (), generator=generator, device="cpu"))]
         move[member] = choice
         as_active.take(choice)
@@ -71,21 +74,21 @@ def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generato
 
 
 class _Line:
-    """Indices in a fixed order, of which some are taken; those that are left are found without a walk over the others."""
+    """Indices in a fixed order, some of them taken; free ones are found without visiting every taken one."""
 
     def __init__(self, order: list[int]):
         self._order = order
         self._place = {index: place for place, index in enumerate(order)}
-        # Where to look on from a place; a place that is left leads to itself.
+        # The place at which to continue the search from each place; a free place points to itself.
         self._next = list(range(len(order) + 1))
 
     def first(self, place: int, count: int) -> list[int]:
-        """The first `count` that are left at or after a place, or as many as there are."""
-        found: list[int] = []
-        while len(found) < count and (place := self._left_from(place)) < len(self._order):
-            found.append(self._order[place])
+        """Returns the first `count` free indices at or after a place, or all if there are fewer."""
+        free: list[int] = []
+        while len(free) < count and (place := self._left_from(place)) < len(self._order):
+            free.append(self._order[place])
             place += 1
-        return found
+        return free
 
     def take(self, index: int) -> None:
         place = self._place[index]
@@ -93,14 +96,14 @@ class _Line:
 
     def _left_from(self, place: int) -> int:
         while self._next[place] != place:
-            # Shortened on the way, so that the next look is quicker.
+            # Path halving: it makes the next search shorter.
             self._next[place] = self._next[self._next[place]]
             place = self._next[place]
         return place
 
 
 def channels_read(layer: Layer) -> Tensor:
-    """For each column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
+    """Returns, per column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
     column = torch.arange(layer.projections["o"].num_neurons, device="cpu")
     head, channel = column // layer.head_dim, column % layer.head_dim
     return (head // layer.queries_per_kv) * layer.head_dim + channel
@@ -109,8 +112,8 @@ def channels_read(layer: Layer) -> Tensor:
 def _joint_moves(layer: Layer, drawn: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     channels, units = drawn["v"], drawn["down"]
     head_dim, queries_per_kv = layer.head_dim, layer.queries_per_kv
-    # A column of o follows the channel that it reads to its new place, and takes there a query head of the new group,
-    # shifted by a random number.
+    # A column of o moves with the channel that it reads. In the new KV head's group, it takes the query head at its old
+    # position in the group, shifted by a random number.
     head = torch.arange(layer.projections["o"].num_neurons, device="cpu") // head_dim
     shift = torch.randint(queries_per_kv, (len(channels),), generator=generator, device="cpu")
     source = channels_read(layer)

@@ -99,9 +99,9 @@ def test_a_byte_order_mark_and_unicode_line_separators_belong_to_no_sentence(fol
         (lambda folder: write(folder, "en", train=SENTENCES[:9]), r"corpus\.detection_sentences: 10 asked .* has 9"),
         (
             lambda folder: write(folder, "en", train=SENTENCES),
-            "10 sentences of 'en' stand in two .*'sentence number 30",
+            "10 sentences of 'en' are in two .*'sentence number 30",
         ),
-        (lambda folder: write(folder, "en", test=SENTENCES[:1]), "1 sentences of 'en' stand in two"),
+        (lambda folder: write(folder, "en", test=SENTENCES[:1]), "1 sentences of 'en' are in two"),
     ],
 )
 def test_broken_text_is_named(folder, change, message):
@@ -209,7 +209,7 @@ def test_text_is_encoded_part_by_part(tokenizer, monkeypatch, caplog):
     encoding.logger.removeHandler(caplog.handler)
     assert set(caplog.messages) == {"text: 7 of 8 sentences cut at 6 tokens"}
     bare = Encoder.of(tokenizer, section(add_bos=False), config())
-    with pytest.raises(UserError, match="text: the tokenizer makes no token of number 5, ''"):
+    with pytest.raises(UserError, match="text: the tokenizer makes no tokens for sentence 5, ''"):
         bare.encode([*texts[:4], "", "a"], "text")
 
 
@@ -312,7 +312,7 @@ def test_json_lines_and_parquet_hold_documents(folder, ending):
     with pytest.raises(UserError, match=rf"en\.train\.{ending}: (not readable|line 1 isn't JSON)"):
         load_corpus(section(), folder)
     write(folder, "en", train=SENTENCES[:30])
-    with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.{ending}"):
+    with pytest.raises(UserError, match=rf"en\.train\.txt: the folder also has en\.train\.{ending}"):
         load_corpus(section(), folder)
 
 
@@ -324,7 +324,7 @@ def test_compressed_text_is_read(folder, packed):
     expected = load_corpus(section(), folder).texts
     rows = "\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES[:30])
     (folder / f"en.train.jsonl{packed}").write_bytes(COMPRESS[packed](rows.encode()))
-    with pytest.raises(UserError, match=rf"en\.train\.txt: stands beside en\.train\.jsonl{packed}"):
+    with pytest.raises(UserError, match=rf"en\.train\.txt: the folder also has en\.train\.jsonl{packed}"):
         load_corpus(section(), folder)
     (folder / "en.train.txt").unlink()
     valid = folder / "en.valid.txt"
@@ -540,7 +540,7 @@ def test_what_was_streamed_is_kept(hub, tmp_path):
         ({"dataset": "/nowhere/at/all"}, r"corpus\.dataset: no such folder /nowhere/at/all"),
         (
             {"data_files": "{lang}/*.jsonl", "config_pattern": None, "languages": ["swh"]},
-            r"no document of 'swh'; look at",
+            r"no document of 'swh'; corpus.languages must",
         ),
         ({"text_column": "content"}, "no column 'content'; corpus.text_column is one of text"),
         ({"training_sentences": None}, r"corpus\.training_sentences: a streamed dataset has no end"),
@@ -595,7 +595,7 @@ def test_mistaken_texts_are_named(tokenizer):
         batches_of(["a"], tokenizer, batch_size=0)
     without_special_tokens = build_tokenizer(SENTENCES, vocab_size=300)
     without_special_tokens.backend_tokenizer.post_processor = processors.ByteLevel()
-    with pytest.raises(UserError, match=r"texts: the tokenizer makes no token of number \d, ''"):
+    with pytest.raises(UserError, match=r"texts: the tokenizer makes no tokens for sentence \d, ''"):
         batches_of([""], without_special_tokens)
 
 
@@ -629,5 +629,5 @@ def test_sentences_end_at_their_marks():
 def test_validation_text_in_the_test_is_refused(tmp_path):
     for split, lines in {"train": "a", "valid": "b", "test": "b"}.items():
         (tmp_path / f"en.{split}.txt").write_text(lines)
-    with pytest.raises(UserError, match="1 sentences of 'en' stand in two"):
+    with pytest.raises(UserError, match="1 sentences of 'en' are in two"):
         load_corpus(section(detection_sentences=1), tmp_path)

@@ -86,7 +86,7 @@ def test_mistakes_in_parallel_text(folder):
     with pytest.raises(UserError, match=r"evaluation.parallel_sentences: 6 asked for, .* has 5"):
         read(count=6)
     (folder / "parallel/sw.txt").write_text("\n".join(["sw train 3", "b", "c", "d", "e"]))
-    with pytest.raises(UserError, match=r"1 lines of .*sw.txt stand in the train or valid text, such as 'sw train 3'"):
+    with pytest.raises(UserError, match=r"1 lines of .*sw.txt are in the train or valid text, such as 'sw train 3'"):
         read()
     (folder / "parallel/sw.txt").write_text("a\nb")
     with pytest.raises(UserError, match=r"sw.txt has 2 lines, en.txt 5"):
