@@ -109,6 +109,14 @@ def assert_intervals_hold(case):
     return ((high.double().sqrt() - low.double().sqrt()) / truth.sqrt()).mean().item()
 
 
+def assert_heads_of_one_sentence_share_its_spans(device="cpu"):
+    for length, head_dim in ((42, 10), (64, 64)):
+        case = random_case(length, head_dim, device=device)
+        case["spans"] = case["spans"][:1]
+        assert_equals_the_reference(case)
+        assert_intervals_hold(case)
+
+
 def assert_nan_is_not_lost(where, device="cpu"):
     """What isn't a number in the only row that is counted, in some argument of the first head."""
     case = random_case(123, 42, "sliding window", device=device)

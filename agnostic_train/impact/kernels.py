@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 try:
     import triton
@@ -69,6 +70,9 @@ def squared_changes(
     num_heads, length, head_dim = centred_value.shape
     chosen = torch.ones_like(factors[0][:, 0], dtype=torch.bool) if chosen is None else chosen
     parts = logits.new_zeros(len(chosen), spans.shape[1])
+    # Rows of whole blocks of keys load without a mask, in vectors; with one, odd lengths took twice the instructions.
+    missing = -length % BLOCK_KEYS
+    logits = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
     per_head = len(chosen) // num_heads
     with torch.cuda.device_of(logits):
         _squared_changes[launch_grid(num_heads, per_head, spans)](
@@ -79,6 +83,7 @@ def squared_changes(
             num_heads // len(spans),
             per_head,
             length,
+            length + missing,
             softcap or 1.0,
             **launch_options(head_dim, bool(growths), softcap is not None),
         )
@@ -161,8 +166,7 @@ if triton is not None:
     ):  # fmt: skip
         """A block of logits as they are and as they are changed, both as the softmax sees them."""
         key_mask = keys < length
-        mask = row_mask[:, None] & key_mask[None, :]
-        before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=mask, other=float("-inf"))
+        before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=row_mask[:, None], other=float("-inf"))
         right_b = tl.load(b + keys, mask=key_mask, other=0.0)
         right_d = tl.load(d + keys, mask=key_mask, other=0.0)
         after = before
@@ -178,16 +182,16 @@ if triton is not None:
     @triton.jit
     def _squared_changes(
         parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, heads_per_sentence, neurons_per_head, length,
-        softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+        padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
         GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
     ):  # fmt: skip
         head, rows, row_weight, first, last, start, stop = program_part(
             weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
         )
-        logits += head * length * length
+        logits += head * length * padded
         value += head * length * HEAD_DIM
         row_mask = row_weight != 0
-        row_offsets = rows.to(tl.int64) * length
+        row_offsets = rows.to(tl.int64) * padded
         columns = tl.arange(0, BLOCK_DIM)
         for place in range(start, stop):
             neuron = head * neurons_per_head + place

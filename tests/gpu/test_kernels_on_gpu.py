@@ -9,6 +9,7 @@ from kernel_cases import (
     HEADS,
     NEURONS,
     assert_equals_the_reference,
+    assert_heads_of_one_sentence_share_its_spans,
     assert_intervals_hold,
     assert_nan_is_not_lost,
     assert_tanh_is_close,
@@ -75,6 +76,10 @@ def test_no_change_is_none_and_every_run_the_same(head_dim, softcap):
     a, b, c, d = case["factors"]
     case["factors"] = [torch.zeros_like(a), b, torch.zeros_like(c), d]
     assert not kernels.squared_changes(**case).any()
+
+
+def test_heads_of_one_sentence_share_its_spans():
+    assert_heads_of_one_sentence_share_its_spans("cuda")
 
 
 def test_the_hyperbolic_tangent():

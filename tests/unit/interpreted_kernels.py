@@ -11,6 +11,7 @@ from kernel_cases import (
     HEADS,
     NEURONS,
     assert_equals_the_reference,
+    assert_heads_of_one_sentence_share_its_spans,
     assert_intervals_hold,
     assert_nan_is_not_lost,
     assert_tanh_is_close,
@@ -157,6 +158,10 @@ def test_what_is_taken_from_unseen_keys_does_not_matter():
     expected = kernels.squared_changes(**case)
     case["factors"][1][:, -1] = case["factors"][3][:, -1] = torch.inf
     assert torch.equal(kernels.squared_changes(**case), expected)
+
+
+def test_heads_of_one_sentence_share_its_spans():
+    assert_heads_of_one_sentence_share_its_spans()
 
 
 def test_some_neurons_of_many():

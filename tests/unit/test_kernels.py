@@ -58,7 +58,7 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
     types |= {name: type for type, names in POINTERS[module].items() for name in names}
-    aligned = {name for name, type in types.items() if "*" in type}
+    aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
     # Triton compiles anew for a length of 1, and for one that divides by 16.
     if length == 1:
         constants["length"], types["length"] = 1, "constexpr"
