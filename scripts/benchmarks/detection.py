@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
@@ -187,8 +188,8 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
-    """Cost against the number of sentences (with peak memory, so it comes first), the ratio and the length."""
+def growth_by_sentences(model: PreTrainedModel, options: argparse.Namespace) -> dict:
+    """Cost and peak memory against the number of sentences; measured first, as a process's peak never falls."""
     length = options.length[0]
     memory = {}
     with left_as_found(model):
@@ -201,6 +202,12 @@ def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
             memory[num_sentences] = {
                 "microseconds_per_token": seconds * 1e6 / tokens, "peak_gib": peak_memory(options.device)
             }  # fmt: skip
+    return memory
+
+
+def growth_by_ratio_and_length(model: PreTrainedModel, options: argparse.Namespace) -> dict:
+    """Cost against the top ratio and the length."""
+    length = options.length[0]
     batches = random_batches(model, options.batches * options.batch_size, length, options.batch_size)
     by_ratio = {ratio: measure(model, batches, options, ratio) for ratio in GROWTH_RATIOS}
     by_length = {}
@@ -209,7 +216,7 @@ def growth(model: PreTrainedModel, options: argparse.Namespace) -> dict:
         by_length[length] = measure(
             model, random_batches(model, options.batches * size, length, size), options, options.top_ratio
         )
-    return {"by_sentences": memory, "by_ratio": by_ratio, "by_length": by_length}
+    return {"by_ratio": by_ratio, "by_length": by_length}
 
 
 def draw(report: dict, file: Path) -> None:
@@ -258,7 +265,7 @@ def main() -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
         inputs = {"real sentences": real_batches(model, options)}
-    report = {
+    report: dict[str, Any] = {
         "what": "cost of detection as a multiple of the forward pass with logits, and growth",
         "machine": torch.cuda.get_device_name()
         if cuda
@@ -271,18 +278,28 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "top_ratio": options.top_ratio,
         "rounds": options.rounds,
+        "kernels": kernel_trial.available(
+            torch.empty(0, 1, find_decoder(model).layers[0].head_dim, device=model.device)
+        ),
+        "by_length": {},
     }
+
+    def write() -> None:
+        """After every part: borrowed machines go back on time, finished or not."""
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     if options.growth:
-        report["growth"] = growth(model, options)
-    report["by_length"] = {
-        str(length): measure(model, batches, options, options.top_ratio) for length, batches in inputs.items()
-    }
-    text = json.dumps(report, indent=1) + "\n"
+        report["growth"] = {"by_sentences": growth_by_sentences(model, options)}
+    for length, batches in inputs.items():
+        report["by_length"][str(length)] = measure(model, batches, options, options.top_ratio)
+        write()
+    if options.growth:
+        report["growth"] |= growth_by_ratio_and_length(model, options)
+        write()
     if options.output is None:
-        print(text, end="")
-    else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        print(json.dumps(report, indent=1))
     if options.figure is not None:
         draw(report, options.figure)
 

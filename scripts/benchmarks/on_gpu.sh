@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What needs a GPU, in the order of its worth: the tests, then the benchmarks. Results go into FOLDER.
+# What needs a GPU, in the order of its worth. Results go into FOLDER, each as soon as it is measured.
 # Usage: bash scripts/benchmarks/on_gpu.sh FOLDER [PART ...]; set PYTHON to choose an interpreter.
-# PART is tests, detection, training_1b or training_8b; by default all of them, each of several minutes.
+# PART is kernels, detection, tests, training_8b or training_1b; by default all of them, of a minute to five each.
 # NEURONS names Llama 3.1 8B's published shared set; without it, a twentieth of the 8B model's neurons train.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
@@ -14,10 +14,11 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 measure() {
   case "$1" in
+    kernels) "$python" scripts/benchmarks/kernels.py --device cuda --output "$folder/kernels_gpu.json" ;;
     # Most of their time goes into compiling kernels.
-    tests) "$python" -m pytest -q -rs -n 8 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
+    tests) "$python" -m pytest -q -rs -n 12 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
     detection)
-      "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --rounds 5 --growth \
+      "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --batches 4 --rounds 5 --growth \
         --output "$folder/detection_gpu.json" --figure "$folder/detection_gpu.svg" ;;
     training_1b)
       "$python" scripts/benchmarks/training.py --shapes llama-3.2-1b --length 1024 --rounds 7 --one-at-a-time \
@@ -27,11 +28,11 @@ measure() {
       "$python" scripts/benchmarks/training.py --shapes llama-3.1-8b --length 1024 --batch-size 1 --rounds 5 \
         --one-at-a-time --methods floor compact lora full ${NEURONS:+--neurons "$NEURONS"} \
         --output "$folder/training_gpu_8b.json" ;;
-    *) echo "$1: it is one of tests, detection, training_1b, training_8b" >&2; return 2 ;;
+    *) echo "$1: it is one of kernels, detection, tests, training_8b, training_1b" >&2; return 2 ;;
   esac
 }
 
-[ $# -gt 0 ] || set -- tests detection training_1b training_8b
+[ $# -gt 0 ] || set -- kernels detection tests training_8b training_1b
 status=0
 for part in "$@"; do measure "$part" || status=$?; done
 exit $status

@@ -285,28 +285,31 @@ def main(arguments: list[str] | None = None) -> None:
         "shapes": SHAPES[options.shapes],
         "results": {},
     }
+
+    def write() -> None:
+        """After every measurement: borrowed machines go back on time, finished or not."""
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
     for name, neurons in sets.items():
-        rows: dict[str, dict] = {}
+        rows: dict[str, dict] = record["results"][name] = {}
         methods = [it for it in options.methods if takes(it, model, neurons)]
         for at_once in [[it] for it in methods] if options.one_at_a_time else [methods]:
             rows |= measure(make, neurons, at_once, batch, options.rounds, options.device)
-        for row in rows.values():
-            row["times"] = {
-                other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
-                for other in ("floor", "lora", "full")
-                if other in rows
-            }
-        record["results"][name] = rows
+            for row in rows.values():
+                row["times"] = {
+                    other: round(row["step_seconds"] / rows[other]["step_seconds"], 3)
+                    for other in ("floor", "lora", "full")
+                    if other in rows
+                }
+            write()
         for method, row in rows.items():
             print(
                 f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  "
                 f"{row['step_seconds']:.3f} s  {row['times']}  saved {row['saved_for_backward_bytes'] / 2**20:.1f} MiB  "
                 f"optimizer {row['optimizer_bytes'] / 2**20:.1f} MiB  adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
             )
-        # After every set: borrowed machines go back on time, finished or not.
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if options.figure:
             draw(record, options.figure)
     if not options.output:
