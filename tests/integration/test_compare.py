@@ -82,7 +82,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     capsys.readouterr()
     assert run(root, "run", *SMALL[1:]) == 0 and "Strategies compared" not in (out / "report.html").read_text()
     assert (
-        "report: without the comparison, which `compare` would make anew (changed: comparison.strategies)"
+        "report: without the comparison, which is out of date; `compare` renews it (changed: comparison.strategies)"
         in capsys.readouterr().out
     )
 

@@ -1,4 +1,4 @@
-"""`detect`: each language's related, shared and exclusive neurons."""
+"""`detect`: finds each language's related, shared and exclusive neurons."""
 
 import shutil
 
@@ -15,13 +15,13 @@ from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.tables import neuron_table
 
 SELF_CHECK_FILE = "self_check.txt"
-# Of the neurons that are top in a sentence.
+# Fewer related neurons than this fraction of a sentence's top neurons call for a hint.
 _FEW_RATIO = 0.05
 
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    # Counts are of so many batches.
+    # Partial counts cover a number of batches, so they hold for one batch size only.
     resume_dir = context.work / fingerprint([context.inputs.of("detect"), context.recipe.corpus.batch_size])[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
@@ -58,7 +58,7 @@ def detect(context: Context) -> dict:
     if section.method == "impact" and found.shared.sizes:
         _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
     for name, share in (found.exact_share or {}).items():
-        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly, pruning ruled the others out")
+        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly; pruning ruled out the others")
     return {"outputs": ["neurons"], "shared": len(found.shared)}
 
 
@@ -73,8 +73,8 @@ def publish(context: Context) -> None:
 
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
-    """Says so where hardly any neuron is among the top often enough: little can be learnt with those."""
-    few = [language for language, its in found.related.items() if len(its) < _FEW_RATIO * num_possible]
+    """Reports languages with very few related neurons, too few to learn much with."""
+    few = [language for language, neurons in found.related.items() if len(neurons) < _FEW_RATIO * num_possible]
     if few:
         context.say(
             f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "
@@ -83,7 +83,7 @@ def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) ->
 
 
 def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
-    """Detects by the recipe's settings on some sentences per language; `settings` go to `detect_neurons`."""
+    """Detects with the recipe's settings on the given sentences; `settings` are passed on to `detect_neurons`."""
     section = context.recipe.detection
     return detect_neurons(
         model,
