@@ -1,4 +1,4 @@
-"""What a run found, for people: a self-contained HTML page with its figures, the final table, the comparison's text."""
+"""A run's results for readers: a self-contained HTML page with figures, the final table, and the comparison's text."""
 
 import base64
 import sys
@@ -32,7 +32,7 @@ _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
 def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
     """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
 
-    has_comparison: whether `comparison.json` there is of this recipe.
+    has_comparison: whether a `comparison.json` there belongs to this recipe.
     """
     found = LanguageNeurons.load(directory / "neurons")
     score = read_json(directory / "score.json")
@@ -86,17 +86,17 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
 
 
 def is_run_figure(path: Path) -> bool:
-    """Whether it is a file that `write_report` writes in `figures/`."""
+    """Whether a path is a file that `write_report` writes in `figures/`."""
     return draw.is_figure(path, _RUN_FIGURES)
 
 
 def is_emergence_file(path: Path) -> bool:
-    """Whether it is a file of `emergence/`."""
+    """Whether a path is a file of `emergence/`."""
     return draw.is_figure(path, _EMERGENCE_FIGURES)
 
 
 def is_comparison_file(path: Path) -> bool:
-    """Whether it is a file of `comparison/`."""
+    """Whether a path is a file of `comparison/`."""
     return draw.is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
 
 
@@ -107,7 +107,7 @@ def draw_comparison(comparison: dict, folder: Path) -> None:
 
 
 def draw_emergence(rows: list[dict], folder: Path) -> None:
-    """Draws the figure of a model's checkpoints into `folder`."""
+    """Draws the figure of the score over a model's checkpoints into `folder`."""
     draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)}, rows[0]["related"])
 
 
@@ -117,14 +117,14 @@ def comparison_text(comparison: dict) -> str:
 
 
 def in_terminal(text: str) -> str:
-    """Markdown as a terminal shows it."""
+    """Renders Markdown for the terminal."""
     console = Console(width=None if sys.stdout.isatty() else 140, file=StringIO())
     console.print(Markdown(text))
     return console.file.getvalue()
 
 
 def summary_table(directory: Path, enhanced: list[str]) -> Table:
-    """The run's last word: per language its neurons, and perplexity and bits per byte before and after."""
+    """The table that ends a run: per language its neurons, and perplexity and bits per byte before and after."""
     found = LanguageNeurons.load(directory / "neurons")
     evaluation = read_json(directory / "evaluation.json")["languages"]
     score = read_json(directory / "score.json")
