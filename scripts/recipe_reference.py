@@ -1,4 +1,7 @@
-"""Writes recipes/REFERENCE.md, every key of a recipe, from the dataclasses that define them. A test keeps it current."""
+"""Writes recipes/REFERENCE.md, the list of all recipe keys, from the dataclasses that define them.
+
+A test checks that the file is current.
+"""
 
 import argparse
 from pathlib import Path

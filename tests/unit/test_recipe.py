@@ -115,7 +115,7 @@ def streamed(config_pattern, data_files=""):
         (streamed("{language}"), "corpus.config_pattern: '{language}': only {lang} is filled in"),
         (streamed("{}"), "corpus.config_pattern: '{}': only {lang} is filled in"),
         (streamed("{lang.x}"), "corpus.config_pattern: '{lang.x}': only {lang} is filled in"),
-        (streamed("{lang!r}"), "{lang} alone"),
+        (streamed("{lang!r}"), "only {lang} is filled in"),
         (streamed("{lang"), "corpus.config_pattern: '{lang' has an unmatched brace"),
         (streamed("{lang}", data_files="{x}.jsonl"), "corpus.data_files: '{x}.jsonl': only {lang} is filled in"),
         (streamed("en"), "corpus: every language would read the same text; write {lang} in config_pattern or"),
