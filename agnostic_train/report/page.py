@@ -34,7 +34,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
 
     has_comparison: whether a `comparison.json` there belongs to this recipe.
     """
-    found = LanguageNeurons.load(directory / "neurons")
+    detected = LanguageNeurons.load(directory / "neurons")
     score = read_json(directory / "score.json")
     evaluation = read_json(directory / "evaluation.json")
     training = manifest["stages"]["train"]
@@ -43,8 +43,8 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
     titles: dict[str, tuple[str, Callable[[], Figure]]] = {
         "change": ("Bits per byte before and after", partial(draw.draw_change, evaluation["languages"], enhanced)),
         "relative_change": ("Change per language", partial(draw.draw_relative_change, evaluation, enhanced)),
-        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, found)),
-        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, found)),
+        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, detected)),
+        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, detected)),
         "score": ("Importance of shared neurons, by language", partial(draw.draw_score, score)),
     }
     if score["ablation"].keys() - {NOTHING}:
@@ -70,7 +70,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
             recipe=recipe,
             manifest=manifest,
             training=training,
-            found=found,
+            found=detected,
             score=score,
             evaluation=evaluation,
             comparison=comparison,
@@ -125,24 +125,24 @@ def in_terminal(text: str) -> str:
 
 def summary_table(directory: Path, enhanced: list[str]) -> Table:
     """The table that ends a run: per language its neurons, and perplexity and bits per byte before and after."""
-    found = LanguageNeurons.load(directory / "neurons")
+    detected = LanguageNeurons.load(directory / "neurons")
     evaluation = read_json(directory / "evaluation.json")["languages"]
     score = read_json(directory / "score.json")
     value = "undefined" if score["value"] is None else f"{score['value']:.3f}"
     table = Table(
-        title=f"language-agnostic score {value}, {len(found.shared)} shared neurons",
-        caption="test text; * enhanced; exclusive: " + found.settings["exclusive"],
+        title=f"language-agnostic score {value}, {len(detected.shared)} shared neurons",
+        caption="test text; * enhanced; exclusive: " + detected.settings["exclusive"],
     )
     table.add_column("language", no_wrap=True)
     for header in ("related", "shared", "exclusive", "perplexity", "after", "bits/byte", "after", "change"):
         table.add_column(header, justify="right", no_wrap=True)
     for language, row in evaluation.items():
         before, after = row["before"], row["after"]
-        related = found.related.get(language)  # a language that is only measured has none
+        related = detected.related.get(language)  # a language that is only measured has none
         counts = (
             ("",) * 3
             if related is None
-            else (len(related), len(found.shared & related), len(found.exclusive[language]))
+            else (len(related), len(detected.shared & related), len(detected.exclusive[language]))
         )
         table.add_row(
             language + (" *" if language in enhanced else ""),

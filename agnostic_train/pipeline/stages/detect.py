@@ -26,7 +26,7 @@ def detect(context: Context) -> dict:
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     try:
-        found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+        detected = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
     except ImpactMismatchError as error:
         file = context.directory / SELF_CHECK_FILE
         if context.processes.is_main_process:
@@ -35,41 +35,43 @@ def detect(context: Context) -> dict:
         raise UserError(f"{error}, or open an issue with {file}") from None
     if section.stability:
         others = {language: text.training for language, text in texts.items()}
-        found.stability = detection_stability(
-            lambda part: detect_in(context, model, part, verify=False), found, sample, others
+        detected.stability = detection_stability(
+            lambda part: detect_in(context, model, part, verify=False), detected, sample, others
         )
-        for name, overlaps in found.stability.items():
+        for name, overlaps in detected.stability.items():
             values = "  ".join(
                 f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
                 for language, it in overlaps.items()
             )
             context.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
     if context.processes.is_main_process:
-        found.save(context.directory / "neurons")
+        detected.save(context.directory / "neurons")
         shutil.rmtree(resume_dir, ignore_errors=True)
-    for language in found.languages:
+    for language in detected.languages:
         context.say(
-            f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
+            f"detect: {language}  {len(detected.related[language])} related, {len(detected.exclusive[language])} "
             f"exclusive ({section.exclusive})"
         )
     least = section.min_languages
-    by_whom = "all" if least in (None, len(found.languages)) else f"at least {least} language{'s' * (least > 1)}"
-    context.say(f"detect: {len(found.shared)} shared by {by_whom}")
-    if section.method == "impact" and found.shared.sizes:
-        _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
-    for name, share in (found.exact_share or {}).items():
+    by_whom = "all" if least in (None, len(detected.languages)) else f"at least {least} language{'s' * (least > 1)}"
+    context.say(f"detect: {len(detected.shared)} shared by {by_whom}")
+    if section.method == "impact" and detected.shared.sizes:
+        _hint_at_few(
+            context, detected, sum(num_top(section.top_ratio, size) for size in detected.shared.sizes.values())
+        )
+    for name, share in (detected.exact_share or {}).items():
         context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly; pruning ruled out the others")
-    return {"outputs": ["neurons"], "shared": len(found.shared)}
+    return {"outputs": ["neurons"], "shared": len(detected.shared)}
 
 
 def publish(context: Context) -> None:
-    found = context.found
+    detected = context.found
     context.tracker.log_summary(
-        {"neurons/shared": len(found.shared)}
-        | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
-        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in found.exclusive.items()}
+        {"neurons/shared": len(detected.shared)}
+        | {f"neurons/related/{language}": len(neurons) for language, neurons in detected.related.items()}
+        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in detected.exclusive.items()}
     )
-    context.publish({"neurons": neuron_table(found)})
+    context.publish({"neurons": neuron_table(detected)})
 
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:

@@ -97,11 +97,11 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
         "before": _Checkpoint({}, context.materials.take_model),
         "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, own_dtype, enhanced)),
         **{
-            it: _Checkpoint(
-                {"checkpoint": checkpoint_identity(section, it), "dtype": section.dtype},
-                partial(load_checkpoint, section, it, "evaluation.checkpoints"),
+            source: _Checkpoint(
+                {"checkpoint": checkpoint_identity(section, source), "dtype": section.dtype},
+                partial(load_checkpoint, section, source, "evaluation.checkpoints"),
             )
-            for it in context.recipe.evaluation.checkpoints
+            for source in context.recipe.evaluation.checkpoints
         },
     }
 

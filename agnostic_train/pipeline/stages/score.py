@@ -90,18 +90,18 @@ def _follow_checkpoints(context: Context) -> list[str]:
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
-        found = detect_in(context, model, sample, verify=False)
-        score = _score_of(context, model, found)
+        detected = detect_in(context, model, sample, verify=False)
+        score = _score_of(context, model, detected)
         value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
-        context.say(f"score: {checkpoint.name}  {len(found.shared)} shared neurons, score {value}")
-        return found, score
+        context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
+        return detected, score
 
     rows = follow_checkpoints(
         checkpoints,
         measure,
-        lambda it: [
-            context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls, it.step,
-            checkpoint_identity(section, it.source),
+        lambda checkpoint: [
+            context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
+            checkpoint.step, checkpoint_identity(section, checkpoint.source),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

@@ -106,13 +106,13 @@ def is_adapter_file(path: Path) -> bool:
 
 def _run_pilot(context: Context, text: Sentences) -> str:
     """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
-    recipe, found, inputs = context.recipe, context.found, context.inputs.of("train")
+    recipe, detected, inputs = context.recipe, context.found, context.inputs.of("train")
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
     trials = Trials(
         context.materials,
-        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
+        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(detected, None, context.materials.model),
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
@@ -144,8 +144,8 @@ def _choose(context: Context, name: str) -> Choice:
         return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
-    found = None if name == "full" else context.found
-    choice = strategy.choose(found, score, context.materials.model)
+    detected = None if name == "full" else context.found
+    choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
     by_pilot = ", the best of the pilot" if context.recipe.training.strategy == "pilot" else ""

@@ -10,8 +10,8 @@ def render(meaning: means.Meaning) -> str:
         case means.Activity(subject, verb, object, time, form):
             when = time.zh[-1] if form == "negation" else time.zh[0]
             does = predicate(verb, means.tense_of(time), form)
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), when, does, what)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), when, does, object_phrase)
         case means.Scene(subject, action, place, time, form):
             before = {
                 "present": {"statement": "正", "negation": "没", "question": "正"},
@@ -47,8 +47,8 @@ def render(meaning: means.Meaning) -> str:
             return sentence(noun_phrase(subject), is_or_wants, occupation.noun.zh[0], form=form)
         case means.Wish(subject, verb, object, form):
             wants = ("不想" if form == "negation" else "想") + verb.zh[0]
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), wants, what, form=form)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), wants, object_phrase, form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)}喜欢{noun_phrase(liking)}"
             other_likes = f"{noun_phrase(other_subject)}喜欢{noun_phrase(other_liking)}"

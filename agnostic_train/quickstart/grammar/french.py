@@ -27,12 +27,12 @@ def render(meaning: means.Meaning) -> str:
     match meaning:
         case means.Activity(subject, verb, object, time, form):
             finite, rest = predicate(verb.fr, means.tense_of(time), subject.person)
-            what = noun_phrase(object, is_negated=form == "negation")
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
             if means.tense_of(time) == "perfect":
                 already, yet = time.fr
                 adverb = yet if form == "negation" else already
-                return sentence(noun_phrase(subject), negate(finite, form), adverb, rest, what)
-            return sentence(noun_phrase(subject), negate(finite, form), rest, what, time.fr[0])
+                return sentence(noun_phrase(subject), negate(finite, form), adverb, rest, object_phrase)
+            return sentence(noun_phrase(subject), negate(finite, form), rest, object_phrase, time.fr[0])
         case means.Scene(subject, action, place, time, form):
             finite, rest = predicate(action.fr, means.tense_of(time), subject.person)
             does = f"{noun_phrase(subject)} {negate(finite, form)}"
@@ -64,20 +64,22 @@ def render(meaning: means.Meaning) -> str:
             return sentence(noun_phrase(thing), is_so, described, form=form)
         case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, rest = (WANT, "devenir") if is_wish else (BE, "")
-            what = occupation_of(subject, occupation)
-            return sentence(noun_phrase(subject), negate(verb_forms[subject.person], form), rest, what, form=form)
+            occupation_phrase = occupation_of(subject, occupation)
+            return sentence(
+                noun_phrase(subject), negate(verb_forms[subject.person], form), rest, occupation_phrase, form=form
+            )
         case means.Wish(subject, verb, object, form):
             wants = negate(WANT[subject.person], form)
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), wants, verb.fr[0], what, form=form)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), wants, verb.fr[0], object_phrase, form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {present(LIKE, subject.person)} {in_general(liking)}"
             other_likes = f"{present(LIKE, other_subject.person)} {in_general(other_liking)}"
             conjunction = ", mais" if is_opposed else " et"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
         case means.Request(verb, object, form):
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(negate(present(verb.fr, "1sg"), form), f"{what}, {PLEASE}")
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(negate(present(verb.fr, "1sg"), form), f"{object_phrase}, {PLEASE}")
         case means.OpeningHours(place, verb, hour, weekday, form):
             opens = f"{noun_phrase(means.Phrase(place, 'the'))} {verb.fr[0]} à {hour.fr[0]}"
             on_days = f"le {weekday.fr[0]}"
@@ -171,16 +173,16 @@ def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
             "future": (GO["3sg"], infinitive),
         }[tense]
         return f"{negate(finite, form)} {rest}".strip()
-    verb, what = weather.fr
+    verb, complement = weather.fr
     if form == "negation":
-        what = what.replace("du ", "de ")
+        complement = complement.replace("du ", "de ")
     infinitive, now, then = {
         "faire": ("faire", "fait", "faisait"),
         "avoir": ("y avoir", "y a", "y avait"),
     }[verb]
     if tense == "future":
-        return f"{negate(GO['3sg'], form)} {infinitive} {what}"
-    return f"{negate(then if tense == 'past' else now, form)} {what}"
+        return f"{negate(GO['3sg'], form)} {infinitive} {complement}"
+    return f"{negate(then if tense == 'past' else now, form)} {complement}"
 
 
 def occupation_of(subject: means.Phrase, occupation: means.Phrase) -> str:

@@ -69,21 +69,21 @@ def render(meaning: means.Meaning) -> str:
             return sentence(is_so, negation(form), adjective.de[0], form=form)
         case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, final = (WANT, "werden") if is_wish else (BE, "")
-            what = occupation_of(subject, occupation, is_negated=form == "negation")
+            occupation_phrase = occupation_of(subject, occupation, is_negated=form == "negation")
             is_or_wants = opening(noun_phrase(subject), verb_forms[subject.person], form)
-            return sentence(is_or_wants, what, final, form=form)
+            return sentence(is_or_wants, occupation_phrase, final, form=form)
         case means.Wish(subject, verb, object, form):
-            what = noun_phrase(object, "accusative", is_negated=form == "negation")
+            object_phrase = noun_phrase(object, "accusative", is_negated=form == "negation")
             wants = opening(noun_phrase(subject), WANT[subject.person], form)
-            return sentence(wants, what, infinitive(verb.de), form=form)
+            return sentence(wants, object_phrase, infinitive(verb.de), form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {LIKE[subject.person]} {noun_phrase(liking, 'accusative')}"
             other_likes = f"{LIKE[other_subject.person]} {noun_phrase(other_liking, 'accusative')}"
             conjunction = ", aber" if is_opposed else " und"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
         case means.Request(verb, object, form):
-            what = middle_field(verb, object, form)
-            return sentence("bitte", imperative(verb.de), what, separable_prefix(verb.de))
+            object_phrase = middle_field(verb, object, form)
+            return sentence("bitte", imperative(verb.de), object_phrase, separable_prefix(verb.de))
         case means.OpeningHours(place, verb, hour, weekday, form):
             where, at_hour = noun_phrase(means.Phrase(place, "the")), f"um {hour.de[0]}"
             if form == "question":
