@@ -20,8 +20,8 @@ def _section(cls: type) -> type:
 
 
 def _as_list(value: Any) -> Any:
-    """Turns a flag's value into a list: of two for `--corpus.languages=en,sw`, of one for `--comparison.seeds=0`, and an
-    empty one for `--evaluation.tasks=`."""
+    """Turns a flag's value into a list: of two for `--corpus.languages=en,sw`, of one for `--comparison.seeds=0`, and
+    an empty one for `--evaluation.tasks=`."""
     if value is None or value == "":
         return []
     if isinstance(value, str):
@@ -84,7 +84,8 @@ class ModelSection:
     revision: str | None = Field(default=None, description="A hub revision.")
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list,
-        description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if NAME contains no step.",
+        description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if NAME contains no "
+        "step.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32", description="Dtype of the loaded weights; 'auto' keeps the checkpoint's."
@@ -103,8 +104,8 @@ class CorpusSection:
     )
     dataset: LocalPath | None = Field(
         default=None,
-        description="A hub dataset, or a folder laid out like one, to use instead of path. It is streamed once: output_dir "
-        "keeps its text.",
+        description="A hub dataset, or a folder laid out like one, to use instead of path. It is streamed once: "
+        "output_dir keeps its text.",
     )
     revision: str | None = Field(
         default=None, description="The dataset's branch, tag or commit; default: its main branch."
@@ -222,8 +223,8 @@ class TrainingSection:
     )
     update: Update = Field(
         default="compact",
-        description="An adapter of the chosen rows and columns beside frozen weights, or 'mask': masked gradients of the full "
-        "weights.",
+        description="An adapter of the chosen rows and columns beside frozen weights, or 'mask': masked gradients of the "
+        "full weights.",
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive. Has no default.")
@@ -240,14 +241,14 @@ class TrainingSection:
     )
     packing: bool = Field(
         default=False,
-        description="Join sentences, each followed by the end-of-sequence token, into sequences of corpus.max_length tokens: no "
-        "padding, and nothing is cut off. Attention also sees the earlier sentences of a sequence.",
+        description="Join sentences, each followed by the end-of-sequence token, into sequences of corpus.max_length "
+        "tokens: no padding, and nothing is cut off. Attention also sees the earlier sentences of a sequence.",
     )
     mixture: Annotated[dict[Language, Rate], Field(min_length=1)] | None = Field(
         default=None,
-        description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, and for "
-        "others that must not be forgotten. An epoch has all text of the enhanced languages; a language with too little "
-        "text for its share repeats it. Default: the enhanced languages' text as it is.",
+        description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, and "
+        "for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with too "
+        "little text for its share repeats it. Default: the enhanced languages' text as it is.",
     )
     neurons: LocalPath | None = Field(
         default=None, description="Train the neurons in this file instead of a strategy's."
@@ -330,8 +331,8 @@ class ComparisonSection:
         Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] | None
     ) = Field(
         default=None,
-        description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and three times "
-        "it. If the best one is at an end, another is tried beyond it, at most twice.",
+        description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and three "
+        "times it. If the best one is at an end, another is tried beyond it, at most twice.",
     )
     select_by: Literal["target", "all"] = Field(
         default="target",
@@ -415,7 +416,7 @@ def training_argument_types() -> dict[str, Any]:
 
 
 class KeyRow(NamedTuple):
-    """One key of a recipe: its description, its choices, and its default or `required`; a field without value is empty."""
+    """One key of a recipe: its description, choices, and default or `required`; a field without a value is empty."""
 
     key: str
     description: str

@@ -56,9 +56,9 @@ class Phase:
 class Plan:
     """The sizes that a recipe resolves to.
 
-    num_sentences: per language and purpose. mean_tokens: mean length of the first detection sentences, per language; empty
-    for streamed text, which a dry run doesn't read. num_entries: the largest number of weights that can learn. batch:
-    sequences per optimizer step, over all processes. num_steps: optimizer steps.
+    num_sentences: per language and purpose. mean_tokens: mean length of the first detection sentences, per language;
+    empty for streamed text, which a dry run doesn't read. num_entries: the largest number of weights that can learn.
+    batch: sequences per optimizer step, over all processes. num_steps: optimizer steps.
     """
 
     layout: Layout
@@ -185,7 +185,7 @@ def print_plan(recipe: Recipe, stage: str) -> None:
 
 
 def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
-    """The paths of model and text; raises `UserError` for embedded ones not made yet, because a dry run writes nothing."""
+    """The paths of model and text; raises `UserError` for embedded ones not made yet: a dry run writes nothing."""
     corpus = recipe.corpus.path
     return (
         _local_path("model.name", recipe.model.name, "model"),
@@ -221,9 +221,9 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
 def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
     """The largest number of weights that a strategy can choose.
 
-    Over S sentences a site has n * S top places, and a related neuron takes at least consistency * S of them, so at most
-    n / consistency neurons are related to a language. Shared neurons are among these, unless `min_languages` is lower than
-    the number of languages.
+    Over S sentences a site has n * S top places, and a related neuron takes at least consistency * S of them, so at
+    most n / consistency neurons are related to a language. Shared neurons are among these, unless `min_languages` is
+    lower than the number of languages.
     """
     training, detection = recipe.training, recipe.detection
     if strategy == "full":

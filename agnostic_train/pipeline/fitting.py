@@ -58,7 +58,7 @@ def training_examples(
 ) -> list[Example]:
     """An epoch's sequences, one language after the other; raises `UserError` if a language has no sentence.
 
-    training: per language, the sentences to train on. section: says whether to pack sentences, and how to mix languages.
+    training: per language, the sentences to train on. section: whether to pack sentences, and how to mix languages.
     """
     examples, make_examples = {}, encoder.packed_examples if section.packing else encoder.examples
     for language, sentences in training.items():
@@ -73,8 +73,8 @@ def check_batches(num_sequences: int, arguments: NeuronTrainingArguments) -> Non
     batch = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and num_sequences < batch:
         raise UserError(
-            f"training.dataloader_drop_last: an epoch's {num_sequences} sequences don't fill a batch of {batch}, so nothing "
-            "is left to train on; set it to false, or lower training.per_device_train_batch_size"
+            f"training.dataloader_drop_last: an epoch's {num_sequences} sequences don't fill a batch of {batch}, so "
+            "nothing is left to train on; set it to false, or lower training.per_device_train_batch_size"
         )
 
 

@@ -16,8 +16,8 @@ from agnostic_train.versions import installed_version
 class Manifest:
     """The record of a run's stages in its `output_dir`.
 
-    A stage's inputs, JSON values, are all that its result depends on, including the results of earlier stages. Its key is
-    the hash of its inputs.
+    A stage's inputs, JSON values, are all that its result depends on, including the results of earlier stages. Its key
+    is the hash of its inputs.
     Only `start`, `finish` and `refuse` write to the file; with several processes, only the main one calls them.
     """
 
@@ -38,7 +38,7 @@ class Manifest:
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names the inputs (`key` or `section.key`) that differ from the stage's last run, or if none do, its lost files."""
+        """Names the inputs (`key` or `section.key`) that differ from the stage's last run; if none do, its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():

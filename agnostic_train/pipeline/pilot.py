@@ -17,7 +17,9 @@ Sentences = dict[str, Sequence[str]]
 def split_pilot_text(
     recipe: Recipe, arguments: NeuronTrainingArguments, encoder: Encoder, training: Mapping[str, Sequence[str]]
 ) -> tuple[Sentences, Sentences]:
-    """Splits the training sentences: those for the main training, and as many as a pilot reads once (an estimate if packed).
+    """Splits the training sentences: those for the main training, and as many as a pilot reads once.
+
+    For packed text, the second number is an estimate.
 
     Raises:
         UserError: the pilot would take more than half of a language's sentences.
@@ -45,8 +47,8 @@ def rank_candidates(
 ) -> list[dict]:
     """Trains each candidate briefly; returns plain JSON rows, the best first.
 
-    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the given languages
-    (None if the training diverged), every language's own change, and the number of `trainable` weights.
+    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the given
+    languages (None if the training diverged), every language's own change, and the number of `trainable` weights.
 
     Raises:
         UserError: every candidate diverged.

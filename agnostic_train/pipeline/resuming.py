@@ -19,7 +19,8 @@ def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: M
     checkpoints, record = saved_checkpoints(directory), manifest.record("train")
     if checkpoints and not record:
         raise UserError(
-            f"output_dir: {checkpoints[0]} isn't from a run recorded in {manifest.file}; move it away, or use another folder"
+            f"output_dir: {checkpoints[0]} isn't from a run recorded in {manifest.file}; move it away, or use another "
+            "folder"
         )
     earlier = {key: record.get(key, value) for key, value in launch.items()}
     if not checkpoints or not same or earlier == launch:
@@ -29,8 +30,8 @@ def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: M
     if earlier["processes"] == launch["processes"]:
         then, now = f"mixed_precision {earlier['precision']}", f"mixed_precision {launch['precision']}"
     raise UserError(
-        f"output_dir: {checkpoints[-1]} is from a training with {then}, but this run has {now}; resume with the same launch "
-        "settings, or start again with --force"
+        f"output_dir: {checkpoints[-1]} is from a training with {then}, but this run has {now}; resume with the same "
+        "launch settings, or start again with --force"
     )
 
 

@@ -80,8 +80,8 @@ class StageInputs:
     def whole(self, stage: str) -> dict:
         """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
-        A result is identified by the run that made it. Training and comparison identify a detection by its sets instead,
-        because detecting again, with another memory limit or with `stability`, often gives the same sets.
+        A result is identified by the run that made it. Training and comparison identify a detection by its sets
+        instead, because detecting again, with another memory limit or with `stability`, often gives the same sets.
         """
         results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
         if "detect" in results and stage in ("train", "compare"):

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run per `output_dir` and per trial of a comparison, with fixed names for metrics, tables, figures."""
+"""Weights & Biases: a run per `output_dir` and per trial of a comparison, with fixed names for what is logged."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -61,7 +61,9 @@ def tracked(
     group: str | None = None,
     run_id: str | None = None,
 ) -> Iterator[Tracker]:
-    """Starts a run in `tracking.project`, which a Trainer's own wandb callback joins; no run if `tracking.wandb` is off.
+    """Starts a run in `tracking.project`, or none if `tracking.wandb` is off.
+
+    A Trainer's own wandb callback joins the run.
 
     Args:
         name: the run's name; `tracking.run_name` by default.

@@ -59,8 +59,8 @@ class Trial:
 class TrialResult:
     """What a trial measured.
 
-    record: the training's record, plain JSON. measured: None if the training diverged to a loss that isn't finite. kept:
-    whether the result comes from an earlier run's files.
+    record: the training's record, plain JSON. measured: None if the training diverged to a loss that isn't finite.
+    kept: whether the result comes from an earlier run's files.
     """
 
     trial: Trial
@@ -78,7 +78,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Trials:
-    """Trains and measures on demand, and keeps each result, so that an interrupted series continues with the next trial.
+    """Trains and measures on demand, and keeps each result: an interrupted series continues with the next trial.
 
     Args:
         materials: model and text.
@@ -107,7 +107,7 @@ class Trials:
         return measured
 
     def run(self, trial: Trial) -> TrialResult:
-        """Returns a trial's result, from its files or by training; strategies that choose the same weights train once."""
+        """Returns a trial's result, from its files or by training; strategies with the same choice train once."""
         choice = None if trial.strategy == BASE else self.choose(trial)
         name = fingerprint([self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice)])[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"

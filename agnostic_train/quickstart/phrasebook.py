@@ -58,7 +58,7 @@ Filling = tuple[Word, ...]
 
 
 class Pattern(NamedTuple):
-    """A sentence pattern: its fillings, and a function that gives a filling's meanings in every tense, number and form."""
+    """A sentence pattern: its fillings, and the meanings of each filling in every tense, number and form."""
 
     name: str
     fillings: Callable[[], Iterable[Filling]]

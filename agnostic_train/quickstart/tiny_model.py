@@ -32,7 +32,7 @@ NUM_STEPS = 700
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 SHARE_OF_SENTENCES = {"en": 1.0, "zh": 1.0, "de": 1.0, "fr": 1.0, "sw": 0.03}
-"""The fraction of each language's training sentences that the model sees: little Swahili leaves something to enhance."""
+"""Fraction of each language's training sentences that the model sees: little Swahili leaves something to enhance."""
 
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 

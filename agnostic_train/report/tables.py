@@ -29,9 +29,9 @@ def neuron_table(found: LanguageNeurons) -> Table:
 def score_table(score: dict) -> Table:
     """The score, its variants and its controls, by language and in total (`all`). Takes the content of `score.json`.
 
-    `importance` is a language's ratio, and `score` is log(1 + importance), in the row `all` its mean over the languages for
-    which it is defined; `_low` and `_high` are the ends of their 95% intervals. `clipped` says whether the language was
-    clipped; in the row `all`, whether any was.
+    `importance` is a language's ratio, and `score` is log(1 + importance), in the row `all` its mean over the languages
+    for which it is defined; `_low` and `_high` are the ends of their 95% intervals. `clipped` says whether the language
+    was clipped; in the row `all`, whether any was.
     """
     table = _score_rows(
         "detected", None, score["value"], score["interval"], score["importance"],

@@ -2,8 +2,8 @@
 
 Everything is measured in one process, in turns, and reported as ratios of medians: absolute times say little on shared
 machines. The report also gives the arithmetic floor: the multiple for the matrix products alone, if all run equally
-fast. Without `--model`, the weights are random, in the shapes of `SHAPES`; with it, a trained model reads real sentences
-of `--corpus`. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
+fast. Without `--model`, the weights are random, in the shapes of `SHAPES`; with it, a trained model reads real
+sentences of `--corpus`. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def detect(
 
 
 def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in a call; `function` returns anything, or a detection's work."""
+    """Floating-point operations of the matrix products in a call, which may return the work of a detection."""
     with FlopCounterMode(display=False) as counter:
         work = function()
     total = counter.get_total_flops()

@@ -2,8 +2,8 @@
 
 All methods run in one process, in turns, with the same data and optimizer, and LoRA and SHiRA with about as many
 trainable parameters as compact. Ratios of medians are reported, because absolute times say little on shared machines.
-The floor is a forward pass and the gradients of the activations alone. Writes a JSON file with the machine, the versions
-and the date, and a figure of the cost of a step against the chosen fraction.
+The floor is a forward pass and the gradients of the activations alone. Writes a JSON file with the machine, the
+versions and the date, and a figure of the cost of a step against the chosen fraction.
 """
 
 import argparse

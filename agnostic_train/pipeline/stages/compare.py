@@ -88,7 +88,7 @@ def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
 
 
 def _same(context: Context, found: LanguageNeurons) -> dict[str, str]:
-    """Maps a strategy to an earlier one that trains the same neurons: two equal rows would seem to confirm each other."""
+    """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
     same: dict[str, str] = {}
     earlier: dict[str, NeuronSet] = {}
     for name in context.recipe.comparison.strategies:

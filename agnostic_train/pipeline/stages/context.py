@@ -21,8 +21,8 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 class Context:
     """One stage of a recipe's run in its `output_dir`.
 
-    arguments: the training arguments. inputs: what every stage's result depends on. say: receives the stage's output, one
-    line at a time.
+    arguments: the training arguments. inputs: what every stage's result depends on. say: receives the stage's output,
+    one line at a time.
     """
 
     stage: str
@@ -40,7 +40,7 @@ class Context:
 
     @property
     def work(self) -> Path:
-        """The folder for partial results, named by hashes of their inputs: an interrupted or changed stage reuses them."""
+        """The folder for partial results, named by hashes of their inputs, which a later run of the stage reuses."""
         return self.directory / ".work" / self.stage
 
     @property
@@ -64,7 +64,7 @@ class Context:
         return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
     def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
-        """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; call it in one process only."""
+        """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only."""
         self.tracker.log_tables(tables)
         if self.recipe.tracking.results_dir is None:
             return

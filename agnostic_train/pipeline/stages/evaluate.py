@@ -107,7 +107,7 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
 
 
 def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
-    """Hashes of a checkpoint's files but card and manifest, so that exporting the same weights again changes nothing."""
+    """Hashes of a checkpoint's files except card and manifest, which may differ for the same weights."""
     hashes = [dict[str, str]()]
     if context.processes.is_main_process:
         files = [it for it in sorted(enhanced.rglob("*")) if it.is_file() and it.name not in (CARD, MANIFEST)]
@@ -125,7 +125,10 @@ def _key(context: Context, checkpoint: _Checkpoint) -> list:
 def _measure(
     context: Context, name: str, checkpoint: _Checkpoint, batches: Mapping[str, Mapping[str, Sequence[Batch]]]
 ) -> Measured:
-    """Measures a checkpoint's perplexities, or reads them, without loading it, if the same weights and text were measured."""
+    """Measures a checkpoint's perplexities, or reads them if the same weights and text were measured before.
+
+    In the latter case the checkpoint isn't loaded.
+    """
     sizes = [context.recipe.evaluation.batch_size, context.recipe.corpus.batch_size]
     key = [*_key(context, checkpoint), context.inputs.of("evaluate")["text"], sizes]
     file = context.work / f"{fingerprint(key)[:16]}.safetensors"

@@ -164,7 +164,7 @@ def be(state: Word, subject: means.Phrase, tense: str) -> str:
 
 
 def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
-    """The predicate of weather: rain and snow are verbs; heat takes "faire" ("il fait chaud"), wind "avoir" ("il y a")."""
+    """The predicate of weather: a verb for rain and snow, "faire" for warmth ("il fait chaud"), "y avoir" for wind."""
     if "verb" in weather.kinds:
         infinitive, now, participle = weather.fr
         finite, rest = {

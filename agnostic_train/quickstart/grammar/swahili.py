@@ -114,7 +114,7 @@ def agreement(phrase: means.Phrase) -> Agreement:
 
 
 def noun_class(phrase: means.Phrase, kin: str = "1/2") -> int:
-    """The noun class for the phrase's number; `kin` is the class pair of relatives, who by default agree as people do."""
+    """The noun class for the phrase's number; `kin` is the class pair of relatives, by default that of people."""
     classes = phrase.noun.sw[2].replace("kin", kin)
     return int(classes.split("/")[phrase.plural])
 
