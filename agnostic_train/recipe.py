@@ -223,8 +223,8 @@ class TrainingSection:
     )
     update: Update = Field(
         default="compact",
-        description="An adapter of the chosen rows and columns beside frozen weights, or 'mask': masked gradients of the "
-        "full weights.",
+        description="An adapter of the chosen rows and columns beside frozen weights, or 'mask': masked gradients of "
+        "the full weights.",
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive. Has no default.")
@@ -246,8 +246,8 @@ class TrainingSection:
     )
     mixture: Annotated[dict[Language, Rate], Field(min_length=1)] | None = Field(
         default=None,
-        description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, and "
-        "for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with too "
+        description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, "
+        "and for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with too "
         "little text for its share repeats it. Default: the enhanced languages' text as it is.",
     )
     neurons: LocalPath | None = Field(
@@ -331,8 +331,8 @@ class ComparisonSection:
         Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] | None
     ) = Field(
         default=None,
-        description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and three "
-        "times it. If the best one is at an end, another is tried beyond it, at most twice.",
+        description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and "
+        "three times it. If the best one is at an end, another is tried beyond it, at most twice.",
     )
     select_by: Literal["target", "all"] = Field(
         default="target",

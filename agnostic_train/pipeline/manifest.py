@@ -38,7 +38,7 @@ class Manifest:
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names the inputs (`key` or `section.key`) that differ from the stage's last run; if none do, its lost files."""
+        """Names the inputs (`key` or `section.key`) that differ from the stage's last run; if none, its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():

@@ -177,8 +177,8 @@ def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
         num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language)
         if num_single:
             logger.warning_once(
-                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons have "
-                "no impact; with a detection.consistency of 1, no q or k neuron can be related"
+                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons "
+                "have no impact; with a detection.consistency of 1, no q or k neuron can be related"
             )
 
 

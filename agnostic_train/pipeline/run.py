@@ -224,7 +224,7 @@ class Pipeline:
         return file.read_text().strip()
 
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
-        """The manifest's top-level fields: this recipe's for the stage that runs, for others those of their last run."""
+        """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
         for name, row in STAGE_TABLE.items():
             record = self.manifest.record(name)
