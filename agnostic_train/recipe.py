@@ -247,8 +247,8 @@ class TrainingSection:
     mixture: Annotated[dict[Language, Rate], Field(min_length=1)] | None = Field(
         default=None,
         description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, "
-        "and for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with too "
-        "little text for its share repeats it. Default: the enhanced languages' text as it is.",
+        "and for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with "
+        "too little text for its share repeats it. Default: the enhanced languages' text as it is.",
     )
     neurons: LocalPath | None = Field(
         default=None, description="Train the neurons in this file instead of a strategy's."
