@@ -20,8 +20,8 @@ def _section(cls: type) -> type:
 
 
 def _as_list(value: Any) -> Any:
-    """A flag's `--corpus.languages=en,sw` is the list that it looks like, `--comparison.seeds=0` one of one, and
-    `--evaluation.tasks=` the empty one."""
+    """Turns a flag's value into a list: of two for `--corpus.languages=en,sw`, of one for `--comparison.seeds=0`, and
+    an empty one for `--evaluation.tasks=`."""
     if value is None or value == "":
         return []
     if isinstance(value, str):
@@ -30,9 +30,9 @@ def _as_list(value: Any) -> Any:
 
 
 def _distinct(value: list) -> list:
-    twice = [it for index, it in enumerate(value) if it in value[:index]]
-    if twice:
-        raise ValueError(f"names {twice[0]} twice")
+    duplicates = [it for index, it in enumerate(value) if it in value[:index]]
+    if duplicates:
+        raise ValueError(f"names {duplicates[0]} twice")
     return value
 
 
@@ -44,9 +44,9 @@ def _filled_in(value: str) -> str:
 
 
 def _language(value: str) -> str:
-    # Files are called by it.
+    # The name becomes part of file names.
     if not value or re.search(r"[/\\\s]", value):
-        raise ValueError(f"{value!r} is no language's name, which has no space or slash; commas separate several")
+        raise ValueError(f"{value!r} isn't a language name (no spaces or slashes); separate several by commas")
     return value
 
 
@@ -54,16 +54,14 @@ def _of_language(value: str) -> str:
     try:
         names = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(value) if name is not None]
     except ValueError as error:
-        raise ValueError(
-            f"{value!r} has a brace without its other ({error}); a brace of its own is written twice"
-        ) from None
+        raise ValueError(f"{value!r} has an unmatched brace ({error}); write a literal brace twice") from None
     for name, form, conversion in names:
         if name != "lang" or form or conversion:
-            raise ValueError(f"{value!r}: {{lang}} alone is filled in; any other brace is written twice")
+            raise ValueError(f"{value!r}: only {{lang}} is filled in; write any other brace twice")
     return value
 
 
-# A shell leaves the ~ of --output_dir=~/runs as it is.
+# A shell doesn't expand the ~ in --output_dir=~/runs.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 OfLanguage = Annotated[str, AfterValidator(_of_language)]
 Language = Annotated[str, AfterValidator(_language)]
@@ -86,7 +84,8 @@ class ModelSection:
     revision: str | None = Field(default=None, description="A hub revision.")
     checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         default_factory=list,
-        description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if the name has no step.",
+        description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if NAME contains no "
+        "step.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32", description="Dtype of the loaded weights; 'auto' keeps the checkpoint's."
@@ -105,7 +104,8 @@ class CorpusSection:
     )
     dataset: LocalPath | None = Field(
         default=None,
-        description="A hub dataset, or a folder like one, to stream instead, once: output_dir keeps its text.",
+        description="A hub dataset, or a folder laid out like one, to use instead of path. It is streamed once: "
+        "output_dir keeps its text.",
     )
     revision: str | None = Field(
         default=None, description="The dataset's branch, tag or commit; default: its main branch."
@@ -129,10 +129,10 @@ class CorpusSection:
         description="Maximum number of further training sentences to train on; default: all. Streaming needs a number.",
     )
     validation_sentences: int | None = Field(
-        default=None, ge=1, description="Number of validation sentences; default: all, of a streamed dataset 1000."
+        default=None, ge=1, description="Number of validation sentences; default: all, or 1000 of a dataset."
     )
     test_sentences: int | None = Field(
-        default=None, ge=1, description="Number of test sentences; default: all, of a streamed dataset 1000."
+        default=None, ge=1, description="Number of test sentences; default: all, or 1000 of a dataset."
     )
     max_length: int | None = Field(
         default=None, ge=2, description="Truncate sentences to this many tokens; default: the model's limit."
@@ -167,7 +167,8 @@ class DetectionSection:
     """Which neurons matter for which language."""
 
     method: Method = Field(
-        default="impact", description="By impact, or by activation probability entropy (feed-forward units only)."
+        default="impact",
+        description="Select neurons by impact, or 'lape': by activation probability entropy (feed-forward units only).",
     )
     lape_ratio: float = Field(default=0.01, gt=0, le=1, description="'lape': fraction of all units to select.")
     top_ratio: float = Field(
@@ -179,9 +180,12 @@ class DetectionSection:
         le=1,
         description="Fraction of a language's sentences in which a related neuron must be top (paper: 1.0).",
     )
-    attention: Attention = Field(default="exact", description="Real deactivation, or Eq. 11 as printed.")
+    attention: Attention = Field(
+        default="exact",
+        description="Impacts of q and k as in real deactivation, or 'paper': by the paper's Eq. 11.",
+    )
     exclusive: Exclusive = Field(
-        default="complement", description="Related minus shared, or minus every other language's related."
+        default="complement", description="Related minus shared, or 'unique': minus every other language's related."
     )
     min_languages: int | None = Field(
         default=None, ge=1, description="Shared means related to at least this many languages; default: all."
@@ -189,20 +193,22 @@ class DetectionSection:
     skip_special_tokens: bool = Field(default=False, description="Leave special tokens out of the impacts.")
     memory_gb: float = Field(default=2.0, gt=0, description="Limit on temporary memory for q and k impacts, in GiB.")
     pruning: bool = Field(
-        default=True, description="Skip q and k neurons that are proven not to be top: the same sets in less time."
+        default=True, description="Skip q and k neurons that provably can't be top: the same sets in less time."
     )
     stability: bool = Field(
         default=False,
         description="Also detect on other samples and report how well the sets agree; 3.4 times the work.",
     )
-    verify: bool = Field(default=True, description="First compare a few impacts with real deactivation.")
+    verify: bool = Field(default=True, description="Before detection, compare a few impacts with real deactivation.")
 
 
 @_section
 class ScoreSection:
     """The language-agnostic score."""
 
-    controls: int = Field(default=3, ge=0, description="Number of random control sets of the same sizes.")
+    controls: int = Field(
+        default=3, ge=0, description="Number of random control sets of each kind (equal size, similar activation)."
+    )
 
 
 @_section
@@ -217,7 +223,8 @@ class TrainingSection:
     )
     update: Update = Field(
         default="compact",
-        description="An adapter of the chosen rows and columns beside frozen weights, or masked gradients of the full weights.",
+        description="An adapter of the chosen rows and columns beside frozen weights, or 'mask': masked gradients of "
+        "the full weights.",
     )
     low: float = Field(default=math.log(2), description="'auto': below this score, shared+exclusive.")
     high: float | None = Field(default=None, description="'auto': above this score, exclusive. Has no default.")
@@ -234,14 +241,14 @@ class TrainingSection:
     )
     packing: bool = Field(
         default=False,
-        description="Join sentences, each closed by the end-of-sequence token, to sequences of corpus.max_length tokens: no "
-        "padding, and nothing is cut off. Attention sees what stands before in the sequence.",
+        description="Join sentences, each followed by the end-of-sequence token, into sequences of corpus.max_length "
+        "tokens: no padding, and nothing is cut off. Attention also sees the earlier sentences of a sequence.",
     )
     mixture: Annotated[dict[Language, Rate], Field(min_length=1)] | None = Field(
         default=None,
-        description="Each language's share of the training text, such as {sw: 4, en: 1}: of the enhanced languages, and of "
-        "others that must not be forgotten. An epoch has all text of the enhanced ones; where a language has too little "
-        "for its share, its text repeats. Default: the enhanced languages' text as it is.",
+        description="Each language's share of the training text, such as {sw: 4, en: 1}: for the enhanced languages, "
+        "and for others that must not be forgotten. An epoch has all text of the enhanced languages; a language with "
+        "too little text for its share repeats it. Default: the enhanced languages' text as it is.",
     )
     neurons: LocalPath | None = Field(
         default=None, description="Train the neurons in this file instead of a strategy's."
@@ -251,12 +258,12 @@ class TrainingSection:
     @property
     def text_languages(self) -> list[str]:
         """The languages whose text is trained on."""
-        # By name: recipes are told apart by their mixtures, and a mapping has no order there.
+        # Sorted, because recipes whose mixtures differ only in order count as equal.
         return self.languages if self.mixture is None else sorted(self.mixture)
 
     @property
     def needs_detection(self) -> bool:
-        """Whether it rests on detected neurons: not where they come from a file or all weights learn."""
+        """Whether training needs detected neurons: not if they come from a file, or if all weights learn."""
         return self.neurons is None and self.strategy != "full"
 
     @property
@@ -272,7 +279,7 @@ class EvaluationSection:
     batch_size: int | None = Field(default=None, ge=1, description="Sentences per batch; default: corpus.batch_size.")
     languages: Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)] = Field(
         default_factory=list,
-        description="Further languages to measure, though neither detected nor trained, to see what is forgotten.",
+        description="Further languages to measure, neither detected nor trained, to see what is forgotten.",
     )
     max_forgetting: float = Field(
         default=0.03,
@@ -282,7 +289,7 @@ class EvaluationSection:
     )
     parallel: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.txt files aligned line by line, measured as text of equal content.",
+        description="A folder of {lang}.txt files aligned line by line, to measure all languages on the same content.",
     )
     parallel_sentences: int | None = Field(
         default=None, ge=1, description="Number of parallel lines, drawn with corpus.seed; default: all."
@@ -324,8 +331,8 @@ class ComparisonSection:
         Annotated[list[Rate], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] | None
     ) = Field(
         default=None,
-        description="Learning rates to try for every strategy; default: training.learning_rate, a third and three times "
-        "that. While the best one is at an end, another is tried beyond it, at most twice.",
+        description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and "
+        "three times it. If the best one is at an end, another is tried beyond it, at most twice.",
     )
     select_by: Literal["target", "all"] = Field(
         default="target",
@@ -334,7 +341,7 @@ class ComparisonSection:
 
     @model_validator(mode="after")
     def _tuned_on_another_seed(self) -> "ComparisonSection":
-        # The best of several trainings looks better than it is: it can't be one of those that are judged.
+        # The best of several trainings looks better than it is, so it can't be one of those compared.
         if self.tuning_seed in self.seeds:
             raise ValueError(f"tuning_seed {self.tuning_seed} is one of seeds; choose another")
         return self
@@ -361,7 +368,8 @@ class TrackingSection:
     project: str = Field(default="agnostic_train", description="The wandb project.")
     run_name: str | None = Field(default=None, description="The wandb run's name.")
     results_dir: LocalPath | None = Field(
-        default=None, description="A further folder for the tables and figures, to keep beside the recipe."
+        default=None,
+        description="A further folder for copies of the tables and figures, such as one beside the recipe.",
     )
 
 
@@ -384,11 +392,11 @@ class Recipe:
 
     @property
     def languages_with_training_text(self) -> list[str]:
-        """Those whose training text is read: trained on, or all if detection asks how stable its sets are."""
+        """The languages whose training text is read: those trained on, or with `detection.stability` all."""
         return self.corpus.languages if self.detection.stability else self.training.text_languages
 
     def to_dict(self) -> dict:
-        """Plain values, JSON-serialisable, to be written and shown: without the hub's token."""
+        """Plain JSON values to write and show, without the hub token."""
         values = asdict(self)
         values["training"]["arguments"].pop("hub_token", None)
         return values
@@ -396,7 +404,7 @@ class Recipe:
 
 SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}
 OWN_KEYS = {"output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name"}
-"""TrainingArguments that a recipe sets by a key of its own."""
+"""TrainingArguments that a recipe sets by other keys of its own."""
 
 
 def training_argument_types() -> dict[str, Any]:
@@ -408,7 +416,7 @@ def training_argument_types() -> dict[str, Any]:
 
 
 class KeyRow(NamedTuple):
-    """One key of a recipe: its description, its choices, and its default or `required`; empty where there is none."""
+    """One key of a recipe: its description, choices, and default or `required`; a field without a value is empty."""
 
     key: str
     description: str
@@ -446,7 +454,7 @@ def _own_infos() -> dict[str, FieldInfo]:
 
 
 def _infos(section: Any) -> dict[str, FieldInfo]:
-    """What pydantic knows of a section's keys; it adds the attribute to the class, where no type checker sees it."""
+    """Pydantic's field information of a section; the attribute is added at run time, so type checkers don't know it."""
     return section.__pydantic_fields__
 
 

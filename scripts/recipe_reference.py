@@ -1,4 +1,7 @@
-"""Writes recipes/REFERENCE.md, every key of a recipe, from the dataclasses that define them. A test keeps it current."""
+"""Writes recipes/REFERENCE.md, the list of all recipe keys, from the dataclasses that define them.
+
+A test checks that the file is current.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,9 +10,10 @@ from agnostic_train.recipe import SECTIONS, key_table
 
 HEAD = """# Every key of a recipe
 
-Written by `python scripts/recipe_reference.py` from `agnostic_train/recipe.py`: don't edit it here. In a YAML file a key
-stands in its section; as a flag it is `--section.key=value`, and a flag wins over the file. `training` takes every key of
-transformers' `TrainingArguments` too, but for `output_dir`, `report_to` and `run_name`, which have their own.
+Written by `python scripts/recipe_reference.py` from `agnostic_train/recipe.py`: don't edit it here. In a YAML file a
+key belongs in its section; as a flag it is `--section.key=value`, and a flag wins over the file. `training` also takes
+every key of transformers' `TrainingArguments` except `output_dir`, `report_to` and `run_name`, which the recipe sets by
+other keys.
 """
 FILE = Path(__file__).resolve().parent.parent / "recipes/REFERENCE.md"
 
@@ -25,7 +29,7 @@ def reference() -> str:
         ]
         parts.append(
             "\n".join(
-                [heading, "", "| key | what it says | choices | default |", "| --- | --- | --- | --- |", *lines, ""]
+                [heading, "", "| key | description | choices | default |", "| --- | --- | --- | --- |", *lines, ""]
             )
         )
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""From a recipe to the files of a run: stages, what they are given, and what need not be run again."""
+"""Runs a recipe: its stages, what each one receives, and which of them need not run again."""
 
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
@@ -8,7 +8,7 @@ STAGES = {
     "evaluate": "measure every language before and after, on test text",
     "report": "write report.html and the figures",
 }
-"""What `run` runs, in order."""
+"""The stages of `run`, in order."""
 
 STAGE_HELP = {
     "run": f"every stage in order: {', '.join(STAGES)}",
@@ -18,4 +18,4 @@ STAGE_HELP = {
 
 
 class OutOfMemory(RuntimeError):
-    """A stage needs more of the device's memory than there is: the message is one line that names the keys to lower."""
+    """A stage needs more memory than the device has; the message is one line that names the keys to lower."""

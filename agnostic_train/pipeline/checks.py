@@ -1,4 +1,4 @@
-"""What a run can't do is refused at its start, before any work begins."""
+"""Checks that refuse an impossible run at its start, before any work begins."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +20,15 @@ from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
-# Of shares of the training text: beyond it an epoch is one language's text over and over.
+# The largest ratio between two shares of the training text: beyond it, an epoch mostly repeats one language's text.
 _MOST_TIMES = 10_000
 
 
 def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
-    """Builds the optimizer, schedule and loader that a Trainer would, for one weight: arguments that fail there fail at once.
+    """Builds the Trainer's optimizer, schedule and loader for a single weight, so that unusable arguments fail at once.
 
     Raises:
-        UserError: they don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
+        UserError: the arguments don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
     """
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
@@ -40,7 +40,7 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
     probe = torch.nn.Linear(1, 1)
     with _refused(f"training.optim: {optim} can't be made of learning_rate, weight_decay, adam_* and optim_*"):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, probe)
-        # Others want modules of the very model, or the model itself.
+        # Other optimizers need the model itself, or particular modules of it.
         plain = not settings.keys() & {"params", "model", "optimizer_dict"}
         optimizer = kind([probe.weight], **settings) if plain else torch.optim.SGD([probe.weight], lr=1.0)
     schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
@@ -63,24 +63,25 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
+    """Turns any exception into a `UserError` that begins with `what`."""
     try:
         yield
-    except Exception as error:  # each library has kinds of its own for a setting that it refuses
+    except Exception as error:  # each library raises different types for invalid settings
         raise UserError(f"{what} ({type(error).__name__}: {error})") from None
 
 
 def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
-    """What would fail after hours, or destroy what it reads, is refused at the start."""
+    """Raises `UserError` for a recipe that would fail after hours of work, or overwrite what it reads."""
     output = Path(recipe.output_dir).resolve()
     for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
         if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
             raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
     name = recipe.training.strategy
     if name in BASELINES and recipe.export.to != "merged":
-        what = "trains all weights" if name == "full" else "gives adapter/, which is one already"
-        raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {what}")
+        reason = "trains all weights" if name == "full" else "writes adapter/, which is a LoRA already"
+        raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {reason}")
     if recipe.training.neurons is None and name != "pilot":
-        make_strategy(recipe, name, arguments.seed)  # says what it lacks
+        make_strategy(recipe, name, arguments.seed)  # raises for missing thresholds
     if recipe.training.neurons is not None and name not in SET_STRATEGIES:
         raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {name} out")
     neurons = recipe.training.neurons
@@ -95,11 +96,13 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
         check_checkpoint(recipe.model, checkpoint.source, "model.checkpoints")
     for source in recipe.evaluation.checkpoints:
         if source in ("before", "after"):
-            raise UserError(f"evaluation.checkpoints: {source!r} is what this run's own are called; write ./{source}")
+            raise UserError(f"evaluation.checkpoints: {source!r} is a name of this run's own; write ./{source}")
         check_checkpoint(recipe.model, source, "evaluation.checkpoints")
-    measured = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
-    if measured:
-        raise UserError(f"evaluation.languages: {sorted(measured)[0]!r} is in corpus.languages, and measured as it is")
+    repeated = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
+    if repeated:
+        raise UserError(
+            f"evaluation.languages: {sorted(repeated)[0]!r} is in corpus.languages, and measured anyway; leave it out"
+        )
     if recipe.evaluation.languages and not recipe.corpus.tells_languages_apart:
         raise UserError(
             "evaluation.languages: each would read the text of corpus.languages; write {lang} in corpus.config_pattern "
@@ -120,7 +123,7 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
             f"{len(recipe.corpus.languages)} of corpus.languages"
         )
     if recipe.training.packing and recipe.corpus.max_length is None:
-        raise UserError("corpus.max_length: training.packing joins sentences to so many tokens; set it")
+        raise UserError("corpus.max_length: training.packing joins sentences to this many tokens; set it")
     if recipe.training.neurons is None and name == "pilot":
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])
@@ -128,14 +131,17 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
 
 
 def check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
-    """Refuses what would stop a comparison, and what it has no use for."""
+    """Raises `UserError` for what would stop a comparison, and for keys that it doesn't use."""
     if recipe.training.neurons is not None:
         raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
     check_trials(recipe, arguments, recipe.comparison.strategies, "compare")
 
 
 def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str], what: str) -> None:
-    """Refuses what would stop one of several trainings after others have run for hours. `what` names them in errors."""
+    """Raises `UserError` for what would stop one of several trainings after others have run for hours.
+
+    what: names the trainings in errors.
+    """
     by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
     if arguments.fsdp or arguments.deepspeed or by_launcher:
         raise UserError(

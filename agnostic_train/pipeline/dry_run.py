@@ -1,4 +1,4 @@
-"""What a recipe would take, told before anything is loaded or written: model, text, steps and memory."""
+"""The dry run: reports a recipe's model, text, steps and memory before any weight is loaded or any file written."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ _PURPOSES = ("detection", "training", "validation", "test")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stage's memory on one GPU, in bytes before slack: each part by its formula in `model/memory.py`."""
+    """A stage's memory on one GPU, in bytes, by the formulas in `model/memory.py`; only `total` includes the slack."""
 
     name: str
     weights: int
@@ -54,11 +54,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to.
+    """The sizes that a recipe resolves to.
 
-    num_sentences: per language and purpose. mean_tokens: of the first detection sentences, per language; empty where text
-    is streamed, and not read here. num_entries: at most so many weights learn. batch: sequences per optimizer step, over
-    all processes. num_steps: optimizer steps.
+    num_sentences: per language and purpose. mean_tokens: mean length of the first detection sentences, per language;
+    empty for streamed text, which a dry run doesn't read. num_entries: the largest number of weights that can learn.
+    batch: sequences per optimizer step, over all processes. num_steps: optimizer steps.
     """
 
     layout: Layout
@@ -79,10 +79,10 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     """Resolves a recipe without loading a weight or writing a file.
 
     Args:
-        stage: the phases up to it are reckoned with; `run` is all.
+        stage: the last stage to plan for; `run` plans all.
 
     Raises:
-        UserError: as running it would, as far as that shows without the weights.
+        UserError: the recipe has a mistake that shows without loading the weights.
     """
     arguments = training_arguments(recipe)
     check_inputs(recipe, arguments)
@@ -111,9 +111,9 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     entries = {it: _most_entries(recipe, it, decoder, layout) for it in strategies}
     if stage != "compare" and recipe.training.neurons is not None:
         entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
-    num_processes = arguments.world_size  # sets the processes up, in the way that the recipe asks for
+    num_processes = arguments.world_size  # initialises the processes as the recipe asks
     micro_batch = arguments.per_device_train_batch_size
-    # Streamed sentences aren't there: their number is.
+    # Streamed sentences aren't read here; only their number is known.
     training: dict[str, Sequence] = {
         language: texts[language].training if texts else range(num_sentences[language]["training"])
         for language in recipe.training.text_languages
@@ -146,12 +146,12 @@ def _num_batches(
     is_read: bool,
     stage: str,
 ) -> int:
-    """How many batches of each process an epoch has.
+    """The number of batches per process in an epoch.
 
-    training: per language, the sentences to train on; where they aren't read, anything of their number.
+    training: per language, the sentences to train on; without `is_read`, any sequence of that length.
 
     Raises:
-        UserError: what stops the training, if the stage has one.
+        UserError: the stage trains, and has too little text for that.
     """
     section = recipe.training
     trains = stage not in ("detect", "score")
@@ -185,7 +185,7 @@ def print_plan(recipe: Recipe, stage: str) -> None:
 
 
 def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
-    """Where model and text are; the embedded ones are made at first use, which a dry run is not."""
+    """The paths of model and text; raises `UserError` for embedded ones not made yet: a dry run writes nothing."""
     corpus = recipe.corpus.path
     return (
         _local_path("model.name", recipe.model.name, "model"),
@@ -194,7 +194,7 @@ def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
 
 
 def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
-    """The text of every language; that which only judges is read too, for what is wrong with it."""
+    """The text of every language; test and parallel text is read too, so that mistakes in it show."""
     corpus = load_corpus(recipe.corpus, path)
     judging_text(corpus, recipe.corpus, recipe.evaluation, path)
     return corpus.texts
@@ -203,10 +203,10 @@ def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
 def _local_path(key: str, name: str, folder: str) -> str:
     if name != EMBEDDED:
         return name
-    made = cache_directory() / folder
-    if not made.exists():
+    directory = cache_directory() / folder
+    if not directory.exists():
         raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
-    return str(made)
+    return str(directory)
 
 
 def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
@@ -221,8 +221,9 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
 def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
     """The largest number of weights that a strategy can choose.
 
-    In S sentences a site's top n come to n * S places, and a related neuron takes at least consistency * S of them: at
-    most n / consistency are related to a language. Shared neurons are among them, unless fewer languages suffice.
+    Over S sentences a site has n * S top places, and a related neuron takes at least consistency * S of them, so at
+    most n / consistency neurons are related to a language. Shared neurons are among these, unless `min_languages` is
+    lower than the number of languages.
     """
     training, detection = recipe.training, recipe.detection
     if strategy == "full":
@@ -232,7 +233,7 @@ def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layou
     languages = len(training.languages) + (num_languages / least if least < num_languages else 0)
     ratio, sites = languages * detection.top_ratio / detection.consistency, decoder.sizes
     if detection.method == "lape":
-        # It selects among the feed-forward units of all layers, for all languages together.
+        # LAPE selects among the feed-forward units of all layers, for all languages together.
         ratio, sites = detection.lape_ratio, {it: sites[it] for it in sites if it[1] in FEED_FORWARD_PROJECTIONS}
     return sum(min(size, max(1, floor(ratio * size))) * layout.entry_sizes[site] for site, size in sites.items())
 
@@ -246,7 +247,10 @@ def _phases(
     num_processes: int,
     stage: str,
 ) -> list[Phase]:
-    """The phases in order. entries: by strategy, how many weights learn at most."""
+    """The phases in order.
+
+    entries: by strategy, the largest number of weights that can learn.
+    """
     tokens = recipe.corpus.batch_size * length
     layer = layout.layer_activations(tokens, length)
     judged = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
@@ -258,9 +262,9 @@ def _phases(
     all_weights = _trains_all_weights(recipe, strategy)
     itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
     enhanced = replace(layout, weight_bytes=itemsize)
-    # A LoRA is merged in float32. Of an adapter's sums in float32 one is there at a time, which the slack covers.
+    # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers.
     trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
-    # One model at a time is evaluated, the base, the enhanced one and others.
+    # Models are evaluated one at a time: the base, the enhanced one and others.
     widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
     scored = layout.weights * (2 if recipe.model.checkpoints else 1)
     phases = [
@@ -280,7 +284,7 @@ def _phases(
         split = replace(
             train,
             name=f"train, split over {num_processes} (FSDP2, ZeRO-3)",
-            # A layer's weights are gathered while it runs, and the next one's are on their way.
+            # A layer's weights are gathered while it runs, and the next layer's are prefetched.
             weights=layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
             learnt=train.learnt // num_processes,
         )
@@ -330,7 +334,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         rates = len(section.learning_rates or default_rates(1.0))
         least, most = num_trainings(len(section.strategies), rates, len(section.seeds))
         how_many = f"{least} to {most}" if most > least else str(least)
-        rows["trainings"] = f"{how_many}, each of so many steps"
+        rows["trainings"] = f"{how_many}, each with these optimizer steps"
         rows["strategy"] = ", ".join(section.strategies)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -338,14 +342,17 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
 
 
 def _steps(recipe: Recipe, plan: Plan) -> str:
-    """The number of optimizer steps; of packed text it rests on how long the sentences are."""
+    """The number of optimizer steps, in words; for packed text it depends on the sentences' lengths."""
     if not recipe.training.packing or recipe.training.arguments.get("max_steps", -1) > 0:
         return f"{plan.num_steps:,}"
-    return f"about {plan.num_steps:,}" if plan.mean_tokens else "known once the text is read: it is packed"
+    return f"about {plan.num_steps:,}" if plan.mean_tokens else "unknown until the text is read, because it is packed"
 
 
 def _text_table(recipe: Recipe, plan: Plan) -> Table:
-    source = recipe.corpus.path or f"{recipe.corpus.dataset}, streamed: as many as are asked for, not read by a dry run"
+    source = (
+        recipe.corpus.path
+        or f"{recipe.corpus.dataset}, streamed: as many as requested, since a dry run doesn't read them"
+    )
     table = Table("language", title=f"Sentences of {source}")
     for purpose in _PURPOSES:
         table.add_column(purpose, justify="right")
@@ -354,7 +361,7 @@ def _text_table(recipe: Recipe, plan: Plan) -> Table:
         mark = " *" if language in recipe.training.text_languages else ""
         tokens = f"{plan.mean_tokens[language]:.0f}" if language in plan.mean_tokens else "?"
         table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in _PURPOSES), tokens)
-    table.caption = "* the training text of these is trained on"
+    table.caption = "* its training text is trained on"
     return table
 
 

@@ -1,4 +1,4 @@
-"""A training as the recipe asks for it: what learns, from which text, on the recipe's model."""
+"""Trainers for a recipe: its model, its training text, and the weights that learn."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
@@ -23,16 +23,16 @@ def make_trainer(
     training: Mapping[str, Sequence[str]],
     held_out: Mapping[str, Sequence[str]] | None = None,
 ) -> GuardedTrainer:
-    """A trainer of the recipe's model, in which what was chosen learns.
+    """Returns a trainer for the recipe's model, in which the chosen weights learn.
 
     Args:
         training: per language, the sentences to train on.
-        held_out: per language, sentences whose loss `eval_strategy` follows.
+        held_out: per language, sentences to evaluate during training, as `eval_strategy` says.
 
     Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
 
     Raises:
-        UserError: a language without a training sentence, or an epoch without a batch.
+        UserError: a language has no training sentence, or an epoch no batch.
     """
     encoder = materials.encoder
     section = materials.recipe.training
@@ -56,30 +56,30 @@ def make_trainer(
 def training_examples(
     encoder: Encoder, training: Mapping[str, Sequence[str]], section: TrainingSection
 ) -> list[Example]:
-    """An epoch's sequences, one language after the other; raises `UserError` if one has no sentence.
+    """An epoch's sequences, one language after the other; raises `UserError` if a language has no sentence.
 
-    training: per language, the sentences to train on. section: says whether they are packed, and mixed.
+    training: per language, the sentences to train on. section: whether to pack sentences, and how to mix languages.
     """
-    examples, of = {}, encoder.packed_examples if section.packing else encoder.examples
+    examples, make_examples = {}, encoder.packed_examples if section.packing else encoder.examples
     for language, sentences in training.items():
         check_training_text(language, sentences)
-        examples[language] = of(sentences, f"training text of {language}")
+        examples[language] = make_examples(sentences, f"training text of {language}")
     sizes = epoch_sizes({language: len(rows) for language, rows in examples.items()}, section)
     return [row for language, rows in examples.items() for row in islice(cycle(rows), sizes[language])]
 
 
 def check_batches(num_sequences: int, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` if an epoch has no whole batch, and others are dropped."""
+    """Raises `UserError` if incomplete batches are dropped and an epoch has no complete one."""
     batch = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and num_sequences < batch:
         raise UserError(
-            f"training.dataloader_drop_last: an epoch's {num_sequences} sequences are no batch of {batch}, and nothing is "
-            "left to train on; set it to false, or lower training.per_device_train_batch_size"
+            f"training.dataloader_drop_last: an epoch's {num_sequences} sequences don't fill a batch of {batch}, so "
+            "nothing is left to train on; set it to false, or lower training.per_device_train_batch_size"
         )
 
 
 def describe_text(section: TrainingSection, max_length: int | None) -> str:
-    """How the text is mixed and packed, for people; empty where it is neither."""
+    """Describes in words how the text is mixed and packed; empty if it is neither."""
     parts = []
     if section.mixture is not None:
         total = sum(section.mixture.values())
@@ -90,7 +90,7 @@ def describe_text(section: TrainingSection, max_length: int | None) -> str:
 
 
 def epoch_sizes(available: Mapping[str, int], section: TrainingSection) -> dict[str, int]:
-    """How many sequences of each language an epoch has, of so many that are there."""
+    """The number of sequences of each language in an epoch, given the number available."""
     mixture = section.mixture
     if mixture is None:
         return dict(available)

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run was made from, and which stages are finished with every file in place."""
+"""`manifest.json`: what a run was made from, and which of its stages have finished with every file in place."""
 
 import json
 import platform
@@ -16,9 +16,9 @@ from agnostic_train.versions import installed_version
 class Manifest:
     """The record of a run's stages in its `output_dir`.
 
-    A stage's inputs are all that its result depends on, JSON values; the results of the stages before it are among them.
-    Its key is their hash.
-    Only `start`, `finish` and `refuse` write; with several processes only the main one calls them.
+    A stage's inputs, JSON values, are all that its result depends on, including the results of earlier stages. Its key
+    is the hash of its inputs.
+    Only `start`, `finish` and `refuse` write to the file; with several processes, only the main one calls them.
     """
 
     def __init__(self, directory: Path):
@@ -26,7 +26,7 @@ class Manifest:
         self.file = directory / "manifest.json"
 
     def read(self) -> dict[str, Any]:
-        """The manifest as it stands; raises `UserError` if it isn't one."""
+        """Returns the current manifest; raises `UserError` if the file isn't one."""
         content = read_json(self.file) if self.file.exists() else {"stages": {}}
         stages = content.get("stages") if isinstance(content, dict) else None
         if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
@@ -34,11 +34,11 @@ class Manifest:
         return content
 
     def record(self, stage: str) -> dict[str, Any]:
-        """What is known of a stage; empty if it never started."""
+        """The record of a stage; empty if the stage never started."""
         return self.read()["stages"].get(stage, {})
 
     def changed(self, stage: str, inputs: dict[str, Any]) -> list[str]:
-        """Names of the inputs, as `key` or `section.key`, that aren't those of the stage's last run; else of its lost files."""
+        """Names the inputs (`key` or `section.key`) that differ from the stage's last run; if none, its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
         for name in now.keys() | before.keys():
@@ -50,7 +50,11 @@ class Manifest:
         return sorted(changed) or self._lost(stage)
 
     def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
-        """Whether the stage ran with these inputs: to its end with every file still there, in part, or not at all."""
+        """How far the stage has come with these inputs.
+
+        `finished`: it ended, and every file is still there. `started`: it didn't end. `stale`: it never ran with these
+        inputs, or has lost files.
+        """
         record = self.record(stage)
         if record.get("key") != fingerprint(inputs):
             return "stale"
@@ -59,20 +63,20 @@ class Manifest:
         return "stale" if self._lost(stage) else "finished"
 
     def _lost(self, stage: str) -> list[str]:
-        """The stage's files that are gone, or have another size."""
+        """The stage's files that are missing or have changed size."""
         files = {self.directory / name: size for name, size in self.record(stage).get("files", {}).items()}
         lost = [file for file, size in files.items() if not file.is_file() or file.stat().st_size != size]
         return [str(file.relative_to(self.directory)) for file in lost]
 
     def outputs(self, stage: str) -> list[str]:
-        """The files that the stage's last finished run wrote, also those that a later stage may write anew."""
+        """The files that the stage's last finished run wrote, including those that a later stage may rewrite."""
         record = self.record(stage)
         return [*record.get("files", {}), *record.get("rewritten", [])]
 
     def remove_outputs(self, stage: str) -> bool:
-        """Deletes the files that the stage's last finished run wrote, and the folders that are empty then.
+        """Deletes the files that the stage's last finished run wrote, and folders that this leaves empty.
 
-        Returns whether there were any.
+        Returns whether there were any files.
         """
         files = [file for name in self.outputs(stage) if (file := self.directory / name).exists()]
         for file in files:
@@ -85,22 +89,25 @@ class Manifest:
     def start(self, stage: str, inputs: dict[str, Any], launch: dict[str, Any], head: dict[str, Any]) -> None:
         """Records that a run of the stage has begun.
 
-        launch: what it took from its launcher. head: the manifest's top-level fields.
+        launch: the launcher's settings, see `launch_inputs`. head: the manifest's top-level fields.
         """
-        found, key = self.record(stage), fingerprint(inputs)
-        run = found["run"] if found.get("key") == key and not found.get("finished") else uuid.uuid4().hex
+        previous, key = self.record(stage), fingerprint(inputs)
+        run = previous["run"] if previous.get("key") == key and not previous.get("finished") else uuid.uuid4().hex
         record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs}
         self._write(stage, record, head)
 
     def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:
-        """Says that the stage is done. `outputs`: its files and folders, whose sizes are noted."""
+        """Records that the stage has finished.
+
+        outputs: its files and folders; file sizes are recorded. result: further fields of its record.
+        """
         files = [path for output in outputs for path in ([output] if output.is_file() else sorted(output.rglob("*")))]
         sizes = {str(path.relative_to(self.directory)): path.stat().st_size for path in files if path.is_file()}
         started = self.record(stage)
         self._write(stage, {**started, "finished": True, **result, "files": sizes}, head)
 
     def refuse(self, frozen_weights: dict[str, Any]) -> None:
-        """Notes which weights moved that weren't to: the export that found it isn't finished."""
+        """Records which frozen weights moved; the export that found them stays unfinished."""
         write_json(self.file, {**self.read(), "frozen_weights": frozen_weights})
 
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
@@ -109,14 +116,14 @@ class Manifest:
 
 
 def in_words(changed: list[str]) -> str:
-    """The first few of what `Manifest.changed` names, for people."""
-    # The text that serves a purpose is no key.
+    """Formats names from `Manifest.changed` for a message: the first three, and how many more."""
+    # `text.PURPOSE` isn't a key of a recipe.
     names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
     return ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def package_versions() -> dict[str, str]:
-    """What a run was made with: Python, the packages that matter, and the accelerator."""
+    """The versions of Python and of the packages that matter, and the accelerator's name."""
     packages = ("agnostic_train", "torch", "transformers", "accelerate", "peft", "datasets")
     return {
         "python": platform.python_version(),

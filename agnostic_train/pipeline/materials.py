@@ -22,12 +22,12 @@ logger = logging.get_logger(__name__)
 
 
 class Materials:
-    """What a run works on.
+    """A run's model, tokenizer, text and tasks.
 
     Args:
-        recipe: names it.
-        processes: of the run.
-        say: told once what was loaded.
+        recipe: names them.
+        processes: the run's processes.
+        say: receives one line for each thing that is loaded.
     """
 
     def __init__(self, recipe: Recipe, processes: PartialState, say: Callable[[str], None]):
@@ -51,11 +51,11 @@ class Materials:
 
     @property
     def _kept_text(self) -> Path | None:
-        """Where text from the hub is kept: later commands do without a network, and read the same text."""
+        """The folder for streamed text, from which later commands read the same text without a network."""
         return kept_text(self.recipe) if self.recipe.corpus.dataset else None
 
     def _streamed_once(self) -> AbstractContextManager:
-        """Of several processes one streams what the others then find."""
+        """Lets one process per machine stream the text; the others then read what it kept."""
         return self.processes.local_main_process_first() if self._kept_text else nullcontext()
 
     @cached_property
@@ -73,12 +73,12 @@ class Materials:
 
     @property
     def judged_texts(self) -> dict[str, dict[str, list[str]]]:
-        """The text that only judges: per kind (`test`, `parallel`) and language the sentences."""
+        """The sentences used only to measure, per kind (`test`, `parallel`) and language."""
         return self._judged[0]
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each file of text that was read so far."""
+        """The SHA-256 of each text file read so far."""
         return self.corpus.hashes | (self._judged[1] if "_judged" in vars(self) else {})
 
     @cached_property
@@ -89,13 +89,13 @@ class Materials:
             )
 
     def judging_batches(self) -> dict[str, dict[str, list]]:
-        """The batches of the text that only judges, per kind and language."""
+        """The batches of `judged_texts`, per kind and language."""
         size = self.recipe.evaluation.batch_size
         return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged_texts.items()}
 
     @cached_property
     def task_suite(self) -> TaskSuite | None:
-        """The tasks to evaluate on, with their data; None without any."""
+        """The tasks to evaluate on, with their data; None if the recipe names none."""
         section = self.recipe.evaluation
         if not section.tasks:
             return None
@@ -111,11 +111,11 @@ class Materials:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        # A comparison loads it again for each of its trainings.
+        # A comparison reloads the model for each training; only the first load shows progress.
         with _without_bars() if self._told_model else nullcontext():
             model = load_model(self.recipe.model, self.model_path)
         if not self._told_model:
-            # ZeRO-3 has split a weight's entries, and notes how many they were.
+            # ZeRO-3 partitions a weight and keeps its full size in `ds_numel`.
             millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
             self.say(f"model: {self.recipe.model.name}, {millions:.1f} M parameters, on {model.device}")
             self._told_model = True
@@ -133,7 +133,7 @@ class Materials:
     def batches(
         self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None
     ) -> dict[str, list]:
-        """Per language, the batches of its sentences for a purpose, or of other sentences prepared for it."""
+        """The batches per language of the sentences for a purpose, or of given sentences prepared in the same way."""
         if sentences is None:
             sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
         batches = {
@@ -150,19 +150,19 @@ class Materials:
         return batches
 
     def take_model(self) -> PreTrainedModel:
-        """Returns the model and drops the reference to it that is kept here."""
+        """Returns the model and drops the reference kept here."""
         model = self.model
         self.forget_model()
         return model
 
     def forget_model(self) -> None:
-        """Drops the model, which training has changed or another needs the room of: the next access loads it again."""
+        """Drops the model, after training has changed it or to free its memory; the next access loads it again."""
         self.__dict__.pop("model", None)
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars."""
+    """Disables transformers' progress bars inside the block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -177,11 +177,11 @@ def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
         num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language)
         if num_single:
             logger.warning_once(
-                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons have no "
-                "impact; with a detection.consistency of 1, none of these can be related"
+                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons "
+                "have no impact; with a detection.consistency of 1, no q or k neuron can be related"
             )
 
 
 def kept_text(recipe: Recipe) -> Path:
-    """The folder for what is streamed."""
+    """The folder that keeps a recipe's streamed text."""
     return Path(recipe.output_dir) / ".corpus"

@@ -1,4 +1,4 @@
-"""`strategy: pilot`: every candidate trains a short, equal budget on text of its own; the best on held-out text wins."""
+"""`strategy: pilot`: every candidate trains a few steps on text set aside for it; the best on validation text wins."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,12 @@ Sentences = dict[str, Sequence[str]]
 def split_pilot_text(
     recipe: Recipe, arguments: NeuronTrainingArguments, encoder: Encoder, training: Mapping[str, Sequence[str]]
 ) -> tuple[Sentences, Sentences]:
-    """Parts the training sentences: those of the training proper, and (about, if packed) as many as a pilot reads once.
+    """Splits the training sentences: those for the main training, and as many as a pilot reads once.
+
+    For packed text, the second number is an estimate.
 
     Raises:
-        UserError: the pilot would take more than half of them.
+        UserError: the pilot would take more than half of a language's sentences.
     """
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     shares = recipe.training.mixture or dict.fromkeys(training, 1.0)
@@ -45,8 +47,8 @@ def rank_candidates(
 ) -> list[dict]:
     """Trains each candidate briefly; returns plain JSON rows, the best first.
 
-    A row has the `strategy`, the mean relative `change` of the languages' bits per byte on validation text (None where
-    the training diverged), and every language's own change.
+    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the given
+    languages (None if the training diverged), every language's own change, and the number of `trainable` weights.
 
     Raises:
         UserError: every candidate diverged.

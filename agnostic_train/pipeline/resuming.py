@@ -1,4 +1,4 @@
-"""The checkpoints of an unfinished training: which ones a run goes on from, and which ones are in its way."""
+"""The checkpoints of an unfinished training: which ones a run resumes from, and which it refuses or deletes."""
 
 import shutil
 from collections.abc import Mapping
@@ -11,30 +11,32 @@ from agnostic_train.training.trainer import saved_checkpoints
 
 
 def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: Mapping[str, object]) -> None:
-    """Refuses a folder in which someone else's training has saved, or the same one when it was launched otherwise.
+    """Raises `UserError` for checkpoints of an unknown training, or of the same training launched in another way.
 
-    same: whether it is this very training that has saved there, unfinished or with files that were lost since.
-    launch: as by `launch_inputs`.
+    same: whether the training on record has this run's inputs, so that this run would resume its checkpoints.
+    launch: this run's `launch_inputs`.
     """
-    found, record = saved_checkpoints(directory), manifest.record("train")
-    if found and not record:
+    checkpoints, record = saved_checkpoints(directory), manifest.record("train")
+    if checkpoints and not record:
         raise UserError(
-            f"output_dir: {found[0]} isn't of a run that {manifest.file} records; move it away, or use another folder"
+            f"output_dir: {checkpoints[0]} isn't from a run recorded in {manifest.file}; move it away, or use another "
+            "folder"
         )
-    begun = {key: record.get(key, value) for key, value in launch.items()}
-    if not found or not same or begun == launch:
+    earlier = {key: record.get(key, value) for key, value in launch.items()}
+    if not checkpoints or not same or earlier == launch:
         return
-    # With the batch per device goes the batch: the steps done so far would stand for other text.
-    by_whom, now = f"in {begun['processes']} processes", f"these are {launch['processes']}"
-    if begun["processes"] == launch["processes"]:
-        by_whom, now = f"with mixed_precision {begun['precision']}", f"this launcher has {launch['precision']}"
+    # The number of processes changes the batch size, so the steps done so far would have read other text.
+    then, now = f"{earlier['processes']} processes", f"{launch['processes']}"
+    if earlier["processes"] == launch["processes"]:
+        then, now = f"mixed_precision {earlier['precision']}", f"mixed_precision {launch['precision']}"
     raise UserError(
-        f"output_dir: {found[-1]} is of a training {by_whom}, and {now}; go on as it began, or start it anew with --force"
+        f"output_dir: {checkpoints[-1]} is from a training with {then}, but this run has {now}; resume with the same "
+        "launch settings, or start again with --force"
     )
 
 
 def clear_checkpoints(directory: Path, resume: bool) -> None:
-    """Leaves the checkpoints that this very training can go on from, if it is resumed, and no others."""
+    """Deletes all checkpoints but those that this training, if it resumes, can continue from."""
     for path in saved_checkpoints(directory):
         if not resume or not is_resumable(path):
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The stages of a run in their order: a stage whose inputs are unchanged isn't run again."""
+"""Runs a recipe's stages in order, skipping those whose inputs are unchanged."""
 
 import gc
 import os
@@ -39,18 +39,18 @@ class Pipeline:
     Args:
         recipe: what to run.
         force: run the asked-for stages again even if their inputs are unchanged.
-        say: where a stage's result goes, a line at a time.
+        say: receives the output of the stages, one line at a time.
 
     Raises:
-        UserError: the folder can't be written, or the training arguments don't fit together.
-        OutOfMemory: while running, the device's memory doesn't suffice.
+        UserError: a folder can't be written to, or the recipe's keys don't fit together.
+        OutOfMemory: a stage needs more memory than the device has (raised by `run`).
     """
 
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
         self.recipe = recipe
         self.force = force
         self.training_arguments = training_arguments(recipe)
-        # Transformers sets the processes up when it is first asked for the device; the state is one for all.
+        # Transformers initialises the processes when the device is first accessed; their state is a singleton.
         _ = self.training_arguments.device
         self.processes = PartialState()
         self._launch = launch_inputs(self.training_arguments)
@@ -68,11 +68,11 @@ class Pipeline:
         self._removed: set[str] = set()
 
     def run(self, stage: str) -> None:
-        """Runs a stage, and first what it needs and isn't there for this recipe; `run` is every stage in order."""
+        """Runs a stage, after the stages it needs that aren't up to date; `run` is every stage in order."""
         stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
         if stage == "compare":
             check_comparison(self.recipe, self.training_arguments)
-        # What is missing or wrong shows before anything has run, and before the record of what is finished is touched.
+        # Missing or invalid inputs should show before anything runs, and before the record of finished stages changes.
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
@@ -84,7 +84,7 @@ class Pipeline:
             if forced[name] or self.inputs.state(name) != "finished":
                 self._check_folders(name, forced[name])
         with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
-            # Of a comparison each training is a tracked run of its own, in one group.
+            # Each training of a comparison is tracked as a separate run, in one group.
             tracking = (
                 nullcontext(Tracker(None))
                 if stage == "compare"
@@ -95,18 +95,18 @@ class Pipeline:
         self._tell_of_older_results([name for name in (*STAGES, "compare") if name not in stages], ran)
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
-        """Says which stages rest on those that ran anew: some are there as they were, some were removed."""
+        """Reports which other stages depend on those that ran again: their old results are kept, or were removed."""
         older = [
             name
             for name in stages
             if self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
         ]
         removed = [name for name in older if name in self._removed]
-        there = [name for name in older if name not in removed]
+        kept = [name for name in older if name not in removed]
         if removed:
-            self.say(f"{', '.join(removed)}: removed, for it was of an earlier result; `run` makes it anew")
-        if there:
-            self.say(f"{', '.join(there)}: what is there comes from an earlier run; `run` brings it up to date")
+            self.say(f"{', '.join(removed)}: removed, because it came from an earlier result; `run` makes it again")
+        if kept:
+            self.say(f"{', '.join(kept)}: the existing result comes from an earlier run; `run` brings it up to date")
 
     def _check_training(self) -> None:
         section = self.recipe.training
@@ -116,11 +116,11 @@ class Pipeline:
         for language, sentences in training.items():
             check_training_text(language, sentences)
         if section.has_pilot:
-            # Says if there is too little.
+            # Raises if there is too little text.
             split_pilot_text(self.recipe, self.training_arguments, self.materials.encoder, training)
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
-        """Returns whether it had to run."""
+        """Runs a stage unless its result is up to date; returns whether it ran."""
         inputs = self.inputs.whole(stage)
         state = self.manifest.state(stage, inputs)
         context = Context(
@@ -154,7 +154,8 @@ class Pipeline:
         start = time.monotonic()
         with self._enough_memory(stage):
             result = STAGE_TABLE[stage].run(context)
-        # Under mixed precision accelerate makes a trained model part of a cycle: it would lie beside the next stage's.
+        # Under mixed precision, accelerate puts a trained model into a reference cycle, which would keep it in memory
+        # during the next stage.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -174,7 +175,7 @@ class Pipeline:
         return True
 
     def _publish(self, context: Context) -> None:
-        """What a stage has found, whether it ran now or earlier: tracking may have been asked for since."""
+        """Publishes a stage's result, even if it ran earlier: tracking may have been enabled since."""
         publish, tracking = STAGE_TABLE[context.stage].publish, self.recipe.tracking
         if (
             publish is not None
@@ -184,7 +185,7 @@ class Pipeline:
             publish(context)
 
     def _check_folders(self, stage: str, forced: bool) -> None:
-        """Refuses a stage that would delete what isn't ours, before its record is touched or hours are spent."""
+        """Refuses a stage that would delete a user's files, before its record changes or hours are spent."""
         if stage == "train":
             same = self.manifest.record(stage).get("key") == fingerprint(self.inputs.whole(stage)) and not forced
             check_checkpoints(self.directory, self.manifest, same, self._launch)
@@ -198,22 +199,22 @@ class Pipeline:
 
     @contextmanager
     def _enough_memory(self, stage: str) -> Iterator[None]:
-        """Says which keys to lower where there isn't."""
+        """Turns an out-of-memory error into one that names the keys to lower."""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            # Further sentences say which process holds how much, and how the allocator could be set.
-            what = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+            # Later sentences list the memory of each process and allocator settings.
+            shortage = ". ".join(str(error).split(". ")[:2]).rstrip(".")
             keys = STAGE_TABLE[stage].memory_keys
             remedies = [f"lower {keys}"] if keys else []
             if self.recipe.model.dtype == "float32":
                 remedies.append("set model.dtype to bfloat16, which halves the weights")
             remedy = ", or ".join(remedies) or "use a device with more memory"
-            raise OutOfMemory(f"{stage}: {what}; {remedy}") from error
+            raise OutOfMemory(f"{stage}: {shortage}; {remedy}") from error
 
     @cached_property
     def _tracking_id(self) -> str | None:
-        """Of the tracked run, the same whenever a command goes on in this folder."""
+        """The id of the tracked run, the same for every command in this folder; None without tracking."""
         if not self.recipe.tracking.wandb or not self.processes.is_main_process:
             return None
         file = self.directory / ".tracking"
@@ -223,16 +224,16 @@ class Pipeline:
         return file.read_text().strip()
 
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
-        """The manifest's top-level fields: of a stage that runs, and of the others as they ran when they last did."""
+        """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
-        for name, its in STAGE_TABLE.items():
+        for name, row in STAGE_TABLE.items():
             record = self.manifest.record(name)
-            if name != stage and its.section is not None and record.get("finished"):
-                recipe[its.section] = record.get("settings", recipe[its.section])
+            if name != stage and row.section is not None and record.get("finished"):
+                recipe[row.section] = record.get("settings", recipe[row.section])
                 hashes |= record.get("corpus", {})
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):
-            # A proof holds for the weights that it was made of, not for a later training's.
+            # The check holds for the weights that it compared, not for those of a later training.
             same = export["key"] == fingerprint(self.inputs.whole("export"))
             frozen_weights = export["frozen_weights"] if same else None
         return {
@@ -253,11 +254,11 @@ class Pipeline:
 
 
 def _make_writable(key: str, directory: Path) -> None:
-    """Makes the folder that a key names; raises `UserError` if nothing can be written there."""
+    """Creates the folder that a key names; raises `UserError` if nothing can be written there."""
     probe = directory / f".writable.{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another machine may have a process of the same number
+        probe.unlink(missing_ok=True)  # a process on another machine may have the same id
     except OSError as error:
         raise UserError(f"{key}: can't write to {directory} ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""What a recipe asks of a training: its strategy, its `TrainingArguments`, and what these take from the launcher."""
+"""A recipe's training settings: its strategy, its `TrainingArguments`, and what these take from the launcher."""
 
 import os
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-# What `TrainingArguments` raises for a value that it doesn't take.
+# What `TrainingArguments` raises for invalid values.
 _MISTAKES = (ValueError, TypeError, ImportError, KeyError, OSError)
 
 
 def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
-    """A strategy by name, with the recipe's languages and thresholds."""
+    """Returns a strategy by name, with the recipe's languages and thresholds."""
     training = recipe.training
     return Strategy(name, training.languages, training.low, training.high, training.random_like, seed)
 
 
 def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
-    """The recipe's `TrainingArguments`, with some of them changed."""
+    """Returns the recipe's `TrainingArguments`, with `changes`; raises `UserError` for an invalid value."""
     best = f"eval_{recipe.training.languages[0]}_loss"
     metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
     named = recipe.training.arguments.get("metric_for_best_model")
@@ -36,23 +36,23 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     defaults: dict[str, Any] = (
         {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
     )
-    # On a CPU several processes need to be told so, and pinned memory warns.
+    # On a CPU, several processes need `use_cpu`, and pinned memory warns.
     accelerator = find_accelerator() is not None
     defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        # Of the launcher's mixed precision a Trainer takes note itself under every other engine.
+        # Under every other engine, a Trainer reads the launcher's mixed precision itself.
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
         defaults |= {key: precision == key for key in ("bf16", "fp16")}
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
         value = recipe.training.arguments.get(key)
-        # -1 is how transformers spells 'not by steps'.
+        # In transformers, -1 means that epochs count, not steps.
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
             raise UserError(f"training.{key}: must be above 0, not {value}")
     if recipe.training.arguments.get("resume_from_checkpoint") is not None:
-        raise UserError("training.resume_from_checkpoint: an interrupted training goes on by itself; take the key out")
+        raise UserError("training.resume_from_checkpoint: an interrupted training resumes by itself; remove the key")
     for key in ("seed", "data_seed"):
         value = recipe.training.arguments.get(key)
-        # Numpy's generators take no other.
+        # NumPy's generators accept no other seeds.
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
 
@@ -70,13 +70,13 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
         raise UserError(f"{_culprit(recipe, make, error)}: {error}") from None
     if arguments.max_steps > 0 and {"max_steps", "num_train_epochs"} <= recipe.training.arguments.keys():
         logger.warning_once(
-            f"training.max_steps: {arguments.max_steps} steps, whatever num_train_epochs says; -1 leaves it to that"
+            f"training.max_steps: {arguments.max_steps} steps, and num_train_epochs is ignored; with -1 it is used"
         )
     return arguments
 
 
 def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments], mistake: Exception) -> str:
-    """The key of `TrainingArguments` that alone makes the same mistake, or else their section."""
+    """The key that by itself causes the same error, or the section `training` if none does."""
     for key, value in recipe.training.arguments.items():
         try:
             make(**{key: value})
@@ -87,10 +87,10 @@ def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments], mista
 
 
 def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
-    """What a training takes from its launcher. One that resumes, or is compared with others, must be launched as they were."""
+    """The launcher's settings that a training depends on: trainings that are resumed or compared must agree in them."""
     return {"processes": arguments.world_size, "precision": arguments.mixed_precision}
 
 
 def reads_held_out_text(arguments: NeuronTrainingArguments) -> bool:
-    """Whether a training follows the loss on text that it doesn't learn from."""
+    """Whether a training evaluates its loss on held-out text."""
     return arguments.eval_strategy != IntervalStrategy.NO or bool(arguments.eval_on_start)

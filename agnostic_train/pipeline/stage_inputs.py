@@ -26,23 +26,23 @@ _READ_BY = {
 """Keys of `training` that only some strategies read."""
 
 _WITHOUT_EFFECT = (
-    # what is told and kept
+    # logging and storage
     "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "push_to_hub", "save_total_limit",
-    # where time and memory go
+    # time and memory
     "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor",
 )  # fmt: skip
 _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
-"""Of a training whose last step counts, not the best one."""
+"""Prefixes of keys without an effect on the last step, for trainings that don't choose their best checkpoint."""
 _WHEN_TO_SAVE = ("save_steps", "save_strategy")
-"""Has an effect only where the best checkpoint is chosen in the end."""
+"""Keys with an effect only if the best checkpoint is chosen at the end."""
 
 
 class StageInputs:
-    """What the results of one recipe's stages depend on, and how far the stages have come by their records.
+    """The inputs of one recipe's stages, and how far each stage has come according to the manifest.
 
     Args:
-        arguments: of the training.
+        arguments: the training arguments.
     """
 
     def __init__(self, recipe: Recipe, arguments: NeuronTrainingArguments, materials: Materials, manifest: Manifest):
@@ -78,10 +78,10 @@ class StageInputs:
         return [name for name in STAGES if name in needed]
 
     def whole(self, stage: str) -> dict:
-        """All that a stage's result depends on: `of` it, and the results of the stages before it.
+        """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
-        A result stands by the run that made it, or, of a detection for training, by its sets: detected once more, with other
-        memory or a look at their stability, they are often the same.
+        A result is identified by the run that made it. Training and comparison identify a detection by its sets
+        instead, because detecting again, with another memory limit or with `stability`, often gives the same sets.
         """
         results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
         if "detect" in results and stage in ("train", "compare"):
@@ -89,12 +89,12 @@ class StageInputs:
         return self.of(stage) | {f"the result of {it}": result for it, result in results.items()}
 
     def state(self, stage: str) -> str:
-        """How far a stage has come for this very recipe, see `Manifest.state`."""
+        """How far a stage has come for this recipe; see `Manifest.state`."""
         return self._manifest.state(stage, self.whole(stage))
 
     @cached_property
     def model_identity(self) -> dict:
-        """What tells the model from others: its files' hashes, or its name and revision."""
+        """What identifies the model: its files' hashes, or its name and revision."""
         return model_identity(self._recipe.model, self._materials.model_path)
 
     @cached_property
@@ -105,9 +105,9 @@ class StageInputs:
         }
 
     def _text(self, *purposes: str, languages: Sequence[str] | None = None) -> dict:
-        """Hashes of the sentences that serve some purposes, and the keys by which tokens are made of them.
+        """Hashes of the sentences for some purposes, and the keys that change their tokens.
 
-        How many go into a batch changes only how long it takes, and the last digits.
+        The batch size isn't among them: it changes only the time taken, and rounding.
         """
         corpus = self._recipe.corpus
         return {
@@ -125,7 +125,7 @@ class StageInputs:
         return {it: [[language, fingerprint(getattr(text, it))] for language, text in texts] for it in purposes}
 
     def of(self, stage: str) -> dict:
-        """What a stage's result depends on, beside the stages before it: JSON values, under the recipe's own names."""
+        """What a stage's result depends on apart from earlier stages: JSON values, under the recipe's own names."""
         own = {
             "detect": self._detection_inputs,
             "score": self._score_inputs,
@@ -140,7 +140,7 @@ class StageInputs:
     def _detection_inputs(self) -> dict:
         section = self._recipe.detection
         return {
-            # How much memory it may take changes only how long it takes.
+            # The memory limit changes only the time taken.
             "detection": {key: value for key, value in asdict(section).items() if key != "memory_gb"},
             **self._text("detection", *(["training"] if section.stability else [])),
         }
@@ -212,10 +212,10 @@ class StageInputs:
 
 
 def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The TrainingArguments of a recipe that affect what is learnt; a file (an engine's config) stands by its SHA-256.
+    """A recipe's TrainingArguments that affect the training's result; a file (an engine's config) becomes its SHA-256.
 
-    How often it is evaluated is among them, for that is logged beside the loss; how often it is saved, where the best checkpoint
-    is chosen in the end.
+    When to evaluate is among them, because evaluations are logged with the loss. When to save is among them only if the
+    best checkpoint is chosen at the end.
     """
     ignored = _WITHOUT_EFFECT if arguments.get("load_best_model_at_end") else (*_WITHOUT_EFFECT, *_WHEN_TO_SAVE)
     return {
@@ -226,7 +226,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 
 
 def result_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The TrainingArguments that a trial's result depends on, without its own seed and rate, and those for logging."""
+    """The TrainingArguments that a trial's result depends on, apart from those that the trial sets itself."""
     own = (*SET_BY_TRIALS, "seed", "learning_rate")
     arguments = learning_arguments(arguments)
     return {

@@ -1,4 +1,4 @@
-"""What each stage runs and publishes, which files and folders it replaces, and the keys on which its memory rests."""
+"""What each stage runs and publishes, which files and folders it replaces, and which keys its memory depends on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,17 @@ _Folders = dict[str, Callable[[Path], bool]]
 
 @dataclass(frozen=True)
 class Stage:
-    """How a stage runs, and what of its `output_dir` it replaces.
+    """How a stage runs, and what it replaces in `output_dir`.
 
-    run: does it. publish: hands its results, from its files, to experiment tracking and `tracking.results_dir`; None where
-    there is nothing to hand. section: of the recipe, with the stage's own keys. folders: those that a recipe makes it replace
-    as a whole, and how its own files are told in them. replaces: stages whose files go before it writes, for what these write
-    depends on their options, and nothing of other ones may stay. memory_keys: on which its memory rests, beside the weights.
-    check: refuses what it can't do, before anything is replaced.
+    Attributes:
+        run: runs the stage and returns the fields of its record, among them `outputs`.
+        publish: hands the results in its files to experiment tracking and `tracking.results_dir`; None without any.
+        section: the recipe's section with the stage's own keys.
+        folders: the folders that it replaces as a whole, by recipe, each with a test for its own files.
+        replaces: stages whose files are deleted before it writes: which files they write depends on their options, and
+            none of an earlier run may stay.
+        memory_keys: the keys that its memory depends on, apart from the weights.
+        check: refuses what the stage can't do, before anything is replaced.
     """
 
     run: Callable[[Context], dict]

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a command (or a trial of a comparison), with metrics, tables and figures by fixed names."""
+"""Weights & Biases: a run per `output_dir` and per trial of a comparison, with fixed names for what is logged."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Where results are logged; without a run, nowhere."""
+    """Logs results to a run; without one, logs nothing."""
 
     def __init__(self, run: "wandb.Run | None"):
         self._run = run
 
     def log_summary(self, metrics: Mapping[str, float | None]) -> None:
-        """Numbers that hold for the whole run, by name; None is left out."""
+        """Logs numbers that hold for the whole run, by name; None is left out."""
         if self._run is not None:
             self._run.summary.update({name: value for name, value in metrics.items() if value is not None})
 
     def log_perplexities(self, measured: Mapping[str, Mapping[str, Perplexity]]) -> None:
-        """Bits per byte as `TEXT/bits_per_byte/LANGUAGE`."""
+        """Logs bits per byte as `TEXT/bits_per_byte/LANGUAGE`."""
         for text, of_text in measured.items():
             self.log_summary({f"{text}/bits_per_byte/{language}": it.bits_per_byte for language, it in of_text.items()})
 
     def log_tables(self, tables: Mapping[str, Table]) -> None:
-        """Tables by name."""
+        """Logs tables by name."""
         if self._run is not None:
             from wandb import Table as LoggedTable
 
@@ -46,7 +46,7 @@ class Tracker:
                 self._run.log({f"tables/{name}": LoggedTable(columns, cells, allow_mixed_types=True)})
 
     def log_figures(self, folder: Path) -> None:
-        """Every PNG of a folder, as `figures/NAME`."""
+        """Logs every PNG of a folder as `figures/NAME`."""
         if self._run is not None:
             from wandb import Image
 
@@ -61,15 +61,17 @@ def tracked(
     group: str | None = None,
     run_id: str | None = None,
 ) -> Iterator[Tracker]:
-    """A run of `tracking.project`, which a Trainer's own wandb callback joins; none where `tracking.wandb` is off.
+    """Starts a run in `tracking.project`, or none if `tracking.wandb` is off.
+
+    A Trainer's own wandb callback joins the run.
 
     Args:
-        name: of the run; `tracking.run_name` by default.
+        name: the run's name; `tracking.run_name` by default.
         group: joins several runs.
-        run_id: goes on with the run of this id, if there is one. A sweep's agent gives its own.
+        run_id: continues the run with this id, if there is one. A sweep's agent sets its own id.
 
     Raises:
-        UserError: no account; `WANDB_MODE=offline` needs none.
+        UserError: the run can't be started, for example without an account; `WANDB_MODE=offline` needs none.
     """
     if not recipe.tracking.wandb or not processes.is_main_process:
         yield Tracker(None)

@@ -1,4 +1,4 @@
-"""Trainings that leave nothing but what they measured: what `pilot` and `compare` are made of."""
+"""Trials: trainings that keep only their measurements, for `pilot` and `compare`."""
 
 import gc
 import shutil
@@ -33,15 +33,15 @@ SET_BY_TRIALS = {
     "disable_tqdm": True,
     "include_num_input_tokens_seen": "non_padding",
 }
-"""Every trial's TrainingArguments, against what would save or evaluate on the way, or give every seed the same order of
-the text."""
+"""TrainingArguments of every trial: nothing is saved or evaluated on the way, and each seed gives another order of the
+text."""
 BASE = "base"
-"""Stands for the model before any training, where a strategy is asked for."""
+"""Takes the place of a strategy for the model before any training."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: what learns, with which seed and peak learning rate."""
+    """One training: its strategy, seed and peak learning rate."""
 
     strategy: str
     seed: int = 0
@@ -57,9 +57,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """measured: None where the training diverged, to a loss that isn't finite. record: of the training, plain JSON.
+    """What a trial measured.
 
-    kept: whether it trained earlier.
+    record: the training's record, plain JSON. measured: None if the training diverged to a loss that isn't finite.
+    kept: whether the result comes from an earlier run's files.
     """
 
     trial: Trial
@@ -68,7 +69,7 @@ class TrialResult:
     kept: bool
 
     def changes(self, base: Measured) -> dict[str, float] | None:
-        """Each language's change on validation text, which is what may select; None where the training diverged."""
+        """Each language's change on validation text, the only text that may select; None if the training diverged."""
         if self.measured is None:
             return None
         before = base["validation"]
@@ -77,17 +78,17 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Trials:
-    """Trains and measures on demand, and keeps each result: an interrupted series goes on with the next trial.
+    """Trains and measures on demand, and keeps each result: an interrupted series continues with the next trial.
 
     Args:
         materials: model and text.
-        choose: what learns in a trial.
+        choose: returns what learns in a trial.
         training: per language, the sentences to train on.
         texts: per kind of text and language, the batches to measure on.
-        directory: keeps the results, two files a trial, and the Trainer's own files while it runs.
-        key: all that a result depends on beside its trial and `changes`, plain JSON values.
-        changes: to the recipe's training arguments.
-        group: joins the trials' runs where they are tracked; without it they aren't.
+        directory: keeps the results, two files per trial, and the Trainer's own files while it runs.
+        key: all that a result depends on apart from its trial and `changes`, as plain JSON values.
+        changes: changes to the recipe's training arguments.
+        group: the group of the trials' tracked runs; None leaves them untracked.
     """
 
     materials: Materials
@@ -100,13 +101,13 @@ class Trials:
     group: str | None = None
 
     def base(self) -> Measured:
-        """What the model gives before any training."""
+        """The measurements of the model before any training."""
         measured = self.run(Trial(BASE)).measured
         assert measured is not None
         return measured
 
     def run(self, trial: Trial) -> TrialResult:
-        """The trial's result, from its files or by training: strategies that choose the same train once."""
+        """Returns a trial's result, from its files or by training; strategies with the same choice train once."""
         choice = None if trial.strategy == BASE else self.choose(trial)
         name = fingerprint([self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice)])[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
@@ -115,7 +116,7 @@ class Trials:
             if self.materials.processes.is_main_process:
                 if measured is not None:
                     save_by_kind(measured, file)
-                # Written last: with it the result is whole.
+                # Written last: its presence means that the result is complete.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
             return TrialResult(trial, record, measured, kept=False)
@@ -137,10 +138,10 @@ class Trials:
         with tracking if self.group else nullcontext(Tracker(None)) as tracker:
             set_seed(arguments.seed)
             trainer = make_trainer(self.materials, arguments, choice, self.training)
-            trainer.remove_callback(PrinterCallback)  # what it prints would stand between a line or two for each trial
-            learning = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
-            # With masks, all of a matrix requires gradients.
-            num_trainable = learning if choice.neurons is None else num_weights(choice.neurons, trainer.model)
+            trainer.remove_callback(PrinterCallback)  # its output would interrupt the line or two for each trial
+            num_with_grad = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
+            # With masks, whole matrices require gradients.
+            num_trainable = num_with_grad if choice.neurons is None else num_weights(choice.neurons, trainer.model)
             try:
                 trainer.train()
                 measured = self._perplexities(trainer.model)
@@ -177,7 +178,7 @@ class Trials:
 
 
 def _what_learns(choice: Choice | None) -> object:
-    """Tells what one choice trains from what another does, as plain JSON values."""
+    """Identifies the weights that a choice trains, as plain JSON values."""
     if choice is None:
         return BASE
     if choice.neurons is not None:

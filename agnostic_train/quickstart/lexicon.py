@@ -1,7 +1,7 @@
-"""The words of the phrasebook: one row a concept, one column a language.
+"""The words of the phrasebook: one row per concept, one column per language.
 
 A cell holds the forms from which the language's grammar derives all others, separated by spaces; an
-underscore stands for a space inside one form. What the forms are is said above each table. The first English
+underscore stands for a space inside one form. A comment above each table lists the forms. The first English
 form names the concept.
 
 The second column says what a word combines with. A noun lists the kinds it belongs to; a verb, an adjective
@@ -30,12 +30,12 @@ class Word:
         return self.en[0]
 
     def goes_with(self, other: "Word") -> bool:
-        """Whether the two share a kind: a verb and a noun it takes, an adjective and a noun it describes."""
+        """Whether the two share a kind, as do a verb and a noun it takes, or an adjective and a noun it describes."""
         return any(kind in other.kinds for kind in self.kinds)
 
 
 def read_table(common_kinds: str, table: str) -> tuple[Word, ...]:
-    """The words of a table in its order, each also of the `common_kinds`."""
+    """The words of a table, in its order; each also gets the `common_kinds`."""
     words = []
     for row in table.strip().splitlines():
         cells = [cell.split() for cell in row.split("|")]
@@ -58,7 +58,7 @@ we our     | | 我们 | sisi etu  | wir unser | nous notre notre nos
 they their | | 他们 | wao ao    | sie ihr   | ils leur leur leurs
 """)
 
-# Who rains, where a language wants someone to.
+# The subject of "it rains", for languages that need one.
 IT = Word(("it",), ("pronoun",), (), (), ("es",), ("il",))
 
 # Nouns that can be counted:
@@ -118,7 +118,7 @@ FEMININE_OCCUPATIONS = {
     "lawyer": ("Anwältin", "avocate"),
 }
 
-# Animals agree in Swahili as people do whatever they look like, and are possessed so too: "mbwa wangu",
+# In Swahili, animals agree as people do, whatever their noun looks like, also in possessives: "mbwa wangu",
 # "viboko hawa".
 ANIMALS = read_table("animal", """
 dog | sold tame pet | 狗 只 | mbwa mbwa 1/2 | der Hund Hunde | m chien
@@ -193,10 +193,10 @@ coffee | sold drink liked | 咖啡 | kahawa | der Kaffee | m café
 juice | sold drink liked | 果汁 | juisi | der Saft | m jus_de_fruits
 """)
 
-# English  noun, the preposition of being there
-# Chinese  where one goes, where one is
+# English  noun, preposition of location
+# Chinese  the place to go to, the place to be at
 # Swahili  noun, locative, noun class
-# German   article, noun, the preposition of both going (accusative) and being (dative)
+# German   article, noun, preposition for both going (accusative) and being (dative)
 # French   gender, noun, preposition
 PLACES = read_table("place", """
 market at | errand work opening | 市场 市场 | soko sokoni 5 | der Markt auf | m marché à
@@ -225,9 +225,9 @@ coast on | region | 海边 海边 | pwani pwani 9 | die Küste an | f côte sur
 valley in | region | 山谷 山谷里 | bonde bondeni 5 | das Tal in | f vallée dans
 """)
 
-# Verbs with an object. Kinds are those of the object, and of the verb itself: an "instant" act is not caught
-# under way, a "process" is not said to be done already, a "meal" is not had last month, and a "wish" is what
-# one may want to do.
+# Verbs with an object. Kinds are those of the object, and of the verb itself: an "instant" act is never under
+# way, a "process" is never said to be done already, a "meal" does not go with "last month", and a "wish" is
+# something that people want to do.
 #   English  base, past and participle where irregular
 #   Chinese  under way, done where different
 #   Swahili  stem, and the infinitive of stems too short to stand without it
@@ -260,8 +260,8 @@ greet | instant person | 问候 | salimu | grüßen grüßt gegrüßt | saluer
 call | instant person | 叫 | ita | rufen ruft gerufen | appeler appelle appel appelé
 """)
 
-# Verbs without an object. Kinds are those of who does it and of where. Swahili "me" marks a state, which the
-# perfect describes ("amelala"); German ends with the auxiliary of the perfect.
+# Verbs without an object. Kinds are those of the subject and of the place. Swahili "me" marks a state, which
+# the perfect describes ("amelala"); the last German form is the auxiliary of the perfect.
 ACTIONS = read_table("", """
 work | person work | 工作 | fanya_kazi | arbeiten arbeitet gearbeitet haben | travailler
 study studied | young pronoun study | 学习 | soma | lernen lernt gelernt haben | étudier
@@ -272,8 +272,8 @@ swim swam swum | person water | 游泳 | ogelea | schwimmen schwimmt geschwommen
 run ran run | person outdoors | 跑步 | kimbia | laufen läuft gelaufen sein | courir cours cour couru
 """)
 
-# Places open and close: the third person in the languages where that is all that is needed, the stem in
-# Swahili.
+# Places open and close: only the third person is needed (English and Swahili derive it from the base and the
+# stem).
 OPENING_HOURS = read_table("", """
 open | opening | 开门 | funguliwa | öffnet | ouvre
 close | opening | 关门 | fungwa | schließt | ferme
@@ -282,7 +282,7 @@ close | opening | 关门 | fungwa | schließt | ferme
 # Chinese  before a noun, as a predicate
 # Swahili  stem (with a hyphen where it takes a prefix)
 # French   "before" or "after" the noun, masculine, feminine, and the masculine before a vowel
-# A "wish" is what one may want of a thing.
+# A "wish" is a property that people want in a thing.
 ADJECTIVES = read_table("", """
 big | wish goods animal opening shade | 大 大 | -kubwa | groß | before grand grande
 small | wish goods animal opening shade | 小 小 | -dogo | klein | before petit petite
@@ -308,8 +308,8 @@ generous | person | 慷慨的 慷慨 | -karimu | großzügig | after généreux 
 famous | someone | 有名的 有名 | maarufu | berühmt | after célèbre célèbre
 """)
 
-# Why someone stays away. Swahili: a state ("me"), an activity ("na") or something one is "with"; German and
-# French: the verb, then what goes with it (French adjectives also in the feminine).
+# Reasons to stay away. Swahili: a state ("me"), an activity ("na") or something one is "with"; German and
+# French: the verb, then its complement (French adjectives also in the feminine).
 STATES = read_table("", """
 tired | | 很累 | me choka | sein müde | être fatigué fatiguée
 ill | | 病了 | na umwa | sein krank | être malade malade
@@ -320,8 +320,8 @@ sleepy | | 很困 | with usingizi | sein schläfrig | avoir sommeil
 afraid | | 很害怕 | na ogopa | haben Angst | avoir peur
 """)
 
-# A verb, or something the air has. English: the verb, or an adjective after "be". Swahili: subject, its
-# class, stem, or only what there is.
+# A verb, or a property of the air. English: the verb, or an adjective after "be". Swahili: subject, its class
+# and the verb's stem, or only the noun of "there is".
 WEATHERS = read_table("", """
 rain | verb | 下雨 | mvua 9 nyesha | regnen regnet geregnet | pleuvoir pleut plu
 snow | verb | 下雪 | theluji 9 anguka | schneien schneit geschneit | neiger neige neigé
@@ -331,7 +331,7 @@ hot | air | 热 | joto | heiß | faire chaud
 cold | air | 冷 | baridi | kalt | faire froid
 """)
 
-# The kinds of a landmark. French prepositions keep their "de", which contracts with the article.
+# Kinds are those of the landmark. French prepositions keep their "de", which contracts with the article.
 RELATIONS = read_table("", """
 on | surface | 上 | juu_ya | auf | sur
 in | storage | 里 | ndani_ya | in | dans
@@ -341,8 +341,8 @@ behind | indoors outdoors | 后面 | nyuma_ya | hinter | derrière
 in_front_of | indoors outdoors | 前面 | mbele_ya | vor | devant
 """)
 
-# The first kind is the tense that the time calls for. Each language has a second form under negation where it
-# needs one ("already", "not yet").
+# The first kind is the tense that the time calls for. A second form is for negation, in the languages that
+# need one ("already", "not yet").
 TIMES = read_table("", """
 now | present moment | 现在 | sasa | jetzt | maintenant
 today | present day | 今天 | leo | heute | aujourd'hui
@@ -384,7 +384,7 @@ eight_in_the_evening | close | 晚上八点 | saa_mbili_usiku | acht_Uhr_abends 
 nine_in_the_evening | close | 晚上九点 | saa_tatu_usiku | neun_Uhr_abends | neuf_heures_du_soir
 """)
 
-# Chinese as before a measure word; Swahili with a hyphen where the numeral agrees with its noun.
+# Chinese: the form before a measure word. Swahili: with a hyphen if the numeral agrees with its noun.
 NUMBERS = read_table("", """
 one | | 一 | -moja | ein | un
 two | | 两 | -wili | zwei | deux

@@ -1,12 +1,12 @@
 """The embedded default corpus: a phrasebook in five languages, written for this project.
 
-A small parallel corpus has to be at hand wherever the trainer runs, without network, licence or download, and
-its sentences have to be language: real words under real agreement, so that a model trained on them acquires
+A small parallel corpus must be available wherever the trainer runs, without network, licence or download, and
+its sentences must be real language: real words with real agreement, so that a model trained on them learns
 something that differs between languages. Each pattern of `grammar.meaning` is filled with words that make
-sense together and said by every language's grammar.
+sense together, and rendered by every language's grammar.
 
-The splits share words and patterns but no filling: the words "sister, buy, hat" occur in one split only, in
-whatever tense, number or negation, so a model cannot do well on held-out sentences by memory alone.
+The splits share words and patterns but no filling: the combination "sister, buy, hat" occurs in one split
+only, in any tense, number or negation, so a model cannot do well on held-out sentences by memory alone.
 """
 
 import random
@@ -58,7 +58,7 @@ Filling = tuple[Word, ...]
 
 
 class Pattern(NamedTuple):
-    """A sentence pattern: its fillings, and what it says with one in every tense, number and form."""
+    """A sentence pattern: its fillings, and the meanings of each filling in every tense, number and form."""
 
     name: str
     fillings: Callable[[], Iterable[Filling]]
@@ -66,7 +66,7 @@ class Pattern(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A meaning of the corpus: where it comes from, and its sentence in each language."""
+    """A meaning of the corpus: its pattern and filling, and its sentence in each language."""
 
     pattern: str
     filling: tuple[str, ...]
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 def phrasebook(
     seed: int = 0, num_train: int = 6000, num_valid: int = 400, num_test: int = 400
 ) -> dict[str, dict[str, list[str]]]:
-    """Sentences by split and language; line i says the same in every language of a split."""
+    """Sentences by split and language; within a split, line i has the same meaning in every language."""
     entries = draw_entries(seed, {"train": num_train, "valid": num_valid, "test": num_test})
     return {
         split: {language: [entry.sentences[language] for entry in drawn] for language in LANGUAGES}
@@ -85,7 +85,7 @@ def phrasebook(
 
 
 def write_phrasebook(directory: Path, seed: int = 0) -> None:
-    """Write the phrasebook as `{language}.{split}.txt`, one sentence a line."""
+    """Write the phrasebook as `{language}.{split}.txt`, one sentence per line."""
     directory.mkdir(parents=True, exist_ok=True)
     for split, languages in phrasebook(seed).items():
         for language, sentences in languages.items():
@@ -94,14 +94,14 @@ def write_phrasebook(directory: Path, seed: int = 0) -> None:
 
 
 def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry]]:
-    """Draw `num_entries` of each split, no two alike in any language.
+    """Draw `num_entries` of each split, no two with the same sentence in any language.
 
-    Every pattern contributes alike until it runs out, so that the few things to say about the weather are not
-    lost among the many about shopping.
+    Every pattern contributes equally until it runs out, so that patterns with few meanings, such as the weather,
+    are not lost among those with many, such as shopping.
     """
     rng = random.Random(seed)
     shares = divide_fillings(rng, num_entries)
-    said: dict[str, set[str]] = {language: set() for language in LANGUAGES}
+    drawn_sentences: dict[str, set[str]] = {language: set() for language in LANGUAGES}
     drawn = {}
     for split, num_wanted in num_entries.items():
         entries: list[Entry] = []
@@ -112,10 +112,10 @@ def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry
                 sources.popleft()
                 continue
             sources.rotate(-1)
-            if not any(entry.sentences[language] in said[language] for language in LANGUAGES):
+            if not any(entry.sentences[language] in drawn_sentences[language] for language in LANGUAGES):
                 entries.append(entry)
                 for language in LANGUAGES:
-                    said[language].add(entry.sentences[language])
+                    drawn_sentences[language].add(entry.sentences[language])
         if len(entries) < num_wanted:
             raise ValueError(f"{split}: {num_wanted} meanings wanted, but its share has only {len(entries)}")
         rng.shuffle(entries)
@@ -126,8 +126,8 @@ def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry
 def divide_fillings(rng: random.Random, num_entries: dict[str, int]) -> dict[str, list[tuple[Pattern, list[Filling]]]]:
     """Divide every pattern's fillings among the splits, in proportion to their sizes.
 
-    Training comes first to any word that nothing else has introduced: a word met only in evaluation would
-    measure the luck of the draw.
+    A filling that introduces a new word goes to training: a word that occurs only in evaluation would measure
+    the luck of the draw.
     """
     shares: dict[str, list[tuple[Pattern, list[Filling]]]] = {split: [] for split in num_entries}
     introduced: set[Word] = set()
@@ -170,7 +170,7 @@ def entry_of(pattern: Pattern, filling: Filling, meaning: means.Meaning) -> Entr
     return Entry(pattern.name, tuple(word.name for word in filling), sentences)
 
 
-# What the patterns are made of.
+# Building blocks of the patterns.
 
 
 def of_kind(words: tuple[Word, ...], *kinds: str) -> list[Word]:
@@ -179,30 +179,30 @@ def of_kind(words: tuple[Word, ...], *kinds: str) -> list[Word]:
 
 
 def owned(noun: Word, plural: bool = False) -> list[means.Phrase]:
-    """My, your, our and their ..."""
+    """The noun with every possessive: my, your, our and their ..."""
     return [means.Phrase(noun, owner=means.Phrase(pronoun), plural=plural) for pronoun in PRONOUNS]
 
 
 def person(word: Word) -> list[means.Phrase]:
-    """One person: I, my sister, the teacher."""
+    """The phrases for one person: I, my sister, the teacher."""
     if "pronoun" in word.kinds:
         return [means.Phrase(word)]
     return owned(word) if "relative" in word.kinds else [means.Phrase(word, "the")]
 
 
 def people(word: Word) -> list[means.Phrase]:
-    """One person or animal, or several; relatives stay single, being spoken of one by one."""
+    """The phrases for one person or animal, or several; relatives stay singular."""
     is_unrelated = "someone" in word.kinds or "animal" in word.kinds
     return person(word) + ([means.Phrase(word, "the", plural=True)] if is_unrelated else [])
 
 
 def counted(noun: Word, numbers: Iterable[Word], adjective: Word | None = None) -> list[means.Phrase]:
-    """One book, two books ..."""
+    """The noun with every number: one book, two books ..."""
     return [means.Phrase(noun, plural=n.name != "one", number=n, adjective=adjective) for n in numbers]
 
 
 def objects(verb: Word, noun: Word) -> list[means.Phrase]:
-    """What a verb may be done to: a book, this book, my book, two books; bread; the teacher."""
+    """The objects that a verb may take: a book, this book, my book, two books; bread; the teacher."""
     if "person" in noun.kinds:
         return person(noun)
     if "mass" in noun.kinds:
@@ -210,13 +210,13 @@ def objects(verb: Word, noun: Word) -> list[means.Phrase]:
     known = [means.Phrase(noun, "this"), means.Phrase(noun, "this", plural=True)]
     if "goods" in noun.kinds or "tame" in noun.kinds:
         known += owned(noun)
-    # One does not look for three phones, nor open five doors.
+    # People rarely look for three phones or open five doors.
     is_single = "process" in verb.kinds or "opening" in verb.kinds
     return [means.Phrase(noun, "a"), *known, *(() if is_single else counted(noun, FEW))]
 
 
 def forms(subject: means.Phrase) -> tuple[means.Form, ...]:
-    """Statement, negation and, except about oneself, question."""
+    """Statement, negation and, unless the speaker is the subject, question."""
     about_oneself = subject.person in ("1sg", "1pl")
     return FORMS[:2] if about_oneself else FORMS
 
@@ -237,7 +237,7 @@ def activities(subject: Word, verb: Word, noun: Word) -> Iterator[means.Activity
     for who, what, time in product(people(subject), objects(verb, noun), of_kind(TIMES, *kinds)):
         if not (what.number and "moment" in time.kinds):
             yield means.Activity(who, verb, what, time, "statement")
-        # What does not happen is not counted, nor done every day.
+        # In a negation, the object is not counted and the time is not habitual.
         if not (what.number or "habitual" in time.kinds):
             yield means.Activity(who, verb, what, time, "negation")
 
@@ -270,7 +270,7 @@ def locations(thing: Word, relation: Word, landmark: Word) -> Iterator[means.Loc
 
 
 def are_at_hand(thing: Word, landmark: Word) -> bool:
-    """Whether one would look for the thing there: cars outdoors, keys indoors, and animals anywhere."""
+    """Whether the thing can be expected there: cars outdoors, keys indoors, and animals anywhere."""
     return "pet" in thing.kinds or ("vehicle" in thing.kinds) == ("outdoors" in landmark.kinds)
 
 
@@ -323,7 +323,7 @@ def wishes(subject: Word, verb: Word, noun: Word, adjective: Word | None = None)
 
 
 def wish_fillings() -> Iterator[Filling]:
-    """Someone, what they want to do, and the thing, described where a wish may be particular about it."""
+    """A person, what they want to do, and the thing, with an adjective if one fits a wish for it."""
     for subject, verb, noun in product(SUBJECTS, of_kind(VERBS, "wish"), ANIMALS + THINGS + FOODS):
         if verb.goes_with(noun):
             adjectives: list[Word | None] = [word for word in of_kind(ADJECTIVES, "wish") if word.goes_with(noun)]
@@ -334,7 +334,7 @@ def wish_fillings() -> Iterator[Filling]:
 def contrasts(subject: Word, other_subject: Word, liking: Word, other_liking: Word) -> Iterator[means.Contrast]:
     what, other_what = (means.Phrase(noun, plural="mass" not in noun.kinds) for noun in (liking, other_liking))
     for who, other_who, is_opposed in product(people(subject), people(other_subject), (False, True)):
-        # Both are relatives of the same person, if both are relatives.
+        # If both are relatives, they are relatives of the same person.
         if not (who.owner and other_who.owner) or who.owner == other_who.owner:
             yield means.Contrast(who, what, other_who, other_what, is_opposed)
 
@@ -357,7 +357,8 @@ def weather_reports(weather: Word, place: Word) -> Iterator[means.Weather]:
         yield means.Weather(weather, place, time, form)
 
 
-# Who acts, whom one asks about, what people own, what lies about, what people like, what "what?" asks after.
+# Those who act, those asked about, what people own, what can lie about, what people like, the family, and the
+# verbs of questions with "what".
 DOERS = SUBJECTS + ANIMALS
 OTHERS = [word for word in SUBJECTS if word.name not in ("I", "we")]
 OWNABLES = of_kind(NOUNS, "goods", "tame", "counted")

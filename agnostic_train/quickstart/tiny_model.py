@@ -1,6 +1,6 @@
-"""The embedded default's model: a tiny Llama trained from scratch on the phrasebook, with Swahili rare.
+"""The embedded default's model: a tiny Llama trained from scratch on the phrasebook, with little Swahili.
 
-It is trained at first use and cached under a hash of all that it depends on. Nothing is fetched.
+It is trained at first use and cached under a hash of all that it depends on. Nothing is downloaded.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ NUM_STEPS = 700
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 SHARE_OF_SENTENCES = {"en": 1.0, "zh": 1.0, "de": 1.0, "fr": 1.0, "sw": 0.03}
-"""Which part of a language's train sentences the model sees: Swahili is behind, so that there is something to enhance."""
+"""Fraction of each language's training sentences that the model sees: little Swahili leaves something to enhance."""
 
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 
 
 def cache_directory() -> Path:
-    """Where the corpus and the model of this version are kept: `$AGNOSTIC_TRAIN_CACHE`, or the user's cache folder."""
+    """The folder for this version's corpus and model, in `$AGNOSTIC_TRAIN_CACHE` or the user's cache folder."""
     root = os.environ.get("AGNOSTIC_TRAIN_CACHE")
     if root is None:
         root = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "agnostic_train")
@@ -73,7 +73,7 @@ def _write_model(folder: Path) -> None:
 
 
 def _made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """A folder of the cache, made at first use; of several processes the first makes it and the others wait."""
+    """Returns a folder of the cache, made at first use: the first process makes it while others wait."""
     directory = cache_directory() / name
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -85,10 +85,10 @@ def _made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def build_tokenizer(sentences: Sequence[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that adds no token by itself.
+    """Trains a byte-level BPE tokenizer that adds no special tokens by itself.
 
-    A `<s>` before every sentence would have the model predict each first token from nothing, and training on one
-    language would teach it above all that text is in that language.
+    With `<s>` before every sentence, the model would have to predict each first token without context, and training
+    on one language would mainly teach it that text is in that language.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -108,7 +108,7 @@ def build_tokenizer(sentences: Sequence[str], vocab_size: int = 2048) -> PreTrai
 def train_model(
     tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], num_steps: int = NUM_STEPS
 ) -> LlamaForCausalLM:
-    """A grouped-query Llama of about 1.4 M parameters, trained on whole sentences from random weights."""
+    """Trains a grouped-query Llama of about 1.4 M parameters on whole sentences, from random weights."""
     set_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(

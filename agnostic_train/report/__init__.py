@@ -1,1 +1,1 @@
-"""What was measured, for people: tables, figures, and the page that holds them."""
+"""Results for readers: tables, figures, and the page that holds them."""

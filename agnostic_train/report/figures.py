@@ -1,4 +1,4 @@
-"""Figures, legible in black and white, as PNG and as SVG with real text (a browser brings the fonts)."""
+"""Figures, legible in black and white, as PNG and as SVG whose text stays text (the browser supplies the fonts)."""
 
 import math
 import re
@@ -30,9 +30,9 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
     """Draws each figure into `folder`, as NAME.png and NAME.svg.
 
     Args:
-        labels: what they write that may be in any script, such as languages' own names.
+        labels: texts in the figures that may be in any script, such as names of languages.
     """
-    # A fixed salt: the same figure is the same file.
+    # With a fixed salt, equal figures are equal files.
     style = {"svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": _families("".join(labels))}
     with matplotlib.rc_context(style):
         for name, draw in figures.items():
@@ -42,30 +42,30 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
 
 
 def is_figure(path: Path, names: Collection[str]) -> bool:
-    """Whether it is a file that `write_figures` makes of a figure of one of these names."""
+    """Whether a path is a file that `write_figures` writes for a figure with one of these names."""
     return path.is_file() and path.suffix in (".png", ".svg") and path.stem in names
 
 
 def _families(text: str) -> list[str]:
-    """The fonts that draw a text: matplotlib's own, and of the installed ones those that have what it lacks."""
+    """The font families that can draw a text: matplotlib's own, and installed ones for the characters that it lacks."""
     families = [_FIRST_FONT]
     missing = {ord(character) for character in text if not character.isspace()}
     missing -= font_manager.get_font(font_manager.findfont(_FIRST_FONT)).get_charmap().keys()
     if not missing:
         return families
-    # Asked of the system, since matplotlib's own list may be older than a font. Upright faces come first.
+    # The system is asked, because matplotlib's cached list may lack newer fonts. Upright faces come first.
     paths = font_manager.findSystemFonts()
     for path in sorted(
         paths, key=lambda path: (not re.search("sans.*regular", path.lower()), "regular" not in path.lower(), path)
     ):
         try:
             font = font_manager.get_font(path)
-        except RuntimeError:  # a kind of font that FreeType can't read
+        except RuntimeError:  # a format that FreeType can't read
             continue
-        if found := missing & font.get_charmap().keys():
+        if covered := missing & font.get_charmap().keys():
             font_manager.fontManager.addfont(path)
             families.append(font.family_name)
-            missing -= found
+            missing -= covered
         if not missing:
             return families
     characters = "".join(map(chr, sorted(missing)))
@@ -79,7 +79,7 @@ def _grid(rows: int = 1, width: float = 8, height: float = 4, **settings) -> tup
 
 
 def draw_neurons(found: LanguageNeurons) -> Figure:
-    """A map of layers by projections for the shared set and for each language's exclusive one."""
+    """Heat maps of neuron counts by layer and projection, for the shared set and each language's exclusive set."""
     sizes = found.shared.sizes or {}
     projections = [name for name in PROJECTIONS if any(site[1] == name for site in sizes)] or list(PROJECTIONS)
     num_layers = 1 + max((layer for layer, _ in sizes), default=0)
@@ -142,9 +142,9 @@ def draw_score(score: dict) -> Figure:
 
 
 def draw_ablation(rows: dict) -> Figure:
-    """Sets that were off by languages: how many times larger the perplexity is, on a scale of its logarithm."""
+    """Heat map of switched-off sets by languages: the factor by which perplexity grows, shaded by its logarithm."""
     languages = list(rows[NOTHING]["languages"])
-    # Random counterparts of exclusive sets are measured on their own language alone: no row of a map.
+    # Random counterparts of exclusive sets are measured on one language only, so they don't fill a row.
     names = [name for name, row in rows.items() if name != NOTHING and len(row["languages"]) == len(languages)]
     times = np.array(
         [
@@ -195,7 +195,7 @@ def draw_emergence(rows: list[dict]) -> Figure:
     if numeric:
         if min(steps) > 0:
             axes[2].set_xscale("log")
-        else:  # linear below the first step: a model before any has a place on no logarithmic axis
+        else:  # linear below the first step, because a logarithmic axis has no place for step 0
             axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
         axes[2].set_xticks(steps, [str(step) for step in steps])
         axes[2].minorticks_off()
@@ -252,14 +252,14 @@ def draw_relative_change(evaluation: dict, enhanced: list[str]) -> Figure:
 
 
 def draw_forgetting(compared: dict) -> Figure:
-    """Strategies by languages: change of bits per byte, dark where a language got worse."""
+    """Heat map of strategies by languages: the change of bits per byte, dark where a language got worse."""
     strategies = compared["strategies"]
     languages = list(next(iter(strategies.values()))["languages"])
     changes = np.array([[100 * row["languages"][it]["mean"] for it in languages] for row in strategies.values()])
     figure, (axis,) = _grid(height=1.2 + 0.45 * len(strategies))
-    # One training of all weights may cost a hundred times what the others do: the scale is logarithmic beyond 1%.
+    # Training all weights may cost a hundred times what other strategies do: the scale is logarithmic beyond 1%.
     shades = np.log1p(changes.clip(min=0))
-    # What is hardly a change stays light, where nothing else got worse either.
+    # The scale reaches at least 1%, so that tiny changes stay light even if they are the largest.
     darkest = max(np.log1p(1.0), shades.max(initial=0))
     _heat_map(axis, shades, np.vectorize(lambda value: percent(value / 100))(changes), vmax=darkest)
     axis.set_xticks(range(len(languages)), languages)
@@ -312,7 +312,7 @@ def _intervals(axis: Axes, places: list[float], rows: list[dict], label: str, ma
 def _heat_map(
     axis: Axes, shades: np.ndarray, texts: np.ndarray, vmin: float | None = None, vmax: float | None = None
 ) -> None:
-    """Cells from white to black with their text on them."""
+    """Draws cells from white to black, with their text on them."""
     vmin = min(0.0, shades.min(initial=0)) if vmin is None else vmin
     image = axis.imshow(shades, aspect="auto", cmap="Greys", vmin=vmin, vmax=vmax)
     middle = (image.norm.vmin + image.norm.vmax) / 2

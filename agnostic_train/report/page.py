@@ -1,4 +1,4 @@
-"""What a run found, for people: a self-contained HTML page with its figures, the final table, the comparison's text."""
+"""A run's results for readers: a self-contained HTML page with figures, the final table, and the comparison's text."""
 
 import base64
 import sys
@@ -32,9 +32,9 @@ _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
 def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
     """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
 
-    has_comparison: whether `comparison.json` there is of this recipe.
+    has_comparison: whether a `comparison.json` there belongs to this recipe.
     """
-    found = LanguageNeurons.load(directory / "neurons")
+    detected = LanguageNeurons.load(directory / "neurons")
     score = read_json(directory / "score.json")
     evaluation = read_json(directory / "evaluation.json")
     training = manifest["stages"]["train"]
@@ -43,8 +43,8 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
     titles: dict[str, tuple[str, Callable[[], Figure]]] = {
         "change": ("Bits per byte before and after", partial(draw.draw_change, evaluation["languages"], enhanced)),
         "relative_change": ("Change per language", partial(draw.draw_relative_change, evaluation, enhanced)),
-        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, found)),
-        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, found)),
+        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, detected)),
+        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, detected)),
         "score": ("Importance of shared neurons, by language", partial(draw.draw_score, score)),
     }
     if score["ablation"].keys() - {NOTHING}:
@@ -70,7 +70,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
             recipe=recipe,
             manifest=manifest,
             training=training,
-            found=found,
+            found=detected,
             score=score,
             evaluation=evaluation,
             comparison=comparison,
@@ -86,17 +86,17 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
 
 
 def is_run_figure(path: Path) -> bool:
-    """Whether it is a file that `write_report` writes in `figures/`."""
+    """Whether a path is a file that `write_report` writes in `figures/`."""
     return draw.is_figure(path, _RUN_FIGURES)
 
 
 def is_emergence_file(path: Path) -> bool:
-    """Whether it is a file of `emergence/`."""
+    """Whether a path is a file of `emergence/`."""
     return draw.is_figure(path, _EMERGENCE_FIGURES)
 
 
 def is_comparison_file(path: Path) -> bool:
-    """Whether it is a file of `comparison/`."""
+    """Whether a path is a file of `comparison/`."""
     return draw.is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
 
 
@@ -107,7 +107,7 @@ def draw_comparison(comparison: dict, folder: Path) -> None:
 
 
 def draw_emergence(rows: list[dict], folder: Path) -> None:
-    """Draws the figure of a model's checkpoints into `folder`."""
+    """Draws the figure of the score over a model's checkpoints into `folder`."""
     draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)}, rows[0]["related"])
 
 
@@ -117,32 +117,32 @@ def comparison_text(comparison: dict) -> str:
 
 
 def in_terminal(text: str) -> str:
-    """Markdown as a terminal shows it."""
+    """Renders Markdown for the terminal."""
     console = Console(width=None if sys.stdout.isatty() else 140, file=StringIO())
     console.print(Markdown(text))
     return console.file.getvalue()
 
 
 def summary_table(directory: Path, enhanced: list[str]) -> Table:
-    """The run's last word: per language its neurons, and perplexity and bits per byte before and after."""
-    found = LanguageNeurons.load(directory / "neurons")
+    """The table that ends a run: per language its neurons, and perplexity and bits per byte before and after."""
+    detected = LanguageNeurons.load(directory / "neurons")
     evaluation = read_json(directory / "evaluation.json")["languages"]
     score = read_json(directory / "score.json")
     value = "undefined" if score["value"] is None else f"{score['value']:.3f}"
     table = Table(
-        title=f"language-agnostic score {value}, {len(found.shared)} shared neurons",
-        caption="test text; * enhanced; exclusive: " + found.settings["exclusive"],
+        title=f"language-agnostic score {value}, {len(detected.shared)} shared neurons",
+        caption="test text; * enhanced; exclusive: " + detected.settings["exclusive"],
     )
     table.add_column("language", no_wrap=True)
     for header in ("related", "shared", "exclusive", "perplexity", "after", "bits/byte", "after", "change"):
         table.add_column(header, justify="right", no_wrap=True)
     for language, row in evaluation.items():
         before, after = row["before"], row["after"]
-        related = found.related.get(language)  # a language that is only measured has none
+        related = detected.related.get(language)  # a language that is only measured has none
         counts = (
             ("",) * 3
             if related is None
-            else (len(related), len(found.shared & related), len(found.exclusive[language]))
+            else (len(related), len(detected.shared & related), len(detected.exclusive[language]))
         )
         table.add_row(
             language + (" *" if language in enhanced else ""),

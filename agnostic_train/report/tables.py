@@ -1,4 +1,4 @@
-"""What was measured as flat tables: one row a measurement, the same for CSV, Markdown and experiment tracking."""
+"""Measurements as flat tables, one row each, the same for CSV files and experiment tracking."""
 
 import csv
 import math
@@ -10,11 +10,11 @@ from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.ablation import NOTHING
 
 Table = list[dict[str, object]]
-"""Rows whose keys are columns, in order; a key that a row lacks is an empty cell."""
+"""Rows whose keys are the columns, in order; a key that a row lacks is an empty cell."""
 
 
 def neuron_table(found: LanguageNeurons) -> Table:
-    """Number of neurons per set, layer and projection."""
+    """The number of neurons per set, layer and projection."""
     sets = {"shared": found.shared}
     sets |= {f"related {language}": neurons for language, neurons in found.related.items()}
     sets |= {f"exclusive {language}": neurons for language, neurons in found.exclusive.items()}
@@ -27,10 +27,11 @@ def neuron_table(found: LanguageNeurons) -> Table:
 
 
 def score_table(score: dict) -> Table:
-    """The score, its variants and its controls, by language and in total (`all`). Takes what `score.json` holds.
+    """The score, its variants and its controls, by language and in total (`all`). Takes the content of `score.json`.
 
-    `importance` is a language's ratio, `score` is log(1 + importance), of `all` its mean over the defined languages;
-    `_low` and `_high` are the ends of the 95% interval of each. `clipped`: of the language, or of any.
+    `importance` is a language's ratio, and `score` is log(1 + importance), in the row `all` its mean over the languages
+    for which it is defined; `_low` and `_high` are the ends of their 95% intervals. `clipped` says whether the language
+    was clipped; in the row `all`, whether any was.
     """
     table = _score_rows(
         "detected", None, score["value"], score["interval"], score["importance"],
@@ -71,7 +72,7 @@ def _score_rows(
 
     rows = [row("all", None, None, value, interval, bool(clipped))]
     for language, ratio in importance.items():
-        # The logarithm is increasing: an interval's ends are those of its logarithm's.
+        # log1p increases, so it maps the ends of an interval to the ends of the new interval.
         ends = intervals[language]
         logs = None if ends is None else [math.log1p(it) for it in ends]
         rows.append(row(language, ratio, ends, None if ratio is None else math.log1p(ratio), logs, language in clipped))
@@ -79,7 +80,7 @@ def _score_rows(
 
 
 def ablation_table(ablation: dict) -> Table:
-    """Every language with every set off, as in `score.json`'s `ablation`."""
+    """Every measured language with every set switched off. Takes `ablation` of `score.json`."""
     before = ablation[NOTHING]["languages"]
     return [
         {
@@ -92,7 +93,7 @@ def ablation_table(ablation: dict) -> Table:
 
 
 def evaluation_table(evaluation: dict) -> Table:
-    """Before and after, by kind of text and language. Takes what `evaluation.json` holds."""
+    """Every language before and after training, by kind of text. Takes the content of `evaluation.json`."""
     rows = []
     for text, key in (("test", "languages"), ("parallel", "parallel"), ("validation", "validation")):
         for language, it in (evaluation.get(key) or {}).items():
@@ -109,7 +110,7 @@ def evaluation_table(evaluation: dict) -> Table:
 
 
 def task_table(tasks: dict) -> Table:
-    """Each checkpoint's metrics on each task, as in `evaluation.json`'s `tasks`."""
+    """Each checkpoint's metrics on each task. Takes `tasks` of `evaluation.json`."""
     return [
         {
             "task": name,
@@ -126,7 +127,7 @@ def task_table(tasks: dict) -> Table:
 
 
 def task_comparison_table(tasks: dict) -> Table:
-    """Each two checkpoints on each task, on the same items, as in `evaluation.json`'s `tasks`."""
+    """Each pair of checkpoints on each task, compared on the same items. Takes `tasks` of `evaluation.json`."""
     return [
         {
             "task": name,
@@ -140,7 +141,7 @@ def task_comparison_table(tasks: dict) -> Table:
 
 
 def emergence_table(rows: list[dict]) -> Table:
-    """A row a checkpoint, from what `emergence.json` holds; `clipped` names the languages that were."""
+    """One row per checkpoint; `clipped` names the clipped languages. Takes the content of `emergence.json`."""
     table = []
     for row in rows:
         low, high = row["interval"] or (None, None)
@@ -157,7 +158,7 @@ def emergence_table(rows: list[dict]) -> Table:
 
 
 def comparison_table(comparison: dict) -> Table:
-    """A row a strategy, seed, text and language, from what `comparison.json` holds; the seed is `all` for the mean."""
+    """One row per strategy, seed (`all` for the mean), text and language. Takes the content of `comparison.json`."""
     rows = []
     for text, compared in comparison["texts"].items():
         for name, strategy in compared["strategies"].items():
@@ -179,7 +180,7 @@ def comparison_table(comparison: dict) -> Table:
 
 
 def write_csv(table: Table, file: Path) -> None:
-    """Writes a table with a header, UTF-8, whole or not at all; None is an empty cell."""
+    """Writes a table with a header as UTF-8, atomically; None is an empty cell."""
     columns: Sequence[str] = list(dict.fromkeys(key for row in table for key in row))
     with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns)

@@ -1,7 +1,7 @@
-"""How much does rotation matter? Eq. 11 as printed beside the exact q and k impacts, per layer, on real text.
+"""How much does rotation matter? Compares the paper's Eq. 11 with the exact q and k impacts, per layer, on real text.
 
-For each layer: Spearman's rank correlation of the two scores over a sentence's neurons, and the part of the exact top n
-that Eq. 11 finds too, both averaged over sentences. Writes a Markdown table to standard output.
+For each layer: Spearman's rank correlation of the two impacts over a sentence's neurons, and the fraction of the exact
+top n that Eq. 11 also finds, both averaged over sentences. Writes a Markdown table to standard output.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def top_overlap(a: torch.Tensor, b: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Part of the top n that both share; (sentences,)."""
+    """Fraction of the top n that the two have in common; (sentences,)."""
     count = max(1, int(ratio * a.shape[-1]))
     tops = [torch.zeros_like(values).scatter_(-1, values.topk(count).indices, 1) for values in (a, b)]
     return (tops[0] * tops[1]).sum(-1) / count
@@ -50,21 +50,21 @@ def main() -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)
-    found: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    agreement: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for language, text in load_corpus(section, options.corpus).texts.items():
         for batch in encoder.batches(text.detection, language, batch_size=16):
             exact = unverified_impacts(model, batch, ["q", "k"])
             paper = unverified_impacts(model, batch, ["q", "k"], attention="paper")
             for site, values in exact.items():
-                found.setdefault(site, []).append(
+                agreement.setdefault(site, []).append(
                     (spearman(values, paper[site]), top_overlap(values, paper[site], options.top_ratio))
                 )
     print("| layer | q rank correlation | q top overlap | k rank correlation | k top overlap |")
     print("| --- | --- | --- | --- | --- |")
-    for layer in sorted({layer for layer, _ in found}):
+    for layer in sorted({layer for layer, _ in agreement}):
         cells = []
         for projection in ("q", "k"):
-            correlations, overlaps = zip(*found[(layer, projection)], strict=True)
+            correlations, overlaps = zip(*agreement[(layer, projection)], strict=True)
             cells += [f"{torch.cat(correlations).mean():.2f}", f"{torch.cat(overlaps).mean():.0%}"]
         print(f"| {layer} | {' | '.join(cells)} |")
 

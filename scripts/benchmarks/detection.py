@@ -1,9 +1,9 @@
-"""What detection costs, as a multiple of the model's own forward pass with logits, and how it grows.
+"""What detection costs, as a multiple of the model's own forward pass with logits, and how the cost grows.
 
 Everything is measured in one process, in turns, and reported as ratios of medians: absolute times say little on shared
-machines. Beside it stands the arithmetic floor: the multiple that the matrix products alone come to, if all are equally
-fast. Without `--model` the weights are random, in the shapes of `SHAPES`; with it, real sentences of `--corpus` go
-through a trained model. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
+machines. The report also gives the arithmetic floor: the multiple for the matrix products alone, if all run equally
+fast. Without `--model`, the weights are random, in the shapes of `SHAPES`; with it, a trained model reads real
+sentences of `--corpus`. Writes a JSON file with the machine, the versions and the date, and a figure of the growth.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--batches",
         type=int,
         default=1,
-        help="random batches a detection; on a CPU the first decides what pruning is worth",
+        help="random batches per detection; on a CPU the first decides whether pruning pays",
     )
     parser.add_argument("--length", type=int, nargs="+", default=[64], help="tokens, for random weights")
     parser.add_argument("--top-ratio", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-unpruned", action="store_true", help="leave the form without pruning out")
+    parser.add_argument("--no-unpruned", action="store_true", help="leave out the measurement without pruning")
     parser.add_argument("--growth", action="store_true", help="also measure growth, with random weights")
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file of the growth")
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
+    """Seconds that one call takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -97,20 +97,20 @@ def detect(
 
 
 def count_operations(model: PreTrainedModel, function: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in a call; what it returns is none, or a detection's work."""
+    """Floating-point operations of the matrix products in a call, which may return the work of a detection."""
     with FlopCounterMode(display=False) as counter:
         work = function()
     total = counter.get_total_flops()
     layer = find_decoder(model).layers[0]
     if isinstance(work, dict) and kernel_trial.available(torch.empty(0, 1, layer.head_dim, device=model.device)):
-        # The counter doesn't see into the kernels, which multiply each changed logit with its value.
+        # The counter doesn't see inside the kernels, which multiply each changed logit by its value vector.
         heads = {"q": 1, "k": layer.queries_per_kv}
         total += sum(2 * layer.head_dim * (it.logits + it.rough_logits) * heads[name] for name, it in work.items())
     return total
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each candidate, after a turn to warm up."""
+    """Median seconds of each candidate, after one turn as a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, function in candidates.items():
@@ -121,7 +121,7 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int, device: s
 
 
 def measure(model: PreTrainedModel, batches: list[Batch], options: argparse.Namespace, top_ratio: float) -> dict:
-    """Median seconds of the forward pass, and what detecting costs as multiples of it."""
+    """Median seconds of the forward pass, and the cost of detection as multiples of it."""
     candidates: dict[str, Callable[[], object]] = {
         "forward": lambda: [model(**batch) for batch in batches],
         "feed-forward, v and o": lambda: detect(model, batches, top_ratio, WITHOUT_SOFTMAX),
@@ -160,8 +160,8 @@ def random_batches(model: PreTrainedModel, num_sentences: int, length: int, batc
 
 
 def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Batch]:
-    """A batch of each language's train sentences."""
-    # Imported late: random weights do without the packages that read recipes and text.
+    """One batch of each language's training sentences."""
+    # Imported here, because random weights don't need the packages that read recipes and text.
     from agnostic_train.corpus.encoding import Encoder
     from agnostic_train.corpus.purposes import load_corpus
     from agnostic_train.recipe import CorpusSection
@@ -182,7 +182,7 @@ def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Ba
 
 
 def peak_memory(device: str) -> float:
-    """GiB that the process (or the GPU's allocator) has held at most so far."""
+    """Peak memory of the process (or the GPU's allocator) so far, in GiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -193,7 +193,7 @@ def growth_by_sentences(model: PreTrainedModel, options: argparse.Namespace) -> 
     length = options.length[0]
     memory = {}
     with left_as_found(model):
-        # Kernels are compiled once.
+        # A warm-up, because kernels are compiled at their first use.
         detect(model, random_batches(model, options.batch_size, length, options.batch_size), options.top_ratio)
         for num_sentences in GROWTH_SENTENCES:
             batches = random_batches(model, num_sentences, length, options.batch_size)
@@ -220,8 +220,8 @@ def growth_by_ratio_and_length(model: PreTrainedModel, options: argparse.Namespa
 
 
 def draw(report: dict, file: Path) -> None:
-    """Growth in four panels, told apart by markers and line styles."""
-    found = report["growth"]
+    """Draws the growth in four panels, with a marker and line style for each curve."""
+    growth_report = report["growth"]
     styles = {
         "feed-forward, v and o": "k:s", "everything, exact": "k-o", "everything, exact, without pruning": "k--^"
     }  # fmt: skip
@@ -233,19 +233,19 @@ def draw(report: dict, file: Path) -> None:
     )
     for axis, part, quantity, label, unit in panels:
         for name, style in styles.items():
-            points = [(float(x), it[quantity][name]) for x, it in found[part].items() if name in it[quantity]]
+            points = [(float(x), it[quantity][name]) for x, it in growth_report[part].items() if name in it[quantity]]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=name, markerfacecolor="white")
         axis.set(xlabel=label, ylabel=unit, xscale="log", ylim=(0, None))
-        ticks = [float(x) for x in found[part]]
+        ticks = [float(x) for x in growth_report[part]]
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
     axes[0, 0].legend(fontsize="small")
-    sentences = [float(x) for x in found["by_sentences"]]
+    sentences = [float(x) for x in growth_report["by_sentences"]]
     axes[1, 1].plot(
-        sentences, [it["peak_gib"] for it in found["by_sentences"].values()], "k-o", markerfacecolor="white"
+        sentences, [it["peak_gib"] for it in growth_report["by_sentences"].values()], "k-o", markerfacecolor="white"
     )
-    highest = max(it["peak_gib"] for it in found["by_sentences"].values())
+    highest = max(it["peak_gib"] for it in growth_report["by_sentences"].values())
     axes[1, 1].set(xlabel="sentences", ylabel="peak memory, GiB", ylim=(0, 1.2 * highest))
     figure.suptitle(f"Detection on {report['machine']}, {report['date']}")
     figure.savefig(file)
@@ -285,7 +285,7 @@ def main() -> None:
     }
 
     def write() -> None:
-        """After every part: borrowed machines go back on time, finished or not."""
+        """Writes what was measured so far, so that nothing is lost if the machine is returned before the end."""
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     own = kernels.launch_options
     for head_dim, length in SHAPES[options.device]:
-        rows: dict[str, dict] = report["results"][f"heads of {head_dim}, {length} tokens"] = {}
+        rows: dict[str, dict] = {}
+        report["results"][f"heads of {head_dim}, {length} tokens"] = rows
         for kernel, call in calls(head_dim, length, options.device).items():
             rows[kernel] = {}
             expected = call()

@@ -1,9 +1,9 @@
-"""What a training step costs: chosen neurons (compact, mask) beside full fine-tuning, LoRA and SHiRA.
+"""What a training step costs: chosen neurons (compact, mask) compared with full fine-tuning, LoRA and SHiRA.
 
-One model after another, all in one process, in turns, with the same data and optimizer and (LoRA, SHiRA) as many
-trainable parameters; ratios of medians are reported, because absolute times say little on shared machines. The floor is
-a forward pass and the gradients of activations alone. Writes a JSON file with the machine, the versions and the date,
-and a figure of what a step costs against the chosen fraction.
+All methods run in one process, in turns, with the same data and optimizer, and LoRA and SHiRA with about as many
+trainable parameters as compact. Ratios of medians are reported, because absolute times say little on shared machines.
+The floor is a forward pass and the gradients of the activations alone. Writes a JSON file with the machine, the
+versions and the date, and a figure of the cost of a step against the chosen fraction.
 """
 
 import argparse
@@ -54,8 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--fraction", type=float, nargs="+", default=[0.05], help="of the neurons of each projection")
-    parser.add_argument("--neurons", type=Path, help="a neuron set of the shapes, instead of a fraction")
+    parser.add_argument(
+        "--fraction", type=float, nargs="+", default=[0.05], help="fraction of each projection's neurons to train"
+    )
+    parser.add_argument("--neurons", type=Path, help="file of a neuron set for these shapes, instead of a fraction")
     parser.add_argument("--methods", nargs="+", default=["floor", "compact", "mask", "full", "lora", "shira"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
@@ -67,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Step:
-    """One way to train the model, a step at a time."""
+    """One way to train the model; a call runs one step."""
 
     def __init__(self, method: str, model: nn.Module, neurons: NeuronSet, batch: dict[str, Tensor]):
         self.method, self.batch = method, batch
@@ -110,7 +112,7 @@ class Step:
         )
 
     def saved_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass, each storage once, parameters left out."""
+        """Bytes that the forward pass keeps for the backward pass: each storage once, without parameters."""
         parameters = {it.untyped_storage().data_ptr() for it in self.model.parameters()}
         storages: dict[int, int] = {}
 
@@ -119,7 +121,7 @@ class Step:
                 return saved
             storage = saved.untyped_storage()
             if storage.data_ptr() not in parameters:
-                # Kept alive, so that no address is counted for two tensors.
+                # Kept alive, so that no other tensor reuses the address.
                 kept.append(saved)
                 storages[storage.data_ptr()] = storage.nbytes()
             return saved
@@ -130,7 +132,7 @@ class Step:
         return sum(storages.values())
 
     def adapter_bytes(self) -> int | None:
-        """The size of the saved adapter's weights."""
+        """Size of the saved adapter's weights; None for a method without an adapter."""
         if self.method not in ("compact", "lora", "shira"):
             return None
         with tempfile.TemporaryDirectory() as directory:
@@ -139,12 +141,12 @@ class Step:
 
 
 def linears(model: nn.Module) -> list[nn.Module]:
-    """Those that LoRA and SHiRA train."""
+    """The linear layers that LoRA and SHiRA train."""
     return [module for name, module in model.named_modules() if name.endswith(tuple(LINEARS))]
 
 
 def equal_rank(model: nn.Module, neurons: NeuronSet) -> int:
-    """The rank at which LoRA and SHiRA train as many parameters: a rank costs in + out of them a linear."""
+    """The rank at which LoRA and SHiRA train as many parameters: each rank costs in + out of them per linear layer."""
     num_entries = sum(
         len(indices) * it.linear.weight.numel() // it.num_neurons
         for site, indices in neurons.items()
@@ -154,13 +156,13 @@ def equal_rank(model: nn.Module, neurons: NeuronSet) -> int:
 
 
 def takes(method: str, model: nn.Module, neurons: NeuronSet) -> bool:
-    """Whether a method can train as many parameters: SHiRA has no more of a linear than are there."""
+    """Whether a method can train as many parameters: SHiRA can't train more than a linear layer has."""
     rank = equal_rank(model, neurons)
     return method != "shira" or all(rank * sum(it.weight.shape) <= it.weight.numel() for it in linears(model))
 
 
 def random_mask(base_layer: nn.Module, r: int, **_) -> Tensor:
-    """PEFT's own, drawn on the weight's device: on the CPU a billion weights take half a minute."""
+    """PEFT's random mask, drawn on the weight's device: on the CPU, a billion weights take half a minute."""
     weight = base_layer.weight
     chosen = torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]
     return (
@@ -169,7 +171,7 @@ def random_mask(base_layer: nn.Module, r: int, **_) -> Tensor:
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of one step."""
+    """Seconds that one step takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -180,7 +182,7 @@ def timed(step: Step, device: str) -> float:
 
 
 def make_model(shapes: str, device: str) -> nn.Module:
-    """The same random weights at every call."""
+    """A model with the same random weights at every call."""
     torch.manual_seed(0)
     with torch.device(device):
         config = LlamaConfig(**SHAPES[shapes])
@@ -190,11 +192,11 @@ def make_model(shapes: str, device: str) -> nn.Module:
 def measure(
     make: Callable[[], nn.Module], neurons: NeuronSet, methods: list[str], batch: dict, rounds: int, device: str
 ) -> dict:
-    """Per method the median step, and what it keeps in memory."""
+    """The median step time of each method, and what it keeps in memory."""
     steps, peaks = {}, {}
     for method in methods:
         if device == "cuda":
-            # A mask and its optimizer refer to each other, and keep their model until they are collected.
+            # A mask and its optimizer form a reference cycle, which keeps their model alive until it is collected.
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -221,7 +223,7 @@ def measure(
 
 
 def draw(record: dict, file: Path) -> None:
-    """Time and memory of a step against the chosen fraction, methods told apart by markers and line styles."""
+    """Draws time and memory of a step against the chosen fraction, with a marker and line style for each method."""
     results = dict(sorted(record["results"].items(), key=lambda it: float(it[0])))
     fractions = [float(it) for it in results]
     unit = "peak_bytes" if record["settings"]["device"] == "cuda" else "saved_for_backward_bytes"
@@ -287,13 +289,14 @@ def main(arguments: list[str] | None = None) -> None:
     }
 
     def write() -> None:
-        """After every measurement: borrowed machines go back on time, finished or not."""
+        """Writes what was measured so far, so that nothing is lost if the machine is returned before the end."""
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     for name, neurons in sets.items():
-        rows: dict[str, dict] = record["results"][name] = {}
+        rows: dict[str, dict] = {}
+        record["results"][name] = rows
         methods = [it for it in options.methods if takes(it, model, neurons)]
         for at_once in [[it] for it in methods] if options.one_at_a_time else [methods]:
             rows |= measure(make, neurons, at_once, batch, options.rounds, options.device)

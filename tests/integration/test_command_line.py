@@ -154,7 +154,7 @@ def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
 def test_a_dry_run_of_detection_asks_nothing_of_the_training(root, capsys):
     flags = ["--dry-run", "--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=999"]
     assert run(root, "detect", *flags) == 0
-    assert_mistake(root, "train", flags, "an epoch's 180 sequences are no batch of 999", capsys)
+    assert_mistake(root, "train", flags, "an epoch's 180 sequences don't fill a batch of 999", capsys)
 
 
 def test_mixed_text(root, capsys):
@@ -358,7 +358,10 @@ def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
     foreign = finished / "foreign"
     shutil.copytree(out / "checkpoint-6", foreign / "checkpoint-900")
     assert run(finished, "train", f"--output_dir={foreign}") == 2
-    assert "checkpoint-900 isn't of a run that" in capsys.readouterr().err and (foreign / "checkpoint-900").exists()
+    assert (
+        "checkpoint-900 isn't from a run recorded in" in capsys.readouterr().err
+        and (foreign / "checkpoint-900").exists()
+    )
     masked = ("--training.update=mask", "--training.optim=adafactor")
     assert run(finished, "train", *masked) == 2 and (out / "checkpoint-6").exists()
 
@@ -490,7 +493,7 @@ MISTAKES = [
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),
     (["--training.high=.inf"], "training.high"),
-    (["--training.packing=true"], "corpus.max_length: training.packing joins sentences to so many tokens"),
+    (["--training.packing=true"], "corpus.max_length: training.packing joins sentences to this many tokens"),
     (["--training.mixture={sw: 1, fr: 1}"], "training.mixture: 'fr' isn't in corpus.languages"),
     (["--training.mixture={en: 1}"], "training.mixture: gives no share to 'sw'"),
     (["--training.mixture={sw: 1, en: 0}"], "training.mixture.en: input should be greater than 0"),

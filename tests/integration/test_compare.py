@@ -43,7 +43,9 @@ def test_a_lora_of_equal_size(root, capsys):
 
 def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     assert run(root, "compare", "--dry-run", *SMALL) == 0
-    least, most = map(int, re.search(r"│ (\d+) to (\d+), each of so many steps", capsys.readouterr().out).groups())
+    least, most = map(
+        int, re.search(r"│ (\d+) to (\d+), each with these optimizer steps", capsys.readouterr().out).groups()
+    )
     assert (least, most) == (4 * (3 + 2), 4 * (4 + 2))
     assert run(root, "compare", *SMALL) == 0
     printed, bars = capsys.readouterr()
@@ -80,7 +82,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     capsys.readouterr()
     assert run(root, "run", *SMALL[1:]) == 0 and "Strategies compared" not in (out / "report.html").read_text()
     assert (
-        "report: without the comparison, which `compare` would make anew (changed: comparison.strategies)"
+        "report: without the comparison, which is out of date; `compare` renews it (changed: comparison.strategies)"
         in capsys.readouterr().out
     )
 

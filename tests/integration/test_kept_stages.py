@@ -207,8 +207,14 @@ def test_the_manifest_names_all_text_that_was_read(root):
 @pytest.mark.parametrize(
     ("launch", "words"),
     [
-        ({"processes": 2}, "of a training in 2 processes, and these are 1; go on as it began, or start it anew"),
-        ({"precision": "bf16"}, "with mixed_precision bf16, and this launcher has no; go on as it began, or"),
+        (
+            {"processes": 2},
+            "from a training with 2 processes, but this run has 1; resume with the same launch settings, or",
+        ),
+        (
+            {"precision": "bf16"},
+            "with mixed_precision bf16, but this run has mixed_precision no; resume with the same launch settings",
+        ),
     ],
 )
 def test_a_finished_training_is_kept_however_launched(root, capsys, launch, words):
@@ -304,7 +310,7 @@ def test_what_is_of_an_earlier_run_is_said(root, capsys):
     assert run(root, "train", "--training.max_steps=4") == 0
     printed = capsys.readouterr().out
     assert "train: train the chosen neurons; this replaces an earlier result (changed: training.max_steps)" in printed
-    assert "export, evaluate, report: what is there comes from an earlier run" in printed
+    assert "export, evaluate, report: the existing result comes from an earlier run" in printed
     assert run(root, "run", "--training.max_steps=4") == 0
     assert "comes from" not in capsys.readouterr().out
 
@@ -314,7 +320,7 @@ def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
     (root / "out/enhanced").mkdir()
     for foreign in ("checkpoint-10/x", "enhanced/mine.txt"):
         (root / "out" / foreign).write_text("mine")
-    for message, folder in (("checkpoint-10 isn't of a run that", "checkpoint-10"), ("mine.txt", "enhanced")):
+    for message, folder in (("checkpoint-10 isn't from a run recorded in", "checkpoint-10"), ("mine.txt", "enhanced")):
         assert run(root, "run") == 2
         printed = capsys.readouterr()
         assert message in printed.err and "detect:" not in printed.out
@@ -328,8 +334,11 @@ def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monke
     before = read_json(root / "out/evaluation.json")
     assert run(root, "export", "--export.to=lora") == 0
     printed = capsys.readouterr().out
-    assert "evaluate: removed, for it was of an earlier result; `run` makes it anew" in printed
-    assert "report: what is there comes from an earlier run" in printed and not (root / "out/evaluation.json").exists()
+    assert "evaluate: removed, because it came from an earlier result; `run` makes it again" in printed
+    assert (
+        "report: the existing result comes from an earlier run" in printed
+        and not (root / "out/evaluation.json").exists()
+    )
     measured = []
     monkeypatch.setattr(evaluate_stage, "evaluate_languages", lambda model, its, name, progress: measured.append(name))
     monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))

@@ -1,1 +1,1 @@
-"""What each stage of a run does: from the files of the stages before it to its own."""
+"""The stages of a run: each reads the files of the stages before it and writes its own."""

@@ -1,4 +1,4 @@
-"""`compare`: every strategy and baseline on the same data and budget, each at its own best learning rate."""
+"""`compare`: trains every strategy and baseline on the same data and budget, each at its own best learning rate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,24 +31,24 @@ from agnostic_train.training.strategy import SET_STRATEGIES, Choice
 COMPARISON = "comparison"
 
 Results = dict[str, dict[int, TrialResult]]
-"""By strategy and seed."""
+"""Results of trials by strategy and seed."""
 
 
 def check_strategies(context: Context) -> None:
-    """Refuses a set without a neuron before the others have trained for hours."""
-    found = context.found
+    """Raises `UserError` for a strategy that chooses no neuron, before other strategies train for hours."""
+    detected = context.found
     for name in context.recipe.comparison.strategies:
-        _choose(context, found, Trial(name))
+        _choose(context, detected, Trial(name))
 
 
 def compare(context: Context) -> dict:
-    recipe, found = context.recipe, context.found
+    recipe, detected = context.recipe, context.found
     texts = context.materials.corpus.texts
-    same = _same(context, found)
+    same = _same(context, detected)
     strategies = [it for it in recipe.comparison.strategies if it not in same]
     trials = Trials(
         context.materials,
-        partial(_choose, context, found),
+        partial(_choose, context, detected),
         {language: texts[language].training for language in recipe.training.text_languages},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
@@ -70,7 +70,7 @@ def compare(context: Context) -> dict:
 
 
 def publish(context: Context) -> None:
-    """In a tracked run of its own, beside those of its trainings: the same one for the same comparison."""
+    """Publishes in a separate tracked run, beside those of the trainings; the same comparison keeps the same run."""
     file = context.directory / "comparison.json"
     files = {it.name: it for it in (file, *(context.directory / COMPARISON).iterdir()) if it.suffix != ".csv"}
     run_id = context.manifest.record("compare")["run"][:8]
@@ -88,7 +88,7 @@ def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
 
 
 def _same(context: Context, found: LanguageNeurons) -> dict[str, str]:
-    """By strategy, an earlier one that trains the same neurons: apart, the two would only seem to confirm each other."""
+    """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
     same: dict[str, str] = {}
     earlier: dict[str, NeuronSet] = {}
     for name in context.recipe.comparison.strategies:
@@ -105,7 +105,7 @@ def _same(context: Context, found: LanguageNeurons) -> dict[str, str]:
 
 
 def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> tuple[dict[str, Tuning], Results]:
-    """Tunes each strategy's learning rate, and trains it at that rate once per seed; none where every rate diverged."""
+    """Tunes each strategy's learning rate, then trains it once per seed at that rate, unless every rate diverged."""
     recipe, section = context.recipe, context.recipe.comparison
     base = trials.base()
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
@@ -142,7 +142,7 @@ def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> t
 def _comparison_json(
     recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results, same: Mapping[str, str]
 ) -> dict:
-    """What `comparison.json` holds. A strategy that diverged with some seed isn't compared."""
+    """The content of `comparison.json`; a strategy that diverged with any seed isn't compared."""
     section, enhanced = recipe.comparison, recipe.training.languages
     diverged = [name for name, by_seed in results.items() if not _all_measured(by_seed, section.seeds)]
     texts = {}
@@ -181,7 +181,7 @@ def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> b
 
 
 def _key(context: Context) -> dict:
-    """What a training's result depends on, beside what learns at which rate with which seed: not on the list of them."""
+    """What a trial's result depends on apart from the trial itself; which other trials there are doesn't matter."""
     return {key: value for key, value in context.inputs.of("compare").items() if key != "comparison"}
 
 

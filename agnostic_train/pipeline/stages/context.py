@@ -1,4 +1,4 @@
-"""What every stage is given."""
+"""The context that every stage receives."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 class Context:
     """One stage of a recipe's run in its `output_dir`.
 
-    arguments: of the training. inputs: what every stage's result depends on. say: where a stage's result goes, a line at a
-    time.
+    arguments: the training arguments. inputs: what every stage's result depends on. say: receives the stage's output,
+    one line at a time.
     """
 
     stage: str
@@ -40,7 +40,7 @@ class Context:
 
     @property
     def work(self) -> Path:
-        """What the stage keeps to go on from, under names of what it depends on: interrupted, or run with other keys."""
+        """The folder for partial results, named by hashes of their inputs, which a later run of the stage reuses."""
         return self.directory / ".work" / self.stage
 
     @property
@@ -49,22 +49,22 @@ class Context:
 
     @property
     def found(self) -> LanguageNeurons:
-        """What detection found."""
+        """The detected neurons, read from their files."""
         return LanguageNeurons.load(self.directory / "neurons")
 
     @property
     def set_hashes(self) -> dict[str, str]:
-        """Tell what detection found, see the function of that name."""
+        """Hashes that identify the detected sets; see `language_neurons.set_hashes`."""
         return set_hashes(self.directory / "neurons")
 
     @property
     def neuron_hashes(self) -> dict[str, str]:
-        """Those, and that of the activations, by which only random controls are drawn."""
+        """`set_hashes`, and the hash of the activations, which only the random controls depend on."""
         file = self.directory / "neurons" / ACTIVATIONS_FILE
         return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
     def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
-        """Hands tables to experiment tracking, and with `files` (by new name) to `tracking.results_dir`; in one process."""
+        """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only."""
         self.tracker.log_tables(tables)
         if self.recipe.tracking.results_dir is None:
             return

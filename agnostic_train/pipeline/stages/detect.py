@@ -1,4 +1,4 @@
-"""`detect`: each language's related, shared and exclusive neurons."""
+"""`detect`: finds each language's related, shared and exclusive neurons."""
 
 import shutil
 
@@ -15,18 +15,18 @@ from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.tables import neuron_table
 
 SELF_CHECK_FILE = "self_check.txt"
-# Of the neurons that are top in a sentence.
+# Fewer related neurons than this fraction of a sentence's top neurons call for a hint.
 _FEW_RATIO = 0.05
 
 
 def detect(context: Context) -> dict:
     section = context.recipe.detection
-    # Counts are of so many batches.
+    # Partial counts cover a number of batches, so they hold for one batch size only.
     resume_dir = context.work / fingerprint([context.inputs.of("detect"), context.recipe.corpus.batch_size])[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
     try:
-        found = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+        detected = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
     except ImpactMismatchError as error:
         file = context.directory / SELF_CHECK_FILE
         if context.processes.is_main_process:
@@ -35,46 +35,48 @@ def detect(context: Context) -> dict:
         raise UserError(f"{error}, or open an issue with {file}") from None
     if section.stability:
         others = {language: text.training for language, text in texts.items()}
-        found.stability = detection_stability(
-            lambda part: detect_in(context, model, part, verify=False), found, sample, others
+        detected.stability = detection_stability(
+            lambda part: detect_in(context, model, part, verify=False), detected, sample, others
         )
-        for name, overlaps in found.stability.items():
+        for name, overlaps in detected.stability.items():
             values = "  ".join(
                 f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
                 for language, it in overlaps.items()
             )
             context.say(f"detect: Jaccard overlap of related sets, {name}: {values}")
     if context.processes.is_main_process:
-        found.save(context.directory / "neurons")
+        detected.save(context.directory / "neurons")
         shutil.rmtree(resume_dir, ignore_errors=True)
-    for language in found.languages:
+    for language in detected.languages:
         context.say(
-            f"detect: {language}  {len(found.related[language])} related, {len(found.exclusive[language])} "
+            f"detect: {language}  {len(detected.related[language])} related, {len(detected.exclusive[language])} "
             f"exclusive ({section.exclusive})"
         )
     least = section.min_languages
-    by_whom = "all" if least in (None, len(found.languages)) else f"at least {least} language{'s' * (least > 1)}"
-    context.say(f"detect: {len(found.shared)} shared by {by_whom}")
-    if section.method == "impact" and found.shared.sizes:
-        _hint_at_few(context, found, sum(num_top(section.top_ratio, size) for size in found.shared.sizes.values()))
-    for name, share in (found.exact_share or {}).items():
-        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly, pruning ruled the others out")
-    return {"outputs": ["neurons"], "shared": len(found.shared)}
+    by_whom = "all" if least in (None, len(detected.languages)) else f"at least {least} language{'s' * (least > 1)}"
+    context.say(f"detect: {len(detected.shared)} shared by {by_whom}")
+    if section.method == "impact" and detected.shared.sizes:
+        _hint_at_few(
+            context, detected, sum(num_top(section.top_ratio, size) for size in detected.shared.sizes.values())
+        )
+    for name, share in (detected.exact_share or {}).items():
+        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly; pruning ruled out the others")
+    return {"outputs": ["neurons"], "shared": len(detected.shared)}
 
 
 def publish(context: Context) -> None:
-    found = context.found
+    detected = context.found
     context.tracker.log_summary(
-        {"neurons/shared": len(found.shared)}
-        | {f"neurons/related/{language}": len(neurons) for language, neurons in found.related.items()}
-        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in found.exclusive.items()}
+        {"neurons/shared": len(detected.shared)}
+        | {f"neurons/related/{language}": len(neurons) for language, neurons in detected.related.items()}
+        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in detected.exclusive.items()}
     )
-    context.publish({"neurons": neuron_table(found)})
+    context.publish({"neurons": neuron_table(detected)})
 
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
-    """Says so where hardly any neuron is among the top often enough: little can be learnt with those."""
-    few = [language for language, its in found.related.items() if len(its) < _FEW_RATIO * num_possible]
+    """Reports languages with very few related neurons, too few to learn much with."""
+    few = [language for language, neurons in found.related.items() if len(neurons) < _FEW_RATIO * num_possible]
     if few:
         context.say(
             f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "
@@ -83,7 +85,7 @@ def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) ->
 
 
 def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
-    """Detects by the recipe's settings on some sentences per language; `settings` go to `detect_neurons`."""
+    """Detects with the recipe's settings on the given sentences; `settings` are passed on to `detect_neurons`."""
     section = context.recipe.detection
     return detect_neurons(
         model,

@@ -1,4 +1,4 @@
-"""`evaluate`: every language before and after, on text that selected nothing."""
+"""`evaluate`: measures every language before and after training, on text that no choice depended on."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,16 +26,19 @@ from agnostic_train.report.tables import evaluation_table, task_comparison_table
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """identity: tells its weights, as they are loaded, from others with the same base; plain JSON values."""
+    """A checkpoint to evaluate.
+
+    identity: distinguishes its weights, as loaded, from others with the same base; plain JSON values.
+    """
 
     identity: dict
     load: Callable[[], PreTrainedModel]
 
 
 def evaluate(context: Context) -> dict:
-    """Measures the base, the enhanced checkpoint as it was exported, and the named ones, on text and on tasks."""
+    """Measures the base, the exported enhanced checkpoint and the checkpoints of the recipe, on text and on tasks."""
     recipe = context.recipe
-    # Validation text is measured too, for what selects: sweeps.
+    # Validation text is measured too, because sweeps select by it.
     batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
     checkpoints = _checkpoints(context)
     measured = {name: _measure(context, name, checkpoint, batches) for name, checkpoint in checkpoints.items()}
@@ -48,7 +51,7 @@ def evaluate(context: Context) -> dict:
     }
     evaluation["checkpoints"] = {
         source: {
-            kind: {language: describe(it) for language, it in its.items()} for kind, its in measured[source].items()
+            kind: {language: describe(it) for language, it in row.items()} for kind, row in measured[source].items()
         }
         for source in recipe.evaluation.checkpoints
     }
@@ -79,32 +82,32 @@ def publish(context: Context) -> None:
     tables = {"evaluation": evaluation_table(evaluation)}
     if evaluation["tasks"] is not None:
         tables["tasks"], tables["task_comparisons"] = (
-            it(evaluation["tasks"]) for it in (task_table, task_comparison_table)
+            make_table(evaluation["tasks"]) for make_table in (task_table, task_comparison_table)
         )
     context.publish(tables)
 
 
 def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
-    """What is evaluated, by name."""
+    """The checkpoints to evaluate, by name."""
     section = context.recipe.model
-    # As whoever uses the checkpoint has it: `model.dtype` would round what `export.dtype` has kept.
+    # Loaded as users will load it: `model.dtype` could round what `export.dtype` kept.
     own_dtype = replace(section, dtype="auto")
     enhanced = context.directory / EXPORTS["merged"]
     return {
         "before": _Checkpoint({}, context.materials.take_model),
         "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, own_dtype, enhanced)),
         **{
-            it: _Checkpoint(
-                {"checkpoint": checkpoint_identity(section, it), "dtype": section.dtype},
-                partial(load_checkpoint, section, it, "evaluation.checkpoints"),
+            source: _Checkpoint(
+                {"checkpoint": checkpoint_identity(section, source), "dtype": section.dtype},
+                partial(load_checkpoint, section, source, "evaluation.checkpoints"),
             )
-            for it in context.recipe.evaluation.checkpoints
+            for source in context.recipe.evaluation.checkpoints
         },
     }
 
 
 def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
-    """Of the files of a checkpoint: exported once more with the same weights, it is the same one."""
+    """Hashes of a checkpoint's files except card and manifest, which may differ for the same weights."""
     hashes = [dict[str, str]()]
     if context.processes.is_main_process:
         files = [it for it in sorted(enhanced.rglob("*")) if it.is_file() and it.name not in (CARD, MANIFEST)]
@@ -114,7 +117,7 @@ def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
 
 
 def _key(context: Context, checkpoint: _Checkpoint) -> list:
-    """What a checkpoint's results depend on, beside the text: its weights, the base with its tokenizer, what computes."""
+    """What a checkpoint's results depend on apart from the text: weights, base, tokenization and package versions."""
     inputs = context.inputs.of("evaluate")
     return [checkpoint.identity, inputs["model"], inputs["corpus"], package_versions()]
 
@@ -122,16 +125,19 @@ def _key(context: Context, checkpoint: _Checkpoint) -> list:
 def _measure(
     context: Context, name: str, checkpoint: _Checkpoint, batches: Mapping[str, Mapping[str, Sequence[Batch]]]
 ) -> Measured:
-    """Its perplexities, from an earlier evaluation if that had the same weights and text: then it isn't loaded."""
+    """Measures a checkpoint's perplexities, or reads them if the same weights and text were measured before.
+
+    In the latter case the checkpoint isn't loaded.
+    """
     sizes = [context.recipe.evaluation.batch_size, context.recipe.corpus.batch_size]
     key = [*_key(context, checkpoint), context.inputs.of("evaluate")["text"], sizes]
     file = context.work / f"{fingerprint(key)[:16]}.safetensors"
     if file.exists():
         context.say(f"evaluate: {name} was measured before (kept)")
-        context.materials.forget_model()  # there may be no room for the next one beside it
+        context.materials.forget_model()  # the next model may not fit in memory beside it
         return load_by_kind(file)
     model, progress = checkpoint.load(), context.processes.is_local_main_process
-    measured = {kind: evaluate_languages(model, its, name, progress) for kind, its in batches.items()}
+    measured = {kind: evaluate_languages(model, of_kind, name, progress) for kind, of_kind in batches.items()}
     if context.processes.is_main_process:
         save_by_kind(measured, file)
     context.processes.wait_for_everyone()
@@ -139,7 +145,7 @@ def _measure(
 
 
 def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) -> dict | None:
-    """The harness's tasks on the base, the enhanced and the named checkpoints; None without tasks."""
+    """Evaluates the checkpoints on the harness's tasks; returns None if the recipe names no tasks."""
     suite = context.materials.task_suite
     if suite is None:
         return None
@@ -167,14 +173,14 @@ def _in_words(metric: dict) -> str:
 
 
 def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> dict[str, float]:
-    """The numbers that sweeps and dashboards rely on, by fixed names, from `evaluation.json`.
+    """The numbers that sweeps and dashboards rely on, by fixed names, from the content of `evaluation.json`.
 
-    On test text, which selects nothing: `test/bits_per_byte/{before,after}/LANGUAGE` and `test/change/LANGUAGE`,
-    relative. On validation text, for what selects:
-    `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: of it, relative.
-    `largest_forgetting`: the largest relative rise among the other languages, 0 where none rose.
-    `objective`, to be minimised: `target_bits_per_byte`, times 1 + 10 times what `largest_forgetting` exceeds
-    `max_forgetting` by: one point more forgotten has to gain ten points in the target.
+    On test text, which selects nothing: `test/bits_per_byte/{before,after}/LANGUAGE`, and the relative change
+    `test/change/LANGUAGE`. On validation text, by which sweeps select:
+    `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: their mean relative change.
+    `largest_forgetting`: the largest relative rise among the other languages, 0 if none rose.
+    `objective`, to be minimised: `target_bits_per_byte * (1 + 10 * excess)`, where `excess` is how far
+    `largest_forgetting` exceeds `max_forgetting`: one more point of forgetting must gain ten points in the target.
     """
     values = {}
     for language, row in evaluation["languages"].items():

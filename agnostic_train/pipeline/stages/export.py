@@ -1,4 +1,4 @@
-"""`export`: the enhanced checkpoint, and proof that nothing else moved."""
+"""`export`: writes the enhanced checkpoint, and proves that nothing else moved."""
 
 import shutil
 from dataclasses import asdict
@@ -56,8 +56,8 @@ def export(context: Context) -> dict:
             f"({check.changed[0]}, ...); report this with {context.directory / 'manifest.json'}"
         )
     if neurons is None:
-        what = "all weights were trained" if record["strategy"] == "full" else "a LoRA touches whole matrices"
-        context.say(f"export: enhanced/ written; {what}, so none was checked")
+        reason = "all weights were trained" if record["strategy"] == "full" else "a LoRA touches whole matrices"
+        context.say(f"export: enhanced/ written; {reason}, so none was checked")
     else:
         rounding = f", {check.chosen_surviving:.1%} of these survived rounding" if check.chosen_moved else ""
         context.say(
@@ -75,12 +75,12 @@ def export(context: Context) -> dict:
         for path in sorted((context.directory / folder).iterdir())
         if path.name != CARD
     ]
-    # Evaluation writes its numbers into the cards.
+    # The evaluate stage rewrites the cards with its numbers.
     return {"outputs": files, "rewritten": [f"{folder}/{CARD}" for folder in folders], "frozen_weights": frozen}
 
 
 def _merged_lora(context: Context) -> PreTrainedModel:
-    # The weights that it was trained beside, in float32 as what it adds to them: a sum in less would be rounded before
-    # `export.dtype` has a say.
+    # The base weights as in training, then converted to the LoRA's float32: a sum in a narrower dtype would be rounded
+    # before `export.dtype` applies.
     base = load_model(context.recipe.model, context.materials.model_path).float()
     return PeftModel.from_pretrained(base, context.directory / ADAPTER).merge_and_unload()

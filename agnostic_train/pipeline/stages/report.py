@@ -1,4 +1,4 @@
-"""`report`: what the other stages found, for people."""
+"""`report`: presents the results of the other stages as a page with figures."""
 
 from agnostic_train.pipeline.manifest import in_words
 from agnostic_train.pipeline.stages.context import Context
@@ -10,7 +10,9 @@ def report(context: Context) -> dict:
         has_comparison = context.inputs.has_comparison
         if not has_comparison and context.manifest.record("compare").get("finished"):
             changed = in_words(context.manifest.changed("compare", context.inputs.whole("compare")))
-            context.say(f"report: without the comparison, which `compare` would make anew (changed: {changed})")
+            context.say(
+                f"report: without the comparison, which is out of date; `compare` renews it (changed: {changed})"
+            )
         write_report(context.directory, context.recipe.to_dict(), context.manifest.read(), has_comparison)
     return {"outputs": ["report.html", "figures"]}
 

@@ -1,4 +1,4 @@
-"""`score`: the language-agnostic score with its controls, and over a model's checkpoints."""
+"""`score`: computes the language-agnostic score and its controls, also for earlier checkpoints of the model."""
 
 import shutil
 from pathlib import Path
@@ -21,18 +21,18 @@ EMERGENCE = "emergence"
 
 def score(context: Context) -> dict:
     resume_dir = context.work / fingerprint([context.inputs.of("score"), context.neuron_hashes])[:16]
-    found = _score_of(context, context.materials.model, context.found, resume_dir)
+    result = _score_of(context, context.materials.model, context.found, resume_dir)
     outputs = ["score.json"]
     if context.processes.is_main_process:
-        write_json(context.directory / "score.json", found.to_json())
+        write_json(context.directory / "score.json", result.to_json())
         shutil.rmtree(resume_dir, ignore_errors=True)
-    value = "undefined" if found.value is None else f"{found.value:.3f}"
-    if found.interval:
-        value += " (95% interval {:.3f} to {:.3f})".format(*found.interval)
+    value = "undefined" if result.value is None else f"{result.value:.3f}"
+    if result.interval:
+        value += " (95% interval {:.3f} to {:.3f})".format(*result.interval)
     context.say(f"score: language-agnostic score {value}")
     for kind, controls in (
-        ("random sets of equal size", found.controls),
-        ("random sets of similar activation", found.matched_controls),
+        ("random sets of equal size", result.controls),
+        ("random sets of similar activation", result.matched_controls),
     ):
         values = ", ".join(
             "undefined" if it.value is None else f"{it.value:.3f}" + (" (clipped)" if it.clipped else "")
@@ -40,27 +40,27 @@ def score(context: Context) -> dict:
         )
         if values:
             context.say(f"score: for comparison, {kind}: {values}")
-    if any(it.clipped for it in (*found.controls.values(), *found.matched_controls.values())):
-        context.say("score: (clipped) is where a set switched off didn't raise perplexity")
+    if any(it.clipped for it in (*result.controls.values(), *result.matched_controls.values())):
+        context.say("score: (clipped): switching a set off didn't raise perplexity")
     for problem, languages in (
-        ("undefined, the shared or exclusive set is empty", found.undefined),
-        ("clipped, a set off didn't raise perplexity", found.clipped),
+        ("undefined, the shared or exclusive set is empty", result.undefined),
+        ("clipped, switching a set off didn't raise perplexity", result.clipped),
     ):
         if languages:
             context.say(f"score: {problem}: {', '.join(languages)}")
     outputs += _follow_checkpoints(context)
-    return {"outputs": outputs, "value": found.value}
+    return {"outputs": outputs, "value": result.value}
 
 
 def publish(context: Context) -> None:
-    found = read_json(context.directory / "score.json")
+    result = read_json(context.directory / "score.json")
     context.tracker.log_summary(
-        {"agnostic_score": found["value"]}
-        | {f"agnostic_score/importance/{language}": value for language, value in found["importance"].items()}
-        | {f"agnostic_score/random/{seed}": value for seed, value in found["controls"]["values"].items()}
-        | {f"agnostic_score/matched/{seed}": value for seed, value in found["matched_controls"]["values"].items()}
+        {"agnostic_score": result["value"]}
+        | {f"agnostic_score/importance/{language}": value for language, value in result["importance"].items()}
+        | {f"agnostic_score/random/{seed}": value for seed, value in result["controls"]["values"].items()}
+        | {f"agnostic_score/matched/{seed}": value for seed, value in result["matched_controls"]["values"].items()}
     )
-    context.publish({"score": score_table(found), "ablation": ablation_table(found["ablation"])})
+    context.publish({"score": score_table(result), "ablation": ablation_table(result["ablation"])})
     if context.recipe.model.checkpoints:
         rows = read_json(context.directory / "emergence.json")
         figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
@@ -81,7 +81,7 @@ def _score_of(
 
 
 def _follow_checkpoints(context: Context) -> list[str]:
-    """Scores the model's earlier states; returns the files that were written."""
+    """Scores the model's earlier checkpoints; returns the names of the files and folders that it writes."""
     section = context.recipe.model
     checkpoints = parse_checkpoints(section.checkpoints)
     if not checkpoints:
@@ -90,18 +90,18 @@ def _follow_checkpoints(context: Context) -> list[str]:
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
-        found = detect_in(context, model, sample, verify=False)
-        score = _score_of(context, model, found)
+        detected = detect_in(context, model, sample, verify=False)
+        score = _score_of(context, model, detected)
         value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
-        context.say(f"score: {checkpoint.name}  {len(found.shared)} shared neurons, score {value}")
-        return found, score
+        context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
+        return detected, score
 
     rows = follow_checkpoints(
         checkpoints,
         measure,
-        lambda it: [
-            context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls, it.step,
-            checkpoint_identity(section, it.source),
+        lambda checkpoint: [
+            context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
+            checkpoint.step, checkpoint_identity(section, checkpoint.source),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

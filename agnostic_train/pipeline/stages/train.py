@@ -1,4 +1,4 @@
-"""`train`: what the strategy chose learns from the training text."""
+"""`train`: trains the weights that the strategy chooses on the training text."""
 
 import shutil
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def publish(context: Context) -> None:
 
 
 def read_neurons(file: str, model: nn.Module) -> NeuronSet:
-    """The neurons of `training.neurons`; raises `UserError` if the file holds none, or another model's."""
+    """Reads the neurons of `training.neurons`; raises `UserError` if the file holds none, or another model's."""
     neurons = NeuronSet.read(file, model)
     if not len(neurons):
         raise UserError(f"training.neurons: {file} holds no neuron; name another file")
@@ -93,26 +93,26 @@ def read_neurons(file: str, model: nn.Module) -> NeuronSet:
 
 
 def check_choice(context: Context) -> None:
-    """Refuses a strategy that leaves nothing to train, while an earlier training is still there."""
+    """Raises `UserError` for a strategy that chooses nothing to train, before an earlier training is replaced."""
     section = context.recipe.training
     for name in section.pilot_strategies if section.has_pilot else [section.strategy]:
         _choose(context, name)
 
 
 def is_adapter_file(path: Path) -> bool:
-    """Whether it is a file of `adapter/`."""
+    """Whether a path is a file of `adapter/`."""
     return path.name in _ADAPTER_FILES
 
 
 def _run_pilot(context: Context, text: Sentences) -> str:
-    """Ranks the candidates, prints and keeps the ranking, and returns the winner's name."""
-    recipe, found, inputs = context.recipe, context.found, context.inputs.of("train")
+    """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
+    recipe, detected, inputs = context.recipe, context.found, context.inputs.of("train")
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
     trials = Trials(
         context.materials,
-        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model),
+        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(detected, None, context.materials.model),
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
@@ -144,8 +144,8 @@ def _choose(context: Context, name: str) -> Choice:
         return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
-    found = None if name == "full" else context.found
-    choice = strategy.choose(found, score, context.materials.model)
+    detected = None if name == "full" else context.found
+    choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
     by_pilot = ", the best of the pilot" if context.recipe.training.strategy == "pilot" else ""
@@ -153,9 +153,9 @@ def _choose(context: Context, name: str) -> Choice:
 
 
 def _copy_adapter(context: Context, checkpoint: Path) -> None:
-    """What was trained at a name of its own, without optimizer and trainer state."""
+    """Copies the trained adapter from its checkpoint to `adapter/`, without optimizer and trainer state."""
     if context.processes.is_main_process:
         with whole_directory(context.directory / ADAPTER, is_adapter_file) as temporary:
             for name in _ADAPTER_FILES:
-                if (checkpoint / name).exists():  # a LoRA has no neurons
+                if (checkpoint / name).exists():  # a LoRA has no file of neurons
                     shutil.copyfile(checkpoint / name, temporary / name)

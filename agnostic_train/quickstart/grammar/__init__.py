@@ -1,1 +1,1 @@
-"""What a sentence means, and one module per language that says it."""
+"""The meanings of sentences, and one module per language that renders them."""

@@ -10,8 +10,8 @@ def render(meaning: means.Meaning) -> str:
         case means.Activity(subject, verb, object, time, form):
             when = time.zh[-1] if form == "negation" else time.zh[0]
             does = predicate(verb, means.tense_of(time), form)
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), when, does, what)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), when, does, object_phrase)
         case means.Scene(subject, action, place, time, form):
             before = {
                 "present": {"statement": "正", "negation": "没", "question": "正"},
@@ -47,8 +47,8 @@ def render(meaning: means.Meaning) -> str:
             return sentence(noun_phrase(subject), is_or_wants, occupation.noun.zh[0], form=form)
         case means.Wish(subject, verb, object, form):
             wants = ("不想" if form == "negation" else "想") + verb.zh[0]
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), wants, what, form=form)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), wants, object_phrase, form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)}喜欢{noun_phrase(liking)}"
             other_likes = f"{noun_phrase(other_subject)}喜欢{noun_phrase(other_liking)}"
@@ -63,12 +63,12 @@ def render(meaning: means.Meaning) -> str:
 
 
 def sentence(*parts: str, form: means.Form = "statement", particle: str = "吗") -> str:
-    """One sentence; a question that has no question word ends in a particle."""
+    """One sentence; a question without a question word ends in a particle."""
     return "".join(parts) + (f"{particle}？" if form == "question" else "。")
 
 
 def predicate(verb: Word, tense: str, form: means.Form) -> str:
-    """A transitive verb, whose aspect says what other languages say with tense."""
+    """A transitive verb; its aspect expresses what other languages express by tense."""
     under_way, done = verb.zh[0], verb.zh[-1]
     if form == "negation":
         return {
@@ -87,7 +87,7 @@ def predicate(verb: Word, tense: str, form: means.Form) -> str:
 
 
 def going(place: Word, tense: str, form: means.Form) -> str:
-    """Going somewhere, where a question asks after the fact and so ends in "了" in the past."""
+    """The verb phrase of going somewhere; a question in the past asks whether it happened, so "了" comes at its end."""
     to_place = f"去{place.zh[0]}"
     if form == "negation":
         return {"past": "没", "future": "不会"}.get(tense, "不") + to_place
@@ -97,7 +97,7 @@ def going(place: Word, tense: str, form: means.Form) -> str:
 
 
 def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
-    """Rain falls and wind blows as verbs do; heat and cold are adjectives, fog is there or is not."""
+    """The predicate of weather: rain and wind are verbs, heat and cold adjectives; fog is or is not there."""
     word = weather.zh[0]
     future = {"negation": "不会"}.get(form, "会") if tense == "future" else ""
     if word in ("热", "冷"):
@@ -113,7 +113,7 @@ def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
 
 
 def adjective_predicate(adjective: Word, form: means.Form) -> str:
-    """What something is like: plain adjectives take "很" when they assert, colours take "是"."""
+    """The predicate of a description: plain adjectives take "很" in statements, colours take "是"."""
     word = adjective.zh[1]
     link = "是" if word.endswith("的") else ""
     if form == "negation":
@@ -122,7 +122,7 @@ def adjective_predicate(adjective: Word, form: means.Form) -> str:
 
 
 def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
-    """The phrase with its measure word; under negation nothing is counted, so "a" goes unsaid."""
+    """The phrase with its measure word; negation leaves out "a", because nothing is counted."""
     noun = phrase.noun.zh[0]
     if phrase.is_pronoun or phrase.is_mass:
         return noun
@@ -140,13 +140,13 @@ def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
     if phrase.determiner == "the" and "someone" in phrase.noun.kinds:
         if phrase.plural:
             return f"{noun}们"
-        # Someone known by an occupation needs no pointing at: "医生", but "那个女人".
+        # Occupations need no demonstrative: "医生", but "那个女人".
         return noun if "occupation" in phrase.noun.kinds else f"那{measure}{noun}"
     return noun
 
 
 def possessive(phrase: means.Phrase) -> str:
-    """The owner with "的", left out between relatives: for my own, and where another "的" follows."""
+    """The owner with "的", left out for my or your relatives, and inside a longer possessive ("我妈妈的")."""
     owner = phrase.owner
     assert owner is not None
     if owner.owner:
@@ -156,12 +156,12 @@ def possessive(phrase: means.Phrase) -> str:
 
 
 def pronoun(phrase: means.Phrase) -> str:
-    """The pronoun that takes up the phrase."""
+    """The pronoun that refers back to the phrase."""
     if phrase.is_pronoun:
         return phrase.noun.zh[0]
     return ("她" if means.is_female(phrase) else "他") + ("们" if phrase.plural else "")
 
 
 def at(place: Word) -> str:
-    """Where something happens; "in" follows its noun."""
+    """The place where something happens; "in" follows its noun."""
     return place.zh[1]

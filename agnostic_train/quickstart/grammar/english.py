@@ -61,13 +61,13 @@ def render(meaning: means.Meaning) -> str:
 
 
 def sentence(*parts: str, form: means.Form = "statement") -> str:
-    """The parts that are not empty, as one sentence."""
+    """Joins the parts that are not empty to one sentence."""
     text = " ".join(part for part in parts if part)
     return text[0].upper() + text[1:] + ("?" if form == "question" else ".")
 
 
 def activity(subject: means.Phrase, verb: Word, object: str, time: Word, form: means.Form) -> str:
-    """A transitive clause with its time, where "already" and "yet" call for the perfect."""
+    """A transitive clause with its time; "already" and "yet" call for the perfect."""
     if means.tense_of(time) != "perfect":
         return f"{clause(subject, verb.en, object, means.tense_of(time), form)} {time.name}"
     already, yet = time.en
@@ -100,7 +100,7 @@ def clause(subject: means.Phrase, verb: tuple[str, ...], complement: str, tense:
 
 
 def be_clause(subject: means.Phrase, complement: str, tense: str, form: means.Form) -> str:
-    """What something is like, or where it is."""
+    """A clause with "be": what something is like, or where it is."""
     who, be = noun_phrase(subject), (WAS if tense == "past" else BE)[subject.person]
     if tense == "future":
         be, complement = "will", f"be {complement}"
@@ -110,12 +110,12 @@ def be_clause(subject: means.Phrase, complement: str, tense: str, form: means.Fo
 
 
 def want_clause(subject: means.Phrase, wish: str, form: means.Form) -> str:
-    """What someone wants to do."""
+    """A clause with "want": what someone wants to do."""
     return clause(subject, ("want",), f"to {wish}", "habitual", form)
 
 
 def principal_parts(verb: tuple[str, ...]) -> tuple[str, str, str]:
-    """Base, past and participle, of which a verb names the irregular: "eat ate eaten", "buy bought"."""
+    """Base, past and participle; a verb lists its irregular ones: "eat ate eaten", "buy bought"."""
     base = verb[0]
     past = verb[1] if len(verb) > 1 else inflect(base, regular_past)
     participle = verb[2] if len(verb) > 2 else past
@@ -157,7 +157,7 @@ def with_s(word: str) -> str:
 
 
 def noun_phrase(phrase: means.Phrase) -> str:
-    """The phrase with what determines it: "an old hat", "these cups", "my sister's key"."""
+    """The phrase with its determiner: "an old hat", "these cups", "my sister's key"."""
     if phrase.is_pronoun:
         return phrase.noun.name
     noun = phrase.noun.name
@@ -168,7 +168,7 @@ def noun_phrase(phrase: means.Phrase) -> str:
 
 
 def determiner(phrase: means.Phrase, described: str) -> str:
-    """What precedes the adjective and the noun."""
+    """The word before adjective and noun, or the possessor; empty if there is none."""
     if phrase.owner:
         return phrase.owner.noun.en[1] if phrase.owner.is_pronoun else f"{noun_phrase(phrase.owner)}'s"
     if phrase.number:
@@ -181,7 +181,7 @@ def determiner(phrase: means.Phrase, described: str) -> str:
 
 
 def pronoun(phrase: means.Phrase) -> str:
-    """The pronoun that takes up the phrase."""
+    """The pronoun that refers back to the phrase."""
     if phrase.is_pronoun:
         return phrase.noun.name
     if phrase.plural:
@@ -190,6 +190,6 @@ def pronoun(phrase: means.Phrase) -> str:
 
 
 def at(place: Word) -> str:
-    """Where something happens: "at the market", "in the village"."""
+    """The place where something happens: "at the market", "in the village"."""
     noun, preposition = place.en
     return f"{preposition} the {noun}"

@@ -15,7 +15,7 @@ WANT = {"1sg": "veux", "2sg": "veux", "3sg": "veut", "1pl": "voulons", "3pl": "v
 LIKE = ("aimer",)
 
 VOWELS = "aeiouyàâéèêëîïôöùûœ"
-# Vowels and a silent h elide a preceding vowel; the h of "haricot" counts as a consonant.
+# A vowel or a silent h elides a preceding vowel; the h of "haricot" counts as a consonant.
 ELIDING = rf"(?=[{VOWELS}h])(?!haricots?\b)"
 # French sets a narrow no-break space before a question mark.
 QUESTION_MARK = "\u202f?"
@@ -27,12 +27,12 @@ def render(meaning: means.Meaning) -> str:
     match meaning:
         case means.Activity(subject, verb, object, time, form):
             finite, rest = predicate(verb.fr, means.tense_of(time), subject.person)
-            what = noun_phrase(object, is_negated=form == "negation")
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
             if means.tense_of(time) == "perfect":
                 already, yet = time.fr
                 adverb = yet if form == "negation" else already
-                return sentence(noun_phrase(subject), negate(finite, form), adverb, rest, what)
-            return sentence(noun_phrase(subject), negate(finite, form), rest, what, time.fr[0])
+                return sentence(noun_phrase(subject), negate(finite, form), adverb, rest, object_phrase)
+            return sentence(noun_phrase(subject), negate(finite, form), rest, object_phrase, time.fr[0])
         case means.Scene(subject, action, place, time, form):
             finite, rest = predicate(action.fr, means.tense_of(time), subject.person)
             does = f"{noun_phrase(subject)} {negate(finite, form)}"
@@ -64,20 +64,22 @@ def render(meaning: means.Meaning) -> str:
             return sentence(noun_phrase(thing), is_so, described, form=form)
         case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, rest = (WANT, "devenir") if is_wish else (BE, "")
-            what = occupation_of(subject, occupation)
-            return sentence(noun_phrase(subject), negate(verb_forms[subject.person], form), rest, what, form=form)
+            occupation_phrase = occupation_of(subject, occupation)
+            return sentence(
+                noun_phrase(subject), negate(verb_forms[subject.person], form), rest, occupation_phrase, form=form
+            )
         case means.Wish(subject, verb, object, form):
             wants = negate(WANT[subject.person], form)
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(noun_phrase(subject), wants, verb.fr[0], what, form=form)
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(noun_phrase(subject), wants, verb.fr[0], object_phrase, form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {present(LIKE, subject.person)} {in_general(liking)}"
             other_likes = f"{present(LIKE, other_subject.person)} {in_general(other_liking)}"
             conjunction = ", mais" if is_opposed else " et"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
         case means.Request(verb, object, form):
-            what = noun_phrase(object, is_negated=form == "negation")
-            return sentence(negate(present(verb.fr, "1sg"), form), f"{what}, {PLEASE}")
+            object_phrase = noun_phrase(object, is_negated=form == "negation")
+            return sentence(negate(present(verb.fr, "1sg"), form), f"{object_phrase}, {PLEASE}")
         case means.OpeningHours(place, verb, hour, weekday, form):
             opens = f"{noun_phrase(means.Phrase(place, 'the'))} {verb.fr[0]} à {hour.fr[0]}"
             on_days = f"le {weekday.fr[0]}"
@@ -92,19 +94,19 @@ def render(meaning: means.Meaning) -> str:
 
 
 def sentence(*parts: str, form: means.Form = "statement") -> str:
-    """The parts that are not empty, as one sentence; "est-ce que" makes a statement a question."""
+    """Joins the parts that are not empty to one sentence; "est-ce que" turns a statement into a question."""
     if form == "question":
         return open_question("est-ce que", *parts)
     return finish(parts) + "."
 
 
 def open_question(*parts: str) -> str:
-    """A question that begins with its question word."""
+    """Joins the parts to a question that begins with its question word."""
     return finish(parts) + QUESTION_MARK
 
 
 def finish(parts: tuple[str, ...]) -> str:
-    """The parts joined, with elision ("l'eau") and contraction of the articles it leaves ("du pain")."""
+    """Joins the parts, with elision ("l'eau") and contraction of the remaining articles ("du pain")."""
     text = " ".join(part for part in parts if part)
     text = re.sub(rf"\b([ldnj]e|la|que) {ELIDING}", lambda match: match[1][:-1] + "'", text)
     for preposition, article, contracted in (("de", "le", "du"), ("de", "les", "des"), ("à", "le", "au")):
@@ -119,7 +121,7 @@ def negate(finite: str, form: means.Form) -> str:
 def predicate(verb: tuple[str, ...], tense: str, person: means.Person) -> tuple[str, str]:
     """The finite verb, which negation surrounds, and the participle or infinitive that follows it."""
     if verb[0] == "chercher" and tense == "future":
-        # "Va chercher" is to fetch, not to be about to look for.
+        # "Va chercher" would mean "fetches", not "is going to look for".
         return verb[0] + FUTURE_ENDING[person], ""
     if tense == "future":
         return GO[person], verb[0]
@@ -129,7 +131,7 @@ def predicate(verb: tuple[str, ...], tense: str, person: means.Person) -> tuple[
 
 
 def present(verb: tuple[str, ...], person: means.Person) -> str:
-    """The present, from the parts a verb gives; one that gives only its infinitive goes like "aimer"."""
+    """The present, from the forms listed for a verb; one with only an infinitive is conjugated like "aimer"."""
     first = verb[1] if len(verb) > 1 else verb[0][:-1]
     stem = verb[2] if len(verb) > 1 else verb[0][:-2]
     takes_e = first.endswith("e")
@@ -145,7 +147,7 @@ def present(verb: tuple[str, ...], person: means.Person) -> str:
 
 
 def going(subject: means.Phrase, tense: str, form: means.Form) -> str:
-    """Going somewhere, which in the past is done with "être" and agrees."""
+    """The verb phrase of going somewhere; the past takes "être", and its participle agrees."""
     if tense == "past":
         gone = agreeing(("allé", "allée"), gender(subject) == "f", subject.person.endswith("pl"))
         return f"{negate(BE[subject.person], form)} {gone}"
@@ -153,7 +155,7 @@ def going(subject: means.Phrase, tense: str, form: means.Form) -> str:
 
 
 def be(state: Word, subject: means.Phrase, tense: str) -> str:
-    """How someone is: "est fatiguée", "avait faim"."""
+    """The predicate of a state: "est fatiguée", "avait faim"."""
     verb, *words = state.fr
     if verb == "avoir":
         return f"{(HAD if tense == 'past' else HAVE)[subject.person]} {words[0]}"
@@ -162,7 +164,7 @@ def be(state: Word, subject: means.Phrase, tense: str) -> str:
 
 
 def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
-    """Rain and snow are verbs; warmth is made ("il fait chaud"), wind is there ("il y a du vent")."""
+    """The predicate of weather: a verb for rain and snow, "faire" for warmth ("il fait chaud"), "y avoir" for wind."""
     if "verb" in weather.kinds:
         infinitive, now, participle = weather.fr
         finite, rest = {
@@ -171,27 +173,27 @@ def weather_predicate(weather: Word, tense: str, form: means.Form) -> str:
             "future": (GO["3sg"], infinitive),
         }[tense]
         return f"{negate(finite, form)} {rest}".strip()
-    verb, what = weather.fr
+    verb, complement = weather.fr
     if form == "negation":
-        what = what.replace("du ", "de ")
+        complement = complement.replace("du ", "de ")
     infinitive, now, then = {
         "faire": ("faire", "fait", "faisait"),
         "avoir": ("y avoir", "y a", "y avait"),
     }[verb]
     if tense == "future":
-        return f"{negate(GO['3sg'], form)} {infinitive} {what}"
-    return f"{negate(then if tense == 'past' else now, form)} {what}"
+        return f"{negate(GO['3sg'], form)} {infinitive} {complement}"
+    return f"{negate(then if tense == 'past' else now, form)} {complement}"
 
 
 def occupation_of(subject: means.Phrase, occupation: means.Phrase) -> str:
-    """What someone is, which takes no article."""
+    """The occupation, without an article, in the subject's gender and the phrase's number."""
     if occupation.plural:
         return plural(occupation.noun.fr[1])
     return FEMININE_OCCUPATIONS[occupation.noun.name][1] if means.is_female(subject) else occupation.noun.fr[1]
 
 
 def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
-    """The phrase with its determiner; negating one that is not definite leaves only "de"."""
+    """The phrase with its determiner; negation replaces the determiner of an indefinite phrase by "de"."""
     if phrase.is_pronoun:
         return phrase.noun.fr[0]
     noun = described_noun(phrase)
@@ -203,7 +205,7 @@ def noun_phrase(phrase: means.Phrase, is_negated: bool = False) -> str:
 
 
 def determiner(phrase: means.Phrase, noun: str) -> str:
-    """What precedes the adjective and the noun."""
+    """The determiner, which precedes adjective and noun."""
     is_feminine = gender(phrase) == "f"
     elides = re.match(ELIDING, noun) is not None
     if phrase.owner:
@@ -227,7 +229,7 @@ def definite_article(phrase: means.Phrase) -> str:
 
 
 def in_general(phrase: means.Phrase) -> str:
-    """What one likes, which French says with the definite article."""
+    """What someone likes, with the definite article."""
     return f"{definite_article(phrase)} {described_noun(phrase)}"
 
 
@@ -248,7 +250,7 @@ def described_noun(phrase: means.Phrase) -> str:
 
 
 def agreeing(forms: tuple[str, ...], is_feminine: bool, is_plural: bool) -> str:
-    """The masculine or the feminine of an adjective or a participle, in its number."""
+    """The masculine or feminine form of an adjective or participle, in singular or plural."""
     form = forms[1] if is_feminine else forms[0]
     return plural(form) if is_plural else form
 
@@ -262,18 +264,18 @@ def plural(word: str) -> str:
 
 
 def gender(phrase: means.Phrase) -> str:
-    """The gender of the noun, where a pronoun stands for a man or a mixed company."""
+    """The gender of the noun; a pronoun counts as masculine."""
     return "m" if phrase.is_pronoun else phrase.noun.fr[0]
 
 
 def pronoun(phrase: means.Phrase) -> str:
-    """The pronoun that takes up the phrase, by the gender of its noun."""
+    """The pronoun that refers back to the phrase, in the gender of its noun."""
     if phrase.is_pronoun:
         return phrase.noun.fr[0]
     return {"m": "il", "f": "elle"}[gender(phrase)] + ("s" if phrase.plural else "")
 
 
 def at(place: Word) -> str:
-    """Where something is and where one goes, which French says alike."""
+    """The place where something is or where someone goes; French says both in the same way."""
     _, noun, preposition = place.fr
     return f"{preposition} {noun if preposition == 'en' else noun_phrase(means.Phrase(place, 'the'))}"

@@ -5,14 +5,14 @@ import re
 from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import FEMININE_OCCUPATIONS, IT, Word
 
-# By case and gender, where "pl" is the plural of all genders.
+# By case and gender; "pl" is the plural of all genders.
 ARTICLE = {
     "nominative": {"der": "der", "die": "die", "das": "das", "pl": "die"},
     "accusative": {"der": "den", "die": "die", "das": "das", "pl": "die"},
     "dative": {"der": "dem", "die": "der", "das": "dem", "pl": "den"},
     "genitive": {"der": "des", "die": "der", "das": "des", "pl": "der"},
 }
-# The endings of "dieser"; "ein", "kein" and "mein" share them, but for three forms that have none.
+# The endings of "dieser"; "ein", "kein" and "mein" share them, except for three forms without an ending.
 ENDING = {
     "nominative": {"der": "er", "die": "e", "das": "es", "pl": "e"},
     "accusative": {"der": "en", "die": "e", "das": "es", "pl": "e"},
@@ -69,21 +69,21 @@ def render(meaning: means.Meaning) -> str:
             return sentence(is_so, negation(form), adjective.de[0], form=form)
         case means.Occupation(subject, occupation, is_wish, form):
             verb_forms, final = (WANT, "werden") if is_wish else (BE, "")
-            what = occupation_of(subject, occupation, is_negated=form == "negation")
+            occupation_phrase = occupation_of(subject, occupation, is_negated=form == "negation")
             is_or_wants = opening(noun_phrase(subject), verb_forms[subject.person], form)
-            return sentence(is_or_wants, what, final, form=form)
+            return sentence(is_or_wants, occupation_phrase, final, form=form)
         case means.Wish(subject, verb, object, form):
-            what = noun_phrase(object, "accusative", is_negated=form == "negation")
+            object_phrase = noun_phrase(object, "accusative", is_negated=form == "negation")
             wants = opening(noun_phrase(subject), WANT[subject.person], form)
-            return sentence(wants, what, infinitive(verb.de), form=form)
+            return sentence(wants, object_phrase, infinitive(verb.de), form=form)
         case means.Contrast(subject, liking, other_subject, other_liking, is_opposed):
             likes = f"{noun_phrase(subject)} {LIKE[subject.person]} {noun_phrase(liking, 'accusative')}"
             other_likes = f"{LIKE[other_subject.person]} {noun_phrase(other_liking, 'accusative')}"
             conjunction = ", aber" if is_opposed else " und"
             return sentence(f"{likes}{conjunction}", noun_phrase(other_subject), other_likes)
         case means.Request(verb, object, form):
-            what = middle_field(verb, object, form)
-            return sentence("bitte", imperative(verb.de), what, separable_prefix(verb.de))
+            object_phrase = middle_field(verb, object, form)
+            return sentence("bitte", imperative(verb.de), object_phrase, separable_prefix(verb.de))
         case means.OpeningHours(place, verb, hour, weekday, form):
             where, at_hour = noun_phrase(means.Phrase(place, "the")), f"um {hour.de[0]}"
             if form == "question":
@@ -98,7 +98,7 @@ def render(meaning: means.Meaning) -> str:
 
 
 def sentence(*parts: str, form: means.Form = "statement") -> str:
-    """The parts that are not empty, as one sentence, with prepositions and articles contracted."""
+    """Joins the parts that are not empty to one sentence, contracting prepositions and articles."""
     text = " ".join(part for part in parts if part)
     text = re.sub(r"\b(in|an) dem\b", lambda match: match[1][0] + "m", text)
     text = re.sub(r"\b(in|an) das\b", r"\1s", text)
@@ -106,7 +106,7 @@ def sentence(*parts: str, form: means.Form = "statement") -> str:
 
 
 def opening(subject: str, finite: str, form: means.Form) -> str:
-    """The verb stands second; a question begins with it."""
+    """Subject and finite verb: the verb comes second in a statement, and first in a question."""
     return f"{finite} {subject}" if form == "question" else f"{subject} {finite}"
 
 
@@ -115,7 +115,7 @@ def negation(form: means.Form) -> str:
 
 
 def predicate(verb: tuple[str, ...], tense: str, person: means.Person, auxiliary: str = "haben") -> tuple[str, str]:
-    """The finite verb, and what closes the clause: a prefix, a participle or an infinitive."""
+    """The finite verb and the end of the clause: a prefix, a participle or an infinitive."""
     if tense == "future":
         return WILL[person], infinitive(verb)
     if tense in ("past", "perfect"):
@@ -124,7 +124,7 @@ def predicate(verb: tuple[str, ...], tense: str, person: means.Person, auxiliary
 
 
 def present(verb: tuple[str, ...], person: means.Person) -> str:
-    """The present of a verb, known from its infinitive and its third person."""
+    """The present of a verb, derived from its infinitive and its third person."""
     stem_and_n = verb[0].split("+")[-1]
     third = verb[1]
     if person == "3sg":
@@ -149,7 +149,7 @@ def separable_prefix(verb: tuple[str, ...]) -> str:
 
 
 def middle_field(verb: Word, object: means.Phrase, form: means.Form, when: str = "") -> str:
-    """Object, time, "nicht": a known object precedes the time; a new one follows it, negated by "kein"."""
+    """Object, time, "nicht": a definite object precedes the time; an indefinite one follows it, negated by "kein"."""
     government = verb.de[4] if len(verb.de) > 4 else "accusative"
     if government == "auf":
         parts: tuple[str, ...] = (when, negation(form), f"auf {noun_phrase(object, 'accusative')}")
@@ -161,21 +161,21 @@ def middle_field(verb: Word, object: means.Phrase, form: means.Form, when: str =
 
 
 def be(state: Word, person: means.Person, tense: str) -> str:
-    """How someone is, as a subordinate clause ends: "müde ist", "Hunger hatte"."""
+    """The state of a person in the word order of a subordinate clause: "müde ist", "Hunger hatte"."""
     verb, word = state.de
     forms = {"sein": (BE, WAS), "haben": (HAVE, HAD)}[verb]
     return f"{word} {forms[tense == 'past'][person]}"
 
 
 def weather_predicate(weather: Word, tense: str) -> tuple[str, str]:
-    """The finite verb and what closes the clause, for weather that happens and for weather that is."""
+    """The finite verb and the end of the clause, for weather expressed by a verb or by an adjective."""
     if "verb" in weather.kinds:
         return predicate(weather.de, tense, "3sg")
     return {"present": "ist", "past": "war", "future": "wird"}[tense], weather.de[0]
 
 
 def occupation_of(subject: means.Phrase, occupation: means.Phrase, is_negated: bool) -> str:
-    """What someone is, which takes no article but under negation: "Ärztin", "keine Ärztin"."""
+    """The occupation, without an article, but with "kein" under negation: "Ärztin", "keine Ärztin"."""
     if occupation.plural:
         noun, kein = occupation.noun.de[2], "keine "
     elif means.is_female(subject):
@@ -186,7 +186,7 @@ def occupation_of(subject: means.Phrase, occupation: means.Phrase, is_negated: b
 
 
 def noun_phrase(phrase: means.Phrase, case: str = "nominative", is_negated: bool = False) -> str:
-    """The phrase in a case; negating one that is not definite makes its article "kein"."""
+    """The phrase in a case; negation turns the article of an indefinite phrase into "kein"."""
     if phrase.is_pronoun:
         return phrase.noun.de[0]
     gender = "pl" if phrase.plural else phrase.noun.de[0]
@@ -195,14 +195,14 @@ def noun_phrase(phrase: means.Phrase, case: str = "nominative", is_negated: bool
         return f"{ARTICLE[case][gender]} {noun} {noun_phrase(phrase.owner, 'genitive')}"
     words = [determiner(phrase, case, gender, is_negated and not phrase.is_definite), noun]
     if phrase.adjective:
-        # In the accusative, adjectives take these endings after "ein", "kein" and numbers alike.
+        # In the accusative, adjectives take these endings after "ein" and "kein" as well as after numbers.
         stem = phrase.adjective.de[0].replace("teuer", "teur")
         words.insert(1, stem + ENDING[case][gender])
     return " ".join(word for word in words if word)
 
 
 def determiner(phrase: means.Phrase, case: str, gender: str, is_negated: bool) -> str:
-    """What precedes the adjective and the noun."""
+    """The determiner, which precedes adjective and noun; empty if there is none."""
     if phrase.determiner == "the":
         return ARTICLE[case][gender]
     if phrase.determiner == "this":
@@ -221,7 +221,7 @@ def determiner(phrase: means.Phrase, case: str, gender: str, is_negated: bool) -
 
 
 def inflected_noun(phrase: means.Phrase, case: str) -> str:
-    """The noun itself, of which only weak nouns and the genitive have a form of their own in the singular."""
+    """The noun in a case; in the singular, only weak nouns and the genitive differ from the nominative."""
     gender, singular, *others = phrase.noun.de
     if phrase.plural:
         return others[0]
@@ -236,17 +236,17 @@ def inflected_noun(phrase: means.Phrase, case: str) -> str:
 
 
 def pronoun(phrase: means.Phrase) -> str:
-    """The pronoun that takes up the phrase, by the gender of its noun."""
+    """The pronoun that refers back to the phrase, in the gender of its noun."""
     if phrase.is_pronoun:
         return phrase.noun.de[0]
     return "sie" if phrase.plural else {"der": "er", "die": "sie", "das": "es"}[phrase.noun.de[0]]
 
 
 def at(place: Word) -> str:
-    """Where something is: the dative."""
+    """The place where something is, in the dative."""
     return f"{place.de[2]} {noun_phrase(means.Phrase(place, 'the'), 'dative')}"
 
 
 def to(place: Word) -> str:
-    """Where someone goes: the accusative."""
+    """The place where someone goes, in the accusative."""
     return f"{place.de[2]} {noun_phrase(means.Phrase(place, 'the'), 'accusative')}"

@@ -1,8 +1,7 @@
-"""What the sentences say, before any language says it: one type per sentence pattern.
+"""The meanings of sentences, independent of language: one type per sentence pattern.
 
-A meaning holds words and the choices every language can express (number, time, negation), and nothing that
-only one of them has, such as gender or measure words; those follow from the words in the language's own
-module.
+A meaning holds words and the choices that every language can express (number, time, negation), and nothing that
+only some languages have, such as gender or measure words; each language's module derives those from the words.
 """
 
 from typing import Literal, NamedTuple
@@ -15,7 +14,7 @@ PERSONS: dict[str, Person] = {"I": "1sg", "you": "2sg", "it": "3sg", "we": "1pl"
 
 
 class Phrase(NamedTuple):
-    """A noun with what belongs to it, or a pronoun. An `owner` takes the place of the determiner."""
+    """A noun with its determiner, number and adjective, or a pronoun. An `owner` takes the determiner's place."""
 
     noun: Word
     determiner: Literal["none", "a", "the", "this"] = "none"
@@ -34,12 +33,12 @@ class Phrase(NamedTuple):
 
     @property
     def is_definite(self) -> bool:
-        """Whether it points at known things, which changes how a language orders and negates an object."""
+        """Whether the phrase refers to known things, which changes how a language orders and negates an object."""
         return self.determiner in ("the", "this") or self.owner is not None
 
     @property
     def person(self) -> Person:
-        """The person and number a verb agrees with."""
+        """The person and number that a verb agrees with."""
         if self.is_pronoun:
             return PERSONS[self.noun.name]
         return "3pl" if self.plural else "3sg"
@@ -202,5 +201,5 @@ def tense_of(time: Word) -> str:
 
 
 def is_female(phrase: Phrase) -> bool:
-    """Whether the phrase is of a woman or a girl, for pronouns and for words that differ by sex."""
+    """Whether the phrase refers to a woman or a girl, for pronouns and for words that differ by sex."""
     return "she" in phrase.noun.kinds

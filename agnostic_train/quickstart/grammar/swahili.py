@@ -1,4 +1,4 @@
-"""Swahili: noun classes and everything that agrees with them, verb prefixes, sound changes."""
+"""Swahili: noun classes and all that agrees with them, verb prefixes, sound changes."""
 
 from agnostic_train.quickstart.grammar import meaning as means
 from agnostic_train.quickstart.lexicon import Word
@@ -19,9 +19,9 @@ THIS = {
     1: "huyu", 2: "hawa", 3: "huu", 4: "hii", 5: "hili", 6: "haya",
     7: "hiki", 8: "hivi", 9: "hii", 10: "hizi", 11: "huu",
 }
-# How "my" and "of" begin.
+# The beginnings of "my" and "of".
 LINK = {1: "w", 2: "w", 3: "w", 4: "y", 5: "l", 6: "y", 7: "ch", 8: "vy", 9: "y", 10: "z", 11: "w"}
-# How adjectives and numerals begin, before a consonant and before a vowel. Classes 9 and 10 change the
+# Prefixes of adjectives and numerals, before a consonant and before a vowel. Classes 9 and 10 change the
 # consonant itself, as in NASAL.
 CONCORD = {
     1: ("m", "mw"), 2: ("wa", "w"), 3: ("m", "mw"), 4: ("mi", "my"), 5: ("", "j"), 6: ("ma", "m"),
@@ -29,7 +29,7 @@ CONCORD = {
 }
 # fmt: on
 NASAL = {"b": "mb", "d": "nd", "g": "ng", "l": "nd", "r": "nd", "w": "mb", "z": "nz"}
-# Agreeing forms that no rule gives: "-pya" is too short to go without a prefix, "-ema" takes "n", not "ny".
+# Irregular forms: "-pya" is too short to go without a prefix, and "-ema" takes "n" instead of "ny".
 IRREGULAR_ADJECTIVES = {
     ("-pya", 5): "jipya",
     ("-pya", 9): "mpya",
@@ -98,23 +98,23 @@ def render(meaning: means.Meaning) -> str:
 
 
 def sentence(*parts: str, form: means.Form = "statement") -> str:
-    """The parts that are not empty, as one sentence; "Je" opens a question to be answered with yes or no."""
+    """Joins the parts that are not empty to one sentence; "Je" opens a yes-no question."""
     text = " ".join(part for part in parts if part)
     return f"Je, {text}?" if form == "question" else text[0].upper() + text[1:] + "."
 
 
 def open_question(*parts: str) -> str:
-    """A question whose question word says that it is one."""
+    """Joins the parts to a question that has a question word."""
     return sentence(*parts)[:-1] + "?"
 
 
 def agreement(phrase: means.Phrase) -> Agreement:
-    """What a verb agrees with."""
+    """What a verb agrees with: a pronoun's person, or a noun's class."""
     return phrase.person if phrase.is_pronoun else noun_class(phrase)
 
 
 def noun_class(phrase: means.Phrase, kin: str = "1/2") -> int:
-    """The noun class in the number of the phrase; relatives agree as people do, so as `kin`."""
+    """The noun class for the phrase's number; `kin` is the class pair of relatives, by default that of people."""
     classes = phrase.noun.sw[2].replace("kin", kin)
     return int(classes.split("/")[phrase.plural])
 
@@ -129,7 +129,7 @@ def conjugate(verb: tuple[str, ...], subject: Agreement, tense: str, is_negated:
     """A finite verb, with the marker of its object if it has one."""
     stem, *rest = verb[0].split(" ")
     marked = marker + stem
-    # A stem of one syllable cannot bear the stress, so where nothing else can it keeps the "ku" of its
+    # A stem of one syllable cannot bear the stress: where nothing else can, it keeps the "ku" of its
     # infinitive.
     stressable = verb[1] if len(verb) > 1 and not marker else marked
     prefix = subject_prefix(subject, is_negated)
@@ -154,7 +154,7 @@ def infinitive(verb: Word) -> str:
 
 
 def imperative(verb: Word, object: means.Phrase, is_negated: bool) -> str:
-    """A request to one person; with an object marker, and when negated, it is a subjunctive."""
+    """A request to one person; it is a subjunctive if it has an object marker or is negated."""
     stem = verb.sw[0]
     marker = object_marker(object, stem)
     if is_negated:
@@ -165,7 +165,7 @@ def imperative(verb: Word, object: means.Phrase, is_negated: bool) -> str:
 
 
 def object_marker(object: means.Phrase, stem: str) -> str:
-    """The marker a verb owes to an object that is alive and known; other objects go unmarked."""
+    """The marker that a verb takes for an animate, definite object; other objects are not marked."""
     is_alive = "person" in object.noun.kinds or "animal" in object.noun.kinds
     if not is_alive or not object.is_definite:
         return ""
@@ -188,7 +188,7 @@ def like(subject: means.Phrase, liking: means.Phrase) -> str:
 
 
 def act(action: Word, subject: Agreement, tense: str, is_negated: bool) -> str:
-    """What someone does; one who is asleep "has fallen asleep"."""
+    """The verb of an action; a present state is in the perfect: someone asleep "has fallen asleep"."""
     is_state = len(action.sw) > 1
     if is_state and tense == "present" and not is_negated:
         tense = "perfect"
@@ -196,7 +196,7 @@ def act(action: Word, subject: Agreement, tense: str, is_negated: bool) -> str:
 
 
 def be(state: Word, subject: Agreement, tense: str) -> str:
-    """How someone is: "has become tired", "fears", "is with hunger"."""
+    """The state of a person: "has become tired", "fears", "is with hunger"."""
     kind, word = state.sw
     was = f"{SUBJECT[subject]}likuwa"
     if kind == "with":
@@ -206,13 +206,13 @@ def be(state: Word, subject: Agreement, tense: str) -> str:
 
 
 def is_located(thing: means.Phrase, is_negated: bool = False) -> str:
-    """That a thing is somewhere: "kiko", "hakiko"; in the singular of the living, "yuko"."""
+    """The verb of being somewhere: "kiko", "hakiko"; for one animate being, "yuko"."""
     number = noun_class(thing)
     return ("ha" if is_negated else "") + ("yu" if number == 1 else SUBJECT[number]) + "ko"
 
 
 def weather_clause(weather: Word, tense: str, is_negated: bool) -> str:
-    """Rain falls and wind blows; heat, cold and fog are there."""
+    """A clause about the weather: rain falls and wind blows; of heat, cold and fog, "there is" some."""
     if len(weather.sw) > 1:
         noun, number, stem = weather.sw
         return f"{noun} {conjugate((stem,), int(number), tense, is_negated)}"
@@ -224,7 +224,7 @@ def weather_clause(weather: Word, tense: str, is_negated: bool) -> str:
 
 
 def noun_phrase(phrase: means.Phrase) -> str:
-    """The noun, then possessive, adjective, number and demonstrative. Pronouns go unsaid."""
+    """The noun, then possessive, adjective, number and demonstrative. Pronouns are left out."""
     if phrase.is_pronoun:
         return ""
     words = [phrase.noun.sw[phrase.plural]]
@@ -240,12 +240,12 @@ def noun_phrase(phrase: means.Phrase) -> str:
 
 
 def emphatic(phrase: means.Phrase) -> str:
-    """The phrase where a pronoun has to be said, for want of a verb or for contrast."""
+    """The phrase where a pronoun must not be left out: without a verb, or for contrast."""
     return phrase.noun.sw[0] if phrase.is_pronoun else noun_phrase(phrase)
 
 
 def possessive(phrase: means.Phrase) -> str:
-    """Whose it is: "changu", or "cha mwalimu"."""
+    """The possessive: "changu", or "cha mwalimu"."""
     assert phrase.owner is not None
     link = LINK[noun_class(phrase, kin="9/10")]
     if phrase.owner.is_pronoun:
@@ -254,7 +254,7 @@ def possessive(phrase: means.Phrase) -> str:
 
 
 def concord(word: Word, number: int) -> str:
-    """An adjective or a numeral as a noun of the class takes it."""
+    """The form of an adjective or numeral that agrees with a noun class."""
     stem = word.sw[0]
     if not stem.startswith("-"):
         return stem
@@ -270,5 +270,5 @@ def concord(word: Word, number: int) -> str:
 
 
 def at(place: Word) -> str:
-    """The locative, of being there and of going there."""
+    """The locative, for being there and for going there."""
     return place.sw[1]
