@@ -13,5 +13,5 @@ def test_the_reference_is_current(pytestconfig, monkeypatch):
     assert recipe_reference.FILE.read_text() == text, "run python scripts/recipe_reference.py"
     for key in recipe_keys():
         assert text.count(f"| `{key}` |") == 1
-    assert "| `training.strategy` |" in text and "shared+exclusive, random" in text and "| required |" in text
+    assert "| `training.strategy` |" in text and "shared+exclusive, related, random" in text and "| required |" in text
     sys.modules.pop("recipe_reference")
