@@ -65,7 +65,7 @@ def _of_language(value: str) -> str:
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 OfLanguage = Annotated[str, AfterValidator(_of_language)]
 Language = Annotated[str, AfterValidator(_language)]
-Languages = Annotated[list[Language], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)]
+Languages = Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)]
 
 EMBEDDED = "embedded:quickstart"
 """For `model.name` and `corpus.path`: the package's own tiny model and phrasebook."""
@@ -119,7 +119,9 @@ class CorpusSection:
     dataset_split: str = Field(default="train", description="The split to stream.")
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
     split_sentences: bool = Field(default=False, description="Also split after . ! ?, not only at line breaks.")
-    languages: Languages = Field(description="All languages to detect and measure, as in the file names.")
+    languages: Annotated[Languages, Field(min_length=1)] = Field(
+        description="All languages to detect and measure, as in the file names."
+    )
     detection_sentences: int = Field(
         default=1000, ge=1, description="Training sentences per language used for detection."
     )
@@ -215,7 +217,10 @@ class ScoreSection:
 class TrainingSection:
     """What to train, and how. Every key of transformers' TrainingArguments is accepted here too."""
 
-    languages: Languages = Field(description="The languages to enhance, by training on their text.")
+    languages: Languages = Field(
+        default_factory=list,
+        description="The languages to enhance, by training on their text. Only detect and score do without.",
+    )
     strategy: Literal[Trainable, "auto", "pilot"] = Field(
         default="shared+exclusive",
         description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: 'full' trains "
@@ -277,7 +282,7 @@ class EvaluationSection:
     """Measurement before and after training, on held-out text."""
 
     batch_size: int | None = Field(default=None, ge=1, description="Sentences per batch; default: corpus.batch_size.")
-    languages: Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)] = Field(
+    languages: Languages = Field(
         default_factory=list,
         description="Further languages to measure, neither detected nor trained, to see what is forgotten.",
     )
@@ -381,7 +386,7 @@ class Recipe:
     corpus: CorpusSection
     detection: DetectionSection = Field(default_factory=DetectionSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
-    training: TrainingSection
+    training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     comparison: ComparisonSection = Field(default_factory=ComparisonSection)
     export: ExportSection = Field(default_factory=ExportSection)

@@ -130,7 +130,15 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     check_trainer_arguments(arguments)
 
 
-def check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
+def check_stage(recipe: Recipe, arguments: NeuronTrainingArguments, stage: str) -> None:
+    """Raises `UserError` for what would stop one stage, but perhaps not others."""
+    if stage not in ("detect", "score") and not recipe.training.languages:
+        raise UserError("training.languages: missing; name the languages to enhance")
+    if stage == "compare":
+        _check_comparison(recipe, arguments)
+
+
+def _check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` for what would stop a comparison, and for keys that it doesn't use."""
     if recipe.training.neurons is not None:
         raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")

@@ -21,7 +21,7 @@ from agnostic_train.evaluation.tuning import default_rates, num_trainings
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
-from agnostic_train.pipeline.checks import check_comparison, check_inputs
+from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.fitting import check_batches, epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
 from agnostic_train.pipeline.pilot import split_pilot_text
@@ -86,8 +86,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     """
     arguments = training_arguments(recipe)
     check_inputs(recipe, arguments)
-    if stage == "compare":
-        check_comparison(recipe, arguments)
+    check_stage(recipe, arguments, stage)
     if recipe.evaluation.tasks and stage in ("run", "evaluate", "report"):
         find_tasks(recipe.evaluation.tasks, recipe.evaluation.task_paths)
     model_path, corpus_path = _local_paths(recipe)

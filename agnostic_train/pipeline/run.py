@@ -18,7 +18,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemory
-from agnostic_train.pipeline.checks import check_comparison, check_inputs
+from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.pilot import split_pilot_text
@@ -70,8 +70,7 @@ class Pipeline:
     def run(self, stage: str) -> None:
         """Runs a stage, after the stages it needs that aren't up to date; `run` is every stage in order."""
         stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
-        if stage == "compare":
-            check_comparison(self.recipe, self.training_arguments)
+        check_stage(self.recipe, self.training_arguments, stage)
         # Missing or invalid inputs should show before anything runs, and before the record of finished stages changes.
         _ = self.materials.tokenizer
         if self.recipe.training.packing:

@@ -28,14 +28,13 @@ def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
 
 def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     """Returns the recipe's `TrainingArguments`, with `changes`; raises `UserError` for an invalid value."""
-    best = f"eval_{recipe.training.languages[0]}_loss"
     metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
     named = recipe.training.arguments.get("metric_for_best_model")
     if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
         raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
-    defaults: dict[str, Any] = (
-        {"metric_for_best_model": best} if recipe.training.arguments.get("load_best_model_at_end") else {}
-    )
+    defaults: dict[str, Any] = {}
+    if recipe.training.arguments.get("load_best_model_at_end") and recipe.training.languages:
+        defaults["metric_for_best_model"] = f"eval_{recipe.training.languages[0]}_loss"
     # On a CPU, several processes need `use_cpu`, and pinned memory warns.
     accelerator = find_accelerator() is not None
     defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
