@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What needs a GPU, in the order of its worth: the tests, then the benchmarks. Results go into FOLDER.
+# Runs what needs a GPU, the most important first: the tests, then the benchmarks. Results are written to FOLDER.
 # Usage: bash scripts/benchmarks/on_gpu.sh FOLDER [PART ...]; set PYTHON to choose an interpreter.
-# PART is tests, detection, training_1b or training_8b; by default all of them, each of several minutes.
-# NEURONS names Llama 3.1 8B's published shared set; without it, a twentieth of the 8B model's neurons train.
+# PART is tests, detection, training_1b or training_8b; by default all. Each takes several minutes.
+# NEURONS is the file of Llama 3.1 8B's published shared set; without it, 5% of the 8B model's neurons are trained.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
-folder="${1:?a folder for the results}"
+folder="${1:?give a folder for the results}"
 shift
 python="${PYTHON:-python3}"
 mkdir -p "$folder"
@@ -14,7 +14,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 measure() {
   case "$1" in
-    # Most of their time goes into compiling kernels.
+    # In parallel, because most of the time goes into compiling kernels.
     tests) "$python" -m pytest -q -rs -n 8 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
     detection)
       "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --rounds 5 --growth \
@@ -27,7 +27,7 @@ measure() {
       "$python" scripts/benchmarks/training.py --shapes llama-3.1-8b --length 1024 --batch-size 1 --rounds 5 \
         --one-at-a-time --methods floor compact lora full ${NEURONS:+--neurons "$NEURONS"} \
         --output "$folder/training_gpu_8b.json" ;;
-    *) echo "$1: it is one of tests, detection, training_1b, training_8b" >&2; return 2 ;;
+    *) echo "$1: unknown part; choose from tests, detection, training_1b, training_8b" >&2; return 2 ;;
   esac
 }
 
