@@ -1,4 +1,4 @@
-# Makes .venv and installs the package into it, with the versions of constraints.txt. Sourced by the other scripts.
+# Creates .venv and installs the package into it, with the versions in constraints.txt. Sourced by the other scripts.
 # Usage: source scripts/environment.sh [EXTRA]; set PYTHON to choose an interpreter.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,19 +12,20 @@ _wanted="$(cat pyproject.toml constraints.txt | cksum) gpu=$_gpu"
 if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   _python="${PYTHON:-python3}"
   if ! "$_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "agnostic_train needs Python 3.11 or later: set PYTHON to one ($_python isn't)" >&2
+    echo "agnostic_train needs Python 3.11 or later: $_python is older or missing; set PYTHON to a newer one" >&2
     exit 2
   fi
   echo "installing into .venv (a few minutes the first time, GPU: $_gpu)"
   [ -x .venv/bin/python ] || "$_python" -m venv .venv
-  # Twice quiet: errors are shown, warnings about the index of this or that machine are not.
+  # Quiet twice: shows errors, but not the warnings that some machines' package index causes.
   _pip=(.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt)
   if [ "$_gpu" = no ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    # Plain torch brings gigabytes of CUDA. A CPU build that pip already knows comes first, then PyTorch's own index.
+    # Plain torch brings gigabytes of CUDA. Try a CPU build from pip's configured index first, then PyTorch's own index.
     _torch="$(grep '^torch==' constraints.txt)+cpu"
     "${_pip[@]}" "$_torch" 2>/dev/null || "${_pip[@]}" "$_torch" --index-url https://download.pytorch.org/whl/cpu
   fi
-  # By a path: a script in the folder above the clone would else import that folder, which has the package's name.
+  # `compat` adds this folder to sys.path: otherwise, a script in the parent folder would import the clone's folder, which
+  # has the package's name.
   "${_pip[@]}" --config-settings editable_mode=compat -e ".${_extra:+[$_extra]}"
   echo "$_wanted" >"$_stamp"
 fi

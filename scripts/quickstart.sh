@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs the whole chain on the embedded default. Running it again is quick and harmless.
+# Installs into .venv and runs the whole chain on the embedded corpus and model. Running it again is quick and harmless.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 exec .venv/bin/agnostic-train run recipes/quickstart.yaml "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Several nodes under Slurm: one accelerate launcher a node, one process a GPU. From the repository's root:
+# Several nodes under Slurm: one accelerate launcher per node, one process per GPU. From the repository's root:
 #   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm/launch.sh fsdp2 train recipes/llama-3.1-8b/swahili.yaml \
 #       --training.gradient_accumulation_steps=2
-# The arguments: a file of recipes/accelerate without .yaml, then what follows `agnostic-train`. Model, text and
-# output_dir must lie where every node sees them; a job that is started again goes on from its last checkpoint.
+# Arguments: a file of recipes/accelerate without .yaml, then the arguments of `agnostic-train`. Model, text and
+# output_dir must be on storage that every node can access. A restarted job resumes from its last checkpoint.
 #SBATCH --job-name=agnostic_train
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -25,10 +25,10 @@ fi
 gpus="${SLURM_GPUS_ON_NODE:?run this with sbatch --gpus-per-node=G}"
 hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 main_address="${hosts%%$'\n'*}"
-# A port of the job's own: two jobs may share a node.
+# The port depends on the job, because two jobs may share a node.
 main_port=$((20000 + SLURM_JOB_ID % 20000))
 
-# SLURM_NODEID is each node's own, so it must be read there and not here.
+# SLURM_NODEID differs between nodes, so each node must expand it, not this script.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c '
   exec accelerate launch --config_file "$1" --num_machines "$2" --num_processes "$3" --machine_rank "$SLURM_NODEID" \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What needs a GPU, in the order of its worth. Results go into FOLDER, each as soon as it is measured.
+# Runs what needs a GPU, the most important first. Results are written to FOLDER as soon as they are measured.
 # Usage: bash scripts/benchmarks/on_gpu.sh FOLDER [PART ...]; set PYTHON to choose an interpreter.
-# PART is kernels, detection, tests, training_8b or training_1b; by default all of them, of a minute to five each.
-# NEURONS names Llama 3.1 8B's published shared set; without it, a twentieth of the 8B model's neurons train.
+# PART is kernels, detection, tests, training_8b or training_1b; by default all. Each takes one to five minutes.
+# NEURONS is the file of Llama 3.1 8B's published shared set; without it, 5% of the 8B model's neurons are trained.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
-folder="${1:?a folder for the results}"
+folder="${1:?give a folder for the results}"
 shift
 python="${PYTHON:-python3}"
 mkdir -p "$folder"
@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 measure() {
   case "$1" in
     kernels) "$python" scripts/benchmarks/kernels.py --device cuda --output "$folder/kernels_gpu.json" ;;
-    # Most of their time goes into compiling kernels.
+    # In parallel, because most of the time goes into compiling kernels.
     tests) "$python" -m pytest -q -rs -n 12 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
     detection)
       "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --batches 4 --rounds 5 --growth \
@@ -28,7 +28,7 @@ measure() {
       "$python" scripts/benchmarks/training.py --shapes llama-3.1-8b --length 1024 --batch-size 1 --rounds 5 \
         --one-at-a-time --methods floor compact lora full ${NEURONS:+--neurons "$NEURONS"} \
         --output "$folder/training_gpu_8b.json" ;;
-    *) echo "$1: it is one of kernels, detection, tests, training_8b, training_1b" >&2; return 2 ;;
+    *) echo "$1: unknown part; choose from kernels, detection, tests, training_8b, training_1b" >&2; return 2 ;;
   esac
 }
 
