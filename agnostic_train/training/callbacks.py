@@ -1,7 +1,8 @@
 """Detection inside a Trainer: the neurons and score of a model during training, on the training device."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,6 +12,7 @@ from transformers.utils import logging
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.model.inference import Batch, check_corpora
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice, Strategy
@@ -79,10 +81,8 @@ class DetectionCallback(TrainerCallback):
         self.neurons: LanguageNeurons | None = None
         self.score: AgnosticScore | None = None
         self.choice: Choice | None = None
-        self.log: Callable[[dict[str, float]], None] | None = None
-        """The `log` method of a `NeuronTrainer`; None in other trainers, where reporting integrations are called."""
-        self.is_fresh = False
-        """Whether a `NeuronTrainer` has already run detection for the training that is about to start."""
+        self._log: Callable[[dict[str, float]], None] | None = None
+        self._has_run = False  # for the training that is about to start
         self._integrations: list[TrainerCallback] | None = None
 
     def run(self, model: nn.Module) -> None:
@@ -96,6 +96,26 @@ class DetectionCallback(TrainerCallback):
         if choice.neurons is not None:
             logger.info(f"training {len(choice.neurons)} neurons: {choice.reason}")
         return choice
+
+    @contextmanager
+    def reporting_to(self, log: Callable[[dict[str, float]], None]) -> Iterator[None]:
+        """Reports one training to a trainer's `log`; by default, the trainer's reporting integrations are called.
+
+        Results stay afterwards, and the next training, of any model or trainer, runs a new detection.
+        """
+        self._log = log
+        try:
+            yield
+        finally:
+            self._has_run, self._log = False, None
+
+    def find_neurons(self, model: nn.Module) -> NeuronSet:
+        """Runs detection for the training that is about to start, and returns the neurons that the strategy chooses."""
+        self.run(model)
+        self._has_run = True
+        neurons = self.choose(model).neurons
+        assert neurons is not None
+        return neurons
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics to log, under fixed names; undefined values are left out.
@@ -123,10 +143,10 @@ class DetectionCallback(TrainerCallback):
         """Detects and scores, unless a `NeuronTrainer` has just done so, and reports. Does nothing in a resumed run."""
         self._integrations = None
         if not state.global_step:
-            if not self.is_fresh:
+            if not self._has_run:
                 self.run(kwargs["model"])
             self._report(args, state, control, kwargs)
-        self.is_fresh = False
+        self._has_run = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects, scores and reports every `every_n_steps` steps."""
@@ -134,15 +154,11 @@ class DetectionCallback(TrainerCallback):
             self.run(kwargs["model"])
             self._report(args, state, control, kwargs)
 
-    def end(self) -> None:
-        """Ends a training: keeps the results, and lets the next one, of any model or trainer, run a new detection."""
-        self.is_fresh, self.log = False, None
-
     def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict) -> None:
         metrics = self.metrics()
-        if self.log is not None:
+        if self._log is not None:
             should_log = control.should_log
-            self.log(metrics)
+            self._log(metrics)
             # `log` clears this flag, but the trainer's own logging (the loss) is still due at this step.
             control.should_log = should_log
             return

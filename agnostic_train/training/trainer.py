@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,14 +142,13 @@ class NeuronTrainer(GuardedTrainer):
                     "start in another output_dir"
                 )
         try:
-            if self.model_init is None:
-                prepared = self._prepared(self.model)
-                if prepared is not self.model:
-                    self.model = self.model_wrapped = self.callback_handler.model = prepared
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with nullcontext() if self._detection is None else self._detection.reporting_to(self.log):
+                if self.model_init is None:
+                    prepared = self._prepared(self.model)
+                    if prepared is not self.model:
+                        self.model = self.model_wrapped = self.callback_handler.model = prepared
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self._detection is not None:
-                self._detection.end()
             if self._mask is not None:
                 # A mask left on the model would silently freeze the parameters of a later training.
                 self._mask.remove()
@@ -172,8 +172,6 @@ class NeuronTrainer(GuardedTrainer):
                 "process; set it to false (recipes/accelerate/fsdp2.yaml)"
             )
         detection = self._detection
-        if detection is not None:
-            detection.log = self.log
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
             if detection is not None:
@@ -182,10 +180,7 @@ class NeuronTrainer(GuardedTrainer):
             if detection is None:
                 raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
             self._check_strategy(detection)
-            detection.run(model)
-            detection.is_fresh = True
-            self.neurons = detection.choose(model).neurons
-            assert self.neurons is not None
+            self.neurons = detection.find_neurons(model)
         if self.update == "compact":
             return self._with_adapter(model)
         neurons = self._read_neurons(model)
