@@ -164,6 +164,11 @@ class Layer:
         """How many query heads read one key-value head."""
         return self.num_query_heads // self.num_kv_heads
 
+    def kv_channels(self, query_channels: Tensor) -> Tensor:
+        """The rows of k or v that channels of the query heads read: query head h reads KV head `h // queries_per_kv`."""
+        head, channel = query_channels // self.head_dim, query_channels % self.head_dim
+        return head // self.queries_per_kv * self.head_dim + channel
+
     def norm_spans_heads(self, name: str) -> bool:
         """Whether the norm of `q` or `k` spans all heads (OLMo 2) rather than each head (Qwen3, Gemma 3)."""
         size = self.norms[name].weight.numel()

@@ -325,5 +325,4 @@ def _kv_rows(indices: Tensor, layer: Layer, file: str | Path) -> Tensor:
     num_channels = layer.num_query_heads * layer.head_dim
     if len(indices) and indices.max() >= num_channels:
         raise UserError(f"{file}: query-head channel {indices.max()}, where this model has {num_channels}")
-    head, channel = indices // layer.head_dim, indices % layer.head_dim
-    return head // layer.queries_per_kv * layer.head_dim + channel
+    return layer.kv_channels(indices)

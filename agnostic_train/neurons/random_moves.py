@@ -103,10 +103,8 @@ class _Line:
 
 
 def channels_read(layer: Layer) -> Tensor:
-    """Returns, per column of o, the value channel (row of v) that it reads: query head h reads KV head h // group."""
-    column = torch.arange(layer.projections["o"].num_neurons, device="cpu")
-    head, channel = column // layer.head_dim, column % layer.head_dim
-    return (head // layer.queries_per_kv) * layer.head_dim + channel
+    """Returns the row of v that each column of o reads."""
+    return layer.kv_channels(torch.arange(layer.projections["o"].num_neurons, device="cpu"))
 
 
 def _joint_moves(layer: Layer, drawn: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

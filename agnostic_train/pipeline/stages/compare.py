@@ -36,13 +36,13 @@ Results = dict[str, dict[int, TrialResult]]
 
 def check_strategies(context: Context) -> None:
     """Raises `UserError` for a strategy that chooses no neuron, before other strategies train for hours."""
-    detected = context.found
+    detected = context.load_neurons()
     for name in context.recipe.comparison.strategies:
         _choose(context, detected, Trial(name))
 
 
 def compare(context: Context) -> dict:
-    recipe, detected = context.recipe, context.found
+    recipe, detected = context.recipe, context.load_neurons()
     texts = context.materials.corpus.texts
     same = _same(context, detected)
     strategies = [it for it in recipe.comparison.strategies if it not in same]

@@ -47,9 +47,8 @@ class Context:
     def processes(self) -> PartialState:
         return self.materials.processes
 
-    @property
-    def found(self) -> LanguageNeurons:
-        """The detected neurons, read from their files."""
+    def load_neurons(self) -> LanguageNeurons:
+        """Reads the detected neurons from their files."""
         return LanguageNeurons.load(self.directory / "neurons")
 
     @property

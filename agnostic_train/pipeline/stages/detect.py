@@ -65,7 +65,7 @@ def detect(context: Context) -> dict:
 
 
 def publish(context: Context) -> None:
-    detected = context.found
+    detected = context.load_neurons()
     context.tracker.log_summary(
         {"neurons/shared": len(detected.shared)}
         | {f"neurons/related/{language}": len(neurons) for language, neurons in detected.related.items()}

@@ -21,7 +21,7 @@ EMERGENCE = "emergence"
 
 def score(context: Context) -> dict:
     resume_dir = context.work / fingerprint([context.inputs.of("score"), context.neuron_hashes])[:16]
-    result = _score_of(context, context.materials.model, context.found, resume_dir)
+    result = _score_of(context, context.materials.model, context.load_neurons(), resume_dir)
     outputs = ["score.json"]
     if context.processes.is_main_process:
         write_json(context.directory / "score.json", result.to_json())

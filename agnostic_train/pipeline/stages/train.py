@@ -106,7 +106,7 @@ def is_adapter_file(path: Path) -> bool:
 
 def _run_pilot(context: Context, text: Sentences) -> str:
     """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
-    recipe, detected, inputs = context.recipe, context.found, context.inputs.of("train")
+    recipe, detected, inputs = context.recipe, context.load_neurons(), context.inputs.of("train")
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
@@ -144,7 +144,7 @@ def _choose(context: Context, name: str) -> Choice:
         return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
-    detected = None if name == "full" else context.found
+    detected = None if name == "full" else context.load_neurons()
     choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
