@@ -236,11 +236,11 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
 
     original, calls = ablation.perplexity, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(ablation, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
