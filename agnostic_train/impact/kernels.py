@@ -122,7 +122,7 @@ if triton is not None:
         weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
         BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Returns a program's share of `launch_grid`: head, rows and their weights, first and last key and neuron."""
+        """Returns a program's share of `launch_grid`: head, rows and their weights, ranges of keys and of neurons."""
         groups = tl.cdiv(neurons_per_head, GROUP)
         # In 64 bits, as are all offsets derived from it.
         head = (tl.program_id(0) // groups).to(tl.int64)

@@ -140,7 +140,7 @@ class LayerAttention:
         return without_noise(result, bits)
 
     def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
-        """`squared_changes` by applying the norm and rotation of `q` or `k` to its output without each neuron, for any norm.
+        """`squared_changes` for any norm: applies norm and rotation of `q` or `k` to its output without each neuron.
 
         Args:
             projected: the projection's output, (batch, length, neurons), padding zeroed.

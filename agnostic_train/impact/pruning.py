@@ -37,7 +37,7 @@ def decide(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def settle(low: Tensor, high: Tensor, certain: Tensor, unclear: Tensor, exact: Tensor) -> Tensor:
-    """Returns the middle of the interval for certain neurons, the exact impact for undecided ones, and zero for the others.
+    """The middle of the interval for certain neurons, the exact impact for undecided ones, zero for the others.
 
     The lower end replaces the middle if the upper end is far off or infinite: the lower end alone decided.
     """
@@ -76,7 +76,7 @@ class Work:
         return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
 
     def add_all(self, num_neurons: int, num_logits: int, length: int) -> None:
-        """Counts `num_neurons` neurons, all computed exactly, each from `num_logits` logits of a sentence of `length`."""
+        """Counts neurons that were all computed exactly, each with `num_logits` logits of a sentence."""
         self.neurons += num_neurons
         self.all_neurons += num_neurons
         self.logits += num_neurons * num_logits

@@ -26,11 +26,12 @@ from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
 
-# On a CPU, temporaries that fit into its cache are several times faster than the largest that memory allows. If a layer's
+# Temporaries that fit into a CPU's cache are several times faster than the largest that memory allows. If a layer's
 # sentences take much memory, the allocator returns it to the system and gets it again page by page for the next layer.
 _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
-# If bounds leave more than this fraction of the logits, computing all neurons is faster. The fraction is smaller if a norm
-# makes logits grow, which costs more for gathered neurons. Bounds are tried again on sentences shorter by the third factor.
+# If bounds leave more than `_MOST_LEFT` of the logits, computing all neurons is faster. If a norm makes logits grow,
+# the limit is `_MOST_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
+# that are shorter by the factor `_SHORTER`.
 _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
 
 
@@ -241,7 +242,7 @@ class QueryKeyImpacts:
                 else attention.squared_changes(form.of_all_heads)
             )
             impacts = query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
-        # The kernels choose their keys themselves, and a norm over all heads is replayed on whole rows: all logits count.
+        # Whole rows count: kernels skip unseen keys themselves, and a norm over all heads is replayed on whole rows.
         whole = spans_heads or (form.of_all_heads is not None and kernel_trial.available(attention.value))
         num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
         self.work[name].add_all(impacts.numel(), num_logits, attention.length)

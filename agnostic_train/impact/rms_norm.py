@@ -7,8 +7,8 @@ logits grow by that factor, minus the rank-two contribution of the zeroed entry.
 import torch
 from torch import Tensor, nn
 
-# The closed form subtracts from grown logits, so growth multiplies their rounding error: at a growth of 1000, float32 is
-# off by 1e-4 of an impact. Only a head in which one entry holds all but a millionth of the sum of squares grows more.
+# The closed form subtracts from grown logits, so growth multiplies their rounding error: at a growth of 1000, float32
+# is off by 1e-4 of an impact. Only a head in which one entry holds all but a millionth of the squares' sum grows more.
 LARGEST_GROWTH = 1000.0
 _NAMES_OF_EPS = ("variance_epsilon", "eps")
 
@@ -32,7 +32,7 @@ def rms_eps(norm: nn.Module, size: int, like: Tensor) -> float | None:
 
 
 def growth_without(heads: Tensor, eps: float) -> Tensor:
-    """The factor by which the other entries grow when one is zeroed before the norm: at least 1, of the shape of `heads`.
+    """The factor by which the other entries grow when one is zeroed before the norm: at least 1, shaped like `heads`.
 
     heads: (..., head_dim), a projection's output, at least float32.
     """
