@@ -1,4 +1,4 @@
-"""Impacts that passed the self-check, and each language's related neurons, which are detected by them.
+"""Impacts that passed the self-check, and the detection of each language's related neurons from them.
 
 Detection is streamed: per batch, only counts are kept.
 """

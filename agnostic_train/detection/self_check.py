@@ -68,7 +68,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Difference beyond rounding, as a fraction of the site's largest impact; infinite if it isn't finite."""
+        """Difference beyond rounding, as a fraction of the site's largest impact; infinite if not a finite number."""
         difference = abs(self.impact - self.deactivated)
         if not math.isfinite(difference):
             return math.inf
