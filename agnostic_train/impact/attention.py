@@ -126,7 +126,7 @@ class LogitChange:
         return a * b + c * d
 
     def centred(self, real: Tensor) -> "LogitChange":
-        """Subtracts from b and d their means over the real tokens, which no softmax depends on.
+        """Subtracts from b and d their means over the real tokens, which don't affect the softmax.
 
         real: (batch, length), bool.
         """

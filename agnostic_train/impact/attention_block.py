@@ -148,13 +148,15 @@ class BlockForms:
     def squares(
         self, heads: Tensor | slice, factors: Sequence[Tensor], growths: Sequence[Tensor], bits: Tensor
     ) -> Tensor:
-        """`AttentionBlock.squares` of some heads, (heads, neurons): by softmax for neurons that move a logit far.
+        """`AttentionBlock.squares` of some heads: by powers, or by softmax for neurons that move a logit far.
 
         A neuron's form depends only on its own bits, not on the neurons computed with it.
 
         Args:
             factors, growths: as for `AttentionBlock.changed`.
             bits: `bits_moved`, (heads, neurons); NaN counts as far.
+
+        Returns: (heads, neurons).
         """
         far = ~(bits <= _MOST_BITS)
         by_powers = self._squares(self.powers, heads, factors, growths)

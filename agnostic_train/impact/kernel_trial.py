@@ -1,4 +1,4 @@
-"""Whether the Triton kernels work on a device: before its first use, each is compared once with its definition."""
+"""Whether the Triton kernels work on a device: each is compared once with its definition before use."""
 
 from functools import cache
 
