@@ -157,7 +157,7 @@ class QueryKeyImpacts:
         return closed if on_kernels or not self._is_fruitless(attention.length) else None
 
     def _is_fruitless(self, length: int) -> bool:
-        """Whether bounds left too much to compute in sentences of about this length."""
+        """Whether bounds have already been found to leave too much to compute in sentences of this length."""
         return self._fruitless_length is not None and length > _SHORTER * self._fruitless_length
 
     def _bounded_impacts(
