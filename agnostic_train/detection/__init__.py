@@ -1,1 +1,1 @@
-"""Which neurons are a language's: impacts that passed the self-check, counted over its sentences."""
+"""Detection of each language's neurons, by impacts that passed the self-check or by firing rates."""

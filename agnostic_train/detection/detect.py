@@ -1,6 +1,6 @@
-"""Impacts that have passed the self-check, and from them each language's related neurons.
+"""Impacts that passed the self-check, and the detection of each language's related neurons from them.
 
-Detection is streamed: per batch only counts leave the hooks.
+Detection is streamed: per batch, only counts are kept.
 """
 
 import time
@@ -33,13 +33,13 @@ from agnostic_train.processes import num_processes, own_share, process_index
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
-"""What a batch says of its tokens."""
+"""A batch's tensors that describe its tokens."""
 
 logger = logging.get_logger(__name__)
 
 
 _verified: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""Projections of a model whose impacts were once compared with real deactivation."""
+"""By model, the projections whose impacts have been compared with real deactivation."""
 
 
 def neuron_impacts(
@@ -52,24 +52,24 @@ def neuron_impacts(
 ) -> dict[Site, Tensor]:
     """Impact of every neuron of every site on its own layer's output, per sentence.
 
-    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating
-    the neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
+    The impact is the L2 norm, over the sentence's real tokens and the feature axis, of the change that deactivating the
+    neuron makes: in the concatenated heads for `q k v`, in `o_proj`'s output for `o`, in `down_proj`'s output for
     `gate up down` (Chen et al. 2025, Appendix A).
 
     Args:
         model: a Hugging Face causal language model; left as found (mode, gradients, random states).
         batch: `input_ids` and `attention_mask`, (sentences, length), padded on either side. An optional
-            `special_tokens_mask` (1 at special tokens) leaves those tokens out of the norms.
+            `special_tokens_mask` (1 at special tokens) excludes those tokens from the norms.
         projections: some of `q k v o gate up down`; all by default.
         attention: `exact` equals real deactivation; `paper` is Eq. 11 on the rotated queries and keys.
-        verify: the first time that a model is measured, compare a few of its neurons with real deactivation, see
+        verify: on the first measurement of a model, compare a few of its neurons with real deactivation, see
             `verify_impacts`.
 
     Returns: (layer, projection) -> float32 (sentences, neurons), on the model's device.
 
     Raises:
-        UserError: a model whose projections can't be found, or whose attention can't be followed.
-        ImpactMismatchError: impacts that don't equal real deactivation.
+        UserError: the model's projections can't be found, or its attention isn't supported.
+        ImpactMismatchError: impacts don't equal real deactivation.
         ValueError: an unknown projection or attention mode, or a batch of wrong shapes or tokens.
     """
     projections = check_projections(projections, model)
@@ -102,38 +102,40 @@ def detect_neurons(
 ) -> LanguageNeurons:
     """Finds the neurons that matter whenever a language is processed (Chen et al. 2025, section 2 and Appendix A).
 
-    A neuron is related to a language when it is among the top `max(1, floor(top_ratio * size))` of its site in at
-    least `consistency` of the language's sentences. An impact of zero never counts; ties go to the lower index, but on a CPU
+    A neuron is related to a language if it is among the top `max(1, floor(top_ratio * size))` of its site in at least
+    `consistency` of the language's sentences. An impact of zero never counts. Ties go to the lower index, but on a CPU
     equal neurons of q or k may have impacts that differ in the last bit.
+
+    Several processes share the batches and sum their counts: pass all of `corpora` to each.
 
     Args:
         model: a Hugging Face causal language model, on any device; left as found.
         corpora: per language an iterable of batches with `input_ids` and `attention_mask`, (sentences, length).
-        top_ratio: part of a site's neurons that count as top in a sentence, in (0, 1].
-        consistency: part of the sentences, in (0, 1].
+        top_ratio: fraction of a site's neurons that count as top in a sentence, in (0, 1].
+        consistency: fraction of the sentences, in (0, 1].
         attention: `exact` or `paper`, see `neuron_impacts`.
         exclusive: `complement` (related minus shared) or `unique` (related to no other language).
         min_languages: shared means related to at least this many languages; all by default.
-        method: `impact`, or `lape` for language activation probability entropy (Tang et al. 2024): feed-forward units
-            alone, by their firing rates over all languages. `lape` knows neither `top_ratio` nor `consistency`.
-        lape_ratio: part of all feed-forward units that `lape` selects, in (0, 1].
-        projections: the projections that `impact` looks at.
+        method: `impact`, or `lape` for language activation probability entropy (Tang et al. 2024), which selects only
+            feed-forward units, by their firing rates over all languages, and ignores `top_ratio` and `consistency`.
+        lape_ratio: fraction of all feed-forward units that `lape` selects, in (0, 1].
+        projections: the projections in which `impact` detects neurons.
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        activations: also measure each neuron's mean absolute activation in each language, which `random_like` can match;
-            `impact` alone.
-        pruning: leave q and k neurons out whose impact is proven to be below their sentence's top: the same sets at a
-            fraction of the work. Layers that it doesn't cover (soft caps on a CPU) are done in full, and so are sentences in
-            which it turns out to rule out too few.
-        verify: compare a few scores with real deactivation first, see `verify_impacts`.
+        activations: also measure each neuron's mean absolute activation in each language, which `random_like` can
+            match; only with `impact`.
+        pruning: skip q and k neurons whose impact is proven to be below their sentence's top, which gives the same sets
+            at a fraction of the work. Layers that pruning doesn't cover (such as soft caps on a CPU) are computed in
+            full, and so are sentences for which it rules out too few neurons.
+        verify: compare a few impacts with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
-        resume_dir: a folder for the counts so far, written every half minute. A detection that finds its own there
-            goes on from them, to identical sets. One of other weights, settings or first batches begins anew; use another
-            folder for other text. `lape`, which costs no more than a forward pass, always begins anew.
-
-    Several processes share the batches and add up their counts: each gets the whole of `corpora`.
+        resume_dir: a folder in which the counts so far are saved every half minute. An interrupted detection continues
+            from its own counts there, to identical sets. Counts of other weights, settings or first batches are
+            discarded; use another folder for other text. `lape`, which costs no more than a forward pass, always starts
+            over.
 
     Raises:
-        ValueError: an option out of range, or a batch of wrong shapes or tokens. TypeError: no batches by language.
+        ValueError: an option out of range, or a batch of wrong shapes or tokens.
+        TypeError: `corpora` doesn't map languages to batches.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
     """
     check_choice("method", method, Method)
@@ -142,7 +144,7 @@ def detect_neurons(
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
     check_corpora(corpora)
     if not corpora:
-        raise UserError("corpus.languages: no language to detect the neurons of")
+        raise UserError("corpus.languages: no language given; name at least one")
     check_languages(corpora)
     check_min_languages(min_languages, len(corpora))
     check_choice("attention", attention, Attention)
@@ -158,8 +160,8 @@ def detect_neurons(
     unpruned: set[int] = set()
     weights = None if resume_dir is None else weights_checksum(model)
     with left_as_found(model):
-        for language, of_language in corpora.items():
-            batches = iter(of_language)
+        for language, corpus in corpora.items():
+            batches = iter(corpus)
             first = next(batches, None)
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
@@ -181,7 +183,7 @@ def detect_neurons(
                     TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model), key)
                 )
                 bar = tqdm(
-                    desc=f"detect {language}", unit=" sentences", total=own_sentences(of_language),
+                    desc=f"detect {language}", unit=" sentences", total=own_sentences(corpus),
                     initial=counts.num_sentences, disable=not progress, leave=False,
                 )  # fmt: skip
                 _add_batches(counts, meter, active, share, stack.enter_context(bar), file)
@@ -201,18 +203,18 @@ def detect_neurons(
         "num_sentences": num_sentences,
         "verified": verify,
     }
-    found = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+    neurons = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
     if activations:
-        found.activations = mean_activations
+        neurons.activations = mean_activations
     if pruning:
         if unpruned:
             logger.warning(
                 f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, normalise "
-                "queries or keys by something else than their mean square, or have heads of which one entry is nearly all; "
-                "pruning doesn't cover that, all their neurons were computed"
+                "queries or keys other than by their mean square, or have heads dominated by a single entry; pruning "
+                "doesn't cover these layers, so all their neurons were computed"
             )
-        found.exact_share = {name: it.neurons / it.all_neurons for name, it in work.items() if it.all_neurons}
-    return found
+        neurons.exact_share = {name: it.neurons / it.all_neurons for name, it in work.items() if it.all_neurons}
+    return neurons
 
 
 def _detect_by_lape(
@@ -225,15 +227,15 @@ def _detect_by_lape(
     progress: bool,
 ) -> LanguageNeurons:
     with left_as_found(model):
-        found = {language: firing_rates(model, batches, language, progress) for language, batches in corpora.items()}
-    for language, rates in found.items():
+        firing = {language: firing_rates(model, batches, language, progress) for language, batches in corpora.items()}
+    for language, rates in firing.items():
         if not rates.num_sentences:
             raise UserError(f"corpus.languages: {language!r} has no sentence")
-    related = specific_neurons({language: it.rates for language, it in found.items()}, ratio, sizes)
+    related = specific_neurons({language: it.rates for language, it in firing.items()}, ratio, sizes)
     settings = {
         "method": "lape",
         "lape_ratio": ratio,
-        "num_sentences": {language: it.num_sentences for language, it in found.items()},
+        "num_sentences": {language: it.num_sentences for language, it in firing.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
 
@@ -246,7 +248,11 @@ def _add_batches(
     bar: tqdm,
     file: Path | None,
 ) -> None:
-    """Counts the batches that aren't counted yet, and writes the file now and then, when interrupted, and at the end."""
+    """Counts the batches that aren't counted yet; saves to `file` now and then, when interrupted, and at the end.
+
+    batches: all of this process's batches. The first `counts.num_batches` are skipped, because they are already
+    counted.
+    """
     before = counts.work
 
     def save() -> None:
@@ -272,7 +278,7 @@ def _add_batches(
                 save()
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        # With the work on a batch that was cut short, which was done, and will be once more.
+        # The saved work includes that of an interrupted batch, which is computed again on resumption.
         if is_whole:
             save()
         raise

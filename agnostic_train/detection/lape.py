@@ -1,7 +1,7 @@
-"""Language activation probability entropy (Tang et al. 2024, arXiv 2402.16438): which hidden units fire for whom.
+"""Language activation probability entropy (Tang et al. 2024, arXiv 2402.16438) of hidden units.
 
-A feed-forward unit of a language fires with some probability over its tokens. Units that fire for few languages have a
-low entropy over languages; the lowest are language-specific.
+A feed-forward unit fires with some probability over each language's tokens. Units that fire for few languages have a
+low entropy over languages; those of lowest entropy are language-specific.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,23 +19,28 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import own_share, sum_over_processes
 
 QUANTILE = 0.95
-"""A unit is kept if it fires, for some language, more often than this part of all (unit, language) pairs; and it
-belongs to the languages for which it does."""
+"""The quantile of the firing rates of all (unit, language) pairs that a unit's rate must exceed in some language for
+the unit to be kept. The unit then belongs to every language in which its rate exceeds that quantile."""
 
 
 @dataclass(frozen=True)
 class FiringRates:
-    """How often each hidden unit fires on a language's tokens: (layers, units), float64, on the CPU."""
+    """How often hidden units fire on a language's tokens.
+
+    Attributes:
+        rates: the fraction of tokens on which each unit fires, (layers, units), float64, on the CPU.
+        num_sentences: number of sentences over all processes.
+    """
 
     rates: Tensor
     num_sentences: int
 
 
 def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, progress: bool = True) -> FiringRates:
-    """Counts on which tokens each unit's activation function is above zero.
+    """Counts on how many tokens each unit's activation function is above zero.
 
-    SiLU, GELU and ReLU are above zero where their input is, so the input is looked at: the gate's output, or `up`'s in
-    a family without a gate. Several processes share the batches.
+    SiLU, GELU and ReLU are above zero exactly where their input is, so the input is counted: the gate's output, or
+    `up`'s in a family without a gate. Several processes share the batches.
 
     Raises:
         UserError: a unit's input isn't finite.
@@ -49,8 +54,8 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
 
     def count(layer: int, projection: Projection) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            states, at = projection.output(output), counted.to(output.device).unsqueeze(-1)
-            fired, bad = ((states > 0) & at).sum((0, 1)), (~states.isfinite() & at).sum()
+            states, is_counted = projection.output(output), counted.to(output.device).unsqueeze(-1)
+            fired, bad = ((states > 0) & is_counted).sum((0, 1)), (~states.isfinite() & is_counted).sum()
             counts[layer] = counts[layer] + fired if layer in counts else fired
             not_finite[layer] = not_finite[layer] + bad if layer in not_finite else bad
 
@@ -73,7 +78,7 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
             inputs = model_inputs(model, batch)
             counted = real_and_counted(inputs, batch)[1]
             decoder.backbone(**inputs)
-            num_tokens += counted.sum()  # on the device: an int would wait for the batch to end
+            num_tokens += counted.sum()  # kept on the device: an int would synchronise with it
             num_sentences += len(counted)
             bar.update(len(counted))
     totals = sum_over_processes(torch.stack([num_tokens, torch.tensor(num_sentences, device=device)]))
@@ -88,29 +93,29 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
 
 
 def specific_neurons(rates: Mapping[str, Tensor], ratio: float, sizes: Mapping[Site, int]) -> dict[str, NeuronSet]:
-    """Each language's specific units, as the gate, up and down neurons of those units.
+    """Selects each language's specific units, as the gate, up and down neurons of those units.
+
+    Ties go to the lower layer and unit.
 
     Args:
         rates: per language (layers, units), as in `FiringRates`.
-        ratio: part of all units that are selected, by lowest entropy (the paper: 0.01).
-        sizes: of the model's sites.
-
-    Ties go to the lower layer and unit.
+        ratio: fraction of all units that are selected, by lowest entropy (the paper: 0.01).
+        sizes: number of neurons of each of the model's sites.
     """
     languages = list(rates)
     probabilities = torch.stack([rates[language] for language in languages], -1)  # (layers, units, languages)
     flat = probabilities.flatten()
-    bar = flat.kthvalue(max(1, round(len(flat) * QUANTILE))).values
+    threshold = flat.kthvalue(max(1, round(len(flat) * QUANTILE))).values
     shares = probabilities / probabilities.sum(-1, keepdim=True).clamp(min=1e-300)
     entropy = torch.special.entr(shares).sum(-1)
-    entropy[~(probabilities > bar).any(-1)] = torch.inf
+    entropy[~(probabilities > threshold).any(-1)] = torch.inf
     order = entropy.flatten().sort(stable=True)
     chosen = order.indices[: round(entropy.numel() * ratio)]
     chosen = chosen[order.values[: len(chosen)].isfinite()]
     layers, units = chosen // entropy.shape[1], chosen % entropy.shape[1]
     related = {}
     for index, language in enumerate(languages):
-        its_own = probabilities[layers, units, index] > bar
-        sites = {site: units[its_own & (layers == site[0])] for site in sizes if site[1] in FEED_FORWARD_PROJECTIONS}
+        fires = probabilities[layers, units, index] > threshold
+        sites = {site: units[fires & (layers == site[0])] for site in sizes if site[1] in FEED_FORWARD_PROJECTIONS}
         related[language] = NeuronSet(sites, sizes)
     return related

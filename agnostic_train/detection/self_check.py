@@ -1,8 +1,8 @@
-"""Checks a few impacts against real deactivation before a detection.
+"""Compares a few impacts with real deactivation before a detection.
 
-A family that computes something unknown to the formulas would give impacts that look plausible and are wrong. The check
-takes single layers out of the model, in float32 so that rounding can't hide a wrong formula, and runs them on their real
-inputs, with and without a neuron, through transformers' own eager attention.
+A family that computes something that the formulas don't know would give impacts that look plausible but are wrong. The
+check takes single layers out of the model, in float32 so that rounding can't hide a wrong formula. It runs them on
+their real inputs, with and without a neuron, through transformers' own eager attention.
 """
 
 import math
@@ -27,15 +27,20 @@ from agnostic_train.model.inference import Batch, check_tokens, left_as_found, m
 from agnostic_train.neurons.deactivation import switched_off
 
 TOLERANCE = 1e-3
-"""Largest accepted difference, as a part of the largest impact of the site in that sentence."""
+"""Largest accepted difference, as a fraction of the site's largest impact in that sentence."""
 ROUNDING = 16 * torch.finfo(torch.float32).eps
-"""How far rounding alone may move a layer's output, as a part of its norm."""
+"""How far rounding alone may move a layer's output, as a fraction of the output's norm."""
 NEURONS_PER_SITE, NUM_SENTENCES = 2, 2
 _SEED = 0
 
 
 class ImpactMismatchError(UserError):
-    """The impacts of a model don't equal real deactivation. message: one line; table: the comparisons, as lines of text."""
+    """The impacts of a model don't equal real deactivation.
+
+    Args:
+        message: one line.
+        table: the comparisons, as lines of text.
+    """
 
     def __init__(self, message: str, table: str = ""):
         super().__init__(message)
@@ -44,10 +49,13 @@ class ImpactMismatchError(UserError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One neuron in one sentence.
+    """The comparison of one neuron in one sentence.
 
-    impact: as the formulas have it. deactivated: how far real deactivation moves the output. largest: the largest impact
-    of the site in that sentence. output: the norm of the unchanged output.
+    Attributes:
+        impact: computed by the formulas.
+        deactivated: how far real deactivation moves the output.
+        largest: the site's largest impact in that sentence.
+        output: the norm of the unchanged output.
     """
 
     layer: int
@@ -60,7 +68,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Difference beyond rounding, as a part of the site's largest impact; infinite where something isn't finite."""
+        """Difference beyond rounding, as a fraction of the site's largest impact; infinite if not a finite number."""
         difference = abs(self.impact - self.deactivated)
         if not math.isfinite(difference):
             return math.inf
@@ -74,30 +82,30 @@ def verify_impacts(
     projections: Sequence[str] = PROJECTIONS,
     memory_gb: float = DEFAULT_MEMORY_GB,
 ) -> list[Comparison]:
-    """Compares impacts with real deactivation in the first, a middle and the last layer, and one of every other kind.
+    """Compares impacts with real deactivation in the first, middle and last layer, and one layer of every other kind.
 
-    It costs one forward pass of the model on `NUM_SENTENCES` sentences, and per checked layer one measuring pass of
+    The cost is one forward pass of the model on `NUM_SENTENCES` sentences and, per checked layer, one measuring pass of
     that layer and `NEURONS_PER_SITE + 2` plain ones per projection.
 
     Args:
         model: left as found.
-        batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used. Of each projection
-            `NEURONS_PER_SITE` random neurons are checked, and the one of largest impact.
-        pruning: check the impacts that certified pruning computes, of all neurons here, or those of the plain form.
+        batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used. For each projection,
+            `NEURONS_PER_SITE` random neurons are checked, and the one of largest impact in the longest sentence.
+        pruning: check the impacts computed with certified pruning, here for all neurons, rather than those without it.
         projections: which to check.
         memory_gb: as for `ImpactMeter`.
 
     Returns: all comparisons.
 
     Raises:
-        ImpactMismatchError: an impact is off by more than `TOLERANCE`, and by more than rounding explains.
-        UserError: a model whose attention can't be followed at all, or that computes NaN.
+        ImpactMismatchError: an impact is off by more than `TOLERANCE` after what rounding explains is subtracted.
+        UserError: the model's attention isn't supported at all, or the model computes NaN.
         ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
     """
     projections = check_projections(projections, model)
     inputs = model_inputs(model, batch)
     check_tokens(model, inputs["input_ids"])
-    # Short sentences would hide a wrong rotation or window: the longest tell most.
+    # Short sentences could hide a wrong rotation or window, so the longest are used.
     longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:NUM_SENTENCES]
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
     try:
@@ -106,7 +114,7 @@ def verify_impacts(
             generator = torch.Generator().manual_seed(_SEED)
             for excerpt in _excerpts(model, batch, _layers_to_check(find_decoder(model).layers), projections):
                 comparisons += _compare(excerpt, generator, pruning, memory_gb)
-                del excerpt  # the next layer is copied before the loop lets go of this one
+                del excerpt  # frees this layer before the next one is copied
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # these say nothing about the model's family
     except (RuntimeError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
@@ -148,9 +156,9 @@ def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, mem
 
 
 def _layers_to_check(layers: list[Layer]) -> list[int]:
-    """The first, a middle and the last layer, and one of each kind that differs in a plain attribute.
+    """The first, the middle and the last layer, and one layer of each kind; kinds differ in a plain attribute.
 
-    Families mix kinds: windowed and full attention, with rotation and without.
+    Some families mix kinds: windowed and full attention, or with and without rotation.
     """
     kinds: dict[tuple, int] = {}
     for layer in layers:
@@ -161,7 +169,7 @@ def _layers_to_check(layers: list[Layer]) -> list[int]:
 
 
 def comparison_table(comparisons: list[Comparison]) -> str:
-    """The comparisons as lines of text."""
+    """Formats the comparisons as lines of text."""
     lines = [f"{'layer':>6} {'projection':>10} {'neuron':>7} {'impact':>12} {'deactivated':>12} {'error':>9}"]
     for c in comparisons:
         lines.append(
@@ -172,10 +180,12 @@ def comparison_table(comparisons: list[Comparison]) -> str:
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """One layer taken out of the model, in float32, with the inputs of its two modules.
+    """One layer taken out of the model, in float32, with the inputs of its attention and feed-forward modules.
 
-    projections: those to check. attention, feed_forward: positional and keyword arguments. real, counted: (batch, length)
-    bool.
+    Attributes:
+        projections: those to check.
+        attention, feed_forward: positional and keyword arguments of the two modules.
+        real, counted: (batch, length), bool.
     """
 
     layer: Layer
@@ -186,7 +196,7 @@ class _Excerpt:
     counted: Tensor
 
     def impacts(self, pruning: bool, memory_gb: float) -> dict[str, Tensor]:
-        """The impacts of the layer by projection, each (batch, neurons)."""
+        """Computes the layer's impacts: projection -> (batch, neurons)."""
         observer = LayerObserver(self.layer, self.projections, "exact", memory_gb, 1.0 if pruning else None)
         observer.begin(self.real, self.counted)
         with observer.installed(), observed_attention([observer]):
@@ -195,7 +205,10 @@ class _Excerpt:
         return observer.impacts
 
     def output(self, projection: str) -> Tensor:
-        """The output in which the projection's impact is a change: (batch, length, features), zero at uncounted tokens."""
+        """The output whose change the projection's impact measures, zero at uncounted tokens.
+
+        Returns: (batch, length, features).
+        """
         seen: list[Tensor] = []
         if projection in ("q", "k", "v"):
             linear = self.layer.projections["o"].linear
@@ -221,7 +234,7 @@ class _Excerpt:
 
 
 def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: Sequence[str]) -> Iterator[_Excerpt]:
-    """Yields one layer after another: float32 copies of all at once could take as much memory as the model."""
+    """Yields one layer at a time: float32 copies of all at once could take as much memory as the model."""
     decoder = find_decoder(model)
     calls: dict[tuple[int, str], tuple[tuple, dict]] = {}
 
@@ -234,7 +247,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
     inputs = model_inputs(model, batch)
     real, counted = real_and_counted(inputs, batch)
     with ExitStack() as stack:
-        # The observers measure nothing; they make the model write out its attention masks, sliding windows included.
+        # The observers measure nothing; they make the model materialise its attention masks, including sliding windows.
         observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB) for layer in decoder.layers]
         for observer in observers:
             observer.begin(real, counted)
@@ -255,7 +268,7 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
 
 
 def _in_float32(value, real: Tensor):
-    """A module's arguments in float32, with zeros at padding, which may hold NaN that eager attention would add up."""
+    """Converts a module's arguments to float32 and zeroes padding, whose NaN would reach sums in eager attention."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value

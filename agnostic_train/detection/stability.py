@@ -1,4 +1,4 @@
-"""Is a set more than noise? How much of it another sample of the same language would give."""
+"""How stable detected sets are: their overlap with the sets that another sample of the same language would give."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Overlaps = dict[str, dict[str, float | None]]
 
 
 def jaccard(a: NeuronSet, b: NeuronSet) -> dict[str, float | None]:
-    """Size of the intersection over size of the union, per projection and for `all`; None where both are empty."""
+    """Jaccard index (intersection over union) per projection and for `all`; None where both sets are empty."""
     shared, either = a & b, a | b
     parts, wholes = shared.counts(), either.counts()
     pairs = {name: (parts[name], wholes[name]) for name in PROJECTIONS}
@@ -28,9 +28,9 @@ def detection_stability(
 
     Args:
         detect: detects on the given sentences with the run's own settings.
-        found: what it found on all of `sentences`.
+        found: the neurons detected on all of `sentences`.
         sentences: per language, in random order.
-        others: per language, further sentences, for a second sample of equal size where there are as many.
+        others: per language, further sentences, for a second sample of equal size if there are enough.
 
     Returns: `halves` (the two halves of the sample, if it has two), `second sample` (another sample of equal size, as
         another seed would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the

@@ -20,9 +20,11 @@ _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
 
 
 class TopCounts:
-    """Running counts of detection: how often each neuron was in its sentence's top, how active it was, over how much text.
+    """Running counts of a detection: how often each neuron was in the top, how active it was, over how much text.
 
-    key: tells counts in a file from those of another detection. work: by `q` and `k`, how much pruning left to compute.
+    Attributes:
+        key: distinguishes a file's counts from those of another detection.
+        work: by `q` and `k`, how much pruning left to compute.
     """
 
     def __init__(self, top_ratio: float, key: str = ""):
@@ -37,27 +39,40 @@ class TopCounts:
         self._activations = _Sums()
 
     def add(self, impacts: Mapping[Site, Tensor]) -> None:
-        """impacts: a batch's, (sentences, neurons), float; sites may share a tensor."""
+        """Adds a batch's impacts to the counts.
+
+        impacts: by site (sentences, neurons), floating point; sites may share a tensor.
+        """
         for sites, stack in _stacked(impacts):
             top = in_top(stack.flatten(0, 1), num_top(self.top_ratio, stack.shape[-1]))
             self._top.add(sites, top.unflatten(0, stack.shape[:2]).sum(1, dtype=torch.int32))
             self._not_finite.add(sites, (~stack.isfinite()).sum((1, 2), dtype=torch.int32))
 
     def add_activations(self, sums: Mapping[Site, Tensor], num_tokens: Tensor) -> None:
-        """sums: of a batch's absolute activations, num_tokens: over how many tokens, as `ActivationMeter` gives them."""
-        # Still on the device: an int would wait for the batch to end.
+        """Adds a batch's absolute activations, as measured by an `ActivationMeter`.
+
+        Args:
+            sums: its `sums`.
+            num_tokens: its `num_tokens`, over which they were summed.
+        """
+        # Kept on the device: an int would synchronise with it.
         self.num_tokens = self.num_tokens + num_tokens
         for sites, stack in _stacked(sums):
-            # In float64: a hundred thousand sentences are added up.
+            # In float64, because the sum may run over a hundred thousand sentences.
             self._activations.add(sites, stack.double())
 
     def mean_activations(self) -> Activations:
-        """Mean absolute activation per token."""
+        """Mean absolute activations per token, (neurons,), float32, on the CPU."""
         num_tokens = max(1, int(self.num_tokens))
         return {site: (values.cpu() / num_tokens).float() for site, values in self._activations.by_site().items()}
 
     def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
-        """Adds up the counts of all processes; one that had no batch takes part with zeros."""
+        """Sums the counts of all processes; a process without a batch contributes zeros.
+
+        Args:
+            sizes: number of neurons of each of the model's sites.
+            device: where to sum, supported by the processes' backend.
+        """
         if num_processes() == 1:
             return
         totals = torch.tensor([self.num_sentences, self.num_batches, int(self.num_tokens)], device=device)
@@ -67,23 +82,27 @@ class TopCounts:
             self.work[name] = Work(*sum_over_processes(numbers).tolist())
         own = self._top.by_site(), self._not_finite.by_site(), self._activations.by_site()
         self._top, self._not_finite, self._activations = _Sums(), _Sums(), _Sums()
-        # Copied, for sums are in place and gate, up and down share a row.
+        # Copied, because the sum is in place, and gate, up and down share a row.
         for site, size in sizes.items():
-            none = (torch.zeros(size, dtype=torch.int32), torch.zeros((), dtype=torch.int32))
-            for sums, values, zeros in zip((self._top, self._not_finite), own[:2], none, strict=True):
+            empty = (torch.zeros(size, dtype=torch.int32), torch.zeros((), dtype=torch.int32))
+            for sums, values, zeros in zip((self._top, self._not_finite), own[:2], empty, strict=True):
                 sums.add(((site,),), sum_over_processes(values.get(site, zeros).to(device, copy=True))[None])
             if self.num_tokens and site[1] in MEASURED:
                 values = own[2].get(site, torch.zeros(size, dtype=torch.float64))
                 self._activations.add(((site,),), sum_over_processes(values.to(device))[None])
 
     def consistent(self, consistency: float, sizes: Mapping[Site, int]) -> NeuronSet:
-        """The neurons that were in the top in at least `consistency` of the sentences."""
+        """Returns the neurons that were in the top in at least a fraction `consistency` of the sentences.
+
+        Raises:
+            UserError: some impact wasn't finite.
+        """
         for (layer, projection), not_finite in self._not_finite.by_site().items():
             if not_finite:
                 raise UserError(
                     f"model.name: impacts at layer {layer} {projection} aren't finite; the model computes NaN or Inf"
                 )
-        # The slack keeps 0.6 of 5 sentences at 3, whatever 0.6 * 5 is in binary.
+        # The slack keeps a threshold such as 0.6 of 5 sentences at 3 despite floating-point error.
         least = max(1.0, consistency * self.num_sentences * (1 - 1e-9))
         counts = self._top.by_site()
         return NeuronSet({site: (count >= least).nonzero().flatten() for site, count in counts.items()}, sizes)
@@ -104,7 +123,11 @@ class TopCounts:
 
     @classmethod
     def load(cls, file: Path, top_ratio: float, device: torch.device, key: str = "") -> "TopCounts":
-        """Counts to go on from; fresh ones where there are none of this key. Raises `UserError` if they are damaged."""
+        """Loads counts to continue from; returns empty ones if the file doesn't exist or has another key.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         counts = cls(top_ratio, key)
         if not file.exists():
             return counts
@@ -128,33 +151,33 @@ class TopCounts:
         return counts
 
 
-# The sites of each row of a stack: several where they share it, as a hidden unit's gate, up and down do.
+# The sites of each row of a stack. Sites may share a row, as gate, up and down of a layer do.
 _SitesOfRows = tuple[tuple[Site, ...], ...]
 
 
 class _Sums:
-    """Running sums of one tensor a site. Sites of equal size are added as one: a batch costs few operations."""
+    """Running sums of one tensor per site. Sites of equal size are added as one stack: few operations per batch."""
 
     def __init__(self) -> None:
         self._stacks: dict[_SitesOfRows, Tensor] = {}
 
     def add(self, sites: _SitesOfRows, stack: Tensor) -> None:
-        """stack: (rows, ...)."""
-        found = self._stacks.get(sites)
-        self._stacks[sites] = stack if found is None else found.to(stack.device) + stack
+        """Adds `stack`, (rows, ...), whose rows belong to `sites`."""
+        total = self._stacks.get(sites)
+        self._stacks[sites] = stack if total is None else total.to(stack.device) + stack
 
     def by_site(self) -> dict[Site, Tensor]:
         sums: dict[Site, Tensor] = {}
         for sites_of_rows, stack in self._stacks.items():
             for sites, row in zip(sites_of_rows, stack, strict=True):
                 for site in sites:
-                    # What was loaded lies on one device, a large model's layers on several.
+                    # Loaded sums are on one device; a large model's layers may be on several.
                     sums[site] = row if site not in sums else sums[site].to(row.device) + row
         return sums
 
 
 def _stacked(tensors: Mapping[Site, Tensor]) -> Iterator[tuple[_SitesOfRows, Tensor]]:
-    """The tensors of one shape and device as one, (rows, ...), with the sites of its rows."""
+    """Yields the tensors of each shape and device as one stack, (rows, ...), with the sites of its rows."""
     sites: dict[int, list[Site]] = {}
     groups: dict[tuple, dict[int, Tensor]] = {}
     for site, tensor in tensors.items():
@@ -165,9 +188,9 @@ def _stacked(tensors: Mapping[Site, Tensor]) -> Iterator[tuple[_SitesOfRows, Ten
 
 
 def in_top(impacts: Tensor, count: int) -> Tensor:
-    """Which neurons are among the `count` largest of their sentence: bool, the shape of `impacts`.
+    """Which neurons are among the `count` largest of their sentence: (sentences, neurons), bool.
 
-    Exactly `count` a sentence unless fewer are above zero; of equal impacts the lower index is taken.
+    Exactly `count` per sentence, or fewer if fewer are above zero; among equal impacts the lower index wins.
     """
     threshold = impacts.topk(count, dim=1).values[:, -1:]
     above = impacts > threshold

@@ -1,1 +1,1 @@
-"""How much each neuron matters to its own layer's output."""
+"""Impacts: how much each neuron changes its own layer's output."""

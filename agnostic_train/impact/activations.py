@@ -1,4 +1,4 @@
-"""How strongly each neuron is active on average: what activation-matched random controls are drawn by."""
+"""Mean absolute activations of neurons, by which activation-matched random controls are drawn."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +12,10 @@ from agnostic_train.neurons.activity import MEASURED
 
 
 class ActivationMeter:
-    """Adds up `|activation|` over a batch's counted tokens, while something else runs the model.
+    """Sums `|activation|` over a batch's counted tokens, by hooks, while other code runs the model.
 
     The activation of a q, k or v neuron is its projection's output (before norm and rotation); that of a hidden unit is
-    the input of `down_proj`.
+    its value in the input of `down_proj`.
     """
 
     def __init__(self, model: nn.Module):
@@ -25,23 +25,23 @@ class ActivationMeter:
         self._sums: dict[Site, Tensor] = {}
 
     def begin(self, batch: Batch) -> None:
-        """Forgets the last batch, and says which tokens of the next one count."""
+        """Discards the previous batch's sums and determines which tokens of `batch` are counted."""
         self._counted = real_and_counted(model_inputs(self.model, batch), batch)[1]
         self._sums = {}
 
     @property
     def sums(self) -> dict[Site, Tensor]:
-        """Of the batch that just ran: (layer, one of `MEASURED`) -> (neurons,), float32, on the layer's device."""
+        """The sums of the latest batch: (layer, one of `MEASURED`) -> (neurons,), float32, on the layer's device."""
         return self._sums
 
     @property
     def num_tokens(self) -> Tensor:
-        """How many tokens of that batch count: int64, on the model's input device."""
+        """The number of counted tokens in the latest batch: int64 scalar, on the model's input device."""
         return self._counted.sum()
 
     @contextmanager
     def installed(self) -> Iterator["ActivationMeter"]:
-        """Within it, each forward pass of the model is measured."""
+        """Measures each forward pass of the model inside the `with` block."""
         with ExitStack() as stack:
             for layer in self._layers:
                 for name in MEASURED:
@@ -66,6 +66,6 @@ class ActivationMeter:
         return see
 
     def _add(self, site: Site, values: Tensor) -> None:
-        # What stands at padding may be NaN.
+        # Padding may hold NaN.
         padding = ~self._counted.to(values.device).unsqueeze(-1)
         self._sums[site] = values.masked_fill(padding, 0).abs().sum((0, 1), dtype=torch.float32)

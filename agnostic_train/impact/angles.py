@@ -1,4 +1,4 @@
-"""The angles by which rotary embeddings turn the queries and keys of a batch."""
+"""The angles by which rotary embeddings rotate the queries and keys of a batch."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,12 @@ from agnostic_train.model.decoder import Layer, Rotation
 
 @dataclass(frozen=True)
 class Angles:
-    """How the positions of a batch are rotated.
+    """The rotation of a batch's positions.
 
-    rotation: of the layers. cos, sin: as the model passes them to its attention, (batch, length, rotary_dim). own, other:
-    what the rotation makes of unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
+    Attributes:
+        rotation: how the family rotates a head.
+        cos, sin: as the model passes them to its attention, (batch, length, rotary_dim).
+        own, other: the coefficients of rotated unit vectors, see `Rotation.coefficients`, (batch, length, head_dim).
     """
 
     rotation: Rotation
@@ -23,23 +25,23 @@ class Angles:
     other: Tensor
 
     def sentences(self, part: slice) -> "Angles":
-        """The same for some sentences of the batch."""
+        """The angles of the sentences in `part`."""
         return Angles(self.rotation, self.cos[part], self.sin[part], self.own[part], self.other[part])
 
 
 class SharedAngles:
-    """The angles of a pass, computed once for all layers of a kind that are given the same tensors."""
+    """The angles of a forward pass, computed once for all layers of a kind that receive the same tensors."""
 
     def __init__(self) -> None:
-        # The tensor is kept with its angles: as long as it lives, no other has its id.
+        # The tensor is kept beside its angles: while it lives, no other tensor can have its id.
         self._by_tensor: dict[tuple[int, type], tuple[Tensor, Angles]] = {}
 
     def clear(self) -> None:
-        """Forgets the last pass."""
+        """Discards the angles of the previous pass."""
         self._by_tensor.clear()
 
     def get(self, layer: Layer, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
-        """Angles in a dtype, for every sentence of the batch."""
+        """Returns the angles in `dtype`, expanded to every sentence of the batch."""
         key = id(cos_sin[0]), type(layer.attention)
         if key not in self._by_tensor:
             cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)

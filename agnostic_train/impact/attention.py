@@ -1,8 +1,8 @@
 """Impact of attention neurons (q, k, v) on the concatenated heads.
 
-The exact form equals real deactivation: a row of q or k changes the logits by a rank-two term, because rotation mixes
-the row with its partner, and the change runs through the softmax. Eq. 10 and 11 of Chen et al. 2025 are the V form and
-the Q/K form without rotation.
+The exact form equals real deactivation: deactivating a row of q or k changes the logits by a rank-two term, because
+rotation mixes the row with its partner, and this change passes through the softmax. Eq. 10 and 11 of Chen et al. 2025
+are the form for v and the form for q and k without rotation.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +16,16 @@ from agnostic_train.impact.angles import Angles
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """One layer's attention for a batch, as it is computed: after rotation, before the softmax.
+    """The inputs of one layer's attention for a batch, after rotation and before the softmax.
 
-    query: (batch, query heads, length, head_dim); key, value: (batch, KV heads, length, head_dim).
-    visible: (batch, 1, length, length) bool, which keys a query sees. real: (batch, length) bool, False at padding.
-    scaling: the factor on the logits. softcap: their soft bound, None without one.
-    Padding is cleaned on entry: its content may be NaN and reaches nothing.
+    `clean` zeroes padding, which may hold NaN, so that it affects no result.
+
+    Attributes:
+        query, key, value: (batch, query heads, length, head_dim); each KV head is repeated for its query heads.
+        visible: (batch, 1, length, length), bool, which keys each query sees.
+        real: (batch, length), bool, False at padding.
+        scaling: the factor on the logits.
+        softcap: the soft cap on the logits; None without one.
     """
 
     query: Tensor
@@ -43,7 +47,11 @@ class AttentionInputs:
         scaling: float,
         softcap: float | None = None,
     ) -> "AttentionInputs":
-        """Casts to at least float32, repeats KV heads per query head, zeroes padding, lets padding see itself."""
+        """Casts to at least float32, repeats KV heads per query head and zeroes padding, whose tokens see themselves.
+
+        Args:
+            As the class's attributes, but key and value are (batch, KV heads, length, head_dim), of any floating dtype.
+        """
         dtype = torch.promote_types(query.dtype, torch.float32)
         padding = ~real[:, None, :, None]
         queries_per_kv = query.shape[1] // key.shape[1]
@@ -53,7 +61,7 @@ class AttentionInputs:
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
 
     def sentences(self, part: slice) -> "AttentionInputs":
-        """The same for some sentences of the batch."""
+        """The inputs of the sentences in `part`."""
         return replace(
             self,
             query=self.query[part],
@@ -64,44 +72,44 @@ class AttentionInputs:
         )
 
     def products(self) -> Tensor:
-        """`s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""
+        """Computes `s q~ k~^T`, before cap and mask: (batch, query heads, length, length)."""
         return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
     def logits(self) -> Tensor:
-        """What the softmax sees: capped, and -inf where a key isn't seen."""
+        """Computes the softmax's input: the capped logits, -inf where a query doesn't see a key."""
         return self.finish(self.products(), self.visible)
 
     def output(self) -> Tensor:
-        """What attention makes of the values: (batch, query heads, length, head_dim)."""
+        """Computes the attention's output: (batch, query heads, length, head_dim)."""
         return self.logits().softmax(-1) @ self.value
 
     def finish(self, products: Tensor, visible: Tensor) -> Tensor:
-        """Caps and masks products, in place where that is possible."""
+        """Caps and masks `products`, in place."""
         if self.softcap is not None:
             products = products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products.masked_fill_(~visible, -torch.inf)
 
     def clean_projection(self, projected: Tensor) -> Tensor:
-        """A projection's output, (batch, length, heads * head_dim), in the queries' dtype, padding zeroed."""
+        """Casts a projection's output (batch, length, features) to the queries' dtype and zeroes padding."""
         return projected.to(self.query.dtype).masked_fill(~self.real.unsqueeze(-1), 0)
 
     def per_query_head(self, projected: Tensor) -> Tensor:
-        """From (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
+        """Converts (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
         heads = projected.unflatten(-1, (-1, self.query.shape[-1])).transpose(1, 2)
         return repeated(heads, self.query.shape[1] // heads.shape[1])
 
 
 def repeated(heads: Tensor, times: int) -> Tensor:
-    """Each KV head once for each of its query heads."""
+    """Repeats each KV head (dim 1) `times` times, once for each query head that reads it."""
     return heads.repeat_interleave(times, 1) if times > 1 else heads
 
 
 @dataclass(frozen=True)
 class LogitChange:
-    """What deactivating each neuron n makes of the logits S_ij of query i and key j.
+    """How deactivating each neuron n changes the logit S_ij of query i and key j.
 
-    `S_ij * row_growth_i[n] * column_growth_j[n] - a_i[n] * b_j[n] - c_i[n] * d_j[n]`; all (batch, query heads, length,
-    head_dim). The growths are at least 1, and None where no norm makes the other entries grow.
+    The changed logit is `S_ij * row_growth_i[n] * column_growth_j[n] - a_i[n] * b_j[n] - c_i[n] * d_j[n]`. All are of
+    shape (batch, query heads, length, head_dim). Growths are at least 1; None if no norm makes the other entries grow.
     """
 
     a: Tensor
@@ -113,15 +121,18 @@ class LogitChange:
 
     @cached_property
     def reach(self) -> Tensor:
-        """The largest absolute value of `a b + c d`, at most: (batch, query heads, head_dim)."""
+        """An upper bound on the absolute value of `a_i b_j + c_i d_j`: (batch, query heads, head_dim)."""
         a, b, c, d = (it.abs().amax(-2) for it in (self.a, self.b, self.c, self.d))
         return a * b + c * d
 
     def centred(self, real: Tensor) -> "LogitChange":
-        """Less what b and d have in common over the real tokens: no softmax sees it. real: (batch, length), bool."""
+        """Subtracts from b and d their means over the real tokens, which don't affect the softmax.
+
+        real: (batch, length), bool.
+        """
         real = real[:, None, :, None]
         num_real = real.sum(2, keepdim=True).clamp(min=1)
-        # Padding is zero, and stays so.
+        # Padding was zero and must stay zero.
         b, d = ((it - it.sum(-2, keepdim=True) / num_real).masked_fill_(~real, 0) for it in (self.b, self.d))
         return replace(self, b=b, d=d)
 
@@ -130,16 +141,16 @@ class LogitChange:
         return self.row_growth is not None or self.column_growth is not None
 
     def growths(self) -> list[Tensor]:
-        """`row_growth` and `column_growth`, ones for a missing one; an empty list where nothing grows."""
-        both = (self.row_growth, self.column_growth)
-        return [torch.ones_like(self.a) if it is None else it for it in both] if self.grows else []
+        """Returns `row_growth` and `column_growth`, ones in place of None; an empty list if nothing grows."""
+        pair = (self.row_growth, self.column_growth)
+        return [torch.ones_like(self.a) if it is None else it for it in pair] if self.grows else []
 
 
 def value_impacts(norms: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Impact of each row of v: the column norms of the heads' output, summed over the heads that read the row.
+    """Impact of each row of v: the column norm of the heads' output, over all query heads that read the row.
 
     Args:
-        norms: `column_norms` of the concatenated heads, the input of `o_proj`, (batch, query heads * head_dim).
+        norms: `column_norms` of the concatenated heads (the input of `o_proj`), (batch, query heads * head_dim).
 
     Returns: (batch, KV heads * head_dim), float32.
     """
@@ -153,10 +164,14 @@ def rotated_change(
     angles: Angles,
     growth: Tensor | None = None,
 ) -> LogitChange:
-    """The logits' change for each row of `q`, less `s q_i[n] (R_i e_n) . k~_j`, or of `k`, less `s k_j[n] (R_j e_n) . q~_i`.
+    """The change of the logits by each row of `q` or `k`, with rotation.
 
-    states: what the rotation makes q~ or k~ of, per query head, padding zeroed, (batch, query heads, length, head_dim).
-    growth: by what the other entries grow, see `rms_norm`.
+    Deactivating row n of `q` subtracts `s q_i[n] (R_i e_n) . k~_j`; row n of `k`, `s k_j[n] (R_j e_n) . q~_i`.
+
+    Args:
+        states: the queries or keys before rotation (after the norm, if there is one), per query head, padding zeroed,
+            (batch, query heads, length, head_dim).
+        growth: the factor by which the other entries grow, shaped like `states`, see `rms_norm`; None without a norm.
     """
     if growth is not None:
         states = states * growth
@@ -168,17 +183,20 @@ def rotated_change(
 
 
 def paper_change(inputs: AttentionInputs) -> LogitChange:
-    """Eq. 11 on the rotated queries and keys: `s q~_i[n] k~_j[n]`, the same for q and k."""
+    """The change by Eq. 11 on the rotated queries and keys, `s q~_i[n] k~_j[n]`, the same for q and k."""
     query = inputs.query * inputs.scaling
     return LogitChange(query, inputs.key, torch.zeros_like(query), inputs.key)
 
 
 def query_impacts(squares: Tensor) -> Tensor:
-    """From squared changes (batch, query heads, head_dim) to impacts (batch, q rows), float32."""
+    """Converts squared changes (batch, query heads, head_dim) to impacts (batch, q rows), float32."""
     return squares.sqrt().flatten(1).float()
 
 
 def key_impacts(squares: Tensor, num_kv_heads: int) -> Tensor:
-    """A k row acts through every query head of its group: (batch, query heads, head_dim) to (batch, k rows)."""
+    """Converts squared changes (batch, query heads, head_dim) to impacts (batch, k rows), float32.
+
+    A k row acts through every query head of its group: their squares are summed.
+    """
     batch, _, head_dim = squares.shape
     return squares.view(batch, num_kv_heads, -1, head_dim).sum(2).sqrt().flatten(1).float()

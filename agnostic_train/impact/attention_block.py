@@ -1,8 +1,8 @@
-"""Attention in a block of rows, and how far changed attention moves its output, in plain torch.
+"""Attention in a block of query rows, and how far changed logits move its output, in plain torch.
 
-A softmax passes over its logits four times. Where a neuron moves them little, powers of two do with less: the logits come in
-bits below the largest unchanged one of their row, and the sum of the powers is divided out after the product with the
-values. Where a neuron moves them far, a softmax is taken of the same bits.
+A softmax passes over its logits four times. If a neuron changes them little, powers of two need fewer passes: logits
+are expressed in bits relative to the largest unchanged logit of their row, and the product with the values is divided
+by the sum of the powers. If a neuron changes them much, a softmax of the same logits is computed instead.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,18 @@ from torch import Tensor
 
 from agnostic_train.impact.attention import LogitChange
 
-# Squares of powers up to twice as high, or low, are far from float32's ends, as values are scaled to a largest norm of 1.
+# A row's largest power then lies between 2^-40 and 2^40, and its square is far from float32's limits, because values
+# are scaled to a largest norm of 1.
 _MOST_BITS = 40.0
 
 
 def bits_moved(change: LogitChange, largest_logits: Tensor) -> Tensor:
-    """How far each neuron moves a logit, at most, in bits; 0 for one that changes nothing: (batch, query heads, head_dim).
+    """An upper bound on how far each neuron moves a logit, in bits; 0 for a neuron that changes nothing.
 
-    largest_logits: (batch, query heads), at least the largest absolute value.
+    Args:
+        largest_logits: upper bounds on the logits' absolute values, (batch, query heads).
+
+    Returns: (batch, query heads, head_dim).
     """
     reach = change.reach
     for growth in (change.row_growth, change.column_growth):
@@ -34,14 +38,17 @@ def bits_moved(change: LogitChange, largest_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """The attention of some heads in a block of rows, as changed attention is compared with it.
+    """The attention of some heads in a block of query rows, with which changed attention is compared.
 
-    logits: to be changed, (heads, rows, keys), -inf at unseen keys; natural ones times `scale`.
-    shift: what is added to logits after they have grown, (heads, rows, 1); None where nothing grows.
-    attention: unchanged, (heads, rows, keys): a softmax, or powers of two.
-    total: sums of these powers, (heads, rows); None for a softmax.
-    value: (heads, keys, head_dim). weight: (heads, rows), 1 at counted rows.
-    value_scale: what squared outputs of these values are multiplied with, (heads, 1).
+    Attributes:
+        scale: the logits' unit: `log2(e)` for bits, 1 for natural logits.
+        logits: those that neurons change, natural ones times `scale`, (heads, rows, keys), -inf at unseen keys.
+        shift: added to logits after they have grown, (heads, rows, 1); None without growth.
+        attention: unchanged, (heads, rows, keys): a softmax, or powers of two.
+        total: the sums of these powers, (heads, rows); None for a softmax.
+        value: (heads, keys, head_dim).
+        weight: (heads, rows), 1 at counted rows.
+        value_scale: the factor on squared outputs that undoes the scaling of `value`, (heads, 1).
     """
 
     scale: float
@@ -54,7 +61,7 @@ class AttentionBlock:
     value_scale: Tensor
 
     def of_heads(self, heads: Tensor | slice) -> "AttentionBlock":
-        """The same for some heads, or for heads as often as they are named."""
+        """The block of the given heads; an index tensor may repeat heads."""
 
         def chosen(part: Tensor | None) -> Any:
             if part is None:
@@ -65,10 +72,11 @@ class AttentionBlock:
         return replace(self, **{name: chosen(getattr(self, name)) for name in parts})
 
     def changed(self, factors: Sequence[Tensor], growths: Sequence[Tensor]) -> Tensor:
-        """The logits that each neuron's deactivation leaves, times `scale`: (heads, neurons, rows, keys).
+        """Computes the logits after each neuron's deactivation, times `scale`: (heads, neurons, rows, keys).
 
-        factors: a, b, c and d of a `LogitChange`, (heads, neurons, rows, 1) or (heads, neurons, 1, keys). growths: those
-        of r and s that aren't 1, likewise.
+        Args:
+            factors: a, b, c, d of a `LogitChange`; a, c (heads, neurons, rows, 1) and b, d (heads, neurons, 1, keys).
+            growths: those of `row_growth` and `column_growth` that aren't None, in the same two shapes.
         """
         a, b, c, d = factors
         changed = self.logits.unsqueeze(1)
@@ -83,9 +91,9 @@ class AttentionBlock:
         return torch.addcmul(changed, a, b, value=-self.scale).addcmul_(c, d, value=-self.scale)
 
     def squares(self, changed: Tensor) -> Tensor:
-        """By how much changed logits move the output, squared and summed over features and counted rows: (heads, neurons).
+        """How far changed logits move the output, squared and summed over features and counted rows: (heads, neurons).
 
-        changed: logits times `scale`, (heads, neurons, rows, keys), overwritten.
+        changed: logits times `scale`, (heads, neurons, rows, keys); overwritten.
         """
         if self.total is None:
             weights = changed.mul_(1 / self.scale) if self.scale != 1 else changed
@@ -93,10 +101,11 @@ class AttentionBlock:
         else:
             weights = changed.exp2_()
             total = weights.sum(-1)
-            # Of a row that nothing changes 1, to a rounding of powers that differs at a tensor's end: no difference is left.
+            # In a row that nothing changes, the ratio is 1 unless exp2 rounds differently at a tensor's end, and no
+            # difference is left.
             ratio = total / self.total.unsqueeze(1)
             weights.addcmul_(ratio.unsqueeze(-1), self.attention.unsqueeze(1), value=-1)
-        # One product a head is faster than one a neuron.
+        # One matrix product per head is faster than one per neuron.
         moved = torch.linalg.vector_norm(weights.flatten(1, 2) @ self.value, dim=-1).view(weights.shape[:3])
         if self.total is not None:
             moved.div_(total)
@@ -104,24 +113,27 @@ class AttentionBlock:
 
 
 def plain_block(logits: Tensor, value: Tensor, weight: Tensor, start: Tensor | None = None) -> AttentionBlock:
-    """Natural logits, for any change of them, through a softmax.
+    """Builds a block of natural logits and a softmax, which takes changes of any kind and size.
 
-    logits: as the softmax sees them, (heads, rows, keys). start: what a neuron changes, if not these logits themselves.
+    Args:
+        logits: as the softmax sees them, (heads, rows, keys).
+        start: the logits that a neuron changes, if not `logits` (before a cap).
     """
-    # Summed over a block's keys as a changed one is: a neuron that changes no logit has an impact of exactly zero.
+    # Over the block's keys, like the changed softmax: a neuron that changes no logit has an impact of exactly zero.
     attention = logits.softmax(-1)
     start = logits if start is None else start
     return AttentionBlock(1.0, start, None, attention, None, value, weight, torch.ones_like(weight[:, :1]))
 
 
 class BlockForms:
-    """A block's attention in bits, as powers of two and as a softmax, each made when it is first asked for.
+    """A block's attention in bits, both as powers of two and as a softmax, each computed when first needed.
 
     Args:
-        logits: (heads, rows, keys), natural.
-        peaks: the largest, (heads, rows, 1).
-        value: (heads, keys, head_dim). weight: (heads, rows), 1 at counted rows.
-        grows: whether logits are multiplied before they are shifted.
+        logits: natural, (heads, rows, keys).
+        peaks: each row's largest logit, (heads, rows, 1).
+        value: (heads, keys, head_dim).
+        weight: (heads, rows), 1 at counted rows.
+        grows: whether the changes multiply logits by growths; logits are then shifted by the peaks only afterwards.
     """
 
     def __init__(self, logits: Tensor, peaks: Tensor, value: Tensor, weight: Tensor, grows: bool = False):
@@ -136,10 +148,15 @@ class BlockForms:
     def squares(
         self, heads: Tensor | slice, factors: Sequence[Tensor], growths: Sequence[Tensor], bits: Tensor
     ) -> Tensor:
-        """`AttentionBlock.squares` of some heads, (heads, neurons): by powers, but for neurons that move a logit far.
+        """`AttentionBlock.squares` of some heads: by powers, or by softmax for neurons that move a logit far.
 
-        factors, growths: as for `AttentionBlock.changed`. bits: `bits_moved`, (heads, neurons). One that isn't a number counts
-        as far. What is computed together with a neuron doesn't decide how it is.
+        A neuron's form depends only on its own bits, not on the neurons computed with it.
+
+        Args:
+            factors, growths: as for `AttentionBlock.changed`.
+            bits: `bits_moved`, (heads, neurons); NaN counts as far.
+
+        Returns: (heads, neurons).
         """
         far = ~(bits <= _MOST_BITS)
         by_powers = self._squares(self.powers, heads, factors, growths)

@@ -1,9 +1,9 @@
-"""Certified pruning in plain torch: exact q and k impacts of only those neurons that can be among their sentence's largest.
+"""Certified pruning in plain torch: exact q and k impacts, but only of neurons that can be in their sentence's top.
 
-First every neuron's squared change is bounded from above. The neurons that look largest are computed exactly; the n-th
-largest of them is the threshold. The others are computed one block of query rows at a time, early rows first, because these
-see few keys and change most. A neuron is dropped as soon as the sum over its rows so far plus the bounds of its remaining
-rows falls below the threshold. Those that remain at the end have exact impacts.
+First every neuron's squared change is bounded from above. The neurons with the largest estimates are computed exactly,
+and the n-th largest of their squares is the threshold. The others are computed one block of query rows at a time, early
+rows first, because these see few keys and change most. A neuron is dropped as soon as its sum over the rows so far plus
+the bounds of its remaining rows is below the threshold. Those left at the end have exact impacts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,22 @@ from agnostic_train.impact.layer_attention import LayerAttention, without_noise
 from agnostic_train.impact.layout import QueryKeyLayout
 from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
 
-# Neurons of a head that are computed together on one copy of its logits and values, when few are left and when many are.
+# How many neurons of a head share one copy of its logits and values, when few neurons are left and when many are.
 _TILE_SIZES = (4, 16)
-# Neurons computed exactly for the first threshold, as a multiple of those sought.
+# Number of neurons computed exactly for the threshold, as a multiple of those sought.
 _FIRST = 1.5
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Neurons grouped into tiles of one head each. head: (tiles,). neuron, target: (tiles, size), int64.
+    """Neurons grouped into tiles; all neurons of a tile belong to one head.
 
-    A head's last tile is filled up with the head's first neuron, whose target is a place behind all results.
+    A head's last tile is padded with the head's first neuron, whose target is a place past all results.
+
+    Attributes:
+        head: (tiles,), int64.
+        neuron: the neurons' indices over all heads, (tiles, size), int64.
+        target: where their results go, (tiles, size), int64.
     """
 
     head: Tensor
@@ -42,13 +47,14 @@ class _Tiles:
 
 
 class BoundSieve:
-    """Computes the exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
+    """Computes exact impacts of each sentence's top q and k neurons in one layer; see the module's docstring.
 
     Args:
         attention: the layer's attention for a batch.
-        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
-        chunk_bytes: limit on temporary memory while computing exactly.
-        bound_bytes: limit on temporary memory while computing bounds.
+        logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
+        num_kv_heads: number of KV heads.
+        chunk_bytes: limit on temporary memory while impacts are computed exactly.
+        bound_bytes: limit on temporary memory while bounds are computed.
     """
 
     def __init__(
@@ -69,18 +75,18 @@ class BoundSieve:
         self._bound_bytes = bound_bytes
 
     def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
-        """Exact impacts of every neuron that can be in its sentence's top; zero for the others.
+        """Computes the exact impact of every neuron that can be in its sentence's top; zero for the others.
 
         Args:
             top_ratio: fraction of a site's neurons to find.
-            work: by `q` and `k`, added to.
+            work: by `q` and `k`; the work done is added to it.
 
         Returns: by `q` and `k`, (batch, neurons), float32.
         """
         bounds, estimates = self._bounds()
-        # By site from here on, q's and k's neurons side by side: (batch, neurons[, blocks]).
+        # From here on by site, q rows then k rows: (batch, neurons[, blocks]).
         bounds = self.layout.by_site(bounds)
-        # Not `cumsum`: of floats, a GPU refuses it where results must be the same in every run.
+        # Not `cumsum`, which has no deterministic form for floats on a GPU.
         rest = torch.stack([bounds[..., block:].sum(-1) for block in range(bounds.shape[-1])], -1)
         estimates = self.layout.by_site(estimates)
         counts = [num_top(top_ratio, size) for size in self.layout.sizes]
@@ -96,7 +102,7 @@ class BoundSieve:
         threshold = torch.cat([it.expand(-1, size) for it, size in zip(thresholds, self.layout.sizes, strict=True)], 1)
         alive, num_logits = ~first, [0] * len(counts)
         for number, block in enumerate(self.blocks):
-            # Not `>=`: what isn't a number stays.
+            # Negated `<` instead of `>=`, so that NaN keeps a neuron alive.
             alive &= ~((done + rest[..., number]) * (1 + ROUNDING_MARGIN) < threshold)
             tiles = self._tiles(alive)
             if not len(tiles.head):
@@ -104,7 +110,7 @@ class BoundSieve:
             done += self.layout.by_site(self._squares(tiles, number))
             for index, part in enumerate(self.layout.split(alive)):
                 num_logits[index] += int(part.sum()) * block.num_logits
-        found = torch.where(alive | first, done, 0).sqrt().float()
+        impacts = torch.where(alive | first, done, 0).sqrt().float()
         per_neuron = sum(block.num_logits for block in self.blocks)
         for name, part, likely, logits in zip(
             self.logit_changes, self.layout.split(alive), self.layout.split(first), num_logits, strict=True
@@ -113,10 +119,13 @@ class BoundSieve:
             work[name].all_neurons += part.numel()
             work[name].logits += logits + int(likely.sum()) * per_neuron
             work[name].all_logits += part.numel() * self.attention.length**2
-        return dict(zip(self.logit_changes, self.layout.split(found), strict=True))
+        return dict(zip(self.logit_changes, self.layout.split(impacts), strict=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds on squared changes and estimates of them: (batch * heads, neurons, blocks), without the last."""
+        """Bounds on squared changes and estimates of them.
+
+        Returns: (batch * heads, neurons, blocks) and (batch * heads, neurons).
+        """
         attention = self.attention
         entries = attention.length * (28 * attention.head_dim + 10 * attention.length)
         at_once = max(1, self._bound_bytes // (entries * attention.value.element_size()))
@@ -124,13 +133,16 @@ class BoundSieve:
         for start in range(0, len(attention.value), at_once):
             heads = slice(start, start + at_once)
             spread = value_spread(attention, heads, self.blocks)
-            both = [square_bounds(attention, heads, spread, x, self.blocks) for x in self.logit_changes.values()]
-            parts.append([torch.cat(it, -1) for it in zip(*both, strict=True)])
+            pairs = [square_bounds(attention, heads, spread, x, self.blocks) for x in self.logit_changes.values()]
+            parts.append([torch.cat(it, -1) for it in zip(*pairs, strict=True)])
         bounds, estimates = (torch.cat(it) for it in zip(*parts, strict=True))
         return bounds.transpose(1, 2), estimates
 
     def _tiles(self, by_site: Tensor) -> _Tiles:
-        """The neurons marked in (batch, neurons of all heads), bool, as every head that they act through sees them."""
+        """Groups the marked neurons into tiles, each neuron in every head through which it acts.
+
+        by_site: (batch, neurons of the layer), bool.
+        """
         marked = self.layout.by_head(by_site)
         num_heads, num_neurons = marked.shape
         neurons = marked.flatten().nonzero().squeeze(1)
@@ -148,15 +160,15 @@ class BoundSieve:
         return _Tiles(head, neuron.view(-1, size), target.view(-1, size))
 
     def _squares(self, tiles: _Tiles, number: int) -> Tensor:
-        """Squared changes over a block's counted rows, (batch * heads, neurons); zero for neurons in no tile.
+        """Squared changes over the counted rows of block `number`.
 
-        number: of the block.
+        Returns: (batch * heads, neurons), zero for neurons in no tile.
         """
         block, forms, value = self.blocks[number], self._forms[number], self.attention.value
         rows, keys, size = block.rows, block.keys, tiles.neuron.shape[1]
         factors = [part[:, seen] for part, seen in zip(self.layout.factors, (rows, keys) * 2, strict=True)]
         growths = [part[:, seen] for part, seen in zip(self.layout.growths, (rows, keys), strict=False)]
-        # A tile has its logits, their attention and its output; beside them copies of the head's.
+        # Per tile: each neuron's logits, attention and output, plus copies of the head's logits, attention and values.
         entries = size * block.num_rows * (2 * block.num_keys + self.attention.head_dim)
         entries += (2 * block.num_rows + self.attention.head_dim) * block.num_keys
         at_once = max(1, self._chunk_bytes // (entries * value.element_size()))

@@ -1,21 +1,22 @@
-"""Upper bounds on the q and k impacts of all neurons, at the price of a few attention passes.
+"""Upper bounds on the q and k impacts of all neurons, at the cost of a few attention passes.
 
-Deactivating a neuron takes `x_ij` from query i's logits. With `w_j = exp(-x_ij)` and expectations over the keys under
-the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps bound its norm:
+Deactivating a neuron subtracts `x_ij` from query i's logits. With `w_j = exp(-x_ij)` and expectations over the keys
+under the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three steps bound its norm:
 
-- Cauchy-Schwarz: at most `sd(w) / E[w]` times the square root of the largest eigenvalue of Cov(v), of which the
-  Frobenius norm and the trace are upper bounds.
+- By Cauchy-Schwarz it is at most `sd(w) / E[w]` times the square root of the largest eigenvalue of Cov(v). The
+  Frobenius norm and the trace of Cov(v) are upper bounds on this eigenvalue.
 - With `t_j = E[x] - x_ij <= delta = E[x] - min x`, `|exp(t) - 1| <= |t| (exp(delta) - 1) / delta`, because
-  `(exp(t) - 1) / t` increases in t. The standard deviation is at most the root mean square distance from 1, and
-  `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of that factor is
+  `(exp(t) - 1) / t` increases in t. The standard deviation of exp(t) is at most its root mean square distance from 1,
+  and `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of the last factor is
   at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
-- The output stays a convex combination of the values: it moves at most by its own length and that of the longest of them.
+- The output stays a convex combination of the values, so it moves by at most its own norm plus the largest norm of a
+  value.
 
-`x` is rank two, so sd(x) of all neurons comes from five products with A; where a norm makes the other entries grow,
-`x` is also less some of the logits themselves, and four products with A and the logits follow. A column of `x` or of v
-may lose a constant without changing anything: `x` comes centred, and v is, or float32 would lose their variance in a large
-common part.
-What rounding can add, here and in the exact form that the bounds are compared with, is added to the bounds.
+`x` is rank two, so sd(x) of all neurons follows from five products with A. If a norm makes the other entries grow, a
+part of the logits themselves is subtracted from this `x`, which takes up to four more products with A and the logits.
+Subtracting a constant over the keys from `x` or from v changes nothing: `x` is passed in centred, and v is centred
+here, because float32 would lose their variance in a large common part. What rounding can add, here and in the exact
+form with which the bounds are compared, is added to the bounds.
 """
 
 from dataclasses import dataclass, replace
@@ -27,18 +28,20 @@ from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.row_blocks import Block
 
-# By what part of themselves bounds grow so that rounding needn't be added to each row's.
+# Fraction by which bounds are enlarged, so that rounding adds the same term in every row; see `square_bounds`.
 _PART = 0.01
 
 
 @dataclass(frozen=True)
 class ValueSpread:
-    """How far the values lie from each query's output, by head and row: all (heads, length).
+    """How far the values lie from each query's output, by head and row.
 
-    largest: at least the largest eigenvalue of the values' covariance under the attention. typical: the mean of its
-    eigenvalues, weighted by themselves. farthest: at least the squared distance of the farthest visible value.
-    unit: what one rounding of an attention weight can move the output by, roundings: how many the exact form makes beside
-    those of the change; both (heads, 1).
+    Attributes:
+        largest: upper bound on the largest eigenvalue of the values' covariance under the attention, (heads, length).
+        typical: the mean of its eigenvalues, weighted by themselves, (heads, length).
+        farthest: upper bound on the squared distance of the farthest visible value, (heads, length).
+        unit: how far one rounding of an attention weight can move the output, (heads, 1).
+        roundings: how many roundings the exact form makes besides those of the change, (heads, 1).
     """
 
     largest: Tensor
@@ -49,7 +52,7 @@ class ValueSpread:
 
 
 def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -> ValueSpread:
-    """The spread of the values of some heads of the batch."""
+    """Computes the spread of the values for the heads in `heads`, a slice of (batch * heads)."""
     probabilities, value = attention.probabilities[heads], attention.value[heads]
     length, head_dim = value.shape[-2:]
     rounding = _rounding(value.dtype, length + 3 * head_dim)
@@ -63,7 +66,7 @@ def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -
     longest_seen = [square[:, block.keys].amax(-1, keepdim=True).expand(-1, block.num_rows) for block in blocks]
     farthest = (torch.cat(longest_seen, -1).sqrt() + own.sqrt()).square()
     farthest += 4 * rounding * square.amax(-1, keepdim=True)
-    # ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
+    # Squared Frobenius norm, v' an independent copy of v: ||Cov||^2 = E E' (v.v')^2 - 2 E (v.o)^2 + ||o||^4
     gram = (value @ value.transpose(-1, -2)).square_()
     squares = (probabilities @ gram).sub_(cross.square_(), alpha=2).mul_(probabilities).sum(-1) + own.square()
     squares = squares.clamp_(min=0) + 8 * rounding * second.square()
@@ -71,10 +74,10 @@ def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -
     for block in blocks[1:]:
         common = _largest_in_block(probabilities[:, block.rows, block.keys], value[:, block.keys], rounding)
         largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
-    # Rounding moves each value by a part of its length.
+    # Rounding moves each value by a fraction of its norm.
     unit = longest * torch.finfo(value.dtype).eps / 2
     largest += (4 * unit).square()
-    # A logit's rounding is a part of its size, and a relative error of the weight that it becomes.
+    # A logit's rounding error is a fraction of its size, and becomes a relative error of its attention weight.
     roundings = attention.largest_logits[heads, None] + (2 * length**0.5 + 16)
     return ValueSpread(
         largest=largest,
@@ -86,11 +89,11 @@ def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -
 
 
 def _largest_in_block(probabilities: Tensor, value: Tensor, rounding: float) -> Tensor:
-    """At least the largest eigenvalue of the values' covariance under any row's attention: (heads, 1).
+    """An upper bound on the largest eigenvalue of the values' covariance under any row's attention: (heads, 1).
 
-    With p_j the largest weight of key j in any of the rows, and any centre c, each row's covariance is at most the
-    matrix M of `p_j (v_j - c) (v_j - c)^T` (as quadratic forms), and `||M^4||^(1/4)` is only slightly more than M's
-    largest eigenvalue. The matrix of the inner products of the `sqrt(p_j) (v_j - c)` has the same one.
+    With p_j the largest weight of key j in any of the rows, and any centre c, each row's covariance is at most (as a
+    quadratic form) the matrix `M = sum_j p_j (v_j - c) (v_j - c)^T`. `||M^4||^(1/4)` is only slightly more than M's
+    largest eigenvalue. The Gram matrix of the vectors `sqrt(p_j) (v_j - c)` has the same largest eigenvalue.
     """
     weight = probabilities.amax(-2).unsqueeze(-1)
     value = value - (weight * value).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True)
@@ -102,29 +105,30 @@ def _largest_in_block(probabilities: Tensor, value: Tensor, rounding: float) -> 
     matrix = matrix @ matrix
     matrix = matrix @ matrix
     largest = torch.linalg.vector_norm(matrix.flatten(1), dim=-1).sqrt_().sqrt_()[:, None]
-    # M's trace is 1 here, so the norm of M^4 is at least fewest^-3.5: a relative error of M^2 grows by less than that.
+    # M's trace is 1 here, so ||M^4|| is at least fewest^-3.5: the relative error of M^2 grows less than `fewest`-fold.
     return trace.squeeze(-1) * (largest * (1 + rounding * fewest) + 4 * rounding)
 
 
 def square_bounds(
     attention: LayerAttention, heads: slice, spread: ValueSpread, x: LogitChange, blocks: list[Block]
 ) -> tuple[Tensor, Tensor]:
-    """Bounds on each neuron's squared change, summed over a block's counted rows, and an estimate over all rows.
+    """Bounds each neuron's squared change, summed over a block's counted rows, and estimates it over all rows.
 
     Args:
-        x: the logits' change, `centred`.
+        heads: slice of (batch * heads).
+        x: the change of the logits, `centred`.
 
-    Returns: (heads, blocks, head_dim) and (heads, head_dim). The bounds may be infinite or NaN.
+    Returns: bounds (heads, blocks, head_dim), which may be infinite or NaN, and estimates (heads, head_dim).
     """
     a, b, c, d = (part.flatten(0, 1)[heads] for part in (x.a, x.b, x.c, x.d))
     rounding = _rounding(a.dtype, a.shape[1])
-    # How large a change of the logits can be, which is what rounding is a part of: (heads, 1, head_dim).
+    # The largest possible change of a logit; rounding errors are a fraction of it: (heads, 1, head_dim).
     reach = x.reach.flatten(0, 1)[heads].unsqueeze(1)
     growth = _growth(attention, heads, x, b, d)
     if growth is not None:
         reach = reach + growth.reach
     probabilities = attention.probabilities[heads]
-    # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2` rounding adds the same in every row: (heads, 1, head_dim).
+    # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2`, rounding adds one term to every row: (heads, 1, head_dim).
     noise = spread.unit.unsqueeze(1) * (spread.roundings.unsqueeze(1) + 2 * reach)
     noise = (1 + 1 / _PART) * noise.square()
     products = (b, d, b.square(), d.square(), b * d)
@@ -145,7 +149,7 @@ def square_bounds(
         variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
         delta = mean
         for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
-            # Of what lies between two ends, a multiple is least at one: `f (low + high) / 2 - |f| (high - low) / 2`.
+            # The minimum of f * value for a value in [low, high]: `f (low + high) / 2 - |f| (high - low) / 2`.
             low, high = (limit(values, -2, keepdim=True) / 2 for limit in (torch.amin, torch.amax))
             delta.addcmul_(factor, low + high, value=-1).addcmul_(factor.abs(), high - low)
         if growth is not None:
@@ -162,10 +166,13 @@ def square_bounds(
 
 @dataclass(frozen=True)
 class _Growth:
-    """The part `g_ij = u_i S_ij` or `S_ij v_j` of x that a norm's growth takes from it, and its moments under A.
+    """The part `g_ij = u_i S_ij` or `S_ij v_j` that a norm's growth subtracts from x, and its moments under A.
 
-    mean, square, with_b, with_d: of g, its square and its products with b and d; largest: at least the largest that g
-    can be; all (heads, length, head_dim). reach: (heads, 1, head_dim).
+    Attributes:
+        mean, square: of g and of its square, (heads, length, head_dim).
+        with_b, with_d: the means of g's products with b and d, (heads, length, head_dim).
+        largest: an upper bound on g, (heads, length, head_dim).
+        reach: the size of which rounding errors are a fraction, (heads, 1, head_dim).
     """
 
     mean: Tensor
@@ -181,7 +188,10 @@ class _Growth:
 
 
 def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:
-    """None where nothing grows. b, d: centred, (heads, length, head_dim)."""
+    """Computes the growth's part of x; None where nothing grows.
+
+    b, d: centred, (heads, length, head_dim).
+    """
     if not x.grows:
         return None
     probabilities, logits = attention.probabilities[heads], attention.logits[heads]
@@ -200,7 +210,7 @@ def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, 
         )
     assert x.row_growth is not None
     u = x.row_growth.flatten(0, 1)[heads] - 1
-    # A row of x may lose a constant too.
+    # Subtracting a constant from a row of x changes nothing either.
     logits = logits - (probabilities * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True)
     weighted = probabilities * logits.masked_fill(hidden, 0)
     return _Growth(
@@ -214,5 +224,5 @@ def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, 
 
 
 def _rounding(dtype: torch.dtype, terms: float) -> float:
-    """Relative error of a sum of so many terms."""
+    """Bound on the relative error of a sum of `terms` terms."""
     return (terms + 16) * torch.finfo(dtype).eps / 2

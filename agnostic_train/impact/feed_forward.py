@@ -1,14 +1,14 @@
-"""Impact of feed-forward neurons: rank one, so the norm factors (Chen et al. 2025, Eq. 8)."""
+"""Impact of feed-forward neurons: their change is rank one, so its norm factors (Chen et al. 2025, Eq. 8)."""
 
 import torch
 from torch import Tensor
 
 
 def column_norms(values: Tensor, counted: Tensor) -> Tensor:
-    """Norm of each column over a sentence's counted tokens.
+    """L2 norm of each column over a sentence's counted tokens.
 
     Args:
-        values: (batch, length, size), any floating dtype; what stands at other tokens is ignored, NaN included.
+        values: (batch, length, size), any floating dtype; other tokens are ignored, even if they hold NaN.
         counted: (batch, length), bool.
 
     Returns: (batch, size), float32.
@@ -16,18 +16,18 @@ def column_norms(values: Tensor, counted: Tensor) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     kept = values.masked_fill(~counted.unsqueeze(-1), 0)
     if kept.device.type == "cpu":
-        # Torch's norm over a dimension that isn't the last takes six times as long there.
+        # On a CPU, torch's norm over any dimension but the last takes six times as long.
         return kept.to(dtype).square_().sum(1).sqrt_().float()
     return torch.linalg.vector_norm(kept, dim=1, dtype=dtype).float()
 
 
 def weight_norms(weight: Tensor) -> Tensor:
-    """Norm of each column of an `nn.Linear` weight (out, in): (in,), float32."""
+    """L2 norm of each column of an `nn.Linear` weight (out, in): (in,), float32."""
     return torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
 
 
 def hidden_unit_impacts(hidden: Tensor, down_norms: Tensor, counted: Tensor) -> Tensor:
-    """Impact of gate, up and down neuron k, one hidden unit: `||H[:, k]|| * ||W_down[:, k]||`.
+    """Impact of each hidden unit k, and so of gate, up and down neuron k: `||H[:, k]|| * ||W_down[:, k]||`.
 
     Args:
         hidden: the input of `down_proj`, (batch, length, intermediate).

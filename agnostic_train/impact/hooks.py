@@ -1,8 +1,8 @@
-"""Impacts of all neurons in one forward pass: hooks on the stock modules, no modeling code copied.
+"""Impacts of all neurons in one forward pass, by hooks on the stock modules; no modeling code is copied.
 
-Feed-forward, v and o impacts are read by hooks on `down_proj` and `o_proj`. Q and k impacts need what the attention
-sees after rotation: for the length of the pass the model runs an attention function registered with transformers'
-`AttentionInterface`, the library's own extension point, which computes the same output and measures on the way.
+Feed-forward, v and o impacts come from hooks on `down_proj` and `o_proj`. Q and k impacts need the attention's inputs
+after rotation: during the pass the model runs an attention function registered with transformers' `AttentionInterface`,
+the library's own extension point. This function computes the same output and also measures the impacts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,20 +40,22 @@ _IMPLEMENTATION = "agnostic_train_impact"
 def unverified_impacts(
     model: nn.Module, batch: Batch, projections: Sequence[str] | None = None, attention: Attention = "exact"
 ) -> dict[Site, Tensor]:
-    """`neuron_impacts`, right for the families that the self-check passes."""
+    """`neuron_impacts` without the self-check: correct only for families that pass it."""
     with left_as_found(model), ImpactMeter(model, projections, attention) as meter:
         return meter.measure(batch)
 
 
 class ImpactMeter:
-    """Measures batch after batch with the hooks installed once; a context manager.
+    """Measures the impacts of batch after batch with hooks installed once; a context manager.
+
+    Inside it the model runs another attention implementation: leave it before using the model for anything else.
 
     Args:
         memory_gb: bound on the temporaries of the q and k impacts, in GiB.
-        top_ratio: prune q and k: only which neurons are the `num_top` largest of their sentence can be read from the
-            impacts. They are 0 for neurons proven outside, and, on a GPU or beside a norm over all heads, the middle of a
-            proven interval for neurons proven inside. None: every impact is exact.
-    Others as for `neuron_impacts`. Within it the model runs another attention implementation: leave it first.
+        top_ratio: prune q and k: the impacts then only tell which neurons are the `num_top` largest of their sentence.
+            They are 0 for neurons proven outside. For neurons proven inside they are, on a GPU or with a norm over all
+            heads, the middle of a proven interval. If None, every impact is exact.
+        Other arguments: as for `neuron_impacts`.
     """
 
     def __init__(
@@ -91,16 +93,19 @@ class ImpactMeter:
 
     @property
     def work(self) -> dict[str, Work]:
-        """By `q` and `k`, what was computed so far of all that there was; see `top_ratio`."""
+        """By `q` and `k`, how much has been computed so far, out of all; see `top_ratio`."""
         return {name: sum((it.query_key.work[name] for it in self._observers), Work()) for name in ("q", "k")}
 
     @property
     def unpruned(self) -> list[Layer]:
-        """Layers to which the bounds don't apply: all their neurons are computed."""
+        """The layers to which pruning doesn't apply: all their neurons were computed."""
         return [it.layer for it in self._observers if it.query_key.unprunable]
 
     def measure(self, batch: Batch) -> dict[Site, Tensor]:
-        """Runs the decoder on the batch: each site's impacts, float32 (sentences, neurons); sites may share a tensor."""
+        """Runs the decoder on the batch and returns each site's impacts.
+
+        Returns: (layer, projection) -> float32 (sentences, neurons). Sites may share a tensor.
+        """
         inputs = model_inputs(self.model, batch)
         real, counted = real_and_counted(inputs, batch)
         self._angles.clear()
@@ -116,11 +121,11 @@ class ImpactMeter:
 
 
 class LayerObserver:
-    """What one layer shows during a pass: its hooks, which hand what they see to the arithmetic.
+    """One layer's hooks, which pass what they observe during a forward pass to the computation of impacts.
 
     Args:
-        angles: what the layers of a model share in a pass.
-    Others as for `ImpactMeter`.
+        angles: shared by the layers of a model.
+        Other arguments: as for `ImpactMeter`.
     """
 
     def __init__(
@@ -142,7 +147,7 @@ class LayerObserver:
             top_ratio,
             SharedAngles() if angles is None else angles,
         )
-        # What a pass brings: `begin` sets these three, hooks the others, before anything reads them.
+        # State of one pass: `begin` sets the first three, hooks set the others, before anything reads them.
         self.real = self.counted = torch.empty(0)
         self.impacts: dict[str, Tensor] = {}
         self._cos_sin: tuple[Tensor, Tensor]
@@ -155,7 +160,7 @@ class LayerObserver:
             }
 
     def begin(self, real: Tensor, counted: Tensor) -> None:
-        # A model may be spread over several devices: each layer works on its own.
+        # A model may be spread over several devices; each layer is measured on its own device.
         device = self.layer.projections["down"].linear.weight.device
         self.real, self.counted, self.impacts = real.to(device), counted.to(device), {}
 
@@ -192,7 +197,7 @@ class LayerObserver:
         if "v" in self.projections:
             self._report("v", value_impacts(norms, self.layer.num_kv_heads, self.layer.head_dim))
         if "o" in self.projections:
-            # Rank one, as in the feed-forward network.
+            # The change is rank one, as in the feed-forward network.
             self._report("o", norms * self._norms["o"])
 
     def _see_positions(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -212,7 +217,7 @@ class LayerObserver:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
-        """Attention's output, (batch, length, query heads, head_dim), with q and k impacts reported on the way."""
+        """Computes the attention's output, (batch, length, query heads, head_dim), and records q and k impacts."""
         inputs = AttentionInputs.clean(query, key, value, visible, self.real, scaling, softcap)
         if not self.query_key.names:
             return inputs.output().transpose(1, 2).to(query.dtype)
@@ -241,7 +246,7 @@ def _attention(
 
 
 def _mask(*args, **kwargs) -> Tensor:
-    """transformers' boolean mask, always written out: the shortcut `None` would hide a sliding window."""
+    """transformers' boolean mask, always materialised: the shortcut `None` would hide a sliding window."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
@@ -251,10 +256,10 @@ AttentionMaskInterface.register(_IMPLEMENTATION, _mask)
 
 @contextmanager
 def observed_attention(observers: Sequence[LayerObserver], *others: nn.Module) -> Iterator[None]:
-    """Lets the observers' attention modules, and `others` that make their masks, run the measuring attention."""
+    """Makes the observers' attention modules, and `others` that build their masks, run the measuring attention."""
     modules = [*others, *(observer.layer.attention for observer in observers)]
     configs = list({id(module.config): module.config for module in modules}.values())
-    found = [config._attn_implementation for config in configs]
+    implementations = [config._attn_implementation for config in configs]
     try:
         for config in configs:
             config._attn_implementation = _IMPLEMENTATION
@@ -262,7 +267,7 @@ def observed_attention(observers: Sequence[LayerObserver], *others: nn.Module) -
             _observer_of[observer.layer.attention] = observer
         yield
     finally:
-        for config, implementation in zip(configs, found, strict=True):
+        for config, implementation in zip(configs, implementations, strict=True):
             config._attn_implementation = implementation
         for observer in observers:
             _observer_of.pop(observer.layer.attention, None)

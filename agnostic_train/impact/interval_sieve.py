@@ -1,8 +1,8 @@
 """Certified pruning on a GPU: intervals around all q and k impacts, and exact impacts where the intervals don't decide.
 
-A neuron whose upper end lies below the n-th largest lower end of its sentence can't be among the n largest impacts. One
-whose lower end lies above the (n + 1)-th largest upper end must be among them. Only the neurons between the two are computed
-exactly. Nothing here makes the host wait for the device.
+A neuron whose upper end lies below the n-th largest lower end of its sentence can't be among the n largest impacts. A
+neuron whose lower end lies above the (n + 1)-th largest upper end must be among them. Only the neurons in between are
+computed exactly. Nothing here synchronises the host with the device.
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,21 @@ def interval_impacts(
     top_ratio: float,
     work: Mapping[str, Work],
 ) -> dict[str, Tensor]:
-    """Impacts of one layer from which each sentence's top q and k neurons can be read; needs the kernels.
+    """Impacts of one layer that tell each sentence's top q and k neurons; needs the kernels.
 
     Args:
         attention: the layer's attention for a batch.
-        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
+        num_kv_heads: number of KV heads.
         top_ratio: fraction of a site's neurons to find. At 1 every impact is exact, and the intervals are checked
-            against them.
-        work: by `q` and `k`, added to.
+            against the exact impacts.
+        work: by `q` and `k`; the work done is added to it.
 
     Returns: by `q` and `k`, (batch, neurons), float32: the middle of the interval for neurons that are certainly in the
-        top, zero for those that certainly aren't, exact for the others.
+        top, zero for those that certainly aren't, the exact impact for the others.
 
     Raises:
-        UserError: an exact impact outside its interval.
+        UserError: an exact impact lies outside its interval.
     """
     layout = QueryKeyLayout(attention, logit_changes, num_kv_heads)
     ends = squared_intervals(
@@ -70,9 +71,9 @@ def interval_impacts(
     )
     if top_ratio == 1:
         check_enclosed(exact, low, high)
-    found = settle(low, high, certain, unclear, exact)
+    squares = settle(low, high, certain, unclear, exact)
     spans = attention.key_spans.diff(dim=-1).squeeze(-1)
-    # Not by assignment to one entry, which copies the number from the host, and waits.
+    # Computed for all blocks: assigning the last one's number of rows would copy it from the host and synchronise.
     starts = kernels.BLOCK_ROWS * torch.arange(spans.shape[1], device=spans.device)
     rows = (attention.length - starts).clamp(max=kernels.BLOCK_ROWS)
     per_neuron = (spans * rows).sum(1)
@@ -82,4 +83,4 @@ def interval_impacts(
         work[name].logits += (part.sum(1) * per_neuron).sum()
         work[name].all_logits += part.numel() * attention.length**2
         work[name].rough_logits += part.shape[1] * per_neuron.sum()
-    return dict(zip(logit_changes, layout.split(found.sqrt().float()), strict=True))
+    return dict(zip(logit_changes, layout.split(squares.sqrt().float()), strict=True))

@@ -1,24 +1,26 @@
 """A Triton kernel that encloses the q and k impacts of all neurons in proven intervals, far cheaper than exact impacts.
 
-Deactivating a neuron takes `x_ij` from the logits of query i. With `w_j = exp(-x_ij)` and the attention A_i, the output
-moves by exactly `sum_j A_ij (w_j - 1) (v_j - o_i) / sum_j A_ij w_j`, and adding a constant to a row of x changes nothing.
-Small changes give small terms, which half precision represents with the same relative error as large ones. So the products
-with the values run on the fastest tensor cores, in one pass over the keys with one exponential per logit; the exact form
-needs two passes, four exponentials, and three products at half the speed.
+Deactivating a neuron subtracts `x_ij` from the logits of query i. With `w_j = exp(-x_ij)` and the attention A_i, the
+output moves by exactly `sum_j A_ij (w_j - 1) (v_j - o_i) / sum_j A_ij w_j`, and adding a constant to a row of x changes
+nothing. Small changes give small terms, which half precision represents with the same relative error as large ones. So
+the products with the values run on the fastest tensor cores, in one pass over the keys with one exponential per logit;
+the exact form needs two passes, four exponentials, and three products at half the speed.
 
-The kernel accumulates what rounding can do, which makes the intervals certain:
+The kernel accumulates bounds on the effects of rounding, which makes the intervals certain:
 
-- Half precision rounds each term and each value by at most 2^-11 of itself. A row's sum is therefore off by at most 2^-10
-  of `E_i = sum_j A_ij |w_j - 1|` times the longest value (scaled to 1), plus 2^-25 for each term too small for half
-  precision, plus `n 2^-23` of the sum of n terms.
-- Float32 rounds logits and their changes, here and in the exact form, by a part of their size: the exact form subtracts twice
-  from a logit, and multiplies it twice where it grows. That is a relative error of the weights `A_ij w_j`, which sum to at
-  most `1 + E_i`. Sums of many terms are off by less than their worst case, about the square root of their number.
-- A soft cap bends x: `tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t)` with `t = tanh(y)` and `T = tanh(u)`. That is off by
-  a part of y that grows with `1 / (1 - T)`, the largest T deciding.
+- Half precision rounds each term and each value by at most 2^-11 of itself. A row's sum is therefore off by at most
+  2^-10 of `E_i = sum_j A_ij |w_j - 1|` times the norm of the longest value (scaled to 1), plus 2^-25 for each term too
+  small for half precision, plus `n 2^-23` of the sum of n terms.
+- Float32 rounds logits and their changes, here and in the exact form, by a fraction of their size: the exact form
+  subtracts from a logit twice, and multiplies it twice where it grows. This causes a relative error of the weights
+  `A_ij w_j`, which sum to at most `1 + E_i`. A sum's error is less than its worst case: it grows about as the square
+  root of the number of terms.
+- A soft cap bends x: `tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t)` with `t = tanh(y)` and `T = tanh(u)`. The error
+  of this is a fraction of y that grows with `1 / (1 - T)`, so the largest T decides.
 - Where a change is so large that a weight which float32 rounded to zero could matter, the upper end is infinite.
 
-The accuracy rests on small terms, so x, v and the logits are first centred on what the rows attend to on average.
+The intervals are narrow only if terms are small, so x, v and the logits are first centred at their averages under the
+rows' attention.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ if triton is not None:
 
     from agnostic_train.impact.kernels import program_part, tanh
 
-# Half precision loses digits below 6e-5, so terms are scaled up. Beyond 255 they overflow: the upper end becomes infinite.
+# Half precision loses digits below 6e-5, so terms are scaled up. Above 255 they overflow: an infinite upper end.
 _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
@@ -57,17 +59,18 @@ def squared_intervals(
     """Lower and upper ends of an interval around each neuron's `kernels.squared_changes`.
 
     Args:
-        logits: as the softmax sees them: with a `softcap`, capped.
+        logits: the softmax's input: capped if there is a `softcap`.
         attention: A, the softmax of the logits.
+        value: not necessarily centred.
         largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits, before a cap.
-        growths: r and s, here at least 1; none with a `softcap`.
-    Others as for `squared_changes`.
+        growths: r and s, here at least 1; not supported together with a `softcap`.
+        Other arguments: as for `squared_changes`.
 
-    Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ones may be infinite.
+    Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ends may be infinite.
     """
     num_heads, length, head_dim = value.shape
     per_head = len(factors[0]) // num_heads
-    # Average attention of the counted rows: (heads, 1, length).
+    # The mean attention of the counted rows: (heads, 1, length).
     attended = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1) @ attention
 
     def centre(part: Tensor) -> Tensor:
@@ -77,12 +80,12 @@ def squared_intervals(
     longest = torch.linalg.vector_norm(value, dim=-1).amax(1).clamp(min=torch.finfo(value.dtype).tiny)
     value = (value / longest[:, None, None]).half()
     assert not (growths and softcap)
-    # How often a logit is rounded on its way, here and in the exact form, each time by half an epsilon of its size. A
-    # hyperbolic tangent is off by as much as twelve roundings, and there are three of a logit, one of them torch's.
+    # How often a logit is rounded, here and in the exact form together, each time by half an epsilon of its size. A
+    # hyperbolic tangent is off by up to twelve roundings, and each logit passes through three, one of them torch's.
     num_roundings = 5 if growths else 38 if softcap else 2
     rounding = _EPS / 2 * (32 + 4 * length**0.5 + length / 8 + num_roundings * largest_logit)
     change_rounding = torch.full_like(rounding, 4 * _EPS)
-    # Arguments of a kernel that doesn't read them.
+    # Placeholders: without growths or a cap, the kernel doesn't read these arguments.
     read_logits, growth = attention, [attention] * 4
     if growths or softcap:
         visible_logits = logits.masked_fill(logits == -torch.inf, 0)
@@ -90,7 +93,7 @@ def squared_intervals(
     if growths:
         growth = [*growths, centre(growths[1]), (attention * visible_logits).sum(-1)]
     if softcap:
-        # See the kernel: what 1 - T t loses, at the largest T.
+        # The cancellation in `1 - T t` (see the kernel) at the largest T.
         change_rounding = 40 * _EPS / (1 - visible_logits.abs().amax((1, 2)) / softcap).clamp(min=0)
     attention = _padded(attention)
     ends = logits.new_zeros(2, len(factors[0]), spans.shape[1])
@@ -114,7 +117,7 @@ def squared_intervals(
             **launch_options(head_dim, bool(growths), softcap is not None),
         )
     low, high = ends.sum(-1).view(2, num_heads, per_head)
-    # The squares of what tiny values move may underflow.
+    # With tiny values, the squared changes may underflow.
     unknown = high.isnan() | (longest < _SMALLEST_VALUE).unsqueeze(1)
     return torch.where(low.isnan() | unknown, 0, low).flatten(), torch.where(unknown, torch.inf, high).flatten()
 
@@ -126,7 +129,7 @@ def _padded(matrices: Tensor) -> Tensor:
 
 
 def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size, and for logits that grow or are capped."""
+    """Compile-time options of the kernel for a head size; `grows` and `capped` say how logits change."""
     constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e)}
     return kernels.launch_options(head_dim, grows, capped) | constants | {"enable_fp_fusion": True}
 
@@ -158,7 +161,7 @@ if triton is not None:
         if GROWS:
             row_mean = tl.load(mean_logit + head * length + rows, mask=row_mask, other=0.0)
         scale = row_weight * largest_value * largest_value
-        # The unchanged output, by the same kind of product, so that both have the same register layout.
+        # The unchanged output, by the same kind of product as `moved`, so that both have the same register layout.
         outputs = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         for key in range(first, last, BLOCK_KEYS):
             keys = key + tl.arange(0, BLOCK_KEYS)
@@ -183,7 +186,7 @@ if triton is not None:
                 row_shift = row_mean * (left_r * tl.load(centre_s + neuron) - 1)
             if CAPPED:
                 row_shift = softcap * tanh((left_a * middle_b + left_c * middle_d) / softcap)
-            # In powers of two, so that the exponential is one instruction.
+            # As powers of two, so that the exponential is one instruction.
             power_a = left_a * -LOG2_E
             power_c = left_c * -LOG2_E
             largest_b = tl.zeros([BLOCK_KEYS], tl.float32)
@@ -236,13 +239,13 @@ if triton is not None:
                 centred += growth
                 reach += growth
             if CAPPED:
-                # A cap makes changes smaller, but not by a constant.
+                # A cap shrinks each change by a different factor: bound the uncentred change and its shift separately.
                 centred = reach + tl.abs(row_shift)
             error = (own_rounding + by_change * reach) * (1 + spread)
             narrow = error + (spread + tl.abs(total) * (1 / SCALE)) * by_half + least
             inverse = 1 / (1 + total * (1 / SCALE))
             error *= inverse
-            # Below exp(60) a weight under 2^-126, the smallest normal float32, stays negligible. A sum may have overflowed.
+            # Below exp(60), a weight under 2^-126 (float32's smallest normal) is negligible. Sums may have overflowed.
             certain = (centred < 60) & (inverse > 0) & (error < 0.5) & (distance < float("inf"))
             low = tl.maximum(distance - narrow, 0) * inverse * (1 - error)
             high = (distance + narrow) * inverse * (1 + 2 * error)

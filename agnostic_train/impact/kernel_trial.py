@@ -1,4 +1,4 @@
-"""Whether a device runs the Triton kernels: before anything rests on them, each is tried once against its definition."""
+"""Whether the Triton kernels work on a device: each is compared once with its definition before use."""
 
 from functools import cache
 
@@ -9,16 +9,16 @@ from transformers.utils import logging
 from agnostic_train.impact.intervals import squared_intervals
 from agnostic_train.impact.kernels import LARGEST_HEAD, key_spans, squared_changes, triton
 
-# What the exact kernel may be off by; in `tf32`, of one part instead of three, it would be off by more.
+# Largest accepted relative error of the exact kernel; plain `tf32` instead of `tf32x3` would exceed it.
 _TOLERANCE = 1e-4
-# Two blocks of rows, the second one short, and no multiple of a warp.
+# The length gives two blocks of rows, the second one short, and isn't a multiple of a warp.
 _NUM_HEADS, _NUM_NEURONS, _LENGTH = 2, 3, 70
 
 logger = logging.get_logger(__name__)
 
 
 def available(value: Tensor) -> bool:
-    """Whether the kernels take values like these, (heads, length, head_dim): else there is the torch form."""
+    """Whether the kernels support values like these, (heads, length, head_dim); if not, use the torch form."""
     return (
         triton is not None
         and value.is_cuda
@@ -32,16 +32,16 @@ def available(value: Tensor) -> bool:
 
 @cache
 def _work_on(device: torch.device, head_dim: int) -> bool:
-    """Tries both kernels; a log line says why they aren't used.
+    """Tries both kernels on the device; if they can't be used, a log line says why.
 
-    Triton needs a C compiler, Python's headers and CUDA's library, which not every machine has, and GPUs are made that it
-    doesn't know yet.
+    Triton needs a C compiler, Python's headers and CUDA's library, which some machines lack, and it may not support a
+    GPU that is newer than itself.
     """
     try:
         problem = None if _are_right(device, head_dim) else "their results are wrong there"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # which say nothing of the kernels
-    # What is missing shows as errors of many kinds, an assertion's among them; the torch form needs none of it.
+        raise  # these say nothing about the kernels
+    # Missing parts cause many kinds of errors, including AssertionError; the torch form needs none of these parts.
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
@@ -50,7 +50,7 @@ def _work_on(device: torch.device, head_dim: int) -> bool:
 
 
 def _are_right(device: torch.device, head_dim: int) -> bool:
-    """Compares both kernels with float64 on random attention, and waits for the device."""
+    """Compares both kernels with float64 on random attention; synchronises with the device."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:

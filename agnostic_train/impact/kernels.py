@@ -1,10 +1,10 @@
 """A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
 
-A program handles a few neurons of one head and a block of query rows. For each neuron it passes over the keys twice: first
-for the highest logit and the sum of each row's softmax, then for the weights. Results are as exact as float32: the tensor
-cores multiply in three parts (`tf32x3`), and the unchanged attention is subtracted before the product with the values. That
-attention is recomputed here by the same instructions as the changed one, so that a neuron which changes no logit has an
-impact of exactly zero rather than of rounding noise.
+A program handles a few neurons of one head and a block of query rows. For each neuron it makes two passes over the
+keys: the first finds each row's largest logit and sum of exponentials, the second computes the weights. Results are as
+exact as float32: the tensor cores multiply in three parts (`tf32x3`), and the unchanged attention is subtracted before
+the product with the values. The unchanged attention is recomputed here by the same instructions as the changed one, so
+that a neuron that changes no logit has an impact of exactly zero rather than of rounding noise.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ try:
 except ImportError:
     triton = None
 
-# Hopper's tensor cores take 64 rows at a time from four warps, and a block's sums and both attentions are in registers.
-# With 32 keys, and eight warps for heads above 64, nothing spills there up to heads of 128, whatever the length, and
-# little at 256; 64 keys would. Fewer keys would cost more in what is done once a block. Two stages of loads, because a
-# block's product takes longer than the next one's loads; their shared memory is there on smaller GPUs too.
+# Hopper's tensor cores take 64 rows at a time from four warps; a block's sums and both attentions are in registers.
+# With 32 keys, and eight warps for heads above 64, no register spills on Hopper up to a head size of 128 at any length,
+# and few do at 256; with 64 keys they would. With fewer keys, the work that is done once per block would cost more.
+# Two stages of loads are enough, because a block's product takes longer than the next block's loads; the shared memory
+# that they need is available on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
-# Neurons of a head that one program handles in turn: they read the same logits, from the cache.
+# Number of neurons of a head that one program handles in turn: they read the same logits from the cache.
 GROUP = 16
 LARGEST_HEAD = 256
 
@@ -32,7 +33,7 @@ LARGEST_HEAD = 256
 def key_spans(visible: Tensor) -> Tensor:
     """For each block of `BLOCK_ROWS` rows, the first key that any of its rows sees, and one past the last.
 
-    visible: (batch, 1, length, length), bool; every row sees a key. Returns: (batch, blocks, 2), int32.
+    visible: (batch, 1, length, length), bool; every row sees at least one key. Returns: (batch, blocks, 2), int32.
     """
     batch, _, length, _ = visible.shape
     num_blocks = -(-length // BLOCK_ROWS)
@@ -54,23 +55,24 @@ def squared_changes(
 ) -> Tensor:
     """`sum_i weight_i ||sum_j (softmax_j(S_ij r_i s_j - a_i b_j - c_i d_j) - softmax_j(S_ij)) v_j||^2` for each neuron.
 
-    With a `softcap`, `softcap * tanh(. / softcap)` bends what both softmaxes are taken of.
+    With a `softcap`, the argument z of each softmax is replaced by `softcap * tanh(z / softcap)`.
 
     Args:
-        logits: S, (heads, length, length), float32, -inf where a key isn't seen. Every row sees a key.
+        logits: S, (heads, length, length), float32, -inf where a query doesn't see a key. Every row sees at least one
+            key.
         centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
-        weight: (heads, length), float32; rows of weight 0 are left out, whatever stands there.
+        weight: (heads, length), float32; rows of weight 0 are skipped, whatever they hold.
         factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
-        spans: `key_spans` of the sentences, each with its heads in a row.
+        spans: `key_spans` of the sentences; the heads of a sentence are consecutive.
         chosen: (heads * neurons of a head,), bool, which neurons to compute; all by default.
-        growths: r and s, above 0, like the factors; all 1 by default.
+        growths: r and s, positive, shaped like the factors; all 1 by default.
 
     Returns: (heads * neurons of a head,), float32, the same in every run; zero where not chosen.
     """
     num_heads, length, head_dim = centred_value.shape
     chosen = torch.ones_like(factors[0][:, 0], dtype=torch.bool) if chosen is None else chosen
     parts = logits.new_zeros(len(chosen), spans.shape[1])
-    # Rows of whole blocks of keys load without a mask, in vectors; with one, odd lengths took twice the instructions.
+    # Rows of whole blocks of keys load in vectors, without a mask; a mask would double the instructions at odd lengths.
     missing = -length % BLOCK_KEYS
     logits = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
     per_head = len(chosen) // num_heads
@@ -91,12 +93,12 @@ def squared_changes(
 
 
 def launch_grid(num_heads: int, neurons_per_head: int, spans: Tensor) -> tuple[int, int]:
-    """Groups of neurons by blocks of rows."""
+    """The kernel's grid: groups of neurons by blocks of rows."""
     return num_heads * triton.cdiv(neurons_per_head, GROUP), spans.shape[1]
 
 
 def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size, and for logits that grow or are capped."""
+    """Compile-time options of the kernel for a head size; `grows` and `capped` say how logits change."""
     block_dim = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim,
@@ -108,7 +110,7 @@ def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> 
         "CAPPED": capped,
         "num_warps": 4 if block_dim <= 64 else 8,
         "num_stages": NUM_STAGES,
-        # Fused with a subtraction, one of two equal products isn't rounded, and their difference isn't zero.
+        # When fused with a subtraction, one of two equal products isn't rounded, so their difference isn't zero.
         "enable_fp_fusion": False,
     }
 
@@ -120,7 +122,7 @@ if triton is not None:
         weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
         BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """What a program of `launch_grid` works on: its head, rows and their weights, its keys, and its neurons."""
+        """Returns a program's share of `launch_grid`: head, rows and their weights, ranges of keys and of neurons."""
         groups = tl.cdiv(neurons_per_head, GROUP)
         # In 64 bits, as are all offsets derived from it.
         head = (tl.program_id(0) // groups).to(tl.int64)
@@ -128,7 +130,7 @@ if triton is not None:
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
         span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
-        # Start at a multiple of the block, so that loads are aligned.
+        # The first key is a multiple of the block size, so that loads are aligned.
         first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
         last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
         start = tl.program_id(0) % groups * GROUP
@@ -136,9 +138,12 @@ if triton is not None:
 
     @triton.jit
     def tanh(z):
-        """Off by less than six epsilons of the result, also near zero, where a quotient of exponentials loses digits."""
+        """Hyperbolic tangent, off by less than six epsilons of the result.
+
+        Near zero a quotient of exponentials would lose digits, so a series is used there.
+        """
         square = z * z
-        # Taylor's series, to z^13.
+        # Taylor series up to z^13.
         inner = -17 / 315 + square * (62 / 2835 + square * (-1382 / 155925 + square * (21844 / 6081075)))
         near = z + z * square * (-1 / 3 + square * (2 / 15 + square * inner))
         decay = tl.exp(-2 * tl.abs(z))
@@ -147,15 +152,15 @@ if triton is not None:
 
     @triton.jit
     def _with_keys(logits, highest, total):
-        """Adds a block of keys to its rows' highest logits and their sums of exponentials."""
+        """Includes a block of keys in its rows' largest logits and sums of exponentials."""
         higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen no key so far has nothing but -inf, and -inf less -inf isn't a number.
+        # A row that has seen no key so far has only -inf, and -inf minus -inf is NaN.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         return higher, total * tl.exp(highest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
 
     @triton.jit
     def _weights(logits, highest, total):
-        """Attention, zero in rows that are left out."""
+        """Attention weights, zero in skipped rows."""
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         return tl.exp(logits - shift[:, None]) * (1 / tl.where(total == 0, 1.0, total))[:, None]
 
@@ -164,7 +169,7 @@ if triton is not None:
         logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, softcap, GROWS: tl.constexpr,
         CAPPED: tl.constexpr,
     ):  # fmt: skip
-        """A block of logits as they are and as they are changed, both as the softmax sees them."""
+        """A block of logits, unchanged and changed, both as the softmax sees them."""
         key_mask = keys < length
         before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=row_mask[:, None], other=float("-inf"))
         right_b = tl.load(b + keys, mask=key_mask, other=0.0)

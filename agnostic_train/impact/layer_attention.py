@@ -15,19 +15,21 @@ from agnostic_train.impact.row_blocks import Block, row_blocks
 
 
 class LayerAttention:
-    """One layer's attention A for a batch; measures `||(A - A') v||^2` over counted tokens and features for a changed A'.
+    """One layer's attention A for a batch; measures `||(A - A') v||^2` for changed attention A'.
+
+    The squares are summed over counted tokens and features.
 
     Args:
-        inputs: of the attention.
+        inputs: the inputs of the attention.
         counted: (batch, length), bool, the tokens whose change counts.
-        chunk_bytes: neurons are taken so many at a time that their (neuron, length, length) tensors stay within it.
-        capped: whether changes are of the logits before the soft cap (`softcap`), if there is one, or of capped logits.
+        chunk_bytes: memory limit for the (neuron, length, length) tensors of the neurons computed at once.
+        capped: whether neurons change the logits before the soft cap, if there is one; if False, the capped logits.
 
     Attributes:
-        logits, probabilities: what the softmax sees and gives, (batch * heads, length, length).
+        logits, probabilities: the softmax's input and output, (batch * heads, length, length).
         value, centred_value, output: (batch * heads, length, head_dim).
         counted: (batch * heads, length), floating point, 1 at counted tokens.
-        softcap: bends changed logits; None where nothing does.
+        softcap: the soft cap on changed logits; None without one.
     """
 
     def __init__(self, inputs: AttentionInputs, counted: Tensor, chunk_bytes: int, capped: bool = True):
@@ -38,7 +40,7 @@ class LayerAttention:
         self.logits = inputs.logits().flatten(0, 1)
         self.probabilities = self.logits.softmax(-1)
         self.output = self.probabilities @ self.value
-        # A' - A sums to zero over the keys: what all values have in common adds nothing but rounding errors.
+        # A' - A sums to zero over the keys, so the values' common part would add only rounding errors.
         num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
         self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
         self.counted = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
@@ -46,39 +48,39 @@ class LayerAttention:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The rows in blocks, with the keys that these see."""
+        """The query rows in blocks, each with the keys that its rows see."""
         return row_blocks(self.inputs.visible)
 
     def in_block(self, block: Block, grows: bool = False) -> BlockForms:
-        """The attention of a block's rows to its keys, of all heads, for changes in closed form; without a cap."""
+        """The attention of a block's rows to its keys, for all heads and changes in closed form; without a cap."""
         rows, keys = block.rows, block.keys
         logits, peaks = self.logits[:, rows, keys], self._peaks[:, rows]
         return BlockForms(logits, peaks, self.centred_value[:, keys], self.counted[:, rows], grows)
 
     def plainly_in_block(self, block: Block) -> AttentionBlock:
-        """The same for changes of any kind and size; they are of `changed_logits`."""
+        """The same for any changes of `changed_logits`, whatever their form and size."""
         rows, keys = block.rows, block.keys
         logits, start = self.logits[:, rows, keys], self.changed_logits[:, rows, keys]
         return plain_block(logits, self.centred_value[:, keys], self.counted[:, rows], start)
 
     def bits_moved(self, change: LogitChange) -> Tensor:
-        """How far each neuron moves a logit, at most, in bits: (batch * heads, head_dim)."""
+        """An upper bound on how far each neuron moves a logit, in bits: (batch * heads, head_dim)."""
         return bits_moved(change, self.largest_logits.view(self.batch, self.num_heads)).flatten(0, 1)
 
     @cached_property
     def key_spans(self) -> Tensor:
-        """Which keys each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
+        """The keys that each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
         return kernels.key_spans(self.inputs.visible)
 
     @cached_property
     def largest_logits(self) -> Tensor:
-        """At least the largest absolute value of each head's products: (batch * heads,)."""
+        """An upper bound on the absolute value of each head's products: (batch * heads,)."""
         query, key = (torch.linalg.vector_norm(it, dim=-1).amax(-1) for it in (self.inputs.query, self.inputs.key))
         return (query * key * abs(self.inputs.scaling)).flatten()
 
     @cached_property
     def longest_value(self) -> Tensor:
-        """Of the real tokens' centred values, the largest norm by head: (batch * heads, 1)."""
+        """The largest norm of the real tokens' centred values in each head: (batch * heads, 1)."""
         real = self.inputs.real.repeat_interleave(self.num_heads, 0)
         return torch.linalg.vector_norm(self.centred_value, dim=-1).masked_fill(~real, 0).amax(-1, keepdim=True)
 
@@ -88,13 +90,13 @@ class LayerAttention:
 
     @cached_property
     def changed_logits(self) -> Tensor:
-        """What a neuron's deactivation changes: the logits, before the `softcap` if there is one; -inf at unseen keys."""
+        """The logits that a neuron's deactivation changes: before the `softcap`, if any; -inf at unseen keys."""
         if self.softcap is None:
             return self.logits
         return self.inputs.products().masked_fill_(~self.inputs.visible, -torch.inf).flatten(0, 1)
 
     def squared_changes(self, change: LogitChange) -> Tensor:
-        """`||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
+        """Computes `||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
         if kernel_trial.available(self.value):
             by_neuron = _by_neuron(change)
             squares = kernels.squared_changes(
@@ -113,7 +115,7 @@ class LayerAttention:
         return squares.view(self.batch, self.num_heads, self.head_dim)
 
     def _squared_changes(self, change: LogitChange) -> Tensor:
-        """Of logits that nothing caps, in closed form: (batch * heads, head_dim)."""
+        """`squared_changes` without a cap, in closed form: (batch * heads, head_dim)."""
         bits, by_neuron = self.bits_moved(change), _by_neuron(change)
         result = torch.zeros_like(bits)
         for block in self.blocks:
@@ -124,7 +126,7 @@ class LayerAttention:
         return without_noise(result, bits)
 
     def _squared_changes_before_cap(self, change: LogitChange) -> Tensor:
-        """Of logits that are capped afterwards: (batch * heads, head_dim)."""
+        """`squared_changes` of logits that are capped afterwards: (batch * heads, head_dim)."""
         bits, by_neuron = self.bits_moved(change), _by_neuron(change)
         visible = self._visible_by_head()
         result = torch.zeros_like(bits)
@@ -138,9 +140,13 @@ class LayerAttention:
         return without_noise(result, bits)
 
     def replayed(self, name: str, projected: Tensor, norm: nn.Module, angles: Angles) -> Tensor:
-        """With the norm and rotation of `q` or `k` done anew on a projection output without the neuron, whatever the norm.
+        """`squared_changes` for any norm: applies norm and rotation of `q` or `k` to its output without each neuron.
 
-        projected: (batch, length, neurons), padding zeroed. Returns: (batch, query heads, head_dim).
+        Args:
+            projected: the projection's output, (batch, length, neurons), padding zeroed.
+            norm: a norm of each head.
+
+        Returns: (batch, query heads, head_dim).
         """
         heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
@@ -163,11 +169,11 @@ class LayerAttention:
     def replayed_over_heads(
         self, name: str, projected: Tensor, norm: nn.Module, angles: Angles, marked: Tensor | None = None
     ) -> Tensor:
-        """As `replayed`, for a norm over all heads: zeroing one entry rescales every head, so every head is done anew.
+        """`replayed` for a norm over all heads: zeroing one entry rescales every head, so every head is recomputed.
 
         Args:
-            projected: (batch, length, neurons), padding zeroed.
-            marked: (batch, neurons), bool, which to compute; all by default.
+            projected: the projection's output, (batch, length, neurons), padding zeroed.
+            marked: (batch, neurons), bool, which neurons to compute; all by default.
 
         Returns: (batch, neurons), the squares summed over the query heads; zero where not marked.
         """
@@ -196,12 +202,15 @@ class LayerAttention:
         return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
     def _num_at_once(self, num_rows: int, num_keys: int) -> int:
-        """Neurons: at the peak each has its change, its logits and its attention, fewer in closed form, and two outputs."""
+        """How many neurons to compute at once: at the peak each has its change, logits, attention and two outputs.
+
+        Changes in closed form need less.
+        """
         bytes_per_neuron = num_rows * (3 * num_keys + 2 * self.head_dim) * self.value.element_size()
         return max(1, self._chunk_bytes // bytes_per_neuron)
 
     def _chunks(self, num_rows: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
-        """Slices over (batch * heads) and head_dim."""
+        """Yields slices over (batch * heads) and head_dim."""
         at_once = self._num_at_once(num_rows, num_keys)
         neurons_at_once, heads_at_once = min(self.head_dim, at_once), max(1, at_once // self.head_dim)
         for head in range(0, self.batch * self.num_heads, heads_at_once):
@@ -210,12 +219,15 @@ class LayerAttention:
 
 
 def without_noise(squares: Tensor, bits: Tensor) -> Tensor:
-    """Exactly zero for neurons that move no logit; what isn't finite stays. bits: `bits_moved`, like the squares."""
+    """Zeroes, in place, the squares of neurons that move no logit, unless they aren't finite.
+
+    bits: `bits_moved`, shaped like the squares.
+    """
     return squares.masked_fill_((bits == 0) & squares.isfinite(), 0)
 
 
 def _by_neuron(change: LogitChange) -> LogitChange:
-    """The same change in parts of shape (batch * heads, head_dim, length)."""
+    """The same change with all parts transposed to (batch * heads, head_dim, length)."""
     parts = {field.name: getattr(change, field.name) for field in fields(change)}
     return LogitChange(
         **{name: part if part is None else part.flatten(0, 1).mT.contiguous() for name, part in parts.items()}
@@ -223,7 +235,7 @@ def _by_neuron(change: LogitChange) -> LogitChange:
 
 
 def _in_block(by_neuron: LogitChange, heads: slice, neurons: slice, block: Block) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors and growths of some neurons in a block, as `AttentionBlock.changed` takes them."""
+    """Factors and growths of some neurons in a block, shaped as `AttentionBlock.changed` takes them."""
     by_row, by_key = (heads, neurons, block.rows, None), (heads, neurons, None, block.keys)
     factors = [by_neuron.a[by_row], by_neuron.b[by_key], by_neuron.c[by_row], by_neuron.d[by_key]]
     growths = [] if by_neuron.row_growth is None else [by_neuron.row_growth[by_row]]

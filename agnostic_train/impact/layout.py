@@ -1,4 +1,4 @@
-"""How the q and k neurons of one layer are laid out: by head for the arithmetic, by site for counting."""
+"""How the q and k neurons of one layer are laid out: by head for computing, by site for counting."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,13 @@ class QueryKeyLayout:
 
     Args:
         attention: the layer's attention for a batch.
-        logit_changes: by `q` and `k`, or one of them, what each neuron makes of the logits.
+        logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
+        num_kv_heads: number of KV heads.
+
+    Attributes:
+        sizes: number of neurons of each site in `logit_changes`.
+        factors: a, b, c and d of all neurons, by head: each (batch * heads * neurons, length).
+        growths: both growths likewise; an empty list if nothing grows.
     """
 
     def __init__(self, attention: LayerAttention, logit_changes: Mapping[str, LogitChange], num_kv_heads: int):
@@ -25,9 +31,9 @@ class QueryKeyLayout:
         self._num_kv_heads = num_kv_heads
         rows = {"q": self._num_heads * self._head_dim, "k": num_kv_heads * self._head_dim}
         self.sizes = [rows[name] for name in logit_changes]
-        # a, b, c and d of all neurons, by head: (batch * heads * neurons, length).
+        # (batch * heads * neurons, length) each.
         self.factors = [self._stacked([getattr(x, part) for x in logit_changes.values()]) for part in "abcd"]
-        # The same of the growths, where there are any.
+        # Both sites get growths, ones where nothing grows, because they are computed together.
         self.growths: list[Tensor] = []
         if any(x.grows for x in logit_changes.values()):
             pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in logit_changes.values()]
@@ -38,11 +44,11 @@ class QueryKeyLayout:
         return torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
 
     def split(self, by_site: Tensor) -> tuple[Tensor, ...]:
-        """One tensor per site."""
+        """Splits a tensor by site into one tensor per site."""
         return by_site.split(self.sizes, 1)
 
     def by_site(self, by_head: Tensor) -> Tensor:
-        """Sums over the heads through which a neuron acts: a k row acts through all query heads of its group."""
+        """Sums over the heads through which a neuron acts; a k row acts through all query heads of its group."""
         sites = []
         for name, part in zip(self._names, by_head.split(self._head_dim, 1), strict=True):
             part = part.unflatten(0, (self._batch, -1))

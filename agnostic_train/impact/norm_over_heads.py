@@ -1,14 +1,14 @@
 """Certified pruning where a norm spans all heads (OLMo 2), so that a neuron of q or k acts through every head.
 
-Where one entry goes, the others grow by one factor r (`rms_norm`). In the neuron's own heads, the change of the logits has
-its closed form. In the others the logits S_ij become `r_i S_ij` (q) or `r_j S_ij` (k), with r close to 1, because one entry
-is a small part of all heads. With `u = r - 1` and `y_ij = u_i S_ij` or `u_j S_ij`, a query's output changes by `Cov(y, v)`,
-under its attention, and a rest. `Cov(y, v)` is linear in u: one vector (q) or one matrix (k) gives its square for all
-neurons. The rest is half the joint cumulant of y, y and v under some attention between the old one and the new, at most
-`max ||v|| exp(max y - min y) E[(y - E y)^2]`.
+When an entry is zeroed, the others grow by one factor r (`rms_norm`). In the neuron's own heads, the change of the
+logits has its closed form. In the other heads the logits S_ij become `r_i S_ij` (q) or `r_j S_ij` (k), with r close to
+1, because one entry is a small part of all heads. With `u = r - 1` and `y_ij = u_i S_ij` or `u_j S_ij`, a query's
+output changes by `Cov(y, v)` under its attention, plus a remainder. `Cov(y, v)` is linear in u: one vector (q) or one
+matrix (k) gives its square for all neurons. The remainder is half the joint cumulant of y, y and v under some attention
+between the old one and the new, at most `max ||v|| exp(max y - min y) E[(y - E y)^2]`.
 
 This encloses every squared impact in an interval. Neurons whose interval doesn't decide whether they are among their
-sentence's largest are computed exactly, with the norm done anew.
+sentence's largest are computed exactly, with the norm applied anew.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,13 @@ from agnostic_train.impact.rms_norm import LARGEST_GROWTH
 
 @dataclass(frozen=True)
 class _OtherHeads:
-    """What growth of the logits does to the output of some heads, in terms of `u = growth - 1` by token.
+    """How growth of the logits moves the output of some heads, as coefficients of powers of `u = growth - 1` by token.
 
-    linear: of the linear part's square, the coefficients of u^2, (..., length), for q, of u u^T, (..., length, length), for
-    k. rest: of the rest's squared bound, before the exponential, the coefficients of u^4, (..., length). error: of what
-    rounding adds to the linear part, squared, the coefficients of u^2, (..., length).
+    Attributes:
+        linear: the linear part's square: for q the coefficients of u^2, (..., length); for k those of u u^T, (...,
+            length, length).
+        rest: the squared bound on the remainder, before the exponential: the coefficients of u^4, (..., length).
+        error: the square of what rounding adds to the linear part: the coefficients of u^2, (..., length).
     """
 
     linear: Tensor
@@ -47,24 +49,24 @@ def pruned_impacts(
     top_ratio: float,
     work: Work,
 ) -> Tensor:
-    """Impacts of one layer's q or k from which each sentence's top neurons can be read.
+    """Impacts of one layer's q or k that tell each sentence's top neurons.
 
     Args:
         name: `q` or `k`.
         attention: the layer's attention for a batch.
-        own_change: what each neuron makes of the logits of its own heads.
-        growth: by what the other entries grow without each neuron, (batch, length, neurons).
-        num_groups: into how many groups of neurons that act through the same heads the site falls: the query heads for
-            q, the KV heads for k.
-        replayed: exact squared changes of the neurons marked in (batch, neurons), bool; zero for the others.
+        own_change: how each neuron changes the logits of its own heads.
+        growth: the factor by which the other entries grow without each neuron, (batch, length, neurons).
+        num_groups: number of groups of neurons that act through the same heads: the query heads for q, the KV heads for
+            k.
+        replayed: returns exact squared changes of the neurons marked in (batch, neurons), bool; zero for the others.
         top_ratio: fraction of the site's neurons to find. At 1 every impact is exact, and the intervals are checked.
-        work: added to.
+        work: the work done is added to it.
 
     Returns: (batch, neurons), float32: the middle of the interval for neurons that are certainly in the top, zero for
-        those that certainly aren't, exact for the others.
+        those that certainly aren't, the exact impact for the others.
 
     Raises:
-        UserError: an exact impact outside its interval.
+        UserError: an exact impact lies outside its interval.
     """
     own = attention.squared_changes(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
     excess = (growth - 1).to(own.dtype).unflatten(-1, (num_groups, -1)).transpose(1, 2)
@@ -78,7 +80,7 @@ def pruned_impacts(
     exact = replayed(unclear)
     if top_ratio == 1:
         check_enclosed(exact, low, high)
-    # A replayed neuron changes the logits of all heads, any other those of its own.
+    # A replayed neuron takes the logits of all heads, any other only those of its own heads.
     per_neuron, num_replayed = attention.length**2, unclear.sum()
     work.neurons += num_replayed
     work.all_neurons += unclear.numel()
@@ -88,9 +90,9 @@ def pruned_impacts(
 
 
 def _intervals(attention: LayerAttention, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Around each neuron's squared change of the output of all heads but its own.
+    """Encloses each neuron's squared change of the output of all heads but its own.
 
-    excess: u by group, (batch, groups, length, head_dim). Returns low, high: (batch, groups, head_dim).
+    excess: u by group, (batch, groups, length, head_dim). Returns: low, high, both (batch, groups, head_dim).
     """
     num_groups = excess.shape[1]
     is_other = 1 - torch.eye(num_groups, dtype=excess.dtype, device=excess.device)
@@ -111,7 +113,7 @@ def _intervals(attention: LayerAttention, heads: _OtherHeads, excess: Tensor) ->
 
 
 def _query_growth(attention: LayerAttention) -> _OtherHeads:
-    """Where the logits of query i grow by 1 + u_i: `u_i Cov(S_i, v)`. By head: (batch * heads, length)."""
+    """Coefficients where the logits of query i grow by 1 + u_i: `u_i Cov(S_i, v)`. By head: (batch * heads, length)."""
     probabilities, value, weight = attention.probabilities, attention.centred_value, attention.counted
     logits = _seen_logits(attention)
     distance = logits - (probabilities * logits).sum(-1, keepdim=True)
@@ -127,7 +129,7 @@ def _query_growth(attention: LayerAttention) -> _OtherHeads:
 
 
 def _key_growth(attention: LayerAttention) -> _OtherHeads:
-    """Where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`.
+    """Coefficients where the logits of key j grow by 1 + u_j: `sum_j u_j A_ij S_ij (v_j - o_i)`.
 
     By head: (batch * heads, length[, length]).
     """
@@ -137,7 +139,7 @@ def _key_growth(attention: LayerAttention) -> _OtherHeads:
     moved = probabilities * logits
     square = moved * logits
     longest = attention.longest_value
-    # By query: E[S^2], an upper bound on the variance of y where |u| is 1.
+    # By query: E[S^2] times the longest value's square; E[S^2] bounds the variance of y where |u| is 1.
     second = square.sum(-1, keepdim=True) * weight * longest.unsqueeze(-1).square()
     # (v_j - o_i) (v_k - o_i) = v_j v_k - v_j o_i - v_k o_i + o_i o_i, summed over i with the factors of j and k.
     counted = moved * weight
@@ -147,7 +149,7 @@ def _key_growth(attention: LayerAttention) -> _OtherHeads:
     return _OtherHeads(
         linear=gram,
         rest=(square * second).sum(-2),
-        # A difference of large terms: the error is a part of these, not of what is left.
+        # The linear part is a difference of large terms: the error is a fraction of these, not of the difference.
         error=4 * _rounding(attention) * (probabilities * second).sum(-2),
     )
 
@@ -157,13 +159,13 @@ def _seen_logits(attention: LayerAttention) -> Tensor:
 
 
 def _rounding(attention: LayerAttention) -> float:
-    """The relative error of a sum over keys of sums over features."""
+    """Bound on the relative error of a sum over keys of sums over features."""
     return 4 * torch.finfo(attention.value.dtype).eps * (attention.length + attention.head_dim)
 
 
 def _noise(attention: LayerAttention) -> Tensor:
-    """By what the rounding of logits and weights moves a sentence's output, here and in the exact form: (batch, 1)."""
+    """How far rounding of logits and weights moves a sentence's output, here and in the exact form: (batch, 1)."""
     roundings = 4 * attention.largest_logits + (2 * attention.length**0.5 + 16)
-    # Norms compute in float32, whatever the dtype of their input.
+    # Norms compute in float32, whatever their input's dtype.
     per_row = torch.finfo(torch.float32).eps * roundings * attention.longest_value.squeeze(-1)
     return (per_row.square() * attention.counted.sum(-1)).view(attention.batch, -1).sum(1, keepdim=True).sqrt()

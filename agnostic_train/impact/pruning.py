@@ -1,4 +1,4 @@
-"""What all ways of pruning share: how many neurons are sought, what intervals decide, and a count of the work."""
+"""What all ways of pruning share: how many neurons are sought, what intervals decide, and counts of the work."""
 
 from dataclasses import dataclass
 from math import floor
@@ -8,24 +8,25 @@ from torch import Tensor
 
 from agnostic_train.errors import UserError
 
-# Relative slack on proven bounds: rounding depends on which neurons are computed together.
+# Relative slack on proven bounds, because rounding depends on which neurons are computed together.
 ROUNDING_MARGIN = 1e-4
 
 
 def num_top(top_ratio: float, size: int) -> int:
-    """How many of a site's neurons are top in a sentence: `max(1, floor(top_ratio * size))`."""
-    # The slack keeps 0.29 of 100 neurons at 29, whatever 0.29 * 100 is in binary.
+    """Number of a site's neurons that are top in a sentence: `max(1, floor(top_ratio * size))`."""
+    # The slack makes 0.29 of 100 neurons 29, although 0.29 * 100 is less in floating point.
     return max(1, floor(top_ratio * size * (1 + 1e-9)))
 
 
 def decide(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which neurons intervals around their impacts put into their sentence's top.
+    """Decides by intervals around the neurons' impacts which are in their sentence's top.
 
     Args:
         low, high: the ends, (sentences, neurons), on any increasing scale.
-        count: how many neurons the top has. If it has all, none is decided, so that all are computed.
+        count: the number of neurons in the top. If it is all of them, every neuron is undecided, so that all are
+            computed.
 
-    Returns: in the top for certain; not decided. Both (sentences, neurons), bool.
+    Returns: whether a neuron is certainly in the top, and whether it is undecided; both (sentences, neurons), bool.
     """
     if count == low.shape[1]:
         return torch.zeros_like(low, dtype=torch.bool), torch.ones_like(low, dtype=torch.bool)
@@ -36,32 +37,32 @@ def decide(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def settle(low: Tensor, high: Tensor, certain: Tensor, unclear: Tensor, exact: Tensor) -> Tensor:
-    """The middle of the interval for neurons in the top for certain, exact impacts for undecided ones, zero for others.
+    """The middle of the interval for certain neurons, the exact impact for undecided ones, zero for the others.
 
-    Where the upper end is far off, or infinite, the lower one stands for the interval: it alone decided.
+    The lower end replaces the middle if the upper end is far off or infinite: the lower end alone decided.
     """
     middle = torch.where(high <= 2 * low, (low + high) / 2, low)
     return torch.where(certain, middle, torch.where(unclear, exact, 0))
 
 
 def check_enclosed(exact: Tensor, low: Tensor, high: Tensor) -> None:
-    """Compares exact impacts with the intervals around them.
+    """Checks that exact impacts lie in the intervals around them.
 
     Raises:
         UserError: one lies outside.
     """
     if ((exact < low * (1 - ROUNDING_MARGIN)) | (exact > high * (1 + ROUNDING_MARGIN))).any():
-        raise UserError(
-            "detection.pruning: impacts lie outside the intervals that were proven for them; set it to false"
-        )
+        raise UserError("detection.pruning: impacts lie outside the intervals proven for them; set it to false")
 
 
 @dataclass
 class Work:
     """How much pruning left to compute exactly: neurons and their changed logits, out of all.
 
-    rough_logits: changed logits that were computed in half precision, for intervals. Numbers found on a device are tensors
-    there until they are read.
+    Counts made on a device stay tensors there until they are read.
+
+    Attributes:
+        rough_logits: changed logits that were computed in half precision, for intervals.
     """
 
     neurons: int | Tensor = 0
@@ -71,11 +72,11 @@ class Work:
     rough_logits: int | Tensor = 0
 
     def __add__(self, other: "Work") -> "Work":
-        """Adds up as plain numbers."""
+        """Adds all counts, as plain integers."""
         return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
 
     def add_all(self, num_neurons: int, num_logits: int, length: int) -> None:
-        """Counts neurons that were all computed exactly, each by so many of a sentence's logits."""
+        """Counts neurons that were all computed exactly, each with `num_logits` logits of a sentence."""
         self.neurons += num_neurons
         self.all_neurons += num_neurons
         self.logits += num_neurons * num_logits

@@ -1,4 +1,4 @@
-"""The q and k impacts of one layer: which form of the arithmetic applies, and how much of it at a time."""
+"""The q and k impacts of one layer: which form of the computation applies, and how much of it runs at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +26,12 @@ from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
 
-# Temporaries that stay in a CPU's cache are several times faster than the largest that memory allows. What is kept for a
-# layer's sentences, if it is much, the allocator returns to the system, and gets again for the next layer, page by page.
+# Temporaries that fit into a CPU's cache are several times faster than the largest that memory allows. If a layer's
+# sentences take much memory, the allocator returns it to the system and gets it again page by page for the next layer.
 _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
-# If bounds leave more than this part of the logits to compute, all at once are faster; and less where a norm makes them
-# grow, which costs more beside gathered neurons. They are tried again on sentences that are so much shorter.
+# If bounds leave more than `_MOST_LEFT` of the logits, computing all neurons is faster. If a norm makes logits grow,
+# the limit is `_MOST_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
+# that are shorter by the factor `_SHORTER`.
 _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
 
 
@@ -43,8 +44,8 @@ class QueryKeyImpacts:
         angles: shared with the other layers.
 
     Attributes:
-        work: by `q` and `k`, how much was computed so far.
-        unprunable: whether some batch needed a form that pruning doesn't cover although `top_ratio` asked for it.
+        work: by `q` and `k`, how much has been computed so far.
+        unprunable: whether `top_ratio` asked for pruning but some batch needed a form that pruning doesn't cover.
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class QueryKeyImpacts:
         projected: dict[str, Tensor],
         cos_sin: tuple[Tensor, Tensor],
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Impacts and attention's output, a few sentences at a time.
+        """Computes the impacts and the attention's output, a few sentences at a time.
 
         Args:
             counted: (batch, length), bool, the tokens whose change counts.
             projected: by name, the projection's output, (batch, length, neurons).
             cos_sin: the angles that the model passes to its attention.
 
-        Returns: by name (batch, neurons), float32; and (batch, query heads, length, head_dim).
+        Returns: the impacts by name, (batch, neurons), float32; the output, (batch, query heads, length, head_dim).
         """
         angles = self._angles.get(self.layer, cos_sin, len(counted), inputs.query.dtype)
         impacts: dict[str, list[Tensor]] = {name: [] for name in self.names}
@@ -101,12 +102,12 @@ class QueryKeyImpacts:
         return {name: torch.cat(values) for name, values in impacts.items()}, torch.cat(outputs)
 
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
-        """How many sentences' logits and changes of them fit into half the memory, or a CPU's share, in parts of one size.
+        """How many sentences to measure at once: the batch is split evenly into parts that fit into half the memory.
 
-        The other half is for chunks.
+        On a CPU, into `_CPU_LAYER_BYTES` if that is less. The other half is for the chunks of changed logits.
         """
         batch, num_heads, length, head_dim = inputs.query.shape
-        # A norm over all heads takes some more products of the logits.
+        # A norm over all heads needs more tensors of the logits' size.
         spanning = any(self.layer.norm_spans_heads(name) for name in self.names if name in self.layer.norms)
         entries = num_heads * length * (14 * head_dim + (14 if spanning else 4) * length)
         fitting = self._limit(inputs, _CPU_LAYER_BYTES) // (entries * inputs.query.element_size())
@@ -114,7 +115,7 @@ class QueryKeyImpacts:
         return ceil(batch / num_parts)
 
     def _limit(self, inputs: AttentionInputs, on_cpu: int) -> int:
-        """Bytes of half the memory, on a CPU at most `on_cpu`."""
+        """Half the memory in bytes; on a CPU at most `on_cpu`."""
         return min(self._half_bytes, on_cpu) if inputs.query.device.type == "cpu" else self._half_bytes
 
     def _measure_part(
@@ -143,12 +144,12 @@ class QueryKeyImpacts:
         return impacts, attention.output.view_as(inputs.query)
 
     def _prunable(self, attention: LayerAttention, forms: dict[str, "_Form"]) -> dict[str, LogitChange] | None:
-        """The forms' changes, if pruning covers them all and pays; else None."""
+        """Returns the forms' changes if pruning covers all of them and is worthwhile; else None."""
         on_kernels = kernel_trial.available(attention.value)
         closed = {name: form.of_all_heads for name, form in forms.items() if form.of_all_heads is not None}
         covered = len(closed) == len(forms)
         if attention.softcap is not None:
-            # The bounds don't handle a soft cap, and the intervals don't handle one beside a norm.
+            # The bounds don't handle a soft cap, and the intervals don't handle one together with a norm.
             covered &= on_kernels and not any(change.grows for change in closed.values())
         if not covered:
             self.unprunable = True
@@ -156,13 +157,13 @@ class QueryKeyImpacts:
         return closed if on_kernels or not self._is_fruitless(attention.length) else None
 
     def _is_fruitless(self, length: int) -> bool:
-        """Whether bounds have left too much to compute in sentences about as long."""
+        """Whether bounds have already been found to leave too much to compute in sentences of this length."""
         return self._fruitless_length is not None and length > _SHORTER * self._fruitless_length
 
     def _bounded_impacts(
         self, attention: LayerAttention, closed: dict[str, LogitChange], top_ratio: float
     ) -> dict[str, Tensor]:
-        """The impacts that bounds can't rule out, zero for the others."""
+        """Impacts of the neurons that bounds can't rule out, zero for the others."""
         work = {name: Work() for name in closed}
         chunk_bytes = self._limit(attention.inputs, _CPU_CHUNK_BYTES)
         sieve = BoundSieve(attention, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
@@ -178,14 +179,14 @@ class QueryKeyImpacts:
     def _forms(
         self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles
     ) -> tuple[AttentionInputs, dict[str, "_Form"]]:
-        """How the neurons of each projection change the logits.
+        """Determines how the neurons of each projection change the logits.
 
         Args:
             projected: by name, (batch, length, neurons), padding zeroed.
 
-        Returns: the forms; and the inputs, with queries and keys that were normalised and rotated in at least float32:
-            growth would multiply the difference between a half-precision model's rounding and what is taken from the
-            logits here.
+        Returns: the inputs and the forms. Queries and keys that pass a norm are normalised and rotated anew in at least
+            float32: growth would otherwise multiply the difference between a half-precision model's rounding and the
+            part that is subtracted from the logits here.
         """
         states: dict[str, Tensor] = {}
         growths: dict[str, Tensor] = {}
@@ -210,7 +211,7 @@ class QueryKeyImpacts:
                 growths[name] = growth_without(entries, eps).flatten(2)
                 largest[name] = growths[name].max()
         if largest:
-            # One transfer: each synchronises with the GPU.
+            # One transfer: each `.tolist()` synchronises with the GPU.
             for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
                 if value > LARGEST_GROWTH:
                     del states[name]
@@ -230,7 +231,7 @@ class QueryKeyImpacts:
     def _all_impacts(
         self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
     ) -> Tensor:
-        """The impacts of every neuron of q or k, (sentences, neurons), float32; without a closed form, replayed."""
+        """Impacts of every neuron of q or k, (sentences, neurons), float32; replayed if there is no closed form."""
         spans_heads = form.of_all_heads is None and self.layer.norm_spans_heads(name)
         if spans_heads:
             impacts = self._replayed_over_heads(attention, name, projected, angles).sqrt().float()
@@ -241,7 +242,7 @@ class QueryKeyImpacts:
                 else attention.squared_changes(form.of_all_heads)
             )
             impacts = query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
-        # The kernels skip unseen keys by themselves, and where a norm spans all heads their rows are whole.
+        # Whole rows count: kernels skip unseen keys themselves, and a norm over all heads is replayed on whole rows.
         whole = spans_heads or (form.of_all_heads is not None and kernel_trial.available(attention.value))
         num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
         self.work[name].add_all(impacts.numel(), num_logits, attention.length)
@@ -268,8 +269,10 @@ class QueryKeyImpacts:
 class _Form:
     """How a projection's neurons change the logits.
 
-    change: in closed form, of the logits of a neuron's own heads; None where the norm must be replayed.
-    growth: for a norm over all heads, by what the other entries grow, (batch, length, neurons), float64.
+    Attributes:
+        change: the closed form for the logits of a neuron's own heads; None if the norm must be replayed.
+        growth: for a norm over all heads, the factor by which the other entries grow, (batch, length, neurons),
+            float64.
     """
 
     change: LogitChange | None
@@ -277,5 +280,5 @@ class _Form:
 
     @property
     def of_all_heads(self) -> LogitChange | None:
-        """The change in closed form, where it is all that the neuron does."""
+        """The change in closed form if it covers all that the neuron changes; else None."""
         return self.change if self.growth is None else None

@@ -1,20 +1,20 @@
-"""A batch's query rows in blocks: what later rows see needn't be computed for earlier ones."""
+"""Blocks of a batch's query rows: keys that only later rows see needn't be computed for earlier rows."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Parts of a sentence, in sixteenths of its length: early rows see few keys, cost least and often change most.
+# Where blocks end, in sixteenths of a sentence's length: early rows see few keys, cost least and often change most.
 _BLOCK_ENDS = (4, 6, 8, 12, 16)
 _LEAST_ROWS = 8
-# Torch's softmax is slow over fewer keys than a vector register holds.
+# Torch's softmax is slow over fewer keys than fit into a vector register.
 _LEAST_KEYS = 16
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive query rows, and the keys that some sentence of the batch sees from them."""
+    """Consecutive query rows, and the range of keys that these rows see in any sentence of the batch."""
 
     rows: slice
     keys: slice
@@ -33,7 +33,7 @@ class Block:
 
 
 def row_blocks(visible: Tensor) -> list[Block]:
-    """Cuts a batch's rows into blocks. visible: (batch, 1, length, length) bool; every row sees a key."""
+    """Splits a batch's rows into blocks. visible: (batch, 1, length, length), bool; every row sees at least one key."""
     length = visible.shape[-1]
     ends = [0]
     for sixteenths in _BLOCK_ENDS:
@@ -43,7 +43,7 @@ def row_blocks(visible: Tensor) -> list[Block]:
     rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
     seen = visible.flatten(0, 1).any(0)
     seen = torch.stack([seen[block].any(0) for block in rows]).int()
-    # Read together, for a GPU is waited for.
+    # One transfer: each `.tolist()` synchronises with the GPU.
     ends_of_keys = torch.stack([seen.argmax(1), length - seen.flip(1).argmax(1)], 1).tolist()
     return [
         Block(block, slice(first, min(length, max(last, first + _LEAST_KEYS))))

@@ -1,1 +1,1 @@
-"""What neurons are worth: perplexities with and without them, and the scores made of these."""
+"""Perplexities with and without sets of neurons, and the scores computed from them."""

@@ -16,14 +16,16 @@ from agnostic_train.processes import process_index
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
 
 NOTHING = "none"
-"""The row of the whole model."""
+"""The name of the row in which no neuron is off."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What was measured.
+    """Perplexities measured with sets of neurons switched off.
 
-    measured: by the set that was off, `NOTHING` among them, and by language. num_neurons: how many were off.
+    Attributes:
+        measured: by the set that was off (including `NOTHING`) and by language.
+        num_neurons: by set, its number of neurons.
     """
 
     measured: dict[str, dict[str, Perplexity]]
@@ -37,9 +39,10 @@ class Ablation:
         """Perplexities of a language with a set off, float64; None where that wasn't measured.
 
         Args:
+            off: the set's name.
             resamples: (resamples, sentences), how often each sentence counts; each once by default.
 
-        Returns: (resamples,), or a scalar.
+        Returns: (resamples,), or a scalar without `resamples`.
         """
         result = self.measured.get(off, {}).get(language)
         if result is None:
@@ -48,7 +51,7 @@ class Ablation:
         return (counts @ result.sentence_nats.double() / (counts @ result.sentence_tokens.double())).exp()
 
     def to_json(self) -> dict:
-        """Plain JSON values: per set its number of neurons, and per language perplexity and bits per byte."""
+        """Converts to plain JSON values: per set its size, and per language perplexity and bits per byte."""
         return {
             off: {
                 "neurons": self.num_neurons[off],
@@ -69,7 +72,7 @@ def ablate(
     on_measured: Callable[[], object] = lambda: None,
     resume_dir: str | Path | None = None,
 ) -> Ablation:
-    """Measures every language with every set off. Each state of the weights is entered once, and none is copied.
+    """Measures every language with every set off. Each set is switched off only once, and no weights are copied.
 
     Args:
         model: left as found.
@@ -77,11 +80,12 @@ def ablate(
         batches: per language, as for `perplexity`.
         languages: by set, the languages to measure if not all.
         on_measured: called after each language of each set.
-        resume_dir: a folder that keeps each set's measurements. What is found there of the same weights, text and neurons
-            isn't measured again.
+        resume_dir: a folder that keeps each set's measurements. Those found there for the same weights, text and
+            neurons aren't repeated.
 
     Raises:
-        UserError: neurons of another model. NonFiniteLossError: a set without which the model computes NaN.
+        UserError: the neurons belong to another model.
+        NonFiniteLossError: with some set off, the loss isn't finite.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
     kept = None if resume_dir is None else [weights_checksum(model), {it: _text_of(batches[it]) for it in batches}]
@@ -91,7 +95,8 @@ def ablate(
         file = None
         if resume_dir is not None:
             off = [[*site, indices.tolist()] for site, indices in neurons.items()]
-            # By its name too: of two equal sets one process would find the first's file, and another not yet.
+            # The key includes the set's name: if two sets are equal, some processes would already find the first one's
+            # file and others not yet.
             file = Path(resume_dir) / f"{fingerprint([name, off, [*wanted], kept])[:16]}.safetensors"
         if file is not None and file.exists():
             rows[name] = load_measured(file)
@@ -109,7 +114,7 @@ def ablate(
 
 
 def _text_of(batches: Sequence[Batch]) -> str:
-    """A fingerprint of all that a perplexity reads of a language's batches."""
+    """A fingerprint of everything that `perplexity` reads in a language's batches."""
     names = ("input_ids", "attention_mask", "num_bytes", "sentence_index")
     return fingerprint(
         [[torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None] for batch in batches]

@@ -1,4 +1,4 @@
-"""The language-agnostic score: how much more the shared neurons carry than each language's own."""
+"""The language-agnostic score: how much more the shared neurons matter than each language's exclusive ones."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +23,8 @@ MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "per_neuron": lambda change, before, size: change / size,
     "log_perplexity": lambda change, before, size: (change / before).log1p(),
 }
-"""What switching a set off does, from the change of perplexity (clipped first), the perplexity before and the set's
-size: the score's own measure, the change for each neuron, and the change of the logarithm in nats per token."""
+"""Measures of the effect of switching a set off, from the (already clipped) change of perplexity, the perplexity before
+and the set's size: the score's own, the change per neuron, and the log-perplexity's change in nats per token."""
 
 
 def language_agnostic_score(
@@ -39,24 +39,26 @@ def language_agnostic_score(
 ) -> AgnosticScore:
     """Scores how language-agnostic a model is (Chen et al. 2025, Eq. 4-5).
 
-    For language l: `Imp_l = dPPL(l | shared off) / dPPL(l | exclusive_l off)`, dPPL the perplexity after minus before;
-    `score = mean over l of log(1 + Imp_l)`. An empty set makes l undefined: it is left out of the mean and listed.
+    For language l: `Imp_l = dPPL(l | shared off) / dPPL(l | exclusive_l off)`, where dPPL is the perplexity after minus
+    the one before; `score = mean over l of log(1 + Imp_l)`. An empty set makes l undefined: it is left out of the mean
+    and listed.
 
     Args:
         model: left as found; weights are changed in place and restored bit for bit.
         neurons: from `detect_neurons` on this model.
-        corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator is
-            kept in memory.
-        control_seeds: also score random sets of the same sizes, one for each seed; where `neurons` has activations,
-            also one of similar activation. Without any the score is faster, but has nothing to be compared with.
-        num_resamples: of the bootstrap; 0 leaves the intervals out.
+        corpora: per language of `neurons`, batches as for `perplexity`. They are read several times; an iterator's
+            batches are kept in memory.
+        control_seeds: also score random sets of the same sizes, one for each seed; if `neurons` has activations, also
+            random sets of similar activation. Without seeds the score is faster, but has nothing to be compared with.
+        num_resamples: number of bootstrap resamples; 0 omits the intervals.
         progress: show a progress bar.
-        resume_dir: a folder for what was measured so far: an interrupted score goes on from it. Of other weights, text or
-            neurons all is measured anew.
+        resume_dir: a folder for the measurements so far, from which an interrupted score continues. Measurements of
+            other weights, text or neurons aren't reused.
 
     Raises:
-        ValueError: a language without a corpus. TypeError: no batches by language.
-        UserError: neurons of another model.
+        ValueError: a language without a corpus.
+        TypeError: `corpora` doesn't map languages to batches.
+        UserError: the neurons belong to another model.
     """
     check_corpora(corpora)
     missing = [language for language in neurons.languages if language not in corpora]
@@ -73,7 +75,7 @@ def language_agnostic_score(
         for seed, control in controls.items():
             prefix = f"{kind} {seed} "
             sets |= _sets(prefix, control)
-            # A language's control set is only measured on that language.
+            # A language's exclusive control set is measured only on that language.
             only |= {f"{prefix}exclusive {language}": [language] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
@@ -84,38 +86,40 @@ def language_agnostic_score(
         scores[""],
         controls=scored["random"],
         matched_controls=scored.get("matched", {}),
-        activation_ratios={kind: _activation_ratios(neurons, list(its.values()), model) for kind, its in drawn.items()},
+        activation_ratios={
+            kind: _activation_ratios(neurons, list(controls.values()), model) for kind, controls in drawn.items()
+        },
         ablation=ablation,
     )
 
 
 def _control(neurons: LanguageNeurons, seed: int, model: nn.Module, matched: bool) -> LanguageNeurons:
-    """Random counterparts of the shared set and of each exclusive one."""
-    # The shared set is judged in every language, an exclusive one in its own: they are matched where they are judged.
+    """Draws random counterparts of the shared set and of each exclusive set."""
+    # Matched by activations on the languages where they are scored: all for the shared set, its own for exclusive ones.
     overall = neurons.mean_activations if matched else None
     own = neurons.activations or {} if matched else {}
     return LanguageNeurons(
         neurons.related,
         neurons.shared.random_like(seed, model, overall),
-        {language: its.random_like(seed, model, own.get(language)) for language, its in neurons.exclusive.items()},
+        {language: it.random_like(seed, model, own.get(language)) for language, it in neurons.exclusive.items()},
     )
 
 
 def _activation_ratios(neurons: LanguageNeurons, controls: Sequence[LanguageNeurons], model: nn.Module) -> dict | None:
-    """What `activation_ratio` says of the shared set and of each exclusive one, where they are judged."""
+    """`activation_ratio` of the shared and of each exclusive set, on the languages where they are scored."""
     overall = neurons.mean_activations
     if neurons.activations is None or overall is None:
         return None
     layers = find_decoder(model).layers
 
-    def ratio(its: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
-        return activation_ratio(dict(its.items()), [dict(it.items()) for it in drawn], layers, activations)
+    def ratio(chosen: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
+        return activation_ratio(dict(chosen.items()), [dict(it.items()) for it in drawn], layers, activations)
 
     return {
         "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
         "exclusive": {
-            language: ratio(its, [it.exclusive[language] for it in controls], neurons.activations[language])
-            for language, its in neurons.exclusive.items()
+            language: ratio(chosen, [it.exclusive[language] for it in controls], neurons.activations[language])
+            for language, chosen in neurons.exclusive.items()
         },
     }
 
@@ -126,9 +130,9 @@ def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
 
 
 def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> dict[str, AgnosticScore]:
-    """The scores of the sets whose names begin with each prefix, from what was measured."""
+    """Scores the sets whose names begin with each prefix, from the measured perplexities."""
     rows = {prefix: [_row(ablation, prefix, language) for language in ablation.languages] for prefix in prefixes}
-    defined = {prefix: [row.language for row in of if row.importance is not None] for prefix, of in rows.items()}
+    defined = {prefix: [it.language for it in table if it.importance is not None] for prefix, table in rows.items()}
     resampled: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in prefixes}
     for seed, language in enumerate(ablation.languages if num_resamples else []):
         names = [prefix for prefix in prefixes if language in defined[prefix]]
@@ -140,8 +144,8 @@ def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> 
 def _resampled(
     ablation: Ablation, prefixes: Sequence[str], language: str, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Tensor]]:
-    """For each prefix, importances by measure, (resamples,); of the same draw of sentences."""
-    # 80 MB for ten thousand sentences, and gone before the next language's are drawn.
+    """Importances by prefix and measure, (resamples,), all for the same draw of sentences."""
+    # 80 MB for ten thousand sentences, freed before the next language's are drawn.
     counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
     return {prefix: _importances(ablation, prefix, language, counts) for prefix in prefixes}
 
@@ -159,7 +163,10 @@ def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
 def _score(
     ablation: Ablation, prefix: str, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
 ) -> AgnosticScore:
-    """resampled: of each defined language, by measure, importances (resamples,); empty without resamples."""
+    """Builds one score from the measured perplexities.
+
+    resampled: per defined language, importances (resamples,) by measure; empty without resamples.
+    """
     values = {row.language: _importances(ablation, prefix, row.language) for row in rows if row.importance is not None}
     variants = {}
     for name in MEASURES:
@@ -179,10 +186,10 @@ def _score(
 
 
 def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tensor | None = None) -> dict[str, Tensor]:
-    """By measure, what the shared neurons do over what a language's own do: (resamples,), or a scalar."""
+    """By measure, the shared set's effect over that of the language's exclusive set: (resamples,), or a scalar."""
     before = _measured(ablation, NOTHING, language, resamples)
     names = f"{prefix}shared", f"{prefix}exclusive {language}"
-    # Clipped once, before it is measured: the smallest change is one of perplexity, whatever the measure.
+    # Clipped before the measures are applied: `SMALLEST_CHANGE` is a change of perplexity, whatever the measure.
     changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
     sizes = [ablation.num_neurons[it] for it in names]
     importances = {}
@@ -193,7 +200,7 @@ def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tens
 
 
 def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | None = None) -> Tensor:
-    """`Ablation.perplexity`, of a set that was measured."""
+    """`Ablation.perplexity` of a set that was measured."""
     value = ablation.perplexity(off, language, resamples)
     assert value is not None
     return value
@@ -207,7 +214,7 @@ def language_score(
     num_shared: int,
     num_exclusive: int,
 ) -> LanguageScore:
-    """One row from three perplexities; None for a perplexity that an empty set leaves undefined."""
+    """One row of the table from three perplexities; None for one that an empty set leaves undefined."""
     changes = {"shared": shared_off, "exclusive": exclusive_off}
     changes = {name: None if after is None else after - before for name, after in changes.items()}
     clipped = tuple(name for name, change in changes.items() if change is not None and change < SMALLEST_CHANGE)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
-    """How often each of some items is drawn, with replacement: (count, items), float64."""
+    """Draws with replacement; returns how often each item is drawn: (count, num_items), float64."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_items, (count, num_items), generator=generator, device="cpu")
     return torch.zeros_like(drawn, dtype=torch.float64).scatter_add_(
@@ -14,8 +14,8 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of resampled values (count,)."""
+    """The central interval that contains a fraction `level` of resampled values, (count,)."""
     tail = (1 - level) / 2
-    # A resample may contain no token to score, and then has no perplexity.
+    # A resample without a scored token has no perplexity: its value is NaN.
     low, high = torch.nanquantile(values, values.new_tensor([tail, 1 - tail])).tolist()
     return low, high

@@ -16,7 +16,9 @@ from agnostic_train.scores.result import AgnosticScore
 class Checkpoint:
     """One of a model's checkpoints.
 
-    source: a folder, or a revision of the model's hub repository. step: of its training, None if nothing tells it.
+    Attributes:
+        source: a folder, or a revision of the model's hub repository.
+        step: the training step; None if unknown.
     """
 
     source: str
@@ -24,15 +26,15 @@ class Checkpoint:
 
     @classmethod
     def parse(cls, entry: str) -> "Checkpoint":
-        """Reads `FOLDER`, `REVISION`, or `STEP=` before either.
+        """Parses `FOLDER` or `REVISION`, optionally preceded by `STEP=`.
 
-        Without `STEP=` the step is the name's number after `step`, or else its last number.
+        Without `STEP=`, the step is the last number that follows `step` in the name, or else the last number in it.
         """
         step, equals, source = entry.partition("=")
         if equals and step.isdigit():
             return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
-        # A name may tell more than the step: stage1-step596057-tokens2500B.
+        # A name may contain other numbers too: stage1-step596057-tokens2500B.
         numbers = re.findall(r"step[-_]?(\d+)", name) or re.findall(r"\d+", name)
         return cls(os.path.expanduser(entry), int(numbers[-1]) if numbers else None)
 
@@ -42,7 +44,7 @@ class Checkpoint:
 
 
 def emergence_row(checkpoint: Checkpoint, found: LanguageNeurons, score: AgnosticScore) -> dict:
-    """What is told of a checkpoint, as plain JSON values."""
+    """Summarises a checkpoint's neurons and score as plain JSON values."""
     return {
         "checkpoint": checkpoint.name,
         "step": checkpoint.step,
@@ -71,16 +73,16 @@ def follow_checkpoints(
     directory: Path,
     write: bool = True,
 ) -> list[dict]:
-    """Measures each checkpoint, and keeps what is done: an interrupted run goes on with the next.
+    """Measures each checkpoint and saves its row; an interrupted run continues with the next checkpoint.
 
     Args:
-        checkpoints: in the order of the table.
-        measure: detects and scores one.
-        identity: all that a checkpoint's row depends on, plain JSON values.
-        directory: where finished rows are kept, a JSON file each.
+        checkpoints: the checkpoints, in the order of the table.
+        measure: detects and scores one checkpoint.
+        identity: everything that a checkpoint's row depends on, as plain JSON values.
+        directory: where finished rows are saved, a JSON file each.
         write: whether this process writes them.
 
-    Returns: the rows, by step where every checkpoint has one.
+    Returns: the rows, sorted by step if every checkpoint has one.
     """
     rows = []
     for checkpoint in checkpoints:
@@ -98,13 +100,18 @@ def follow_checkpoints(
 
 
 def parse_checkpoints(entries: Sequence[str]) -> list[Checkpoint]:
-    """The recipe's list; raises `UserError` if one is there twice, or two are of one step."""
+    """Parses the recipe's list of checkpoints.
+
+    Raises:
+        UserError: a checkpoint is listed twice, or two have the same step.
+    """
     checkpoints = [Checkpoint.parse(entry) for entry in entries]
     for index, checkpoint in enumerate(checkpoints):
         if checkpoint in checkpoints[:index]:
-            raise UserError(f"model.checkpoints: {checkpoint.source} is there twice")
+            raise UserError(f"model.checkpoints: {checkpoint.source} is listed twice")
         if checkpoint.step is not None and any(it.step == checkpoint.step for it in checkpoints[:index]):
             raise UserError(
-                f"model.checkpoints: two are of step {checkpoint.step}, {checkpoint.source} among them; write STEP= before one"
+                f"model.checkpoints: two have step {checkpoint.step} (one is {checkpoint.source}); "
+                "write STEP= before one of them"
             )
     return checkpoints

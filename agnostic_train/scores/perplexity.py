@@ -19,21 +19,23 @@ from agnostic_train.processes import in_order, own_share
 
 
 class NonFiniteLossError(UserError):
-    """The model computes NaN or Inf: it was broken, or a training diverged."""
+    """The model computes NaN or Inf: it is damaged, or its training diverged."""
 
 
-# Of more than 709.8, exp() overflows a float64.
+# Above 709.8 nats, exp() overflows a float64.
 _MOST_NATS = 700.0
-# Logits are turned to float32 for so many tokens at a time: a vocabulary of 128k takes 0.5 MB a token.
+# Logits are cast to float32 for this many tokens at a time: with a vocabulary of 128k, a token takes 0.5 MB.
 _TOKENS_AT_ONCE = 512
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth of ==
+@dataclass(frozen=True, eq=False)  # comparing tensors with == gives no single bool
 class Perplexity:
-    """What a model makes of a corpus. Logarithms are natural: a nat is 1 / ln 2 bits.
+    """Negative log-likelihoods of a corpus under a model, in nats (natural logarithms; a nat is 1 / ln 2 bits).
 
-    sentence_nats, sentence_tokens: per sentence, float64 and int64, (sentences,). num_bytes: UTF-8 bytes of the
-    sentences, None if the batches didn't carry them.
+    Attributes:
+        sentence_nats: per sentence, float64, (sentences,).
+        sentence_tokens: scored tokens per sentence, int64, (sentences,).
+        num_bytes: UTF-8 bytes of the sentences; None if the batches didn't carry them.
     """
 
     sentence_nats: Tensor
@@ -71,12 +73,13 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "corpu
     Args:
         model: left as found.
         batches: `input_ids` and `attention_mask` (sentences, length), optionally `num_bytes` (sentences,) and
-            `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is ordered.
-        name: of the text, for errors.
+            `sentence_index` (sentences,), each sentence's place in the corpus, by which the result is sorted.
+        name: the text's name in error messages.
 
     Raises:
-        UserError: no token to score. NonFiniteLossError: a loss that isn't finite.
-        ValueError: a batch of wrong shapes or tokens, or with other than one number for each sentence.
+        UserError: there is no token to score.
+        NonFiniteLossError: the loss isn't finite.
+        ValueError: a batch of wrong shapes or tokens, or without exactly one number per sentence.
     """
     with left_as_found(model):
         parts = in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
@@ -100,7 +103,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "corpu
 
 
 def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:
-    """Writes several corpora's results, by name, as safetensors: each sentence's nats and tokens."""
+    """Writes the results of several corpora, by name, as safetensors: each sentence's nats and tokens."""
     tensors, num_bytes = {}, {}
     for name, result in measured.items():
         tensors[f"nats.{name}"], tensors[f"tokens.{name}"] = result.sentence_nats, result.sentence_tokens
@@ -110,7 +113,7 @@ def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:
 
 
 def load_measured(file: str | Path) -> dict[str, Perplexity]:
-    """Reads what `save_measured` wrote; raises `UserError` that names the file if it is broken."""
+    """Reads a file that `save_measured` wrote; raises `UserError` that names the file if it can't be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             num_bytes = json.loads(tensors.metadata()["num_bytes"])
@@ -123,7 +126,7 @@ def load_measured(file: str | Path) -> dict[str, Perplexity]:
 
 
 class _Scored(NamedTuple):
-    """A batch's sentences: nats float64, scored tokens int64, and their places in the corpus, if known."""
+    """One batch's sentences: nats float64, scored tokens int64, and their places in the corpus, if known."""
 
     nats: Tensor
     tokens: Tensor
@@ -156,7 +159,7 @@ def _one_a_sentence(batch: Batch, name: str) -> Tensor | None:
 
 
 def _on_cpu(batches: list[_Scored]) -> list[_Scored]:
-    """Fetches what several batches gave, all at once: each transfer waits for the device."""
+    """Moves the results of several batches to the CPU, all at once: each transfer synchronises with the device."""
     if not batches:
         return []
     sizes = [len(batch.tokens) for batch in batches]
@@ -168,13 +171,13 @@ def _on_cpu(batches: list[_Scored]) -> list[_Scored]:
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, (batch, length), float32 or better."""
+    """Negative log-likelihood of each target: (batch, length), float32 or wider."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
-        # Flat: a softmax over another dimension than the last would copy the logits once more.
+        # Flattened, so that the softmax is over the last dimension; otherwise it would copy the logits once more.
         losses[part] = nn.functional.cross_entropy(
             logits[part].to(dtype).flatten(0, 1), targets[part].flatten(), reduction="none"
         ).view_as(targets[part])

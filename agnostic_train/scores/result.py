@@ -1,4 +1,4 @@
-"""What scoring a model gives: the language-agnostic score, its table, its controls, and the file of them."""
+"""Results of scoring a model: the language-agnostic score, its table, its controls, and its file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,16 +10,19 @@ from agnostic_train.files import read_json
 from agnostic_train.scores.ablation import Ablation
 
 SMALLEST_CHANGE = 1e-6
-"""A smaller change of perplexity is set to this and reported as clipped."""
+"""Smaller changes of perplexity are set to this value and reported as clipped."""
 
 
 @dataclass(frozen=True)
 class LanguageScore:
     """One language's row of the score's table.
 
-    perplexity: with no neuron off. change_shared, change_exclusive: how much it rises with that set off, None where
-    the set is empty. clipped: which of the two changes were below `SMALLEST_CHANGE`. importance: their ratio, None
-    where undefined. interval: of the importance, 95%, from resampled sentences.
+    Attributes:
+        perplexity: with no neuron off.
+        change_shared, change_exclusive: how much the perplexity rises with that set off; None if the set is empty.
+        importance: the ratio of the two changes; None if undefined.
+        clipped: which of the two changes, `shared` or `exclusive`, were below `SMALLEST_CHANGE`.
+        interval: 95% interval of the importance, from resampled sentences.
     """
 
     language: str
@@ -35,10 +38,14 @@ class LanguageScore:
 
 @dataclass(frozen=True)
 class ScoreVariant:
-    """The score by another measure, see `variant_table`.
+    """The score by another measure, see `AgnosticScore.variant_table`.
 
-    value, interval: as those of `AgnosticScore`. importance, intervals: per language the ratio of what its sets do and
-    the 95% interval of that, None where undefined. Clipped is what is clipped in the score, no more and no less.
+    Changes are clipped exactly where the score's are.
+
+    Attributes:
+        value, interval: as for `AgnosticScore`.
+        importance: per language, the ratio of the effects of its two sets; None if undefined.
+        intervals: per language, the 95% interval of the importance; None if undefined.
     """
 
     value: float | None
@@ -49,15 +56,21 @@ class ScoreVariant:
 
 @dataclass(frozen=True)
 class AgnosticScore:
-    """The score with its table, and the same for random sets of the same sizes.
+    """The score with its table, and the scores of random sets of the same sizes.
 
-    value: mean over defined languages of log(1 + importance); None when no language is defined.
-    table: a row per language. controls: the scores with random sets, by seed; matched_controls: with random sets of
-    like mean absolute activation, a shared set's over all languages, an exclusive one's in its own. interval: of the
-    value, 95%, from resampled sentences (percentile bootstrap, the same draw of sentences for every set).
-    variant_table: `per_neuron`, each change divided by its set's size; `log_perplexity`, changes of its logarithm.
-    ablation: what was measured. activation_ratios: by kind of control, `random` and `matched`, how active they are
-    beside the `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
+    Attributes:
+        value: mean over defined languages of log(1 + importance); None if no language is defined.
+        table: one row per language.
+        controls: the scores with random sets, by seed.
+        matched_controls: the scores with random sets of similar mean absolute activation, by seed: over all languages
+            for the shared set, in its own language for an exclusive one.
+        interval: 95% interval of the value, from resampled sentences (percentile bootstrap, the same draw of sentences
+            for every set).
+        variant_table: `per_neuron`, with each change divided by its set's size, and `log_perplexity`, with changes of
+            the log-perplexity.
+        ablation: the measured perplexities.
+        activation_ratios: by kind of control, `random` and `matched`, how active the controls are relative to the
+            `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
     """
 
     value: float | None
@@ -71,12 +84,12 @@ class AgnosticScore:
 
     @property
     def importance(self) -> dict[str, float | None]:
-        """Per language, the change by the shared neurons over the change by its exclusive ones; None if undefined."""
+        """Per language, the shared set's change over that of its exclusive set; None if undefined."""
         return {row.language: row.importance for row in self.table}
 
     @property
     def variants(self) -> dict[str, float | None]:
-        """The value by each variant's measure."""
+        """The value of each variant."""
         return {name: it.value for name, it in self.variant_table.items()}
 
     @property
@@ -86,16 +99,20 @@ class AgnosticScore:
 
     @property
     def clipped(self) -> list[str]:
-        """Languages of which a change was set to `SMALLEST_CHANGE`."""
+        """Languages for which a change was set to `SMALLEST_CHANGE`."""
         return [row.language for row in self.table if row.clipped]
 
     @classmethod
     def load(cls, file: str | Path) -> "AgnosticScore":
-        """Reads `score.json` without its controls; raises `UserError` that names the file if it is missing or broken."""
+        """Reads `score.json` without its controls.
+
+        Raises:
+            UserError: the file is missing or broken; the message names it.
+        """
         content = read_json(file)
         names = {it.name for it in fields(LanguageScore)}
         try:
-            # JSON knows no tuples.
+            # JSON has no tuples.
             rows: list[dict[str, Any]] = [
                 {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
                 for row in content["table"]
@@ -105,7 +122,7 @@ class AgnosticScore:
             raise UserError(f"{file}: not a language-agnostic score; run the score stage again") from None
 
     def to_json(self) -> dict:
-        """Plain JSON values, as in `score.json`."""
+        """Converts to plain JSON values, as in `score.json`."""
         return {
             "value": self.value,
             "interval": self.interval,
