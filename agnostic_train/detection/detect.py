@@ -3,37 +3,29 @@
 Detection is streamed: per batch, only counts are kept.
 """
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import chain, islice
+from functools import reduce
+from itertools import chain
+from operator import add
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from agnostic_train.choices import Attention, Exclusive, Method, check_choice
+from agnostic_train.detection.counting import CountingOptions, count_top_neurons
 from agnostic_train.detection.lape import firing_rates, specific_neurons
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import TopCounts
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint
-from agnostic_train.impact.activations import ActivationMeter
-from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, ImpactMeter, unverified_impacts
-from agnostic_train.impact.pruning import Work
+from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
 from agnostic_train.model.inference import Batch, check_batch, check_corpora, find_device, left_as_found, own_sentences
 from agnostic_train.model.weights import weights_checksum
-from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import num_processes, own_share, process_index
-
-SECONDS_BETWEEN_CHECKPOINTS = 30.0
-_OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
-"""A batch's tensors that describe its tokens."""
 
 logger = logging.get_logger(__name__)
 
@@ -153,10 +145,9 @@ def detect_neurons(
     sizes = find_decoder(model).sizes
     if method == "lape":
         return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
+    options = CountingOptions(top_ratio, attention, projections, memory_gb, activations, pruning, progress)
+    counts: dict[str, TopCounts] = {}
     related: dict[str, NeuronSet] = {}
-    num_sentences: dict[str, int] = {}
-    mean_activations: dict[str, Activations] = {}
-    work = {"q": Work(), "k": Work()}
     unpruned: set[int] = set()
     weights = None if resume_dir is None else weights_checksum(model)
     with left_as_found(model):
@@ -166,53 +157,39 @@ def detect_neurons(
             if first is None:
                 raise UserError(f"corpus.languages: {language!r} has no sentence")
             check_batch(model, first)
-            if verify and not related:
+            if verify and not counts:
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
             file, key = None, ""
-            if resume_dir is not None:
-                tokens = [first[it].tolist() for it in _OF_TOKENS if it in first]
-                key = fingerprint([weights, top_ratio, attention, [*projections], activations, tokens])
+            if resume_dir is not None and weights is not None:
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
-            with ExitStack() as stack:
-                meter = stack.enter_context(
-                    ImpactMeter(model, projections, attention, memory_gb, top_ratio if pruning else None)
-                )
-                active = stack.enter_context(ActivationMeter(model).installed()) if activations else None
-                share = own_share(chain([first], batches))
-                counts = (
-                    TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model), key)
-                )
-                bar = tqdm(
-                    desc=f"detect {language}", unit=" sentences", total=own_sentences(corpus),
-                    initial=counts.num_sentences, disable=not progress, leave=False,
-                )  # fmt: skip
-                _add_batches(counts, meter, active, share, stack.enter_context(bar), file)
-            unpruned.update(layer.index for layer in meter.unpruned)
-            counts.sum_over_processes(sizes, find_device(model))
-            work = {name: work[name] + done for name, done in counts.work.items()}
-            related[language] = counts.consistent(consistency, sizes)
-            num_sentences[language] = counts.num_sentences
-            if activations:
-                mean_activations[language] = counts.mean_activations()
+                key = options.key(weights, first)
+            counts[language], layers = count_top_neurons(
+                model, own_share(chain([first], batches)), options,
+                description=f"detect {language}", num_sentences=own_sentences(corpus), file=file, key=key,
+            )  # fmt: skip
+            unpruned |= layers
+            counts[language].sum_over_processes(sizes, find_device(model))
+            related[language] = counts[language].consistent(consistency, sizes)
     settings = {
         "method": "impact",
         "attention": attention,
         "top_ratio": top_ratio,
         "consistency": consistency,
         "projections": list(projections),
-        "num_sentences": num_sentences,
+        "num_sentences": {language: it.num_sentences for language, it in counts.items()},
         "verified": verify,
     }
     neurons = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
     if activations:
-        neurons.activations = mean_activations
+        neurons.activations = {language: it.mean_activations() for language, it in counts.items()}
     if pruning:
         if unpruned:
             logger.warning(
-                f"detection.pruning: {len(unpruned)} of {len(meter.decoder.layers)} layers cap their logits, normalise "
+                f"detection.pruning: {len(unpruned)} of {len(find_decoder(model).layers)} layers cap their logits, normalise "
                 "queries or keys other than by their mean square, or have heads dominated by a single entry; pruning "
                 "doesn't cover these layers, so all their neurons were computed"
             )
+        work = {name: reduce(add, (it.work[name] for it in counts.values())) for name in ("q", "k")}
         neurons.exact_share = {name: it.neurons / it.all_neurons for name, it in work.items() if it.all_neurons}
     return neurons
 
@@ -238,48 +215,3 @@ def _detect_by_lape(
         "num_sentences": {language: it.num_sentences for language, it in firing.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
-
-
-def _add_batches(
-    counts: TopCounts,
-    meter: ImpactMeter,
-    active: ActivationMeter | None,
-    batches: Iterable[Batch],
-    bar: tqdm,
-    file: Path | None,
-) -> None:
-    """Counts the batches that aren't counted yet; saves to `file` now and then, when interrupted, and at the end.
-
-    batches: all of this process's batches. The first `counts.num_batches` are skipped, because they are already
-    counted.
-    """
-    before = counts.work
-
-    def save() -> None:
-        counts.work = {name: before[name] + done for name, done in meter.work.items()}
-        if file is not None:
-            counts.save(file)
-
-    saved, is_whole = time.monotonic(), counts.num_batches > 0
-    try:
-        for batch in islice(batches, counts.num_batches, None):
-            if active is not None:
-                active.begin(batch)
-            impacts = meter.measure(batch)
-            is_whole = False
-            counts.add(impacts)
-            if active is not None:
-                counts.add_activations(active.sums, active.num_tokens)
-            counts.num_batches += 1
-            counts.num_sentences += len(batch["input_ids"])
-            is_whole = True
-            bar.update(len(batch["input_ids"]))
-            if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                save()
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        # The saved work includes that of an interrupted batch, which is computed again on resumption.
-        if is_whole:
-            save()
-        raise
-    save()

@@ -41,8 +41,10 @@ class TopCounts:
     def add(self, impacts: Mapping[Site, Tensor]) -> None:
         """Adds a batch's impacts to the counts.
 
-        impacts: by site (sentences, neurons), floating point; sites may share a tensor.
+        impacts: by site (sentences, neurons), floating point, of at least one site; sites may share a tensor.
         """
+        self.num_batches += 1
+        self.num_sentences += len(next(iter(impacts.values())))
         for sites, stack in _stacked(impacts):
             top = in_top(stack.flatten(0, 1), num_top(self.top_ratio, stack.shape[-1]))
             self._top.add(sites, top.unflatten(0, stack.shape[:2]).sum(1, dtype=torch.int32))

@@ -15,7 +15,7 @@ ORDER = {
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
         "angles", "attention", "attention_block", "layer_attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
-    "detection": ["self_check", "lape", "top_counts", "detect", "stability"],
+    "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "agnostic_score", "emergence"],
     "training": ["chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],

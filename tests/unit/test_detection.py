@@ -8,7 +8,7 @@ from conftest import padded_batch, tiny_llama
 from test_families import family_model
 from transformers import AutoModelForCausalLM
 
-from agnostic_train.detection import detect
+from agnostic_train.detection import counting, detect
 from agnostic_train.detection.detect import detect_neurons, neuron_impacts
 from agnostic_train.detection.top_counts import TopCounts, in_top
 from agnostic_train.errors import UserError
@@ -39,7 +39,6 @@ def test_the_top_is_the_floor_of_the_exact_product():
     """0.29 * 100 is 28.999... in binary."""
     counts = TopCounts(top_ratio=0.29)
     counts.add({(0, "q"): torch.arange(1, 101, dtype=torch.float32)[None]})
-    counts.num_sentences = 1
     assert len(counts.consistent(1.0, {(0, "q"): 100})) == 29
 
 
@@ -50,7 +49,6 @@ def test_consistency_is_a_part_of_the_sentences(consistency, expected):
     impacts = torch.tensor([[9, 8, 7, 0], [9, 8, 0, 0], [9, 8, 0, 0], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float32)
     counts.add({(0, "q"): impacts[:2]})
     counts.add({(0, "q"): impacts[2:]})
-    counts.num_sentences = 5
     assert counts.consistent(consistency, {(0, "q"): 4}) == NeuronSet({(0, "q"): expected})
 
 
@@ -235,7 +233,7 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
     languages = iter([[0], [1], []])
     found = []
 
-    class Meter(detect.ImpactMeter):
+    class Meter(counting.ImpactMeter):
         def __enter__(self):
             self.layers = next(languages)
             return super().__enter__()
@@ -244,7 +242,7 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
         def unpruned(self):
             return [self.decoder.layers[index] for index in self.layers]
 
-    monkeypatch.setattr(detect, "ImpactMeter", Meter)
+    monkeypatch.setattr(counting, "ImpactMeter", Meter)
     monkeypatch.setattr(detect.logger, "warning", found.append)
     detect_neurons(llama, {name: [padded_batch([5, 8])] for name in "abc"}, verify=False, progress=False)
     assert len(found) == 1 and "2 of 2 layers" in found[0]

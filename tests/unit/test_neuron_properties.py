@@ -186,7 +186,6 @@ def assert_read_or_refused(file):
 @pytest.fixture(scope="module")
 def saved_counts(tmp_path_factory):
     counts = TopCounts(0.5)
-    counts.num_batches, counts.num_sentences = 1, 3
     counts.add({(0, "q"): torch.rand(3, 6)})
     file = tmp_path_factory.mktemp("counts") / "it"
     counts.save(file)
