@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import Batch, check_corpora
-from agnostic_train.neurons.activity import Activations, activation_ratio
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.ablation import NOTHING, Ablation, ablate
 from agnostic_train.scores.bootstrap import interval, resample_counts
+from agnostic_train.scores.contrast import Contrast, activation_ratios, detected_contrast, random_contrast
 from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore, LanguageScore, ScoreVariant
 
 MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -65,93 +63,52 @@ def language_agnostic_score(
     if missing:
         raise ValueError(f"no corpus for {', '.join(missing)}")
     batches = {language: list(corpora[language]) for language in neurons.languages}
-    sets = _sets("", neurons)
-    only: dict[str, list[str]] = {}
+    detected = detected_contrast(neurons)
     kinds = ("random",) if neurons.activations is None else ("random", "matched")
-    drawn = {
-        kind: {seed: _control(neurons, seed, model, kind == "matched") for seed in control_seeds} for kind in kinds
-    }
-    for kind, controls in drawn.items():
-        for seed, control in controls.items():
-            prefix = f"{kind} {seed} "
-            sets |= _sets(prefix, control)
-            # A language's exclusive control set is measured only on that language.
-            only |= {f"{prefix}exclusive {language}": [language] for language in batches}
+    controls = {kind: {seed: random_contrast(neurons, seed, model, kind) for seed in control_seeds} for kind in kinds}
+    contrasts = [detected, *(control for drawn in controls.values() for control in drawn.values())]
+    sets = {name: neuron_set for contrast in contrasts for name, neuron_set in contrast.sets.items()}
+    # A language's exclusive control set is measured only on that language.
+    only = {contrast.exclusive_name(language): [language] for contrast in contrasts[1:] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
         ablation = ablate(model, sets, batches, only, bar.update, resume_dir)
-    scores = _scores(ablation, ["", *(f"{kind} {seed} " for kind in kinds for seed in control_seeds)], num_resamples)
-    scored = {kind: {seed: scores[f"{kind} {seed} "] for seed in control_seeds} for kind in kinds}
+    scores = _scores(ablation, contrasts, num_resamples)
+    scored = {kind: {seed: scores[it.name] for seed, it in drawn.items()} for kind, drawn in controls.items()}
     return replace(
-        scores[""],
+        scores[detected.name],
         controls=scored["random"],
         matched_controls=scored.get("matched", {}),
         activation_ratios={
-            kind: _activation_ratios(neurons, list(controls.values()), model) for kind, controls in drawn.items()
+            kind: activation_ratios(neurons, [*drawn.values()], model) for kind, drawn in controls.items()
         },
         ablation=ablation,
     )
 
 
-def _control(neurons: LanguageNeurons, seed: int, model: nn.Module, matched: bool) -> LanguageNeurons:
-    """Draws random counterparts of the shared set and of each exclusive set."""
-    # Matched by activations on the languages where they are scored: all for the shared set, its own for exclusive ones.
-    overall = neurons.mean_activations if matched else None
-    own = neurons.activations or {} if matched else {}
-    return LanguageNeurons(
-        neurons.related,
-        neurons.shared.random_like(seed, model, overall),
-        {language: it.random_like(seed, model, own.get(language)) for language, it in neurons.exclusive.items()},
-    )
-
-
-def _activation_ratios(neurons: LanguageNeurons, controls: Sequence[LanguageNeurons], model: nn.Module) -> dict | None:
-    """`activation_ratio` of the shared and of each exclusive set, on the languages where they are scored."""
-    overall = neurons.mean_activations
-    if neurons.activations is None or overall is None:
-        return None
-    layers = find_decoder(model).layers
-
-    def ratio(chosen: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
-        return activation_ratio(dict(chosen.items()), [dict(it.items()) for it in drawn], layers, activations)
-
-    return {
-        "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
-        "exclusive": {
-            language: ratio(chosen, [it.exclusive[language] for it in controls], neurons.activations[language])
-            for language, chosen in neurons.exclusive.items()
-        },
-    }
-
-
-def _sets(prefix: str, neurons: LanguageNeurons) -> dict[str, NeuronSet]:
-    own = {f"{prefix}exclusive {language}": neurons.exclusive[language] for language in neurons.languages}
-    return {f"{prefix}shared": neurons.shared, **own}
-
-
-def _scores(ablation: Ablation, prefixes: Sequence[str], num_resamples: int) -> dict[str, AgnosticScore]:
-    """Scores the sets whose names begin with each prefix, from the measured perplexities."""
-    rows = {prefix: [_row(ablation, prefix, language) for language in ablation.languages] for prefix in prefixes}
-    defined = {prefix: [it.language for it in table if it.importance is not None] for prefix, table in rows.items()}
-    resampled: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in prefixes}
+def _scores(ablation: Ablation, contrasts: Sequence[Contrast], num_resamples: int) -> dict[str, AgnosticScore]:
+    """Scores each contrast from the measured perplexities, by its name."""
+    rows = {it.name: [_row(ablation, it, language) for language in ablation.languages] for it in contrasts}
+    defined = {name: [row.language for row in table if row.importance is not None] for name, table in rows.items()}
+    resampled: dict[str, dict[str, dict[str, Tensor]]] = {it.name: {} for it in contrasts}
     for seed, language in enumerate(ablation.languages if num_resamples else []):
-        names = [prefix for prefix in prefixes if language in defined[prefix]]
-        for prefix, importances in _resampled(ablation, names, language, num_resamples, seed).items():
-            resampled[prefix][language] = importances
-    return {prefix: _score(ablation, prefix, rows[prefix], resampled[prefix]) for prefix in prefixes}
+        of_language = [it for it in contrasts if language in defined[it.name]]
+        for name, importances in _resampled(ablation, of_language, language, num_resamples, seed).items():
+            resampled[name][language] = importances
+    return {it.name: _score(ablation, it, rows[it.name], resampled[it.name]) for it in contrasts}
 
 
 def _resampled(
-    ablation: Ablation, prefixes: Sequence[str], language: str, num_resamples: int, seed: int
+    ablation: Ablation, contrasts: Sequence[Contrast], language: str, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Importances by prefix and measure, (resamples,), all for the same draw of sentences."""
-    # 80 MB for ten thousand sentences, freed before the next language's are drawn.
+    """Importances by contrast and measure, (resamples,), all for the same draw of sentences."""
+    # With the draw, 160 MB for ten thousand sentences, freed before the next language's are drawn.
     counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
-    return {prefix: _importances(ablation, prefix, language, counts) for prefix in prefixes}
+    return {it.name: _importances(ablation, it, language, counts) for it in contrasts}
 
 
-def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
-    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+def _row(ablation: Ablation, contrast: Contrast, language: str) -> LanguageScore:
+    names = contrast.names(language)
     shared, exclusive = (ablation.perplexity(name, language) for name in names)
     numbers = [ablation.num_neurons.get(name, 0) for name in names]
     return language_score(
@@ -161,13 +118,15 @@ def _row(ablation: Ablation, prefix: str, language: str) -> LanguageScore:
 
 
 def _score(
-    ablation: Ablation, prefix: str, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
+    ablation: Ablation, contrast: Contrast, rows: Sequence[LanguageScore], resampled: Mapping[str, Mapping[str, Tensor]]
 ) -> AgnosticScore:
     """Builds one score from the measured perplexities.
 
     resampled: per defined language, importances (resamples,) by measure; empty without resamples.
     """
-    values = {row.language: _importances(ablation, prefix, row.language) for row in rows if row.importance is not None}
+    values = {
+        row.language: _importances(ablation, contrast, row.language) for row in rows if row.importance is not None
+    }
     variants = {}
     for name in MEASURES:
         logs = [it[name].log1p() for it in resampled.values()]
@@ -185,10 +144,12 @@ def _score(
     return AgnosticScore(own.value, rows, interval=own.interval, variant_table=variants)
 
 
-def _importances(ablation: Ablation, prefix: str, language: str, resamples: Tensor | None = None) -> dict[str, Tensor]:
+def _importances(
+    ablation: Ablation, contrast: Contrast, language: str, resamples: Tensor | None = None
+) -> dict[str, Tensor]:
     """By measure, the shared set's effect over that of the language's exclusive set: (resamples,), or a scalar."""
     before = _measured(ablation, NOTHING, language, resamples)
-    names = f"{prefix}shared", f"{prefix}exclusive {language}"
+    names = contrast.names(language)
     # Clipped before the measures are applied: `SMALLEST_CHANGE` is a change of perplexity, whatever the measure.
     changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
     sizes = [ablation.num_neurons[it] for it in names]

@@ -264,7 +264,9 @@ def test_killed_detection_goes_on_from_its_counts(root):
     assert run(root, "detect", *flags, f"--output_dir={root / 'whole'}") == 0
     command = ["detect", str(root / "recipe.yaml"), *flags]
     at_once = ("agnostic_train.detection.counting.SECONDS_BETWEEN_CHECKPOINTS", 0)
-    killed = run_and_kill(command, ["agnostic_train.detection.counting.ImpactMeter.measure"], call=27, changes=[at_once])
+    killed = run_and_kill(
+        command, ["agnostic_train.detection.counting.ImpactMeter.measure"], call=27, changes=[at_once]
+    )
     assert killed == -9 and not (root / "out/neurons").exists()
     counts = sorted(path.name for path in next((root / "out/.work/detect").iterdir()).iterdir())
     assert counts == ["en.0-of-1.safetensors", "sw.0-of-1.safetensors"]

@@ -16,7 +16,7 @@ ORDER = {
         "angles", "attention", "attention_block", "layer_attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
-    "scores": ["perplexity", "bootstrap", "ablation", "result", "agnostic_score", "emergence"],
+    "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],
     "training": ["chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "checkpoint", "model_card"],

@@ -24,6 +24,7 @@ from agnostic_train.scores import ablation, agnostic_score
 from agnostic_train.scores.ablation import Ablation
 from agnostic_train.scores.agnostic_score import language_agnostic_score, language_score
 from agnostic_train.scores.bootstrap import interval
+from agnostic_train.scores.contrast import Contrast
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Strategy
@@ -286,6 +287,9 @@ def test_variants_and_intervals_by_brute_force(llama):
     assert language_agnostic_score(llama, found, corpora, num_resamples=0).interval is None
 
 
+DETECTED = Contrast(NeuronSet(), {})
+
+
 def ablation_of(*perplexities):
     """One language of one token, which has these perplexities with nothing, the shared and its own neurons off."""
     names = "none", "shared", "exclusive a"
@@ -296,12 +300,12 @@ def ablation_of(*perplexities):
 
 def test_a_variant_clips_changes_of_perplexity():
     """1000 to 1000.0005 is above the smallest change, and its logarithm's change of 5e-7 is no smaller one."""
-    (score,) = agnostic_score._scores(ablation_of(1000, 1000.0005, 1001), [""], 0).values()
+    (score,) = agnostic_score._scores(ablation_of(1000, 1000.0005, 1001), [DETECTED], 0).values()
     expected = math.log1p(5e-7) / math.log1p(1e-3)
     assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(expected, rel=1e-6)
     assert score.variant_table["per_neuron"].importance["a"] == pytest.approx(5e-4 * 8 / 2, rel=1e-6)
     assert not score.clipped
-    (score,) = agnostic_score._scores(ablation_of(1000, 900, 1001), [""], 0).values()
+    (score,) = agnostic_score._scores(ablation_of(1000, 900, 1001), [DETECTED], 0).values()
     assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(1e-9 / math.log1p(1e-3), rel=1e-6)
     plain = score.to_json()
     assert {it["clipped"][0] for it in plain["variant_table"].values()} == {"a"} and plain["variants"] == score.variants
