@@ -13,7 +13,7 @@ HEADS, NEURONS, LENGTH, SIZE = 3, 5, 21, 8
 
 
 def random_case(scale, growth=None):
-    """Return causal attention's logits and neurons' changes of them; `growth` is the largest relative growth, or None."""
+    """Return logits of causal attention, values, weights and neurons' changes; growth: the largest relative one."""
     torch.manual_seed(0)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     logits = (3 * torch.randn(HEADS, LENGTH, LENGTH)).masked_fill(hidden, -torch.inf)
@@ -82,7 +82,7 @@ def test_selected_heads_give_their_own_squares(name):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_powers_are_accurate_up_to_the_limit_of_their_use(sign):
-    """All logits of a row move by just under the 40 bits up to which powers are used; twice as much exceeds the limit."""
+    """A row's logits all move by just under the 40 bits up to which powers are used; twice as much is too far."""
     bits = 39.9
     logits, value = torch.zeros(1, 1, 2), torch.tensor([[[1.0], [-1.0]]])
     factors = torch.tensor([sign, bits / log2(e), 0, 0]).view(4, 1, 1, 1) * torch.tensor([1.0, 1.0])

@@ -185,7 +185,7 @@ def test_invalid_batches_are_refused(llama, tmp_path):
 
 
 def test_default_device_does_not_change_results(llama):
-    """Scripts may call `torch.set_default_device("cuda")`; "meta" shows any tensor that is made on the default device."""
+    """Scripts may set "cuda" as the default device; with "meta", any tensor made on the default device would show."""
     corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate("ab")}
 
     def measured():

@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
     reason="the interpreter of Triton 3.6 turns an array of one into an index, which numpy 2.4 refuses",
 )
 def test_kernels_pass_their_tests_in_the_interpreter(pytestconfig):
-    """Use a separate process: Triton reads `TRITON_INTERPRET` on import, and kernels keep the mode they were defined in."""
+    """Use a separate process: Triton reads `TRITON_INTERPRET` on import, and kernels keep the mode they start with."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/interpreted_kernels.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)

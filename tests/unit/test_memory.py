@@ -23,7 +23,7 @@ def small(config_class, dtype, num_layers=3):
 
 
 def kept_for_backward(model):
-    """Return the bytes of the tensors other than parameters that a training forward pass keeps for its backward pass."""
+    """Return the bytes of the tensors, without parameters, that a training forward pass keeps for its backward pass."""
     parameters = {it.untyped_storage().data_ptr() for it in model.parameters()}
     kept = {}
 

@@ -29,7 +29,7 @@ def delta_of(layer):
 
 
 def by_definition(layer, x):
-    """Compute in float64 with the delta added to the weight; return y and x's and delta's gradients of y's squared sum."""
+    """Return float64 y, with the delta added to the weight, and the gradients of sum(y**2) for x and delta."""
     delta = delta_of(layer).detach().double().requires_grad_()
     x = x.detach().double().requires_grad_()
     weight = layer.base_layer.weight.double()

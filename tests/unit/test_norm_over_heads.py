@@ -102,7 +102,7 @@ def test_interval_holds_if_the_logit_of_one_key_among_many_grows(shift):
 
 
 def test_interval_covers_the_rounding_of_large_terms():
-    """Each query attends to one key, so its output hardly moves: the linear part is a difference of nearly equal terms."""
+    """Each query attends to one key, so its output hardly moves: the linear part's terms nearly cancel."""
     attention = random_attention(scale=30)
     single = attention_of(
         *(it.float() for it in (attention.inputs.query, attention.inputs.key, attention.inputs.value)),

@@ -95,7 +95,7 @@ def test_closed_form_equals_replaying_the_norm(family, monkeypatch):
 
 
 def dominated(family, times, alone=False):
-    """Return a model with the first entry of each query and key head scaled by `times`; `alone`: the others are zero."""
+    """Return a model with the first entry of each query and key head scaled by `times`; alone: the others are zero."""
     model = family_model(family)
     with torch.no_grad():
         for layer in find_decoder(model).layers:

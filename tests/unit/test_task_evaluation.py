@@ -307,7 +307,7 @@ def test_identity_covers_what_a_result_depends_on(own_tasks, tmp_path):
         return TaskSuite(["choose"], task_paths=[folder], **settings).identity("choose")
 
     def with_helper(prefix):
-        """Return the identity with a helper whose behaviour depends on a module constant outside the function's source."""
+        """Return the identity with a helper function that depends on a constant outside its own source."""
         (tmp_path / "tasks").mkdir(exist_ok=True)
         (tmp_path / "tasks/helper.py").write_text(f"PREFIX = {prefix!r}\n\ndef text(doc):\n    return PREFIX\n")
         return identity("doc_to_text: !function helper.text\n")

@@ -56,7 +56,7 @@ def test_other_options_move_only_the_chosen_entries(tmp_path, update, settings):
 
 @both_updates
 def test_checkpoint_holds_optimizer_and_random_state(tmp_path, update):
-    """With dropout, a resumed run equals the uninterrupted one bit for bit, whatever the generator's state before it."""
+    """With dropout, a resumed run equals the uninterrupted one bit for bit, whatever the generator's state before."""
     saving = dict(save_strategy="steps", save_steps=5)
 
     def trainer():

@@ -8,7 +8,7 @@ from agnostic_train.evaluation.tuning import default_rates, num_trainings, tune
 
 
 def around(best, diverges_above=math.inf):
-    """Return a measurement whose change grows with the distance to `best` in powers of three, and the list of rates tried."""
+    """Return a measurement that worsens with the rate's distance to `best` in powers of three, and the rates tried."""
     tried = []
 
     def measure(rate):
