@@ -82,7 +82,7 @@ def test_heads_of_one_sentence_share_spans():
     assert_heads_of_one_sentence_share_its_spans("cuda")
 
 
-def test_the_hyperbolic_tangent():
+def test_tanh_of_the_kernels_is_accurate():
     assert_tanh_is_close("cuda")
 
 

@@ -203,15 +203,15 @@ def test_baseline_strategies(root, strategy):
 
 def test_trained_model_is_freed_before_the_next_stage(root, monkeypatch):
     """Mixed precision makes the model part of a reference cycle, and a device may not have memory for two models."""
-    made, alive = weakref.WeakSet(), []
-    make, export = LlamaForCausalLM.__init__, STAGE_TABLE["export"]
+    models, alive = weakref.WeakSet(), []
+    original_init, export = LlamaForCausalLM.__init__, STAGE_TABLE["export"]
 
     def noted(self, *args, **keywords):
-        make(self, *args, **keywords)
-        made.add(self)
+        original_init(self, *args, **keywords)
+        models.add(self)
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
-    counted = replace(export, run=lambda context: alive.append(len(made)) or export.run(context))
+    counted = replace(export, run=lambda context: alive.append(len(models)) or export.run(context))
     monkeypatch.setitem(STAGE_TABLE, "export", counted)
     gc.collect()
     gc.disable()

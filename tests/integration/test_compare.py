@@ -347,7 +347,7 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
 
 
 def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
-    # accelerate's launcher sets this variable; accelerate's state in this process is already set up and ignores it.
+    # accelerate's launcher sets this variable; accelerate's state, set up earlier in this process, doesn't reread it.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for stage, flags in (("compare", ()), ("run", ("--training.strategy=pilot",))):
         assert run(root, stage, *flags) == 2

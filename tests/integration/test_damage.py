@@ -225,9 +225,9 @@ def test_losses_are_checked_once_per_step(tmp_path, monkeypatch, update, call):
     model = tiny_llama()
     model.lm_head = Poisoned(model.lm_head, call)
     settings = arguments(tmp_path, update=update, gradient_accumulation_steps=3)
-    looks, batches = [], []
+    checks, batches = [], []
     original = guarded.sum_over_processes
-    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: looks.append(1) or original(values))
+    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: checks.append(1) or original(values))
 
     class Watched(NeuronTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
@@ -238,7 +238,7 @@ def test_losses_are_checked_once_per_step(tmp_path, monkeypatch, update, call):
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 2, on the batch of 4") as caught:
         trainer.train()
     assert str(batches[call - 1][0].tolist()) in str(caught.value)
-    assert len(batches) == 6 and len(looks) == 2 and trainer.state.global_step == 1
+    assert len(batches) == 6 and len(checks) == 2 and trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize("update", UPDATES)

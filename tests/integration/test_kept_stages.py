@@ -151,8 +151,8 @@ def test_text_changes_the_inputs_of_the_stages_that_read_it(root):
     other = inputs(root, en_train="A sentence to train on.")
     assert all(other[stage] == later[stage] for stage in ("train", "compare"))
     stable = {"detection.stability": "true"}
-    both = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
-    assert both[0] != both[1]
+    detect_inputs = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
+    assert detect_inputs[0] != detect_inputs[1]
 
 
 def test_mixture_and_its_text_change_the_inputs_of_training(root):

@@ -87,7 +87,7 @@ def test_capped_logits_that_grow():
     assert_equals_the_reference(random_case(42, 42, growth=0.5, softcap=5.0))
 
 
-def test_the_hyperbolic_tangent():
+def test_tanh_of_the_kernels_is_accurate():
     assert_tanh_is_close()
 
 
@@ -176,10 +176,10 @@ def test_some_of_many_neurons():
         for name, part in case.items()
         if name != "spans"
     }
-    found = kernels.squared_changes(**strided, spans=case["spans"], chosen=chosen)
-    assert torch.equal(found, torch.where(chosen, whole, 0))
-    for found, expected in zip(intervals_of(strided | {"spans": case["spans"]}), intervals_of(case), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    actual = kernels.squared_changes(**strided, spans=case["spans"], chosen=chosen)
+    assert torch.equal(actual, torch.where(chosen, whole, 0))
+    for actual, expected in zip(intervals_of(strided | {"spans": case["spans"]}), intervals_of(case), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mask", ["causal", "sliding window", "left padding", "right padding", "full"])

@@ -61,18 +61,18 @@ def test_imports_run_one_way(pytestconfig):
 def test_training_does_not_import_recipe_or_text_packages(pytestconfig):
     """`tests/gpu` and the benchmarks run where these packages aren't installed."""
     root = pytestconfig.rootpath / "agnostic_train"
-    left, seen, packages = [("training", "trainer"), ("export", "checkpoint"), ("scores", "emergence")], set(), set()
-    while left:
-        parts = left.pop()
+    todo, seen, packages = [("training", "trainer"), ("export", "checkpoint"), ("scores", "emergence")], set(), set()
+    while todo:
+        parts = todo.pop()
         file = root.joinpath(*parts).with_suffix(".py")
         if not file.exists():
             file = root.joinpath(*parts, "__init__.py")
         if not file.exists() or file in seen:  # a name that isn't a module is defined in its parent
             if file not in seen and len(parts) > 1:
-                left.append(parts[:-1])
+                todo.append(parts[:-1])
             continue
         seen.add(file)
-        left += imported(file)
+        todo += imported(file)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [it.name for it in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -65,7 +65,7 @@ def test_all_forms_equal_the_definition(name, growth, scale):
 @pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
 @pytest.mark.parametrize("growth", [None, 0.0])
 def test_squares_without_a_change_are_nearly_zero(name, growth):
-    """Not exactly zero: the last elements of a tensor may be rounded differently."""
+    """They aren't exactly zero, because the last elements of a tensor may be rounded differently."""
     assert squares(name, *random_case(0.0, growth)).max() < 1e-11
 
 
@@ -89,9 +89,9 @@ def test_powers_are_accurate_up_to_the_limit_of_their_use(sign):
     factors[1, ..., 1] *= 0.99
     row = factors[0, ..., :1], factors[1], factors[2, ..., :1], factors[3]
     block = form("powers", logits, value, torch.ones(1, 1), False)
-    squares_found = block.squares(block.changed(shaped(row), []))
+    actual = block.squares(block.changed(shaped(row), []))
     truth = (-(row[0].double() * row[1].double())).softmax(-1) @ torch.tensor([1.0, -1.0]).double()
-    torch.testing.assert_close(squares_found.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
     change = LogitChange(*(part.mT.unsqueeze(0) for part in factors))
     far = LogitChange(*(part.mT.unsqueeze(0) for part in (2 * factors[0], *factors[1:])))
     assert bits_moved(change, torch.zeros(1, 1)).max() < 40 < bits_moved(far, torch.zeros(1, 1)).min()
@@ -106,8 +106,8 @@ def test_form_is_chosen_for_each_neuron_separately():
     powers, softmax = (block.squares(block.changed(parts, growths)) for block in (powers, softmax))
     assert torch.equal(forms.squares(slice(None), parts, growths, bits), powers)
     bits[0, 1], bits[2, 3] = 40.1, torch.nan
-    found = forms.squares(slice(None), parts, growths, bits)
-    assert torch.equal(found, torch.where(bits == 40.0, powers, softmax)) and not torch.equal(found, powers)
+    actual = forms.squares(slice(None), parts, growths, bits)
+    assert torch.equal(actual, torch.where(bits == 40.0, powers, softmax)) and not torch.equal(actual, powers)
 
 
 def test_powers_are_accurate_for_large_logits_that_grow():
@@ -115,16 +115,16 @@ def test_powers_are_accurate_for_large_logits_that_grow():
     logits, *case = random_case(1.0, 1e-3)
     case = 40 * logits, *case
     assert case[0].max() * log2(e) > 200
-    found, truth = squares("powers", *case).double().sqrt(), reference(*case).sqrt()
-    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5 * truth.max().item())
+    actual, truth = squares("powers", *case).double().sqrt(), reference(*case).sqrt()
+    torch.testing.assert_close(actual, truth, rtol=1e-3, atol=1e-5 * truth.max().item())
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e8])
 def test_powers_are_accurate_for_values_of_any_size(size):
     logits, value, weight, factors, growths = random_case(3.0)
     expected = squares("softmax", logits, value, weight, factors, growths)
-    found = squares("powers", logits, size * value, weight, factors, growths)
-    torch.testing.assert_close(found / size / size, expected, rtol=1e-4, atol=0)
+    actual = squares("powers", logits, size * value, weight, factors, growths)
+    torch.testing.assert_close(actual / size / size, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("common", [30, 3000])

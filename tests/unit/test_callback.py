@@ -100,12 +100,12 @@ def test_resumed_run_detects_only_when_due(tmp_path, update):
         return callback, trainer
 
     first, trainer = train(StopAtTen())
-    resumed, again = train(resume=True)
+    resumed, resumed_trainer = train(resume=True)
     with pytest.raises(ValueError, match="nothing was detected so far"):
         resumed.metrics()
     assert resumed.neurons is None and resumed.score is None
-    assert resumed.choice.neurons == again.neurons == trainer.neurons == first.choice.neurons
-    assert [it["step"] for it in again.state.log_history if "neurons/shared" in it] == [0, 7]
+    assert resumed.choice.neurons == resumed_trainer.neurons == trainer.neurons == first.choice.neurons
+    assert [it["step"] for it in resumed_trainer.state.log_history if "neurons/shared" in it] == [0, 7]
 
 
 def test_losses_are_still_logged_at_steps_with_a_detection(tmp_path):
@@ -155,11 +155,11 @@ def test_counts_of_other_settings_or_batches_are_not_resumed(tmp_path):
 
 
 def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):
-    logged, made = [], []
+    logged, integrations = [], []
 
     class Integration(TrainerCallback):
         def __init__(self):
-            made.append(self)
+            integrations.append(self)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append((state.global_step, logs))
@@ -170,7 +170,7 @@ def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
     assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
-    assert len(made) == 1  # each further TensorBoard integration would open another file
+    assert len(integrations) == 1  # each further TensorBoard integration would open another file
 
 
 def test_strategy_for_an_undetected_language_is_refused():

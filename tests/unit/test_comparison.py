@@ -130,9 +130,9 @@ def test_difference_within_its_own_interval_is_not_beyond_noise():
 
     after = {name: {1: at(0.0), 2: at(0.0)} for name in "bcdefgh"} | {"a": {1: at(0.05), 2: at(0.07)}}
     result = compare_strategies({"sw": base}, after, ["sw"], num_resamples=2000)
-    assert not any(it["beyond_noise"] for it in result["differences"])
-    for it in result["differences"]:
-        low, high = it["interval"]
+    assert not any(difference["beyond_noise"] for difference in result["differences"])
+    for difference in result["differences"]:
+        low, high = difference["interval"]
         assert low <= 0 <= high
 
 

@@ -70,9 +70,9 @@ def test_purposes_have_disjoint_text(folder):
 
 def test_sample_of_a_language_does_not_depend_on_other_languages(folder):
     write(folder, "sw", train=SENTENCES[:30], valid=SENTENCES[30:])
-    both = load_corpus(section(languages=["sw", "en"]), folder)
-    assert both.texts["en"] == load_corpus(section(), folder).texts["en"]
-    assert set(both.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
+    corpus = load_corpus(section(languages=["sw", "en"]), folder)
+    assert corpus.texts["en"] == load_corpus(section(), folder).texts["en"]
+    assert set(corpus.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
 
 
 def test_empty_lines_and_duplicates_are_dropped(folder):
@@ -149,19 +149,21 @@ def test_add_bos_overrides_the_tokenizer(tokenizer, add_bos, begins):
 
 
 def test_add_bos_leaves_other_special_tokens_unchanged(tokenizer):
-    both = build_tokenizer([*SENTENCES, "習慣"], vocab_size=300)
-    special = [("<s>", both.bos_token_id), ("</s>", both.eos_token_id)]
-    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    with_eos = build_tokenizer([*SENTENCES, "習慣"], vocab_size=300)
+    special = [("<s>", with_eos.bos_token_id), ("</s>", with_eos.eos_token_id)]
+    with_eos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=special
+    )
     rows = {}
     for add_bos in (None, True, False):
-        (rows[add_bos],) = Encoder.of(both, section(add_bos=add_bos), config()).encode(["a bc"], "text")
+        (rows[add_bos],) = Encoder.of(with_eos, section(add_bos=add_bos), config()).encode(["a bc"], "text")
     assert (
         rows[None] == rows[True] and rows[None]["special_tokens_mask"][0] == rows[None]["special_tokens_mask"][-1] == 1
     )
     assert rows[False] == {**{key: it[1:] for key, it in rows[None].items() if key != "num_bytes"}, "num_bytes": 4}
-    (cut,) = Encoder.of(both, section(add_bos=False, max_length=2), config()).encode(["a bc"], "text")
+    (cut,) = Encoder.of(with_eos, section(add_bos=False, max_length=2), config()).encode(["a bc"], "text")
     assert cut["input_ids"] == rows[False]["input_ids"][:2]
-    assert cut["num_bytes"] == len(both.decode(cut["input_ids"]).encode())
+    assert cut["num_bytes"] == len(with_eos.decode(cut["input_ids"]).encode())
     # A beginning token spelt out in the text is kept as text.
     (spelt,) = Encoder.of(tokenizer, section(add_bos=False), config()).encode(["<s>a"], "text")
     assert spelt["input_ids"][0] == tokenizer.bos_token_id
@@ -258,8 +260,8 @@ def test_packed_sequences_join_whole_sentences(tokenizer):
     ids = whole[0] * 2
     (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
     assert first["input_ids"].tolist() == ids[:-1]
-    both = TrainingSection(languages=["en", "sw"], packing=True)
-    assert len(training_examples(encoder, {"en": texts, "sw": texts}, both)) == 2 * len(packed)
+    both_languages = TrainingSection(languages=["en", "sw"], packing=True)
+    assert len(training_examples(encoder, {"en": texts, "sw": texts}, both_languages)) == 2 * len(packed)
     tokenizer = build_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="training.packing: the tokenizer has no end-of-sequence token"):
@@ -505,13 +507,13 @@ def test_training_text_is_streamed_again_after_the_other_purposes(tmp_path, monk
     """If a changed dataset is streamed again for the other purposes, kept training text could be among theirs."""
     documents = [f"document {index}" for index in range(40)]
     monkeypatch.setattr(streaming, "hub_documents", lambda *_: iter(documents))
-    own = section(
+    small_section = section(
         path=None, dataset="some/data", config_pattern="{lang}", detection_sentences=4, training_sentences=5,
         validation_sentences=3, test_sentences=3,
     )  # fmt: skip
     streams = []
     for _ in range(2):
-        streams.append(streaming.streamed_by_purpose(own, "en", True, tmp_path, progress=False))
+        streams.append(streaming.streamed_by_purpose(small_section, "en", True, tmp_path, progress=False))
         for file in tmp_path.glob("corpus-en-*"):
             file.unlink()
         documents.reverse()
@@ -608,12 +610,12 @@ def test_kept_text_without_offsets_is_decoded_without_special_tokens(tokenizer):
 
 
 def test_no_second_eos_if_the_tokenizer_adds_one():
-    own = build_tokenizer(SENTENCES, vocab_size=300)
-    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {own.eos_token}", special_tokens=[(own.eos_token, own.eos_token_id)]
+    with_eos = build_tokenizer(SENTENCES, vocab_size=300)
+    with_eos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {with_eos.eos_token}", special_tokens=[(with_eos.eos_token, with_eos.eos_token_id)]
     )
-    ids = Encoder.of(own, section(), config()).examples(["a b"], "text")[0]["input_ids"].tolist()
-    assert ids.count(own.eos_token_id) == 1 and ids == own("a b")["input_ids"]
+    ids = Encoder.of(with_eos, section(), config()).examples(["a b"], "text")[0]["input_ids"].tolist()
+    assert ids.count(with_eos.eos_token_id) == 1 and ids == with_eos("a b")["input_ids"]
 
 
 def test_token_ids_from_the_vocabulary_size_on_are_refused(tokenizer):

@@ -97,13 +97,13 @@ def test_batch_size_and_padding_side_do_not_change_the_neurons(llama):
                 batch["input_ids"][row][batch["attention_mask"][row].bool()] = sentence["input_ids"][0]
             yield batch
 
-    found = [
+    sets = [
         detect_neurons(llama, {"a": batches(size, side)}, 0.5, 0.5, progress=False).related["a"]
         for size in (1, 3, 8)
         for side in ("left", "right")
     ]
-    assert len(found[0]) > 50
-    assert sum(len((found[0] | other) - (found[0] & other)) for other in found[1:]) == 0
+    assert len(sets[0]) > 50
+    assert sum(len((sets[0] | other) - (sets[0] & other)) for other in sets[1:]) == 0
 
 
 def test_detection_on_a_model_placed_by_device_map(tmp_path, llama):
@@ -189,10 +189,10 @@ def test_default_device_does_not_change_results(llama):
     corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate("ab")}
 
     def measured():
-        found = detect_neurons(llama, corpora, 0.2, 0.5, progress=False)
-        score = language_agnostic_score(llama, found, corpora, control_seeds=[1])
-        drawn = [found.shared.random_like(0, llama, it) for it in (None, found.mean_activations)]
-        return found.related, drawn, score.to_json()
+        neurons = detect_neurons(llama, corpora, 0.2, 0.5, progress=False)
+        score = language_agnostic_score(llama, neurons, corpora, control_seeds=[1])
+        drawn = [neurons.shared.random_like(0, llama, it) for it in (None, neurons.mean_activations)]
+        return neurons.related, drawn, score.to_json()
 
     expected = measured()
     torch.set_default_device("meta")

@@ -251,7 +251,7 @@ def test_frozen_deltas_shared_memory_and_meta_tensors_take_the_plain_form():
 
 
 def test_bias_of_another_dtype_than_the_weight_under_autocast():
-    """As when a bfloat16 model's vectors are cast to float32 before training."""
+    """Such biases exist if a bfloat16 model's vectors are cast to float32 before training."""
     layer = neuron_linear(dtype=torch.bfloat16)
     layer.base_layer.bias.data = layer.base_layer.bias.data.float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -83,8 +83,8 @@ def test_dataclasses_with_tensors_compare_by_identity(llama):
     measured = Perplexity(torch.ones(2), torch.ones(2), None)
     projection = replace(find_decoder(llama).layers[0].projections["q"], rows=torch.arange(4))
     rotation = Rotation(None, torch.arange(4))
-    for it in (measured, projection, rotation):
-        assert it == it and it != replace(it) and len({it, replace(it)}) == 2
+    for value in (measured, projection, rotation):
+        assert value == value and value != replace(value) and len({value, replace(value)}) == 2
 
 
 def test_sets_of_different_models_cannot_be_combined():
@@ -157,15 +157,17 @@ def test_random_sets_match_each_site_and_keep_units_together(llama):
         | {(0, "v"): channels, (0, "o"): columns, (1, "q"): range(17), (1, "k"): [0]}
     )
     drawn = [neurons.random_like(seed, llama) for seed in range(20)]
-    for it in drawn:
-        assert {site: len(indices) for site, indices in it.items()} == {
+    for random_set in drawn:
+        assert {site: len(indices) for site, indices in random_set.items()} == {
             site: len(indices) for site, indices in neurons.items()
         }
-        assert torch.equal(it[(0, "gate")], it[(0, "up")]) and torch.equal(it[(0, "up")], it[(0, "down")])
-        served = {int(column) // 30 * 10 + int(column) % 10 for column in it[(0, "o")]}
-        assert served == set(it[(0, "v")].tolist())
+        assert torch.equal(random_set[(0, "gate")], random_set[(0, "up")]) and torch.equal(
+            random_set[(0, "up")], random_set[(0, "down")]
+        )
+        served = {int(column) // 30 * 10 + int(column) % 10 for column in random_set[(0, "o")]}
+        assert served == set(random_set[(0, "v")].tolist())
     assert neurons.random_like(3, llama) == drawn[3] and drawn[3] != drawn[4]
-    assert len(torch.cat([it[(0, "up")] for it in drawn]).unique()) > 30
+    assert len(torch.cat([random_set[(0, "up")] for random_set in drawn]).unique()) > 30
 
 
 def test_language_neurons_equal_their_definition_and_load_as_saved(tmp_path):

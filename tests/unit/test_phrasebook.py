@@ -119,17 +119,17 @@ def test_error_for_too_few_meanings_names_the_split(monkeypatch):
 
 def test_concurrent_first_users_create_the_corpus_only_once(tmp_path, monkeypatch):
     monkeypatch.setenv("AGNOSTIC_TRAIN_CACHE", str(tmp_path))
-    made = []
+    folders_written = []
 
     def slowly(folder, seed):
         sleep(0.2)
         (folder / "en.train.txt").write_text("a")
-        made.append(folder)
+        folders_written.append(folder)
 
     monkeypatch.setattr(tiny_model, "write_phrasebook", slowly)
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: tiny_model.quickstart_corpus(), range(4)))
-    assert len(made) == 1 and len(set(folders)) == 1 and (folders[0] / "en.train.txt").read_text() == "a"
+    assert len(folders_written) == 1 and len(set(folders)) == 1 and (folders[0] / "en.train.txt").read_text() == "a"
 
 
 def test_files_hold_one_sentence_per_line(tmp_path):

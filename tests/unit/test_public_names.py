@@ -21,8 +21,12 @@ FUNCTIONS = [name for name in agnostic_train.__all__ if name not in CLASSES]
 def written_here(cls):
     """Yield (class, name, function) of all that a class and its bases define in this package; a property's getter."""
     for base in cls.__mro__:
-        for name, it in vars(base).items():
-            function = getattr(it, "fget", None) or getattr(it, "func", None) or getattr(it, "__func__", it)
+        for name, attribute in vars(base).items():
+            function = (
+                getattr(attribute, "fget", None)
+                or getattr(attribute, "func", None)
+                or getattr(attribute, "__func__", attribute)
+            )
             # Methods that a dataclass generates have no file.
             if inspect.isfunction(function) and function.__code__.co_filename.startswith(PACKAGE):
                 yield base, name, function

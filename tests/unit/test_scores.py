@@ -455,9 +455,9 @@ def test_kept_results_of_other_text_are_not_reused(llama, tmp_path, name):
     if name == "attention_mask":
         other[name] = batch[name].clone()
         other[name][1, 6:] = 0
-    for it in (batch, other):
-        resumed = ablation.ablate(llama, {}, {"a": [it]}, resume_dir=tmp_path).measured["none"]["a"]
-        fresh = perplexity(llama, [it])
+    for batch_measured in (batch, other):
+        resumed = ablation.ablate(llama, {}, {"a": [batch_measured]}, resume_dir=tmp_path).measured["none"]["a"]
+        fresh = perplexity(llama, [batch_measured])
         assert resumed.num_bytes == fresh.num_bytes and torch.equal(resumed.sentence_nats, fresh.sentence_nats)
 
 

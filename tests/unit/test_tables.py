@@ -18,10 +18,16 @@ def test_ablation_table_gives_the_ratio_of_perplexities():
 
 def test_evaluation_table_separates_before_and_after():
     change = {"bits_per_byte_change": -1 / 9, "interval": [-0.2, -0.1], "num_sentences": 3}
-    (it,) = evaluation_table({"languages": {"a": {"before": row(9.0), "after": row(8.0), **change}}})
-    assert (it["perplexity_before"], it["perplexity_after"]) == (9.0, 8.0)
-    assert (it["bits_per_byte_before"], it["bits_per_byte_after"]) == (0.9, 0.8)
-    assert (it["text"], it["change"], it["low"], it["high"], it["sentences"]) == ("test", -1 / 9, -0.2, -0.1, 3)
+    (table_row,) = evaluation_table({"languages": {"a": {"before": row(9.0), "after": row(8.0), **change}}})
+    assert (table_row["perplexity_before"], table_row["perplexity_after"]) == (9.0, 8.0)
+    assert (table_row["bits_per_byte_before"], table_row["bits_per_byte_after"]) == (0.9, 0.8)
+    assert (table_row["text"], table_row["change"], table_row["low"], table_row["high"], table_row["sentences"]) == (
+        "test",
+        -1 / 9,
+        -0.2,
+        -0.1,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("higher_is_better", "wins"), [(True, 1), (None, 1), (False, 0)])

@@ -351,7 +351,7 @@ def test_results_of_other_items_are_not_compared(own_tasks, model, tokenizer, tm
         compare_tasks({"a": results[0], "b": results[1]})
 
 
-# A user's mistakes.
+# Users' mistakes.
 
 
 def test_missing_lm_eval_is_one_error_with_the_fix(monkeypatch):

@@ -317,14 +317,14 @@ def test_detection_during_training_does_not_change_the_result(tmp_path):
 
 def test_mask_ends_with_its_training(tmp_path):
     """Train one set, then another, then all weights: each training moves exactly the entries it should."""
-    model, quiet = tiny_llama(), dict(max_steps=3, weight_decay=0.0)
+    model, settings = tiny_llama(), dict(max_steps=3, weight_decay=0.0)
     for neurons in (NeuronSet({(0, "q"): [1]}), NeuronSet({(0, "q"): [5]})):
         before = plain_weights(model)
-        trainer_of(model, tmp_path, "mask", neurons=neurons, **quiet).train()
+        trainer_of(model, tmp_path, "mask", neurons=neurons, **settings).train()
         assert_only_chosen_moved(before, plain_weights(model), neurons)
     assert model.trained_neurons == NeuronSet({(0, "q"): [1, 5]})
     before = plain_weights(model)
-    Trainer(model, arguments(tmp_path, **quiet), train_dataset=sentences()).train()
+    Trainer(model, arguments(tmp_path, **settings), train_dataset=sentences()).train()
     assert all(not torch.equal(value, before[name]) for name, value in plain_weights(model).items())
 
 
