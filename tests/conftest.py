@@ -5,7 +5,7 @@ import os
 from typing import get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when torch is loaded, here and in the processes that tests start: nothing in them is large enough for more.
+# Torch reads this on import, here and in the processes that tests start. Nothing is large enough for more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -17,7 +17,7 @@ from agnostic_train.choices import Update
 
 UPDATES = get_args(Update)
 
-# The same examples in every run, and no judgement on time: what fails here fails everywhere.
+# Use the same examples in every run and no deadlines, so that a failure here is a failure everywhere.
 settings.register_profile(
     "same", derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -26,13 +26,13 @@ settings.load_profile("same")
 
 
 def pytest_collection_finish():
-    """What the imports made lives to the end: every Trainer collects garbage, a third of a second each if that is in it."""
+    """Exclude imported objects from garbage collection: each Trainer collects, which would take 0.3 s with them."""
     gc.collect()
     gc.freeze()
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
-    """A random grouped-query Llama with odd sizes and weights large enough for peaked attention."""
+    """Return a random grouped-query Llama with odd sizes and weights large enough for peaked attention."""
     torch.manual_seed(0)
     settings = dict(
         vocab_size=61,
@@ -56,7 +56,7 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 
 def padded_batch(lengths: list[int], side: str = "right", seed: int = 1, vocab_size: int = 61) -> dict:
-    """Random sentences of the given lengths, padded on one side with token 0."""
+    """Return random sentences of the given lengths, padded on one side with token 0."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""Processes forked from one that has loaded the libraries, and has no threads yet: a second each instead of ten."""
+"""Processes forked from one that has loaded the libraries and has no threads: they start in one second, not ten."""
 
 import gc
 import importlib
@@ -17,9 +17,9 @@ _context.set_forkserver_preload(["agnostic_train.pipeline.run", "agnostic_train.
 
 
 def started(module, function, *arguments, stdout=os.devnull, stderr=os.devnull, environment=None):
-    """A process that calls a module's function, both given by name, and has started; it prints to these files.
+    """Start and return a process that calls a module's function, both given by name, and prints to these files.
 
-    What the function returns is its exit status.
+    The process's exit status is what the function returns.
     """
     process = _context.Process(target=_call, args=(module, function, arguments, stdout, stderr, environment or {}))
     process.start()
@@ -27,7 +27,7 @@ def started(module, function, *arguments, stdout=os.devnull, stderr=os.devnull, 
 
 
 def in_two_processes(module, function, *arguments, **environment):
-    """Calls a function in two processes of a group, as torchrun would. Returns what the first one printed."""
+    """Call a function in two processes of a group, as torchrun would; return what the first one printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -41,7 +41,7 @@ def in_two_processes(module, function, *arguments, **environment):
         ]  # fmt: skip
         try:
             waiting = {process.sentinel: process for process in processes}
-            # One that fails leaves the other waiting for it.
+            # Stop if one fails, because the other would wait for it.
             while waiting and not any(process.exitcode for process in processes):
                 for sentinel in wait(waiting, timeout=300) or pytest.fail("two processes hang"):
                     waiting.pop(sentinel).join()
@@ -61,7 +61,7 @@ def _in_group(module, function, arguments):
     if dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()
-    # Without the interpreter's own end, which a thread of gloo's now and then aborts.
+    # Skip the interpreter's shutdown, which a gloo thread sometimes aborts.
     os._exit(status or 0)
 
 
@@ -72,6 +72,6 @@ def _call(module, function, arguments, stdout, stderr, environment):
         with open(name, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.environ.update(environment)
-    gc.freeze()  # what was loaded before the fork isn't looked through anew
-    torch.set_num_threads(1)  # nothing here is large, and waiting threads cost the most on a busy machine
+    gc.freeze()  # the garbage collector skips what was loaded before the fork
+    torch.set_num_threads(1)  # nothing here is large, and waiting threads are costly on a busy machine
     sys.exit(getattr(importlib.import_module(module), function)(*arguments))

@@ -1,4 +1,4 @@
-"""Arguments for the kernels of q and k impacts, and what they should make of them."""
+"""Arguments for the kernels of q and k impacts, and reference results for them."""
 
 import torch
 
@@ -19,7 +19,7 @@ HEADS, NEURONS = 3, 2
 
 
 def visible_keys(mask, length):
-    """Which keys each query sees, (heads, length, length)."""
+    """Return which keys each query sees, as a bool tensor of shape (heads, length, length)."""
     positions = torch.arange(length)
     visible = (positions[:, None] >= positions).repeat(HEADS, 1, 1)
     padding = length // 3
@@ -37,10 +37,10 @@ def visible_keys(mask, length):
 def random_case(
     length, head_dim, mask="causal", logits=3.0, change=1.0, device="cpu", growth=0.0, neurons=NEURONS, softcap=None
 ):
-    """Keywords of `squared_changes` for every neuron, with rows that aren't counted.
+    """Return keyword arguments of `squared_changes` for every neuron, some of whose rows aren't counted.
 
-    logits, change: how large the logits are, and each factor of what is taken from them. growth: by how much they grow.
-    neurons: of each head.
+    logits, change: scales of the logits and of each factor of their changes. growth: largest relative growth.
+    neurons: number per head.
     """
     torch.manual_seed(length * head_dim)
     visible = visible_keys(mask, length)
@@ -63,12 +63,12 @@ def random_case(
 
 
 def capped(logits, softcap):
-    """Logits as the softmax sees them; -inf stays."""
+    """Return the logits that the softmax receives; -inf stays."""
     return logits if softcap is None else (softcap * (logits / softcap).tanh()).where(logits > -torch.inf, logits)
 
 
 def reference(logits, centred_value, weight, factors, spans=None, chosen=None, growths=(), softcap=None):
-    """In float64, neuron by neuron, over all rows and keys."""
+    """Compute the squared changes in float64, one neuron at a time, over all rows and keys."""
     logits, value, weight = logits.double(), centred_value.double(), weight.double()
     attention, squares = capped(logits, softcap).softmax(-1), []
     for neuron in range(len(factors[0])):
@@ -84,14 +84,14 @@ def reference(logits, centred_value, weight, factors, spans=None, chosen=None, g
 
 
 def assert_equals_the_reference(case, rtol=1e-5):
-    """The impacts, to a part of each and a millionth of the largest."""
-    found, expected = kernels.squared_changes(**case), reference(**case).sqrt()
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double().sqrt(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
+    """Compare impacts, with a relative tolerance and an absolute one of a millionth of the largest impact."""
+    actual, expected = kernels.squared_changes(**case), reference(**case).sqrt()
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double().sqrt(), expected, rtol=rtol, atol=1e-6 * expected.max().item())
 
 
 def intervals_of(case):
-    """Lower and upper ends for the same arguments."""
+    """Return the lower and upper ends of the intervals for the arguments of `squared_changes`."""
     logits = case["logits"]
     largest = logits.masked_fill(logits == -torch.inf, 0).abs().amax((1, 2))
     logits = capped(logits, case.get("softcap"))
@@ -100,7 +100,7 @@ def intervals_of(case):
 
 
 def assert_intervals_hold(case):
-    """For the truth and for what the exact kernel makes of it. Returns how wide they are, as a part of each impact."""
+    """Check that intervals hold the reference and the exact kernel's result; return their mean relative width."""
     low, high = intervals_of(case)
     assert low.dtype == high.dtype == torch.float32
     truth, exact = reference(**case), kernels.squared_changes(**case)
@@ -118,28 +118,28 @@ def assert_heads_of_one_sentence_share_its_spans(device="cpu"):
 
 
 def assert_nan_is_not_lost(where, device="cpu"):
-    """What isn't a number in the only row that is counted, in some argument of the first head."""
+    """Check that NaN in some argument of the first head, in the only counted row, appears in the results."""
     case = random_case(123, 42, "sliding window", device=device)
     case["weight"].zero_()
     case["weight"][:, 70] = 1
     part = {"a": case["factors"][0], "b": case["factors"][1]}.get(where, case.get(where))
     part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
-    found = kernels.squared_changes(**case)
-    assert found[0].isnan() and found[NEURONS:].isfinite().all()
+    squares = kernels.squared_changes(**case)
+    assert squares[0].isnan() and squares[NEURONS:].isfinite().all()
     low, high = intervals_of(case)
     assert low[0] == 0 and high[0] == torch.inf and (low[NEURONS:] > 0).all() and high[NEURONS:].isfinite().all()
 
 
 def tanh(z, result):
-    """The kernels' hyperbolic tangent of each number."""
+    """Write the kernels' hyperbolic tangent of each number of `z` to `result`."""
     _tanh_of[(-(-len(z) // 1024),)](z, result, len(z), BLOCK=1024)
 
 
 def assert_tanh_is_close(device="cpu"):
-    """To a few units in the last place of the result, near zero too: the intervals count on it."""
+    """Check to a few units in the last place, also near zero, because the intervals rely on it."""
     z = torch.cat([torch.logspace(-6, 2, 20_001), torch.linspace(0.3, 0.4, 20_001)])
     z = torch.cat([z, -z]).to(device)
-    found = torch.empty_like(z)
-    tanh(z, found)
+    actual = torch.empty_like(z)
+    tanh(z, actual)
     expected = z.double().tanh()
-    assert ((found - expected) / expected).abs().max() < 6 * torch.finfo(torch.float32).eps
+    assert ((actual - expected) / expected).abs().max() < 6 * torch.finfo(torch.float32).eps

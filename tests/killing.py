@@ -1,4 +1,4 @@
-"""The command line in a process of its own, which dies (SIGKILL) at a chosen moment or finds the disk full."""
+"""Run the command line in a separate process that is killed (SIGKILL) at a chosen moment or finds the disk full."""
 
 import importlib
 import os
@@ -9,15 +9,15 @@ import sys
 from forked import started
 
 RENAMES = ("os.replace", "os.rename")
-"""What every file and folder of ours comes into being by."""
+"""The functions that move every file and folder that the package writes to its final name."""
 
 
 def run_and_kill(arguments, functions=(), call=1, seconds=None, changes=()):
-    """Runs the command line and kills it just before the `call`-th call of one of these functions, or after a time.
+    """Run the command line and kill it just before the `call`-th call of these functions, or after `seconds`.
 
-    changes: pairs of a name and its value, set before.
+    changes: pairs of a dotted name and a value, set before the run.
 
-    Returns the exit status: -9 if it was killed.
+    Returns the exit status, -9 if the process was killed.
     """
     process = started("killing", "run_until", arguments, functions, call, changes)
     process.join(seconds)
@@ -27,7 +27,7 @@ def run_and_kill(arguments, functions=(), call=1, seconds=None, changes=()):
 
 
 def run_with_full_disk(arguments, most_bytes, errors):
-    """Runs the command line where no file can grow beyond `most_bytes`. Returns the exit status; stderr goes to a file."""
+    """Run the command line with files limited to `most_bytes` and stderr in file `errors`; return the exit status."""
     process = started("killing", "run_on_little_disk", arguments, most_bytes, stderr=str(errors))
     process.join()
     return process.exitcode
@@ -56,7 +56,7 @@ def _run(arguments):
 
 
 def _owner_of(name):
-    """The module or class that a dotted name is an attribute of, and the attribute's own name."""
+    """Return the module or class that a dotted name is an attribute of, and the attribute's name."""
     path, _, attribute = name.rpartition(".")
     try:
         return importlib.import_module(path), attribute

@@ -1,4 +1,4 @@
-"""Calls a function of a test module in processes of a launcher: shared by the tests of distributed training."""
+"""Call a function of a test module in processes of a launcher, for the tests of distributed training."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ FSDP2 = dict(
     ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
     FSDP_RESHARD_AFTER_FORWARD="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false",
 )  # fmt: skip
-"""What `accelerate launch` makes of recipes/accelerate/fsdp2.yaml."""
+"""The environment that `accelerate launch` sets for recipes/accelerate/fsdp2.yaml."""
 
-# Without the interpreter's own end, which a thread of gloo's now and then aborts.
+# `os._exit` skips the interpreter's shutdown, which a gloo thread sometimes aborts.
 WORKER = """
 import os
 import sys
@@ -28,7 +28,7 @@ os._exit(0)
 
 
 def launched(directory, file, call, num_processes=2, **environment):
-    """directory: for the worker's script. file: the test module's, `it` in `call`, which is Python."""
+    """Run `call`, Python in which `it` is the test module `file`; `directory` is for the worker's script."""
     paths = [str(ROOT), str(ROOT / "tests"), str(Path(file).parent)]
     worker = directory / "worker.py"
     worker.write_text(WORKER.format(paths=paths, module=Path(file).stem, call=call))

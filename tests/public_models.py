@@ -1,4 +1,4 @@
-"""The public sizes of the models that have a recipe, as in their config.json, and their published parameter counts."""
+"""Sizes of the models that have a recipe, as in their public config.json, and their published parameter counts."""
 
 import json
 
@@ -38,11 +38,11 @@ PUBLISHED = {
     "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54,
     "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.62, "gemma-2-9b": 9.24, "gemma-3-4b": 4.30,
 }  # fmt: skip
-"""Billions of parameters. Of Gemma 3's, 3.88 are the text decoder's."""
+"""Billions of parameters. 3.88 of Gemma 3's belong to the text decoder."""
 
 
 def write_stand_ins(folder, tokenizer):
-    """A folder a model: its config, a small tokenizer, and no weights."""
+    """Write one folder per model, with its config, a small tokenizer, and no weights."""
     for name, config in CONFIGS.items():
         tokenizer.save_pretrained(folder / name)
         (folder / name / "config.json").write_text(json.dumps(config))

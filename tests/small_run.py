@@ -1,4 +1,4 @@
-"""A small corpus, model and recipe, and the command line on them in this process: fixtures of the integration tests."""
+"""Fixtures of the integration tests: a small corpus, model and recipe, and the command line in this process."""
 
 import shutil
 
@@ -27,7 +27,7 @@ output_dir: {root}/out
 
 
 def write_inputs(root):
-    """`root/text` and `root/model`."""
+    """Write `root/text` and `root/model`."""
     (root / "text").mkdir()
     texts = phrasebook(num_train=200, num_valid=30, num_test=30)
     for language in ("en", "sw"):
@@ -41,7 +41,7 @@ def write_inputs(root):
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """A folder with text and a model, which the tests copy."""
+    """Return a folder with text and a model, which the tests copy."""
     root = tmp_path_factory.mktemp("template")
     write_inputs(root)
     return root
@@ -55,12 +55,12 @@ def root(template, tmp_path):
 
 
 def run(root, stage, *flags):
-    """The command line on `root/recipe.yaml`, in this process."""
+    """Run the command line on `root/recipe.yaml` in this process; return its exit status."""
     return main([stage, str(root / "recipe.yaml"), *flags])
 
 
 def assert_mistake(root, stage, flags, message, capsys):
-    """The command line ends with status 2, and with one line that says what is wrong."""
+    """Check that the command line ends with status 2 and a one-line error that contains `message`."""
     try:
         status = run(root, stage, *flags)
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""A short training of a small model, and what may move in it: shared by the tests of both updates."""
+"""A short training of a small model and the entries that may move in it, shared by the tests of both updates."""
 
 import copy
 
@@ -32,14 +32,14 @@ def arguments(tmp_path, **changes):
 
 
 def plain_weights(model):
-    """name -> value of the plain model that a trained one stands for, its adapter merged."""
+    """Return name -> value of the model's weights, with its adapter merged."""
     if isinstance(model, PeftModel):
         model = copy.deepcopy(model).merge_and_unload()
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def may_learn(weights, neurons):
-    """name -> bool, the shape of the weight: True where it may learn. Written from the definition."""
+    """Return name -> bool tensor of the weight's shape, True where it may learn; written from the definition."""
     masks = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in weights.items()}
     for (layer, projection), indices in neurons.items():
         block = "self_attn" if projection in "qkvo" else "mlp"
@@ -52,7 +52,7 @@ def may_learn(weights, neurons):
 
 
 def assert_only_chosen_moved(before, after, neurons):
-    """before, after: what `plain_weights` gives."""
+    """Check that no entries but the chosen moved, and over 99% of these did. before, after: from `plain_weights`."""
     moved, masks = 0, may_learn(before, neurons)
     assert after.keys() == before.keys()
     for name, mask in masks.items():

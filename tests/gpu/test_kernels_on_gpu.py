@@ -1,4 +1,4 @@
-"""The Triton kernel on a GPU: against float64, against the torch form on the same GPU, and against the CPU."""
+"""The Triton kernels on a GPU, compared with float64, with the torch form on the same GPU, and with the CPU."""
 
 import copy
 
@@ -34,11 +34,11 @@ pytestmark = [
 ]
 MASKS = ["causal", "sliding window", "left padding", "right padding", "full"]
 LENGTHS = [1, 6, 17, 42]
-# Of a site's largest impact, between the CPU and the GPU: the projections round in the model's type, and differently.
+# Between CPU and GPU, relative to a site's largest impact: the projections round in the model's dtype, differently.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def test_it_is_used():
+def test_kernels_are_available_for_supported_dtypes_and_sizes():
     assert kernel_trial.available(torch.zeros(1, 4, 8, device="cuda"))
     assert not kernel_trial.available(torch.zeros(1, 4, 8, device="cuda", dtype=torch.float64))
     assert not kernel_trial.available(torch.zeros(1, 4, kernels.LARGEST_HEAD + 1, device="cuda"))
@@ -47,8 +47,8 @@ def test_it_is_used():
 @pytest.mark.parametrize("more", [{}, {"growth": 0.5}, {"softcap": 5.0}])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [6, 42, 64, 96, 123, 128, 256])
-def test_equals_the_reference(head_dim, mask, more):
-    """As exact as float32: tensor cores that multiplied in one part would be ten times off and more."""
+def test_kernel_equals_the_reference(head_dim, mask, more):
+    """Accurate to float32: tensor cores with single TF32 products would be off more than ten times as much."""
     for length in (1, 6, 17, 42, 64, 123, 300):
         assert_equals_the_reference(random_case(length, head_dim, mask, device="cuda", **more))
 
@@ -69,29 +69,29 @@ def test_intervals_are_narrow(head_dim):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("head_dim", [42, 64, 128, 256])
-def test_no_change_is_none_and_every_run_the_same(head_dim, softcap):
+def test_no_change_gives_zero_and_runs_are_reproducible(head_dim, softcap):
     case = random_case(300, head_dim, device="cuda", neurons=kernels.GROUP + 3, softcap=softcap)
-    found = [kernels.squared_changes(**case) for _ in range(3)]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    results = [kernels.squared_changes(**case) for _ in range(3)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     a, b, c, d = case["factors"]
     case["factors"] = [torch.zeros_like(a), b, torch.zeros_like(c), d]
     assert not kernels.squared_changes(**case).any()
 
 
-def test_heads_of_one_sentence_share_its_spans():
+def test_heads_of_one_sentence_share_spans():
     assert_heads_of_one_sentence_share_its_spans("cuda")
 
 
-def test_the_hyperbolic_tangent():
+def test_tanh_of_the_kernels_is_accurate():
     assert_tanh_is_close("cuda")
 
 
 @pytest.mark.parametrize("where", ["logits", "a", "b", "centred_value"])
-def test_what_is_not_a_number_is_not_lost(where):
+def test_nan_is_not_lost(where):
     assert_nan_is_not_lost(where, device="cuda")
 
 
-def test_more_logits_than_32_bits_count():
+def test_more_logits_than_a_32_bit_index_holds():
     length, num_heads = 4096, 130
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of the GPU's memory")
@@ -110,7 +110,7 @@ def test_more_logits_than_32_bits_count():
 
 
 def _last_of_many(part, per_head, num_heads):
-    """What belongs to the last head, behind copies of what belongs to the first."""
+    """Return the last head's part after copies of the first head's part."""
     return torch.cat([part[:per_head].repeat(num_heads - 1, *[1] * (part.dim() - 1)), part[-per_head:]])
 
 
@@ -118,15 +118,15 @@ def _last_of_many(part, per_head, num_heads):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("family", ["Llama with biases", "Qwen3", "Gemma 2", "Gemma 3 text"])
-def test_models(family, dtype, side, attention, monkeypatch):
-    """The impacts are the CPU's and, much more closely, the torch form's; pruned, the top is the same."""
+def test_model_impacts_equal_cpu_and_torch_form(family, dtype, side, attention, monkeypatch):
+    """Impacts equal the CPU's and, much more closely, the torch form's; with pruning, the top is the same."""
     model, batch = family_model(family).to(dtype), padded_batch(LENGTHS, side)
     on_gpu = copy.deepcopy(model).cuda()
     by_cpu = unverified_impacts(model, batch, ["q", "k"], attention)
     by_kernel = unverified_impacts(on_gpu, batch, ["q", "k"], attention)
     with left_as_found(on_gpu), ImpactMeter(on_gpu, ["q", "k"], attention, top_ratio=0.1) as meter:
         pruned = meter.measure(batch)
-    # Where all are sought, none is decided by its interval, and each is exact.
+    # With a ratio of 1, no neuron is decided by its interval, and every impact is exact.
     with left_as_found(on_gpu), ImpactMeter(on_gpu, ["q", "k"], attention, top_ratio=1.0) as meter:
         in_full = meter.measure(batch)
     monkeypatch.setattr(kernel_trial, "available", lambda value: False)
@@ -139,16 +139,16 @@ def test_models(family, dtype, side, attention, monkeypatch):
         torch.testing.assert_close(in_full[site], values, rtol=1e-4, atol=1e-5 * largest)
         count = num_top(0.1, values.shape[1])
         assert torch.equal(in_top(pruned[site], count), in_top(values, count))
-        # What is reported of a neuron in the top for certain is the middle of a narrow interval, or the end of a wide one.
+        # A neuron certainly in the top reports the middle of a narrow interval, or the lower end of a wide one.
         assert (pruned[site] <= 1.5 * values + 1e-5 * largest).all()
 
 
-def test_detection_does_not_wait_for_the_device():
-    """Nothing between the layers of a pass asks the GPU for a number: the CPU may run ahead."""
+def test_detection_does_not_synchronise_with_the_device():
+    """No layer of a pass reads a value back from the GPU, so the CPU can run ahead."""
     model = family_model("Llama with biases").cuda()
     batch = {name: values.cuda() for name, values in padded_batch(LENGTHS).items()}
     with left_as_found(model), ImpactMeter(model, top_ratio=0.1) as meter:
-        # Compiles the kernels and looks at the rotation, once.
+        # The first batch compiles the kernels and determines the rotation.
         meter.measure(batch)
         counts = TopCounts(0.1)
         torch.cuda.set_sync_debug_mode("error")

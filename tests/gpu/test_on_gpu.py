@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on the CPU."""
+"""Results on a GPU equal those on the CPU."""
 
 import copy
 
@@ -24,7 +24,7 @@ LENGTHS = [1, 6, 13, 42]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_impacts_perplexity_and_sets(side):
+def test_impacts_perplexity_and_sets_equal_those_of_the_cpu(side):
     model, batch = tiny_llama(attention_bias=True), padded_batch(LENGTHS, side)
     on_gpu = copy.deepcopy(model).cuda()
     expected = unverified_impacts(model, batch)
@@ -36,8 +36,8 @@ def test_impacts_perplexity_and_sets(side):
     assert len((sets[0] | sets[1]) - (sets[0] & sets[1])) <= 0.01 * len(sets[0])
 
 
-def test_pruning_and_activations():
-    """On one device the pruned and the plain form find the same sets; activations are the CPU's."""
+def test_pruning_keeps_the_sets_and_activations_equal_those_of_the_cpu():
+    """On one device, detection with and without pruning finds the same sets; activations equal the CPU's."""
     model, batch = tiny_llama(attention_bias=True), padded_batch(LENGTHS)
     on_gpu = copy.deepcopy(model).cuda()
     pruned, plain = (
@@ -49,13 +49,13 @@ def test_pruning_and_activations():
         torch.testing.assert_close(values, expected[site], rtol=1e-3, atol=1e-4)
 
 
-def test_the_self_check_in_bfloat16():
+def test_self_check_passes_in_bfloat16():
     comparisons = verify_impacts(tiny_llama().bfloat16().cuda(), padded_batch(LENGTHS))
     assert max(comparison.error for comparison in comparisons) < 1e-3
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_training_moves_nothing_else(tmp_path, update):
+def test_training_moves_only_the_chosen_entries(tmp_path, update):
     model = tiny_llama()
     base = copy.deepcopy(model)
     neurons = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52], (1, "v"): [3]})

@@ -1,4 +1,4 @@
-"""Trainer's engines on one GPU end where plain training ends, and compact training takes less memory than LoRA."""
+"""The Trainer's engines on one GPU equal plain training, and compact training takes less memory than LoRA."""
 
 import gc
 import importlib.util
@@ -20,15 +20,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 ZERO3 = {
-    # Nothing is small enough to stay whole, as little is in a real model.
+    # A threshold of 0 shards even small parameters, like most parameters of a real model.
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    # Torch's own AdamW: DeepSpeed's would be compiled first.
+    # Use torch's AdamW, because DeepSpeed's would have to be compiled first.
     "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }  # fmt: skip
 
-# Steps in proportion to gradients: Adam would blow the kernels' rounding up to whole steps.
+# SGD's steps are proportional to gradients; Adam would amplify the kernels' rounding to whole steps.
 LIGER = dict(use_liger_kernel=True, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
 
 
@@ -67,16 +67,16 @@ def assert_near(actual, expected, tolerance):
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant):
+def test_gradient_checkpointing_does_not_change_the_result(tmp_path, update, use_reentrant):
     kwargs = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     assert_near(end_of(tmp_path, update, **kwargs), end_of(tmp_path, update), 1e-9)
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
-    """Tolerance: Adam turns rounding in gradients near zero into steps of a part of the rate, 1e-2.
+def test_compiled_training_equals_eager_training(tmp_path, update):
+    """Tolerance 1e-5: Adam turns rounding of gradients near zero into steps of a fraction of the rate, 1e-2.
 
-    Without `tf32=False`, transformers turns TF32 on for compiled trainings.
+    transformers would turn TF32 on for compiled training without `tf32=False`.
     """
     ends = [end_of(tmp_path, update, torch_compile=it, tf32=False, max_steps=3) for it in (False, True)]
     assert_near(ends[1], ends[0], 1e-5)
@@ -89,8 +89,8 @@ def train_with_liger(directory, update):
 
 @needs("liger_kernel")
 @pytest.mark.parametrize("update", UPDATES)
-def test_liger_kernels_train_the_same(tmp_path, update):
-    """In a process of its own: the kernels stay in transformers' modules, and would be compared with themselves."""
+def test_training_with_liger_kernels_equals_plain_training(tmp_path, update):
+    """Use a separate process: the kernels stay in transformers' modules and would be compared with themselves."""
     expected = end_of(tmp_path / "plain", update, dtype=torch.float32, **LIGER | {"use_liger_kernel": False})
     directory = tmp_path / "liger"
     launched(tmp_path, __file__, f"it.train_with_liger({str(directory)!r}, {update!r})", num_processes=1)
@@ -102,7 +102,7 @@ def test_liger_kernels_train_the_same(tmp_path, update):
 
 
 def train_by(engine, directory):
-    """Six steps, and the last three again from the checkpoint in the middle."""
+    """Train for six steps, then repeat the last three from the checkpoint at step 3."""
     settings = dict(dtype=torch.float32, deepspeed=ZERO3) if engine == "deepspeed" else {}
     trainer = trained(directory, **settings)
     assert trainer.is_deepspeed_enabled if engine == "deepspeed" else trainer.accelerator.is_fsdp2
@@ -117,8 +117,8 @@ def train_by(engine, directory):
         pytest.param("deepspeed", {}, torch.float32, 1e-4, marks=needs("deepspeed")),
     ],
 )
-def test_a_split_model_ends_where_a_whole_one_ends(tmp_path, engine, environment, dtype, tolerance):
-    """One process on one GPU: the adapter that is saved, resumed and exported is a plain run's."""
+def test_training_a_sharded_model_equals_plain_training(tmp_path, engine, environment, dtype, tolerance):
+    """With one process on one GPU, the saved, resumed and exported adapter equals that of a plain run."""
     base, directory = tiny_llama().to(dtype), tmp_path / engine
     base.save_pretrained(tmp_path / "base")
     launched(tmp_path, __file__, f"it.train_by({engine!r}, {str(directory)!r})", num_processes=1, **environment)
@@ -131,7 +131,7 @@ def test_a_split_model_ends_where_a_whole_one_ends(tmp_path, engine, environment
     assert check.status == "identical" and check.chosen_moved > 0.99
 
 
-def test_an_adapter_loads_onto_a_model_that_device_map_placed(tmp_path):
+def test_adapter_loads_onto_a_model_placed_by_device_map(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     trainer = trained(tmp_path / "out", dtype=torch.float32)
     placed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="auto")
@@ -155,7 +155,7 @@ def test_compact_training_takes_less_memory_than_lora_of_as_many_weights(tmp_pat
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 512, (12, 256), generator=generator)]
 
     def peak(make_trainer):
-        # What the other training may have left doesn't count.
+        # Don't count memory that the other training may have left.
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -170,5 +170,5 @@ def test_compact_training_takes_less_memory_than_lora_of_as_many_weights(tmp_pat
         return GuardedTrainer(get_peft_model(model, equal_lora(neurons, model)[0]), settings, train_dataset=rows)
 
     settings = settings_of(tmp_path, max_steps=3, save_strategy="no", bf16=True)
-    compact().train()  # the first training of a process makes cuBLAS's workspaces
+    compact().train()  # the first training of a process allocates cuBLAS's workspaces
     assert peak(compact) < peak(lora)

@@ -1,4 +1,4 @@
-"""The command line on a small corpus and model, as a user runs it, in this process."""
+"""The command line on a small corpus and model, in this process, as a user runs it."""
 
 import gc
 import json
@@ -42,7 +42,7 @@ def finished_template(template, tmp_path_factory):
 
 @pytest.fixture
 def finished(finished_template):
-    """A folder with a finished run; the tests' damage is undone after each."""
+    """Return a folder with a finished run, restored after each test."""
     backup = finished_template.with_name("backup")
     shutil.copytree(finished_template, backup)
     yield finished_template
@@ -50,15 +50,15 @@ def finished(finished_template):
     backup.rename(finished_template)
 
 
-def test_the_whole_chain(root, capsys):
+def test_run_executes_all_stages_and_keeps_unchanged_ones(root, capsys):
     assert run(root, "run") == 0
     out = root / "out"
     printed = capsys.readouterr().out
     assert "language-agnostic score" in printed and "sw *" in printed
 
-    found = LanguageNeurons.load(out / "neurons")
+    neurons = LanguageNeurons.load(out / "neurons")
     chosen = NeuronSet.load(out / "checkpoint-6/neurons.safetensors")
-    assert chosen == found.shared | found.exclusive["sw"] and len(chosen)
+    assert chosen == neurons.shared | neurons.exclusive["sw"] and len(chosen)
 
     enhanced = AutoModelForCausalLM.from_pretrained(out / "enhanced")
     assert AutoTokenizer.from_pretrained(out / "enhanced").bos_token_id is not None
@@ -81,20 +81,20 @@ def test_the_whole_chain(root, capsys):
     assert (
         "<h1>Enhancing sw" in page and 'src="http' not in page and (out / "figures/neurons.png").stat().st_size > 1000
     )
-    likeness = score["matched_controls"]["activation_ratio"]
-    assert f"<td>of similar activation, all</td><td>{likeness['shared']['all']:.2f}</td>" in page
+    ratio = score["matched_controls"]["activation_ratio"]
+    assert f"<td>of similar activation, all</td><td>{ratio['shared']['all']:.2f}</td>" in page
     low, high = score["variant_table"]["per_neuron"]["intervals"]["sw"]
     assert f"({low:.3f} to {high:.3f})" in page
     assert not list(out.rglob("*.tmp"))
 
-    # The lock is the run's own: some versions of filelock truncate it.
+    # Leave out the lock, because some versions of filelock truncate it.
     written = {path for path in out.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")}
     files = {path: path.stat().st_mtime_ns for path in written}
     assert run(root, "run") == 0
     assert capsys.readouterr().out.count("unchanged, kept") == len(STAGES)
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
-    # Another learning rate trains again, but needn't detect again.
+    # Another learning rate trains again without detecting again.
     assert run(root, "run", "--training.learning_rate=2e-2") == 0
     printed = capsys.readouterr().out
     assert "detect: unchanged" in printed and "score: unchanged" in printed and "train: unchanged" not in printed
@@ -102,7 +102,7 @@ def test_the_whole_chain(root, capsys):
     assert "detect: unchanged" not in capsys.readouterr().out
 
 
-def test_a_stage_alone_runs_what_it_needs(root, capsys):
+def test_single_stage_runs_the_stages_it_needs(root, capsys):
     assert run(root, "export") == 0
     printed = capsys.readouterr().out
     assert [line.split(":")[0] for line in printed.splitlines() if line.split(": ")[-1] in STAGES.values()] == [
@@ -111,7 +111,7 @@ def test_a_stage_alone_runs_what_it_needs(root, capsys):
     assert not (root / "out/score.json").exists()
 
 
-def test_other_samples_and_the_other_method(root, capsys):
+def test_stability_and_lape_detection(root, capsys):
     assert run(root, "detect", "--detection.stability=true") == 0
     stability = json.loads((root / "out/neurons/summary.json").read_text())["stability"]
     assert set(stability) == {"halves", "second sample"} and 0 < stability["halves"]["sw"]["all"] < 1
@@ -124,8 +124,8 @@ def test_other_samples_and_the_other_method(root, capsys):
     assert "activation probability" in (root / "out/report.html").read_text()
 
 
-def test_packed_text(root, capsys):
-    """An epoch of full sequences, about as long as the dry run says."""
+def test_packing_takes_as_many_steps_as_the_dry_run_says(root, capsys):
+    """An epoch of full sequences takes about as many steps as the dry run predicts."""
     flags = [
         "--training.packing=true",
         "--corpus.max_length=30",
@@ -133,17 +133,19 @@ def test_packed_text(root, capsys):
         "--training.num_train_epochs=1",
     ]
     assert run(root, "run", "--dry-run", *flags) == 0
-    (told,) = re.findall(r"optimizer steps +│ about (\d+)", capsys.readouterr().out)
+    (predicted,) = re.findall(r"optimizer steps +│ about (\d+)", capsys.readouterr().out)
     assert run(root, "run", *flags) == 0
     (steps,) = re.findall(r"^train: (\d+) steps", capsys.readouterr().out, re.MULTILINE)
-    assert int(steps) == pytest.approx(int(told), rel=0.1) and int(steps) < 45  # as many as 180 sentences are, in fours
+    assert (
+        int(steps) == pytest.approx(int(predicted), rel=0.1) and int(steps) < 45
+    )  # the steps of 180 unpacked sentences in batches of four
     for file in ("enhanced/README.md", "report.html"):
         assert "raining text: sentences packed to 30 tokens" in (root / "out" / file).read_text()
     assert run(root, "train", *flags[1:]) == 0
     assert "(changed: training.packing)" in capsys.readouterr().out
 
 
-def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
+def test_dry_run_of_detection_needs_no_training_text(root, capsys):
     for flags in ([], ["--training.packing=true", "--corpus.max_length=30"]):
         flags = ["--dry-run", "--corpus.detection_sentences=200", *flags]
         assert run(root, "detect", *flags) == 0
@@ -151,25 +153,25 @@ def test_a_dry_run_of_detection_needs_no_text_to_train_on(root, capsys):
         assert_mistake(root, "run", flags, "detection takes every train sentence of 'sw'", capsys)
 
 
-def test_a_dry_run_of_detection_asks_nothing_of_the_training(root, capsys):
+def test_dry_run_of_detection_does_not_check_training(root, capsys):
     flags = ["--dry-run", "--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=999"]
     assert run(root, "detect", *flags) == 0
     assert_mistake(root, "train", flags, "an epoch's 180 sequences don't fill a batch of 999", capsys)
 
 
-def test_mixed_text(root, capsys):
-    """An epoch of four parts of the enhanced language and one of another; the dry run counts it."""
+def test_training_on_a_mixture(root, capsys):
+    """An epoch of four parts of the enhanced language and one part of another; the dry run counts its steps."""
     flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]
     flags += ["--training.hub_token=hf_secret"]
     assert run(root, "run", "--dry-run", *flags) == 0
-    told = capsys.readouterr().out
-    assert re.search(r"sw \* .*180", told) and re.search(r"en \* .*180", told)
-    assert re.search(r"optimizer steps +│ 57 ", told)  # 180 and 45 sentences, in fours
+    printed_plan = capsys.readouterr().out
+    assert re.search(r"sw \* .*180", printed_plan) and re.search(r"en \* .*180", printed_plan)
+    assert re.search(r"optimizer steps +│ 57 ", printed_plan)  # 180 and 45 sentences in batches of four
     assert run(root, "run", *flags) == 0
     assert "train: 57 steps" in capsys.readouterr().out
     for file in ("enhanced/README.md", "report.html"):
         assert "raining text: sw 0.8, en 0.2" in (root / "out" / file).read_text()
-    # Transformers keeps its arguments whole, in a file of its checkpoints.
+    # transformers stores all of its arguments in this file of its checkpoints.
     written = [it for it in (root / "out").rglob("*") if it.is_file() and it.name != "training_args.bin"]
     assert len(written) > 20 and not any(b"hf_secret" in it.read_bytes() for it in written)
     assert run(root, "train", "--training.mixture={sw: 4, en: 2}", *flags[1:]) == 0
@@ -177,7 +179,7 @@ def test_mixed_text(root, capsys):
     assert "(changed: training.mixture)" in printed and "train: 68 steps" in printed
 
 
-def test_text_that_cannot_be_packed_is_refused_before_anything_runs(root, capsys):
+def test_packing_without_an_eos_token_is_refused_before_any_stage(root, capsys):
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(root / "model")
@@ -188,28 +190,28 @@ def test_text_that_cannot_be_packed_is_refused_before_anything_runs(root, capsys
 
 
 @pytest.mark.parametrize("strategy", ["random", "full"])
-def test_baselines(root, strategy):
+def test_baseline_strategies(root, strategy):
     assert run(root, "run", f"--training.strategy={strategy}") == 0
     manifest = json.loads((root / "out/manifest.json").read_text())
     assert manifest["stages"]["train"]["strategy"] == strategy
     assert manifest["frozen_weights"]["status"] == ("unverified" if strategy == "full" else "identical")
     if strategy == "random":
-        found = LanguageNeurons.load(root / "out/neurons")
+        neurons = LanguageNeurons.load(root / "out/neurons")
         chosen = NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors")
-        assert chosen.counts() == (found.shared | found.exclusive["sw"]).counts()
+        assert chosen.counts() == (neurons.shared | neurons.exclusive["sw"]).counts()
 
 
-def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
-    """Mixed precision makes it part of a cycle, and on a device two models may be one too many."""
-    made, alive = weakref.WeakSet(), []
-    make, export = LlamaForCausalLM.__init__, STAGE_TABLE["export"]
+def test_trained_model_is_freed_before_the_next_stage(root, monkeypatch):
+    """Mixed precision makes the model part of a reference cycle, and a device may not have memory for two models."""
+    models, alive = weakref.WeakSet(), []
+    original_init, export = LlamaForCausalLM.__init__, STAGE_TABLE["export"]
 
     def noted(self, *args, **keywords):
-        make(self, *args, **keywords)
-        made.add(self)
+        original_init(self, *args, **keywords)
+        models.add(self)
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
-    counted = replace(export, run=lambda context: alive.append(len(made)) or export.run(context))
+    counted = replace(export, run=lambda context: alive.append(len(models)) or export.run(context))
     monkeypatch.setitem(STAGE_TABLE, "export", counted)
     gc.collect()
     gc.disable()
@@ -220,7 +222,7 @@ def test_a_trained_model_is_gone_before_the_next_stage(root, monkeypatch):
     assert alive == [0]
 
 
-def test_neurons_from_a_file(root, capsys):
+def test_neurons_from_a_file_are_trained(root, capsys):
     neurons = NeuronSet({(0, "up"): [1, 2]})
     neurons.save(root / "mine.safetensors")
     assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
@@ -233,7 +235,7 @@ def test_neurons_from_a_file(root, capsys):
 
 @pytest.mark.parametrize("only_model", ["false", "true"])
 def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch, capsys, only_model):
-    """From a checkpoint without an optimizer it doesn't go on, but begins again."""
+    """Training doesn't resume from a checkpoint without an optimizer, but starts again."""
     flag = f"--training.save_only_model={only_model}"
     assert run(root, "train", flag, f"--output_dir={root / 'whole'}") == 0
     from agnostic_train.training.trainer import NeuronTrainer
@@ -248,7 +250,7 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch, cap
     monkeypatch.setattr(NeuronTrainer, "training_step", interrupted)
     assert run(root, "train", flag) == 130
     monkeypatch.undo()
-    (root / "out/checkpoint-5").mkdir()  # what a kill in the middle of saving leaves behind
+    (root / "out/checkpoint-5").mkdir()  # as left behind by a kill during saving
     assert run(root, "train", flag) == 0
     assert ("resumed from checkpoint-3" in capsys.readouterr().out) is (only_model == "false")
     models = [
@@ -258,8 +260,8 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch, cap
     assert not (root / "out/checkpoint-5").exists()
 
 
-def test_killed_detection_goes_on_from_its_counts(root):
-    """kill -9 in the middle; what is left is a whole file of counts, and the sets come out the same."""
+def test_killed_detection_resumes_from_its_counts(root):
+    """After kill -9 in the middle, complete files of counts remain, and the resumed run finds the same sets."""
     flags = ["--corpus.batch_size=1", "--detection.verify=false"]
     assert run(root, "detect", *flags, f"--output_dir={root / 'whole'}") == 0
     command = ["detect", str(root / "recipe.yaml"), *flags]
@@ -275,7 +277,7 @@ def test_killed_detection_goes_on_from_its_counts(root):
     assert not (root / "out/.work").exists()
 
 
-def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints(root, monkeypatch):
+def test_interrupted_run_with_other_keys_does_not_resume_old_checkpoints(root, monkeypatch):
     assert run(root, "train") == 0
     assert run(root, "train", "--training.learning_rate=5e-2", f"--output_dir={root / 'clean'}") == 0
 
@@ -293,8 +295,8 @@ def test_an_interrupted_run_of_another_recipe_does_not_take_over_old_checkpoints
 
 
 @pytest.mark.parametrize("update", ["compact", "mask"])
-def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
-    """The logits of all three exports are the same, and the cards hold the numbers once they are known."""
+def test_adapter_exports_have_the_logits_of_the_enhanced_checkpoint(root, update, capsys):
+    """All three exports have the same logits, and their model cards contain the results once these are known."""
     out, batch = root / "out", padded_batch([5, 9], vocab_size=200)
     for name in ("lora", "delta"):
         assert run(root, "run", f"--training.update={update}", f"--export.to={name}") == 0
@@ -308,7 +310,7 @@ def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
         assert "- neurons detected in en, sw: by impact, top ratio 0.2, consistency 0.5\n" in card
         assert (out / name / "tokenizer.json").exists()
     assert "train: unchanged, kept" in capsys.readouterr().out
-    assert not (out / "lora").exists()  # what was exported for other options doesn't stay
+    assert not (out / "lora").exists()  # an export for other options is removed
     assert "| sw * |" in (out / "enhanced/README.md").read_text()
     (out / "enhanced/README.md").unlink()
     assert run(root, "run", f"--training.update={update}", "--export.to=delta") == 0
@@ -328,22 +330,22 @@ def test_adapters_stand_beside_the_enhanced_checkpoint(root, update, capsys):
         (lambda out: shutil.rmtree(out / "figures"), "report"),
     ],
 )
-def test_a_stage_with_a_damaged_file_is_run_again_and_so_is_what_rests_on_it(finished, capsys, damage, stage):
+def test_stage_with_a_damaged_file_and_its_dependents_run_again(finished, capsys, damage, stage):
     damage(finished / "out")
     assert run(finished, "run") == 0
     printed = capsys.readouterr().out
     kept = {line.split(":")[0] for line in printed.splitlines() if "unchanged" in line}
-    # The sets that are detected once more are the same: what was trained on them stays.
-    rests = {
+    # Detecting again gives the same sets, so what was trained on them is kept.
+    rerun = {
         "detect": ["detect", "score", "report"],
         "score": ["score", "report"],
         "train": ["train", "export", "evaluate", "report"],
     }
-    rests |= {"export": ["export", "evaluate", "report"], "report": ["report"]}
-    assert kept == set(STAGES) - set(rests[stage])
+    rerun |= {"export": ["export", "evaluate", "report"], "report": ["report"]}
+    assert kept == set(STAGES) - set(rerun[stage])
 
 
-def test_a_forced_stage_makes_what_rests_on_it_stale(finished, capsys):
+def test_forced_stage_makes_its_dependents_stale(finished, capsys):
     assert run(finished, "train", "--force") == 0
     assert json.loads((finished / "out/manifest.json").read_text())["frozen_weights"] == {"status": "unverified"}
     capsys.readouterr()
@@ -352,7 +354,7 @@ def test_a_forced_stage_makes_what_rests_on_it_stale(finished, capsys):
     assert json.loads((finished / "out/manifest.json").read_text())["frozen_weights"]["status"] == "identical"
 
 
-def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
+def test_inputs_and_foreign_files_are_not_overwritten(finished, capsys):
     out = finished / "out"
     for flag in (f"--model.name={out / 'enhanced'}", f"--corpus.path={out}"):
         assert run(finished, "run", flag) == 2
@@ -368,40 +370,40 @@ def test_what_a_run_reads_or_did_not_make_is_left_alone(finished, capsys):
     assert run(finished, "train", *masked) == 2 and (out / "checkpoint-6").exists()
 
 
-def test_another_update_leaves_nothing_of_the_first(root):
+def test_changing_the_update_removes_the_adapter(root):
     assert run(root, "export") == 0 and (root / "out/adapter").exists()
     assert run(root, "export", "--training.update=mask") == 0
     assert not (root / "out/adapter").exists() and (root / "out/enhanced/model.safetensors").exists()
 
 
-def test_the_best_checkpoint_by_the_first_enhanced_language(root):
+def test_best_checkpoint_by_the_loss_of_the_first_enhanced_language(root):
     flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps"]
     assert run(root, "train", *flags, "--training.eval_steps=3", "--training.learning_rate=3") == 0
     state = json.loads((root / "out/checkpoint-6/trainer_state.json").read_text())
     assert state["best_metric"] == min(it["eval_sw_loss"] for it in state["log_history"] if "eval_sw_loss" in it)
 
 
-def test_checkpoints_are_followed_and_finished_ones_kept(root, capsys):
+def test_followed_checkpoints_are_measured_once(root, capsys):
     shutil.copytree(root / "model", root / "step-00012")
     entries = f"--model.checkpoints=40={root / 'model'},{root / 'step-00012'}"
     assert run(root, "score", entries) == 0
     rows = json.loads((root / "out/emergence.json").read_text())
     score = json.loads((root / "out/score.json").read_text())
     assert [(row["step"], row["checkpoint"]) for row in rows] == [(12, "step-00012"), (40, "model")]
-    for row in rows:  # the model itself, twice
+    for row in rows:  # both checkpoints are the model itself
         assert row["score"] == score["value"] and row["interval"] == score["interval"]
         assert row["controls"] == list(score["controls"]["values"].values())
         assert row["shared"] == len(LanguageNeurons.load(root / "out/neurons").shared)
     capsys.readouterr()
     assert run(root, "score", entries) == 0 and "score: unchanged" in capsys.readouterr().out
-    # One more checkpoint: the neurons are the same, and of the two that are done nothing is measured again.
+    # With one more checkpoint, the neurons are kept, and the two measured checkpoints aren't measured again.
     shutil.copytree(root / "model", root / "step-00020")
     assert run(root, "score", f"{entries},{root / 'step-00020'}") == 0
     printed = capsys.readouterr().out
     assert "detect: unchanged" in printed and "step-00020" in printed and "step-00012" not in printed
     kept = json.loads((root / "out/emergence.json").read_text())
     assert [row["step"] for row in kept] == [12, 20, 40]
-    # Other weights under the same name are another checkpoint, though the step is the same.
+    # Other weights under the same name are another checkpoint, even if the step is the same.
     other = AutoModelForCausalLM.from_pretrained(root / "step-00020")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(3)
@@ -413,7 +415,7 @@ def test_checkpoints_are_followed_and_finished_ones_kept(root, capsys):
     assert (root / "out/figures/emergence.png").exists() and "ablation" in (root / "out/score.json").read_text()
 
 
-def test_a_second_run_in_one_folder_is_refused(root, capsys):
+def test_second_run_in_the_same_folder_is_refused(root, capsys):
     (root / "out").mkdir()
     with sole_user(root / "out"):
         assert run(root, "detect") == 2
@@ -421,13 +423,13 @@ def test_a_second_run_in_one_folder_is_refused(root, capsys):
     assert run(root, "detect") == 0
 
 
-def test_neurons_of_a_json_file(root):
+def test_neurons_from_a_json_file_are_trained(root):
     NeuronSet({(0, "up"): [1, 2], (1, "down"): [3]}).to_json(root / "mine.json")
     assert run(root, "train", f"--training.neurons={root / 'mine.json'}") == 0
     assert len(NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors")) == 3
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(root, capsys):
+def test_checkpoint_that_lacks_weights_is_refused(root, capsys):
     config = json.loads((root / "model/config.json").read_text()) | {"num_hidden_layers": 3}
     (root / "model/config.json").write_text(json.dumps(config))
     assert run(root, "detect") == 2
@@ -518,11 +520,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("flags, message", MISTAKES, ids=[flags[0] for flags, _ in MISTAKES])
-def test_mistakes_are_one_line_and_exit_2(root, capsys, flags, message):
+def test_mistakes_give_one_line_and_exit_status_2(root, capsys, flags, message):
     assert_mistake(root, "run", flags, message, capsys)
 
 
-def test_a_model_of_another_kind_is_refused(root, capsys):
+def test_unsupported_model_is_refused(root, capsys):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=400)).save_pretrained(root / "model")
@@ -532,14 +534,14 @@ def test_a_model_of_another_kind_is_refused(root, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_write_permission(root, capsys):
+def test_output_folder_without_write_permission_is_refused(root, capsys):
     (root / "locked").mkdir(mode=0o500)
     assert run(root, "detect", f"--output_dir={root / 'locked'}") == 2
     assert "output_dir: can't write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [None, *STAGE_HELP])
-def test_help(stage, capsys):
+def test_help_lists_stages_and_keys(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*([stage] if stage else []), "--help"])
     assert stop.value.code == 0
@@ -551,7 +553,7 @@ def test_help(stage, capsys):
         assert "one of impact, lape; default impact" in " ".join(printed.split())
 
 
-def test_a_missing_stage_or_recipe(capsys):
+def test_missing_stage_or_recipe_is_refused(capsys):
     for arguments in ([], ["detekt", "x.yaml"], ["run"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -570,13 +572,13 @@ def test_a_missing_stage_or_recipe(capsys):
         ("compare", "lower training.per_device_train_batch_size or evaluation.batch_size, or set"),
     ],
 )
-def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, stage, keys):
+def test_out_of_memory_gives_one_line_and_exit_status_1(root, monkeypatch, capsys, stage, keys):
     def too_large(context):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
 
-    for name, its in STAGE_TABLE.items():
+    for name, stage_entry in STAGE_TABLE.items():
         function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
-        monkeypatch.setitem(STAGE_TABLE, name, replace(its, run=function, check=lambda context: None))
+        monkeypatch.setitem(STAGE_TABLE, name, replace(stage_entry, run=function, check=lambda context: None))
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"
     lines = capsys.readouterr().err.splitlines()
@@ -584,20 +586,20 @@ def test_too_little_memory_is_one_line_and_exit_1(root, monkeypatch, capsys, sta
     assert lines[-1].startswith(expected)
 
 
-def test_text_is_encoded_without_the_model_and_its_identity_read_once(root, monkeypatch):
+def test_text_is_encoded_without_the_model_and_its_identity_is_read_once(root, monkeypatch):
     NeuronSet({(0, "up"): [1, 2]}).save(root / "mine.safetensors")
     whole = Pipeline(load_recipe(root / "recipe.yaml"))
     monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
     batches = whole.materials.batches("validation")
     assert len(batches["sw"][0]["input_ids"]) == 10 and whole.materials.encoder.vocab_size == 400
     monkeypatch.undo()
-    original, asked = stage_inputs.model_identity, []
-    monkeypatch.setattr(stage_inputs, "model_identity", lambda *its: asked.append(its) or original(*its))
+    original, requests = stage_inputs.model_identity, []
+    monkeypatch.setattr(stage_inputs, "model_identity", lambda *its: requests.append(its) or original(*its))
     assert run(root, "export", f"--training.neurons={root / 'mine.safetensors'}") == 0
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_of_an_import_only_news_is_printed(caplog, capsys):
+def test_known_import_warnings_are_suppressed(caplog, capsys):
     main(["run", "none.yaml"])
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
@@ -605,8 +607,8 @@ def test_of_an_import_only_news_is_printed(caplog, capsys):
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
-def test_two_processes_run_the_chain(root):
-    """Sentences are shared out, training is data parallel, and one process writes."""
+def test_two_processes_run_all_stages(root):
+    """Sentences are divided between processes, training is data parallel, and one process writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "agnostic_train", "run", str(root / "recipe.yaml"), "--training.per_device_train_batch_size=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -617,7 +619,7 @@ def test_two_processes_run_the_chain(root):
     assert json.loads((root / "out/manifest.json").read_text())["frozen_weights"]["status"] == "identical"
 
 
-def test_a_mistaken_command_costs_no_finished_work(finished, capsys):
+def test_refused_command_keeps_finished_work(finished, capsys):
     (finished / "empty").mkdir()
     assert run(finished, "run", f"--model.name={finished / 'empty'}") == 2
     assert run(finished, "run", "--training.strategy=pilot", "--training.pilot_steps=999") == 2
@@ -637,7 +639,7 @@ def test_a_mistaken_command_costs_no_finished_work(finished, capsys):
     assert capsys.readouterr().out.count("unchanged, kept") == len(STAGES)
 
 
-def test_a_strategy_that_leaves_nothing_to_train_costs_no_finished_training(root, capsys):
+def test_strategy_without_neurons_keeps_the_finished_training(root, capsys):
     flags = ["--detection.consistency=1", "--detection.top_ratio=0.01", "--score.controls=0"]
     assert run(root, "train", *flags, "--training.strategy=full") == 0
     assert run(root, "detect", *flags) == 0 and not len(LanguageNeurons.load(root / "out/neurons").shared)
@@ -650,14 +652,14 @@ def test_a_strategy_that_leaves_nothing_to_train_costs_no_finished_training(root
     assert "train: unchanged, kept" in capsys.readouterr().out
 
 
-def test_a_run_without_any_neurons_has_a_report(root):
+def test_run_without_any_neurons_has_a_report(root):
     flags = ["--detection.method=lape", "--detection.lape_ratio=0.001", "--training.strategy=full"]
     assert run(root, "run", *flags) == 0
     assert not (root / "out/figures/ablation.png").exists() and (root / "out/report.html").exists()
 
 
-def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
-    """The stage says so before it has done anything: its finished work stays finished."""
+def test_users_files_in_output_folders_are_not_deleted(finished, capsys):
+    """The stage refuses before it does anything, so its finished work is kept."""
     out = finished / "out"
     for stage, folder in (
         ("detect", "neurons"), ("train", "adapter"), ("export", "enhanced"), ("report", "figures")
@@ -670,11 +672,11 @@ def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
         notes.unlink()
     notes = out / "neurons/notes.txt"
     notes.touch()
-    assert run(finished, "score", "--force") == 0  # which replaces nothing there
+    assert run(finished, "score", "--force") == 0  # which replaces nothing in that folder
     notes.unlink()
     for stage in ("detect", "train", "export", "report"):
         assert run(finished, stage, "--force") == 0
-    # An export without a list of its files, as earlier versions wrote it, is known by the run's own record.
+    # An export without a list of its files, as earlier versions wrote it, is recognised by the run's record.
     manifest = json.loads((out / "enhanced/manifest.json").read_text())
     del manifest["files"]
     (out / "enhanced/manifest.json").write_text(json.dumps(manifest))
@@ -685,8 +687,8 @@ def test_what_a_user_put_beside_our_files_is_not_deleted(finished, capsys):
     assert (finished / "other/figures/score.pdf").read_text() == "mine"
 
 
-def test_it_says_how_many_languages_share_a_neuron(root, capsys):
+def test_detect_prints_how_many_languages_share_a_neuron(root, capsys):
     assert run(root, "detect", "--detection.min_languages=1") == 0
     assert "shared by at least 1 language" in capsys.readouterr().out
-    assert run(root, "detect", "--detection.min_languages=2") == 0  # there are no more
+    assert run(root, "detect", "--detection.min_languages=2") == 0  # there are only two languages
     assert "shared by all" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Baselines, pilot and comparison on the command line, and what they measure."""
+"""Baselines, pilot and comparison on the command line, and their results."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_lora_of_equal_size(root, capsys):
+def test_lora_of_equal_size_is_trained_and_merged(root, capsys):
     assert run(root, "run", "--training.strategy=lora") == 0
     printed = capsys.readouterr().out
     assert "a LoRA of" in printed and "a LoRA touches whole matrices, so none was checked" in printed
@@ -41,7 +41,7 @@ def test_a_lora_of_equal_size(root, capsys):
     assert "export.to: 'lora' needs neurons" in capsys.readouterr().err
 
 
-def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
+def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
     assert run(root, "compare", "--dry-run", *SMALL) == 0
     least, most = map(
         int, re.search(r"│ (\d+) to (\d+), each with these optimizer steps", capsys.readouterr().out).groups()
@@ -55,9 +55,9 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     comparison = read_json(out / "comparison.json")
     names = ["shared+exclusive", "random", "lora", "full"]
     assert list(comparison["tuning"]) == list(comparison["texts"]["test"]["strategies"]) == names
-    found = LanguageNeurons.load(out / "neurons")
+    neurons = LanguageNeurons.load(out / "neurons")
     budget = comparison["tuning"]["shared+exclusive"]
-    assert budget["neurons"] == len(found.shared | found.exclusive["sw"])
+    assert budget["neurons"] == len(neurons.shared | neurons.exclusive["sw"])
     assert comparison["tuning"]["random"]["trainable"] == budget["trainable"]
     assert 0.8 * budget["trainable"] < comparison["tuning"]["lora"]["trainable"] <= budget["trainable"]
     tokens = {it["tokens"] for it in comparison["tuning"].values()}
@@ -76,7 +76,7 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     assert not list(out.glob("checkpoint-*")) and not list((out / ".work/compare").glob(".*"))
 
     assert run(root, "compare", *SMALL) == 0 and "compare: unchanged, kept" in capsys.readouterr().out
-    # The report takes up what was compared, whenever that was.
+    # The report includes a finished comparison, whenever it ran.
     assert run(root, "run", *SMALL) == 0 and "Strategies compared" in (out / "report.html").read_text()
     assert (out / "figures/trade.png").exists()
     capsys.readouterr()
@@ -87,8 +87,8 @@ def test_compare_trains_everything_alike_and_says_what_differs(root, capsys):
     )
 
 
-def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsys):
-    few = ["--comparison.strategies=shared+exclusive,lora", *SMALL[1:]]  # a LoRA begins with random numbers
+def test_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsys):
+    few = ["--comparison.strategies=shared+exclusive,lora", *SMALL[1:]]  # a LoRA starts from random numbers
     assert run(root, "compare", *few, f"--output_dir={root / 'whole'}") == 0
     original, trained = Trials._measure, []
 
@@ -101,14 +101,14 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     monkeypatch.setattr(Trials, "_measure", interrupted)
     assert run(root, "compare", *few) == 130
     before, trained[:] = set(trained), []
-    torch.manual_seed(5)  # as in another process, the generators are elsewhere
+    torch.manual_seed(5)  # the generators' state differs, as in another process
     monkeypatch.setattr(
         Trials, "_measure", lambda self, trial, *rest: trained.append(str(trial)) or original(self, trial, *rest)
     )
     assert run(root, "compare", *few) == 0
     assert trained and not before & set(trained)
     assert read_json(root / "out/comparison.json") == read_json(root / "whole/comparison.json")
-    # One more strategy: only its own trainings are new.
+    # With one more strategy, only its own trainings are new.
     trained.clear()
     capsys.readouterr()
     more = few[0].replace("=", "=shared,", 1)
@@ -116,7 +116,7 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert trained and all(name.startswith("shared,") for name in trained)
     lines = [line for line in capsys.readouterr().out.splitlines() if ", rate " in line]
     assert lines and all((" (kept): " in line) != (": shared, rate " in line) for line in lines)
-    # What another strategy's neurons have learnt needn't be learnt again: of two that choose the same, one is compared.
+    # Of two strategies that choose the same neurons, only one is trained and compared.
     trained.clear()
     before = read_json(root / "out/comparison.json")
     assert run(root, "compare", f"{more},related", *few[1:]) == 0
@@ -126,7 +126,7 @@ def test_an_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsy
     assert "related chooses the same neurons as shared+exclusive." in text and "| related |" not in text
 
 
-def test_a_diverging_rate_or_strategy_is_passed_over(root, capsys):
+def test_diverging_rates_and_strategies_are_passed_over(root, capsys):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--training.max_steps=3"]
     rates = "--comparison.learning_rates=[1e-3, 1e-2, 1e30]"
     assert run(root, "compare", *flags, rates, "--training.max_grad_norm=0") == 0
@@ -134,7 +134,7 @@ def test_a_diverging_rate_or_strategy_is_passed_over(root, capsys):
     assert tuning["tried"][-1] == {"learning_rate": 1e30, "validation": None} and tuning["learning_rate"] < 1
     printed = capsys.readouterr().out
     assert "full, rate 1e+30, seed 0: diverged" in printed
-    # One seed says nothing of how another training would come out.
+    # One seed tells nothing about the noise between trainings.
     assert "alone: one seed says nothing" in " ".join(printed.split()) and "beyond noise" not in printed
     original = Trials._measure
 
@@ -155,13 +155,13 @@ def sw_changes(root):
     return {name: it["languages"]["sw"]["by_seed"] for name, it in comparison["texts"]["test"]["strategies"].items()}
 
 
-def test_seeds_differ_and_test_text_selects_nothing(root, capsys):
+def test_seeds_differ_and_test_text_does_not_affect_tuning(root, capsys):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1,2", "--training.max_steps=3"]
     flags += ["--comparison.learning_rates=[1e-3, 1e-2]", "--training.data_seed=7"]
     assert run(root, "compare", *flags) == 0
     tuning, before = read_json(root / "out/comparison.json")["tuning"], sw_changes(root)
     assert all(changes["1"] != changes["2"] for changes in before.values())
-    # Only the lines of valid that are test text change: the same trainings are judged by other sentences.
+    # Only the test lines of the valid files change: the same trainings are evaluated on other sentences.
     for language in ("en", "sw"):
         file = root / f"text/{language}.valid.txt"
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -171,7 +171,7 @@ def test_seeds_differ_and_test_text_selects_nothing(root, capsys):
     assert read_json(root / "out/comparison.json")["tuning"] == tuning and sw_changes(root) != before
 
 
-def test_other_text_and_another_model_train_anew_and_how_it_is_logged_does_not(root, monkeypatch):
+def test_other_text_trains_again_and_other_logging_does_not(root, monkeypatch):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags) == 0
     trained, original = [], Trials._measure
@@ -187,10 +187,10 @@ def test_other_text_and_another_model_train_anew_and_how_it_is_logged_does_not(r
     file = root / "text/sw.train.txt"
     file.write_text(file.read_text(encoding="utf-8").replace("a", "e"), encoding="utf-8")
     assert run(root, "compare", *flags) == 0
-    assert len(trained) == 5 and sw_changes(root) != before  # the base, two to tune, two to compare
+    assert len(trained) == 5 and sw_changes(root) != before  # the base, two for tuning, two for comparing
 
 
-def test_masked_training_is_counted_by_what_may_learn(root):
+def test_masked_training_counts_only_trainable_entries(root):
     flags = ["--comparison.strategies=shared,exclusive", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     trainable = []
     for update in ("compact", "mask"):
@@ -199,7 +199,7 @@ def test_masked_training_is_counted_by_what_may_learn(root):
     assert trainable[0] == trainable[1]
 
 
-def test_a_report_shows_no_comparison_of_another_recipe(root):
+def test_report_leaves_out_results_of_another_recipe(root):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags) == 0 and run(root, "run", *flags) == 0
     assert "Strategies compared" in (root / "out/report.html").read_text()
@@ -211,7 +211,7 @@ def test_a_report_shows_no_comparison_of_another_recipe(root):
     assert not (root / "out/emergence.json").exists() and not (root / "out/figures/emergence.svg").exists()
 
 
-def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
+def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     flags = [
         "--training.strategy=pilot",
         "--training.pilot_steps=3",
@@ -226,8 +226,8 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert f"pilot 1. {ranking[0]['strategy']}:" in printed
     record = json.loads((root / "out/manifest.json").read_text())["stages"]["train"]
     assert record["strategy"] == ranking[0]["strategy"] and "pilot.json" in record["files"]
-    found = LanguageNeurons.load(root / "out/neurons")
-    expected = {"shared": found.shared, "exclusive": found.exclusive["sw"], "related": found.related["sw"]}
+    neurons = LanguageNeurons.load(root / "out/neurons")
+    expected = {"shared": neurons.shared, "exclusive": neurons.exclusive["sw"], "related": neurons.related["sw"]}
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
     for dry in ([], ["--dry-run"]):
         assert run(root, "train", *flags[:1], "--training.pilot_steps=30", *dry) == 2
@@ -235,13 +235,13 @@ def test_the_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     epoch = ["--training.max_steps=-1", "--training.num_train_epochs=1", "--training.dataloader_drop_last=true"]
     epoch += ["--training.per_device_train_batch_size=16", "--training.pilot_steps=2", "--dry-run"]
     assert run(root, "train", *flags[:1], *epoch) == 0
-    # 180 sentences without the pilot's 32: nine batches of 16, and four sentences that are dropped.
+    # 180 sentences without the pilot's 32 make nine batches of 16; the last four sentences are dropped.
     assert re.search(r"optimizer steps +│ 9 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("launch", "num_trainings"), [({}, 1), ({"processes": 2}, 4)])
-def test_a_pilot_goes_on_from_candidates_of_the_same_launcher(root, read, monkeypatch, launch, num_trainings):
-    """Those that two processes trained have read other text."""
+def test_pilot_reuses_only_candidates_of_the_same_launcher(root, read, monkeypatch, launch, num_trainings):
+    """Candidates trained by two processes have read other text."""
     flags = ["--training.strategy=pilot", "--training.pilot_steps=1"]
     flags.append("--training.pilot_strategies=shared,exclusive,related")
     rank = train_stage.rank_candidates
@@ -261,25 +261,25 @@ def test_a_pilot_goes_on_from_candidates_of_the_same_launcher(root, read, monkey
 
 @pytest.fixture
 def read(monkeypatch):
-    """Of each training so far, its sentences by language and how many sequences these made."""
+    """Collect each training's sentences by language, and the number of sequences made of them."""
     trainings, original = [], fitting.training_examples
 
     def examples(encoder, text, section):
-        found = original(encoder, text, section)
-        trainings.append((text, len(found)))
-        return found
+        sequences = original(encoder, text, section)
+        trainings.append((text, len(sequences)))
+        return sequences
 
     monkeypatch.setattr(fitting, "training_examples", examples)
     return trainings
 
 
-def test_every_strategy_reads_the_mixture(root, read):
+def test_comparison_trains_every_strategy_on_the_mixture(root, read):
     flags = ["--comparison.strategies=shared,full", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
     assert run(root, "compare", *flags, "--comparison.seeds=1", "--training.mixture={sw: 1, en: 1}") == 0
     assert len(read) == 4 and all(text.keys() == {"sw", "en"} for text, _ in read)
 
 
-def test_force_trains_again(root, read):
+def test_force_repeats_the_trainings_of_a_comparison(root, read):
     flags = ["--comparison.strategies=shared,related", "--comparison.learning_rates=1e-3", "--training.max_steps=1"]
     assert run(root, "compare", *flags, "--comparison.seeds=1") == 0
     trained = len(read)
@@ -297,8 +297,8 @@ def test_force_trains_again(root, read):
         (["--training.packing=true", "--corpus.max_length=60"], {"sw": None}),
     ],
 )
-def test_the_pilot_reads_text_of_its_own(root, read, flags, expected):
-    """Enough for three steps of four sequences, packed or not."""
+def test_pilot_reads_text_that_training_does_not_read(root, read, flags, expected):
+    """The pilot's text is enough for three steps of four sequences, packed or not."""
     pilot = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
     assert run(root, "train", *pilot, *flags) == 0
     (first, num_sequences), (second, _), (proper, _) = read
@@ -348,8 +348,8 @@ def test_evaluation_of_other_languages_parallel_text_and_checkpoints(root, capsy
     assert "evaluation.languages: 'sw' is in corpus.languages" in capsys.readouterr().err
 
 
-def test_models_split_over_processes_are_refused(root, monkeypatch, capsys):
-    # As accelerate's launcher says it; the state is read when it is first set up, which it was before.
+def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
+    # accelerate's launcher sets this variable; accelerate's state, set up earlier in this process, doesn't reread it.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for stage, flags in (("compare", ()), ("run", ("--training.strategy=pilot",))):
         assert run(root, stage, *flags) == 2
@@ -377,19 +377,19 @@ def test_models_split_over_processes_are_refused(root, monkeypatch, capsys):
         (["--evaluation.checkpoints=nowhere"], "evaluation.checkpoints: no such folder nowhere"),
     ],
 )
-def test_mistakes(root, capsys, flags, message):
+def test_mistakes_of_compare_are_one_line(root, capsys, flags, message):
     assert_mistake(root, "compare", flags, message, capsys)
 
 
-def test_a_comparison_has_no_use_for_a_file_of_neurons(root, capsys):
+def test_comparison_refuses_a_neuron_file(root, capsys):
     NeuronSet({(0, "up"): [1]}).save(root / "mine.safetensors")
     flags = [f"--training.neurons={root / 'mine.safetensors'}"]
     assert_mistake(root, "compare", flags, "training.neurons: a comparison trains what its strategies choose", capsys)
 
 
-def test_two_processes_compare_as_one(root):
+def test_two_processes_give_the_comparison_of_one(root):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=2", "--training.max_steps=3"]
-    # The second rate diverges, on which both processes must agree.
+    # The second rate diverges; both processes must agree that it does.
     flags += ["--comparison.learning_rates=[1e-2, 1e30]", "--training.max_grad_norm=0"]
     assert run(root, "compare", *flags) == 0
     alone = sw_changes(root)

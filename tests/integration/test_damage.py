@@ -1,4 +1,4 @@
-"""Damaged files, a full disk, and a training that fails: one line that names what is wrong, exit 2, the rest unharmed."""
+"""Damaged files, a full disk and failing training give a one-line error and exit status 2, and harm nothing else."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder whose training was killed after step 3, and had to save at 3."""
+    """Return a folder whose training looks as if it had been killed after saving step 3."""
     root = tmp_path_factory.mktemp("damage") / "it"
     root.mkdir()
     write_inputs(root)
@@ -65,15 +65,15 @@ def flip(file):
 
 @pytest.mark.parametrize("damage", [cut, flip, lambda file: file.write_bytes(b"")], ids=["cut", "flip", "empty"])
 @pytest.mark.parametrize("name", [*STATE, "adapter_model.safetensors", "adapter_config.json", "neurons.safetensors"])
-def test_a_damaged_checkpoint_is_named_before_anything_of_it_is_loaded(root, capsys, name, damage):
+def test_error_names_the_damaged_file_of_a_checkpoint(root, capsys, name, damage):
     damage(root / "out/checkpoint-3" / name)
     assert_one_line(capsys, run(root, "train"), f"checkpoint-3/{name}: ")
 
 
-def test_what_fsdp_saves_is_looked_through_too(tmp_path):
+def test_optimizer_state_of_fsdp_is_checked_too(tmp_path):
     for name in ("optimizer.bin", "training_args.bin"):
         torch.save({"state": torch.ones(1000)}, tmp_path / name)
-    cut(tmp_path / "training_args.bin")  # which is never read
+    cut(tmp_path / "training_args.bin")  # this file is never read
     (tmp_path / "trainer_state.json").write_text("{}")
     guarded.check_resumable(tmp_path)
     cut(tmp_path / "optimizer.bin")
@@ -81,7 +81,7 @@ def test_what_fsdp_saves_is_looked_through_too(tmp_path):
         guarded.check_resumable(tmp_path)
 
 
-def test_without_the_damaged_checkpoint_training_goes_on(root, capsys):
+def test_training_continues_without_the_damaged_checkpoint(root, capsys):
     cut(root / "out/checkpoint-3/optimizer.pt")
     assert_one_line(capsys, run(root, "train"), "delete", "checkpoint-3, and training continues")
     shutil.rmtree(root / "out/checkpoint-3")
@@ -89,8 +89,8 @@ def test_without_the_damaged_checkpoint_training_goes_on(root, capsys):
 
 
 @pytest.mark.parametrize("name", STATE)
-def test_a_checkpoint_runs_no_code(root, capsys, name):
-    """A pickle that would call something is refused, whichever file of the state it comes in."""
+def test_loading_a_checkpoint_runs_no_code(root, capsys, name):
+    """A pickle that would call a function is refused in every file of the training state."""
 
     class Intruder:
         def __reduce__(self):
@@ -120,8 +120,8 @@ def test_a_checkpoint_runs_no_code(root, capsys, name):
         ("out/neurons/shared.safetensors", "train", None),
     ],
 )
-def test_other_files_cut_short(root, capsys, name, stage, message):
-    """Inputs are named; results of earlier stages are made again."""
+def test_truncated_inputs_are_named_and_truncated_results_made_again(root, capsys, name, stage, message):
+    """Errors name truncated inputs; truncated results of earlier stages are recomputed."""
     cut(root / name)
     status = run(root, stage)
     if message:
@@ -130,7 +130,7 @@ def test_other_files_cut_short(root, capsys, name, stage, message):
         assert status == 0 and "detect: unchanged" not in capsys.readouterr().out
 
 
-def test_results_of_the_right_size_that_cannot_be_read(root, capsys):
+def test_unreadable_results_of_the_right_size_are_named(root, capsys):
     flip(root / "out/neurons/shared.safetensors")
     assert_one_line(capsys, run(root, "score"), "neurons/shared.safetensors: not a readable neuron set")
     shutil.copy(root.with_name("backup") / "out/neurons/shared.safetensors", root / "out/neurons/shared.safetensors")
@@ -138,7 +138,7 @@ def test_results_of_the_right_size_that_cannot_be_read(root, capsys):
     assert_one_line(capsys, run(root, "score"), "neurons/summary.json: not valid JSON")
 
 
-def test_a_tokenizer_of_another_model(root, capsys):
+def test_tokenizer_of_another_model_is_refused(root, capsys):
     config = json.loads((root / "model/config.json").read_text())
     tiny_llama(vocab_size=50).save_pretrained(root / "model")
     assert config["vocab_size"] > 50
@@ -146,8 +146,8 @@ def test_a_tokenizer_of_another_model(root, capsys):
 
 
 @pytest.mark.parametrize("stage, limit", [("detect", 1_500), ("train", 12_000), ("train", 5_000), ("export", 60_000)])
-def test_a_full_disk(root, stage, limit):
-    """No file may grow beyond a limit: one line, nothing half-written at a final name, and afterwards it goes on."""
+def test_full_disk_leaves_no_partial_results(root, stage, limit):
+    """If files can't grow beyond a limit, the error is one line, no final name is partial, and a rerun succeeds."""
     if stage == "detect":
         shutil.rmtree(root / "out")
     status = run_with_full_disk([stage, str(root / "recipe.yaml")], limit, root / "errors")
@@ -161,7 +161,7 @@ def test_a_full_disk(root, stage, limit):
 
 @pytest.fixture
 def mounted(tmp_path):
-    """A small disk of its own, and what changes its options."""
+    """Yield a small separate disk and a function that changes its mount options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -171,11 +171,11 @@ def mounted(tmp_path):
     if shutil.which("mount") is None or mount("size=100k").returncode:
         pytest.skip("mounting a disk isn't allowed here")
     yield folder, lambda *options: mount("remount", *options)
-    # Lazily: a model that was loaded from there may still hold its file.
+    # Unmount lazily, because a model loaded from the disk may still have its file open.
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(root, mounted, capsys):
+def test_mounted_disk_that_is_full_or_read_only(root, mounted, capsys):
     folder, remount = mounted
     flag = f"--output_dir={folder / 'out'}"
     assert_one_line(capsys, run(root, "train", flag), "output_dir")
@@ -190,7 +190,7 @@ def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(root, mounted
 
 
 class Poisoned(torch.nn.Module):
-    """A part of a model whose output is NaN from a call on."""
+    """A part of a model whose output is NaN from call number `call` on."""
 
     def __init__(self, module, call):
         super().__init__()
@@ -203,7 +203,7 @@ class Poisoned(torch.nn.Module):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
+def test_nonfinite_loss_stops_training(tmp_path, update):
     model = tiny_llama()
     model.lm_head = Poisoned(model.lm_head, call=6)
     settings = arguments(tmp_path, save_strategy="steps", save_steps=2, update=update, save_total_limit=1)
@@ -220,14 +220,14 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path, update):
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("call", [4, 6])
-def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
-    """Of accumulated batches the first that failed is named, and the step isn't taken."""
+def test_losses_are_checked_once_per_step(tmp_path, monkeypatch, update, call):
+    """The error names the first accumulated batch that failed, and the step isn't taken."""
     model = tiny_llama()
     model.lm_head = Poisoned(model.lm_head, call)
     settings = arguments(tmp_path, update=update, gradient_accumulation_steps=3)
-    looks, batches = [], []
+    checks, batches = [], []
     original = guarded.sum_over_processes
-    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: looks.append(1) or original(values))
+    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: checks.append(1) or original(values))
 
     class Watched(NeuronTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
@@ -238,12 +238,12 @@ def test_losses_are_looked_at_once_a_step(tmp_path, monkeypatch, update, call):
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 2, on the batch of 4") as caught:
         trainer.train()
     assert str(batches[call - 1][0].tolist()) in str(caught.value)
-    assert len(batches) == 6 and len(looks) == 2 and trainer.state.global_step == 1
+    assert len(batches) == 6 and len(checks) == 2 and trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, update):
-    """The loss is still fine when the step's gradients aren't: saving at that very step would save NaN."""
+def test_nonfinite_weights_do_not_replace_a_good_checkpoint(tmp_path, update):
+    """The loss is finite but the step's gradients aren't, so saving at this step would save NaN."""
     settings = arguments(
         tmp_path, save_strategy="steps", save_steps=2, update=update, save_total_limit=1, max_grad_norm=0
     )
@@ -267,7 +267,7 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, 
 @pytest.mark.parametrize(
     "flags", [["--training.disable_tqdm=false"], ["--training.update=mask"], ["--training.strategy=full"]]
 )
-def test_training_that_diverges_on_the_command_line(root, capsys, flags):
+def test_diverging_training_on_the_command_line_is_one_line(root, capsys, flags):
     flags = [*flags, "--training.learning_rate=1e36", "--training.max_grad_norm=0", "--training.max_steps=20"]
     flags += ["--training.save_steps=1", f"--output_dir={root / 'diverged'}"]
     assert_one_line(capsys, run(root, "train", *flags), "training.learning_rate: ", "earlier checkpoints are kept")

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two gloo processes, where it is installed: it trains what one process trains."""
+"""DeepSpeed's ZeRO on two gloo processes trains what one process trains (skipped if it isn't installed)."""
 
 import importlib.util
 import os
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 )
 ON_A_CPU = dict(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 CONFIG = {
-    # Nothing is small enough to stay whole, as little is in a real model.
+    # A threshold of 0 shards even small parameters, like most parameters of a real model.
     "zero_optimization": {"stage3_param_persistence_threshold": 0},
-    # Torch's own AdamW: DeepSpeed's would be compiled first.
+    # Use torch's AdamW, because DeepSpeed's would have to be compiled first.
     "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
@@ -37,7 +37,7 @@ CONFIG = {
 
 
 def without_compiling():
-    """DeepSpeed compiles faster messages between the processes of a CPU, for a minute; gloo does without."""
+    """Turn off DeepSpeed's shared-memory communication on CPUs, which takes a minute to compile; gloo replaces it."""
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -87,15 +87,15 @@ def train_by_both(directory: Path):
 
 @pytest.fixture(scope="module")
 def by_zero(tmp_path_factory):
-    """The folder of what two processes trained by each stage, at once."""
+    """Return the folder of what two processes trained with each ZeRO stage, in one launch."""
     directory = tmp_path_factory.mktemp("zero")
     in_two_processes(__name__, "train_by_both", directory, **ON_A_CPU)
     return directory
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_ends_where_one_process_ends(by_zero, tmp_path, stage):
-    """Its checkpoints hold the adapter whole, in float32 under its bf16 too; it resumes, and refuses what it can't do."""
+def test_zero_equals_one_process(by_zero, tmp_path, stage):
+    """Checkpoints hold the complete adapter, in float32 even with bf16; training resumes; unsupported uses fail."""
     base, directory = tiny_llama(), by_zero / str(stage)
     base.save_pretrained(tmp_path / "base")
     settings = arguments(
@@ -120,8 +120,8 @@ def test_zero_ends_where_one_process_ends(by_zero, tmp_path, stage):
     assert all(torch.equal(value, exported[name]) for name, value in two.items())
 
 
-def test_the_recipe_trains_a_model_that_is_split_as_it_is_loaded(root, pytestconfig, capfd):
-    """`train` under recipes/accelerate/zero3.yaml, on a CPU; then `export` alone. `detect` needs the whole model there."""
+def test_recipe_trains_a_model_that_is_sharded_while_loading(root, pytestconfig, capfd):
+    """Run `train` with recipes/accelerate/zero3.yaml on a CPU, then `export`; `detect` is refused with ZeRO-3."""
     config = yaml.safe_load((pytestconfig.rootpath / "recipes/accelerate/zero3.yaml").read_text())
     (root / "zero3.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
     recipe = str(root / "recipe.yaml")

@@ -1,4 +1,4 @@
-"""Two gloo processes train what one trains: DDP by the Trainer, FSDP2 by torch's own `fully_shard` and by the Trainer."""
+"""Two gloo processes train what one trains: DDP by the Trainer, FSDP2 by torch's `fully_shard` and the Trainer."""
 
 import os
 from pathlib import Path
@@ -34,19 +34,19 @@ def train(directory, update, per_device_batch_size, **settings):
 
 
 def train_lora(directory, per_device_batch_size, **settings):
-    """The baseline of comparisons."""
+    """Train the LoRA baseline of comparisons."""
     settings = arguments(directory, per_device_train_batch_size=per_device_batch_size, **SEQUENTIAL | settings)
     torch.manual_seed(0)
     lora, _ = equal_lora(CHOSEN, tiny_llama())
     model = get_peft_model(tiny_llama().double(), lora)
     trainer = GuardedTrainer(model, settings, train_dataset=sentences())
     trainer.train()
-    assert settings.ddp_find_unused_parameters is None  # the caller's own
+    assert settings.ddp_find_unused_parameters is None  # the caller's settings are unchanged
     return trainer
 
 
 def shard_and_train(directory):
-    """Every layer and then the whole, as accelerate does it; six AdamW steps on this process' half of each batch."""
+    """Shard each layer and then the model, as accelerate does; take six AdamW steps on this process's half batches."""
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -95,15 +95,15 @@ def train_by_ddp(directory: Path):
 
 @pytest.fixture(scope="module")
 def by_ddp(tmp_path_factory):
-    """The folder of what two processes trained, at once."""
+    """Return the folder of all that two processes trained, in one launch."""
     directory = tmp_path_factory.mktemp("ddp")
     in_two_processes(__name__, "train_by_ddp", directory)
     return directory
 
 
 @pytest.mark.parametrize("name", BY_DDP)
-def test_ddp_ends_where_one_process_ends(by_ddp, tmp_path, name):
-    """Also with gradient checkpointing of both kinds: beside it DDP must not look for parameters that an adapter hasn't."""
+def test_ddp_equals_one_process(by_ddp, tmp_path, name):
+    """Also with both kinds of gradient checkpointing, with which DDP must not search for unused parameters."""
     update = name.partition(",")[0]
     one = plain_weights(train(tmp_path, update, 4, **BY_DDP[name]).model)
     two = loaded(by_ddp / name / "checkpoint-6", update)
@@ -112,13 +112,13 @@ def test_ddp_ends_where_one_process_ends(by_ddp, tmp_path, name):
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)
 
 
-def test_ddp_trains_a_lora_beside_reentrant_checkpointing(by_ddp, tmp_path):
+def test_ddp_of_a_lora_with_reentrant_checkpointing_equals_one_process(by_ddp, tmp_path):
     one = plain_weights(train_lora(tmp_path, 4, **checkpointing(True)).model)
     for name, value in loaded(by_ddp / "lora/checkpoint-6", "compact").items():
         torch.testing.assert_close(value, one[name], rtol=0, atol=1e-9)
 
 
-def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):
+def test_fully_shard_training_equals_a_plain_loop(tmp_path):
     in_two_processes(__name__, "shard_and_train", tmp_path / "adapter")
     model = get_peft_model(tiny_llama().double(), NeuronConfig(neurons=CHOSEN))
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -133,7 +133,7 @@ def test_fully_sharded_training_saves_the_adapter_of_a_plain_loop(tmp_path):
 
 
 def fsdp_trainer(directory, update="compact", **environment):
-    """On a CPU accelerate leaves FSDP out; told that the processes are GPUs', it does on gloo all that it does there."""
+    """On a CPU, accelerate disables FSDP; with the type set to GPU processes, it runs FSDP on gloo as on GPUs."""
     os.environ.update(environment)
     AcceleratorState._reset_state()
     settings = arguments(directory, per_device_train_batch_size=2, **SEQUENTIAL)
@@ -165,8 +165,8 @@ def train_by_fsdp(directory: Path):
             fsdp_trainer(directory / "refused", update, **{**FSDP2, **environment}).train()
 
 
-def test_fsdp2_by_the_trainer_ends_where_one_process_ends(tmp_path):
-    """It saves the adapter whole, resumes and exports; what it can't do is refused."""
+def test_fsdp2_by_the_trainer_equals_one_process(tmp_path):
+    """It saves the complete adapter, resumes and exports; unsupported uses are refused."""
     base = tiny_llama().double()
     base.save_pretrained(tmp_path / "base")
     directory = tmp_path / "two"

@@ -1,4 +1,4 @@
-"""What is exported in a wider dtype keeps what training changed, and is measured as it was written."""
+"""An export in a wider dtype keeps what training changed, and is measured in the dtype it was written in."""
 
 import gc
 import weakref
@@ -22,7 +22,7 @@ def weight_phases(recipe, **flags):
     return {phase.name: phase.weights / plan.layout.num_parameters for phase in plan.phases}
 
 
-def test_after_is_the_exported_checkpoint_in_its_own_dtype(root, monkeypatch):
+def test_after_measures_the_exported_checkpoint_in_its_dtype(root, monkeypatch):
     measured = {}
     original = evaluate.evaluate_languages
 
@@ -34,30 +34,30 @@ def test_after_is_the_exported_checkpoint_in_its_own_dtype(root, monkeypatch):
     assert run(root, "evaluate", *HALF) == 0
     assert measured == {"before": torch.bfloat16, "after": torch.float32}
     after = read_json(root / "out/evaluation.json")["languages"]["sw"]["after"]
-    # Rounded to model.dtype it is another model.
+    # Rounded to model.dtype, the checkpoint is another model.
     AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype=torch.bfloat16).save_pretrained(root / "rounded")
     assert run(root, "evaluate", *HALF, f"--evaluation.checkpoints={root / 'rounded'}") == 0
     rounded = read_json(root / "out/evaluation.json")["checkpoints"][str(root / "rounded")]["test"]["sw"]
     assert rounded["perplexity"] != after["perplexity"]
 
 
-def test_kept_task_results_tell_dtypes_apart(root, monkeypatch):
-    """The same files in another dtype are another model, also for the harness's results that are kept."""
-    found = []
+def test_kept_task_results_depend_on_the_dtype(root, monkeypatch):
+    """The same files in another dtype are another model, also for kept results of lm-eval."""
+    identities = []
 
     def watched(models, *rest, identity, **settings):
-        found.append({name: identity(name) for name in models})
+        identities.append({name: identity(name) for name in models})
         return {"tasks": {}}
 
     monkeypatch.setattr(evaluate, "evaluate_tasks", watched)
     monkeypatch.setattr("agnostic_train.pipeline.materials.Materials.task_suite", SimpleNamespace(names=[]))
     assert run(root, "evaluate", *HALF) == run(root, "evaluate", HALF[0]) == run(root, "evaluate") == 0
-    half, exported_in_half, whole = found
+    half, exported_in_half, whole = identities
     assert half["before"] == exported_in_half["before"] != whole["before"]
     assert half["after"] != exported_in_half["after"] != whole["after"]
 
 
-def test_the_plan_counts_the_exported_dtype(root):
+def test_plan_counts_the_exported_dtype(root):
     recipe = root / "recipe.yaml"
     plain = weight_phases(recipe, model__dtype="bfloat16")
     assert plain["evaluate"] == 2 and plain["score"] == 2
@@ -65,12 +65,12 @@ def test_the_plan_counts_the_exported_dtype(root):
     assert wide["evaluate"] == 4 and wide["export"] == 6
     narrow = weight_phases(recipe, export__dtype="bfloat16", model__checkpoints=str(root / "model"))
     assert narrow["evaluate"] == 4 and narrow["score"] == 8
-    # The base, the LoRA's base in float32, and what is written.
+    # The base, the LoRA's base in float32, and the written weights.
     lora = weight_phases(recipe, model__dtype="bfloat16", training__strategy="lora")
     assert lora["export"] == 2 + 4 + 2
 
 
-def test_a_lora_is_merged_in_float32_before_it_is_rounded(root):
+def test_lora_is_merged_in_float32_before_rounding(root):
     assert run(root, "export", "--training.strategy=lora", "--training.learning_rate=1e-4", *HALF) == 0
     base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16).float()
     exact = PeftModel.from_pretrained(base, root / "out/adapter").merge_and_unload().state_dict()
@@ -80,7 +80,7 @@ def test_a_lora_is_merged_in_float32_before_it_is_rounded(root):
     flags = ["--training.strategy=lora", "--training.learning_rate=1e-4", HALF[0]]
     assert run(root, "export", *flags) == 0
     enhanced = AutoModelForCausalLM.from_pretrained(root / "out/enhanced", dtype="auto")
-    assert enhanced.dtype == torch.bfloat16  # the model's own, unless the recipe says otherwise
+    assert enhanced.dtype == torch.bfloat16  # the model's dtype, unless the recipe says otherwise
     assert all(torch.equal(value, exact[name].bfloat16()) for name, value in enhanced.state_dict().items())
 
 
@@ -92,9 +92,9 @@ def test_models_are_measured_one_at_a_time(root, monkeypatch):
     def watched(cls, *args, **settings):
         gc.collect()
         most.append(sum(it() is not None for it in alive))
-        found = original(cls, *args, **settings)
-        alive.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
-        return found
+        result = original(cls, *args, **settings)
+        alive.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
+        return result
 
     assert run(root, "export") == 0
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
@@ -103,4 +103,4 @@ def test_models_are_measured_one_at_a_time(root, monkeypatch):
     assert most == [0, 0, 0, 0]
     alive.clear(), most.clear()
     assert run(root, "score", f"--model.checkpoints={root / 'model'},{root / 'out/enhanced'}") == 0
-    assert most == [0, 1, 1]  # the base is wanted again
+    assert most == [0, 1, 1]  # the base model is needed again later

@@ -1,4 +1,4 @@
-"""What a change of the recipe or of the text makes a stage run again, and what it leaves alone."""
+"""Which stages run again after a change of the recipe or the text, and which are kept."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from agnostic_train.report import figures
 
 ALL = {*STAGES, "compare"}
 CHANGES = [
-    # Each with the stages whose own inputs it changes; those after them follow.
+    # Each change with the stages whose own inputs it changes; the stages after them follow.
     ({"training.logging_steps": "5"}, set()),
     ({"training.logging_first_step": "true", "training.log_level": "error"}, set()),
     ({"training.disable_tqdm": "false", "training.include_num_input_tokens_seen": "all"}, set()),
@@ -30,7 +30,7 @@ CHANGES = [
     ({"detection.memory_gb": "0.5"}, set()),
     ({"tracking.run_name": "x"}, set()),
     ({"training.random_like": "shared"}, {"compare"}),
-    # A comparison tries multiples of it.
+    # A comparison tries multiples of this rate.
     ({"training.learning_rate": "5e-2"}, {"train", "compare"}),
     ({"training.seed": "5"}, {"train"}),
     ({"training.save_steps": "2"}, set()),
@@ -81,7 +81,7 @@ CHANGES = [
 
 
 def inputs(root, flags=None, **lines):
-    """Per stage, what its result depends on beside the stages before it, with lines added to files of the text."""
+    """Return each stage's inputs other than earlier stages; `lines` are first appended to files of the text."""
     for name, line in lines.items():
         with (root / f"text/{name.replace('_', '.')}.txt").open("a") as file:
             file.write(f"\n{line}")
@@ -91,7 +91,7 @@ def inputs(root, flags=None, **lines):
 
 @pytest.fixture(scope="module")
 def unchanged(template, tmp_path_factory):
-    """A folder, which no test changes, and the inputs of its stages."""
+    """Return a folder that no test changes, and the inputs of its stages."""
     folder = tmp_path_factory.mktemp("unchanged") / "it"
     shutil.copytree(template, folder)
     shutil.copy(folder / "text/sw.valid.txt", folder / "text/th.valid.txt")
@@ -100,23 +100,23 @@ def unchanged(template, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, stages", CHANGES, ids=[next(iter(flags)) for flags, _ in CHANGES])
-def test_a_key_concerns_the_stages_whose_result_it_can_change(unchanged, flags, stages):
+def test_key_changes_the_inputs_of_the_stages_it_affects(unchanged, flags, stages):
     folder, before = unchanged
     after = inputs(folder, flags)
     assert {stage for stage in ALL if after[stage] != before[stage]} == stages
 
 
-def test_an_engines_config_counts_by_its_content(tmp_path):
+def test_config_file_of_an_engine_counts_by_its_content(tmp_path):
     (tmp_path / "zero.json").write_text("{}")
     keys = {"deepspeed": str(tmp_path / "zero.json")}
     before = learning_arguments(keys)
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
     assert learning_arguments(keys) != before
-    written_out = {"deepspeed": '{"a": 1}' * 100}  # longer than a file's name may be
+    written_out = {"deepspeed": '{"a": 1}' * 100}  # longer than a file name can be
     assert learning_arguments(written_out) == written_out
 
 
-def test_a_lost_file_is_the_reason(root, capsys):
+def test_missing_file_is_printed_as_the_reason(root, capsys):
     assert run(root, "detect") == 0
     (root / "out/neurons/shared.safetensors").unlink()
     capsys.readouterr()
@@ -124,7 +124,7 @@ def test_a_lost_file_is_the_reason(root, capsys):
     assert "this replaces an earlier result (changed: neurons/shared.safetensors)" in capsys.readouterr().out
 
 
-def test_sets_that_are_detected_once_more_and_are_the_same_train_nothing_anew(root, capsys):
+def test_detecting_the_same_sets_again_keeps_the_training(root, capsys):
     assert run(root, "export") == 0
     capsys.readouterr()
     assert run(root, "export", "--detection.stability=true") == 0
@@ -136,26 +136,26 @@ def test_sets_that_are_detected_once_more_and_are_the_same_train_nothing_anew(ro
     assert "train: train the chosen neurons" in printed and "(changed: the result of detect)" in printed
 
 
-def test_no_key_of_these_sections_is_forgotten():
+def test_changes_cover_all_keys_of_detection_score_and_export():
     own = {key for key in own_types() if key.startswith(("detection.", "score.", "export."))}
     assert own <= {key for flags, _ in CHANGES for key in flags}
 
 
-def test_text_concerns_the_stages_that_read_it(root):
+def test_text_changes_the_inputs_of_the_stages_that_read_it(root):
     before = inputs(root)
     after = inputs(root, en_test="A sentence to test on.", sw_test="Another one.")
-    # Without a test file, valid was both.
+    # Without a test file, the valid file served both purposes.
     assert {stage for stage in ALL if after[stage] != before[stage]} == {"score", "evaluate", "compare", "report"}
     later = inputs(root, en_test="One more.")
     assert {stage for stage in ALL if later[stage] != after[stage]} == {"evaluate", "compare", "report"}
     other = inputs(root, en_train="A sentence to train on.")
     assert all(other[stage] == later[stage] for stage in ("train", "compare"))
     stable = {"detection.stability": "true"}
-    both = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
-    assert both[0] != both[1]
+    detect_inputs = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
+    assert detect_inputs[0] != detect_inputs[1]
 
 
-def test_a_mixture_and_all_of_its_text_concern_what_is_trained(root):
+def test_mixture_and_its_text_change_the_inputs_of_training(root):
     mixed = {"training.mixture": "{sw: 4, en: 1}"}
     before = inputs(root, mixed)
     assert inputs(root, {"training.mixture": "{en: 1, sw: 4}"}) == before
@@ -165,7 +165,7 @@ def test_a_mixture_and_all_of_its_text_concern_what_is_trained(root):
     assert all(other[stage] != before[stage] for stage in ("train", "compare"))
 
 
-def test_stages_are_kept(root, capsys):
+def test_stages_are_kept_after_irrelevant_changes(root, capsys):
     assert run(root, "export") == 0
     capsys.readouterr()
     flags = ["--training.logging_steps=1", "--detection.memory_gb=1", "--evaluation.max_forgetting=0.1"]
@@ -173,13 +173,13 @@ def test_stages_are_kept(root, capsys):
     assert capsys.readouterr().out.count("unchanged, kept") == 3
 
 
-def test_rates_of_its_own_are_all_that_a_comparison_reads(root):
+def test_comparison_with_own_rates_ignores_the_training_rate(root):
     own = {"comparison.learning_rates": "1e-3"}
     one, other = (inputs(root, own | {"training.learning_rate": rate})["compare"] for rate in ("1e-2", "5e-2"))
     assert one == other
 
 
-def test_force_goes_on_from_nothing(root):
+def test_force_deletes_only_the_partial_work_of_its_stage(root):
     folders = [root / "out/.work" / stage for stage in ("score", "train", "compare")]
 
     def left_after(*flags):
@@ -193,7 +193,7 @@ def test_force_goes_on_from_nothing(root):
     assert left_after("--force") == ["score", "compare"]
 
 
-def test_the_manifest_names_all_text_that_was_read(root):
+def test_manifest_names_all_text_that_was_read(root):
     (root / "aligned").mkdir()
     for language in ("en", "sw"):
         (root / f"aligned/{language}.txt").write_text("One sentence.\nAnother one.\n")
@@ -217,8 +217,8 @@ def test_the_manifest_names_all_text_that_was_read(root):
         ),
     ],
 )
-def test_a_finished_training_is_kept_however_launched(root, capsys, launch, words):
-    """A resumed one isn't: its steps so far would stand for other text, or other arithmetic."""
+def test_finished_training_is_kept_under_another_launcher(root, capsys, launch, words):
+    """An unfinished training isn't resumed, because its steps so far used other text or other arithmetic."""
     assert run(root, "train") == 0
     file = root / "out/manifest.json"
     manifest = read_json(file)
@@ -242,15 +242,15 @@ def test_a_finished_training_is_kept_however_launched(root, capsys, launch, word
     assert "deletes the checkpoints of an unfinished training with other keys" in capsys.readouterr().out
 
 
-def test_neurons_that_do_not_fit_are_refused_before_anything_runs(root, capsys):
+def test_neurons_that_do_not_fit_are_refused_before_any_stage(root, capsys):
     NeuronSet({(9, "up"): [1]}).save(root / "mine.safetensors")
     assert run(root, "run", f"--training.neurons={root / 'mine.safetensors'}") == 2
     out, err = capsys.readouterr()
     assert "mine.safetensors" in err and "detect:" not in out
 
 
-def test_the_manifest_says_of_each_stage_how_it_ran(root):
-    """A later command for an earlier stage doesn't change what was trained, nor on what it was judged."""
+def test_manifest_keeps_the_settings_each_stage_ran_with(root):
+    """Running an earlier stage later doesn't change what the manifest records of training and evaluation."""
     (root / "aligned").mkdir()
     for language in ("en", "sw"):
         (root / f"aligned/{language}.txt").write_text("One sentence.\nAnother one.\n")
@@ -266,10 +266,13 @@ def test_the_manifest_says_of_each_stage_how_it_ran(root):
     assert after["frozen_weights"]["status"] == "identical"
 
 
-def test_the_loss_figure_goes_to_the_end_of_training(root, monkeypatch):
-    """Also where an earlier checkpoint was the best."""
+def test_loss_figure_extends_to_the_end_of_training(root, monkeypatch):
+    """It does so even if an earlier checkpoint was the best."""
     flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.eval_steps=3"]
-    flags += ["--training.greater_is_better=true", "--training.logging_steps=1"]  # the worst is the best
+    flags += [
+        "--training.greater_is_better=true",
+        "--training.logging_steps=1",
+    ]  # so that the worst checkpoint is taken as the best
     drawn = []
     original = figures.draw_training
     monkeypatch.setattr(figures, "draw_training", lambda history: drawn.append(history) or original(history))
@@ -280,8 +283,8 @@ def test_the_loss_figure_goes_to_the_end_of_training(root, monkeypatch):
     assert max(entry["step"] for entry in drawn[0] if "loss" in entry) == 6
 
 
-def test_a_hubs_text_is_read_once(root):
-    """By a local folder of the same layout, which is gone when the run goes on."""
+def test_text_of_a_hub_dataset_is_read_once(root):
+    """A local folder of the same layout stands in for the Hub and is deleted before the run continues."""
     hub = root / "hub"
     for language in ("en", "sw", "th"):
         (hub / language).mkdir(parents=True)
@@ -303,7 +306,7 @@ def test_a_hubs_text_is_read_once(root):
     assert run(root, "detect", *flags, "--corpus.seed=2") == 2
 
 
-def test_what_is_of_an_earlier_run_is_said(root, capsys):
+def test_results_of_an_earlier_run_are_reported(root, capsys):
     assert run(root, "run") == 0
     printed = capsys.readouterr().out
     assert "an earlier" not in printed
@@ -315,7 +318,7 @@ def test_what_is_of_an_earlier_run_is_said(root, capsys):
     assert "comes from" not in capsys.readouterr().out
 
 
-def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
+def test_foreign_files_are_refused_before_any_stage(root, capsys):
     (root / "out/checkpoint-10").mkdir(parents=True)
     (root / "out/enhanced").mkdir()
     for foreign in ("checkpoint-10/x", "enhanced/mine.txt"):
@@ -328,8 +331,8 @@ def test_someone_elses_files_are_found_before_anything_runs(root, capsys):
     assert run(root, "detect") == 0
 
 
-def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monkeypatch, capsys):
-    """Another format beside the enhanced checkpoint takes its evaluation away, whose numbers aren't lost."""
+def test_measurements_of_the_same_weights_are_reused(root, monkeypatch, capsys):
+    """Exporting another format removes the evaluation of the enhanced checkpoint, but its numbers are kept."""
     assert run(root, "run") == 0
     before = read_json(root / "out/evaluation.json")
     assert run(root, "export", "--export.to=lora") == 0
@@ -351,17 +354,17 @@ def test_what_was_measured_of_the_same_weights_is_not_measured_again(root, monke
     assert capsys.readouterr().out.count(" was measured before (kept)\n") == 2
 
 
-def test_other_weights_text_or_tokens_are_measured_anew(root):
-    """Each time as if nothing were kept."""
+def test_other_weights_text_or_tokens_are_measured_again(root):
+    """Each result equals that of `--force`, which reuses nothing."""
     shutil.copytree(root / "model", root / "named")
     named = f"--evaluation.checkpoints={root / 'named'}"
-    found = []
+    evaluations = []
 
     def evaluated(*flags):
         assert run(root, "evaluate", named, *flags) == 0
-        found.append(read_json(root / "out/evaluation.json"))
+        evaluations.append(read_json(root / "out/evaluation.json"))
         assert run(root, "evaluate", named, *flags, "--force") == 0
-        assert read_json(root / "out/evaluation.json") == found[-1]
+        assert read_json(root / "out/evaluation.json") == evaluations[-1]
 
     evaluated()
     evaluated("--export.dtype=bfloat16")
@@ -371,42 +374,42 @@ def test_other_weights_text_or_tokens_are_measured_anew(root):
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
     tokenizer.save_pretrained(root / "model")
     evaluated()
-    of_named = [next(iter(it["checkpoints"].values()))["test"]["sw"]["perplexity"] for it in found]
+    of_named = [next(iter(it["checkpoints"].values()))["test"]["sw"]["perplexity"] for it in evaluations]
     assert of_named[0] == of_named[1] and len({*of_named[1:]}) == 4
-    assert found[0]["languages"]["sw"]["after"] != found[1]["languages"]["sw"]["after"]
+    assert evaluations[0]["languages"]["sw"]["after"] != evaluations[1]["languages"]["sw"]["after"]
 
 
-def test_an_exported_folder_may_hold_folders(root):
+def test_exported_folder_can_contain_folders(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}"}
     tokenizer.save_pretrained(root / "model")
     assert run(root, "evaluate") == 0 and any(it.is_dir() for it in (root / "out/enhanced").iterdir())
 
 
-def test_packing_matters_where_text_is_trained_on(root):
+def test_packing_changes_the_inputs_of_training(root):
     short = {"corpus.max_length": "30"}
     before, after = inputs(root, short), inputs(root, short | {"training.packing": "true"})
     assert {stage for stage in ALL if after[stage] != before[stage]} == {"train", "compare"}
 
 
-def test_files_count_by_what_is_in_them(root):
+def test_files_count_by_their_content(root):
     shutil.copytree(root / "model", root / "other")
     folders = {f"{section}.checkpoints": str(root / "other") for section in ("evaluation", "model")}
-    file, found = root / "mine.safetensors", []
+    file, versions = root / "mine.safetensors", []
     for index in (1, 2):
         NeuronSet({(0, "up"): [index]}).save(file)
         (root / "other/config.json").open("a").write("\n")
-        found.append(inputs(root, folders | {"training.neurons": str(file)}))
-    before, after = found
+        versions.append(inputs(root, folders | {"training.neurons": str(file)}))
+    before, after = versions
     assert {stage for stage in ALL if after[stage] != before[stage]} >= {"score", "train", "evaluate"}
 
 
-def test_a_pilot_depends_on_the_text_that_ranks(root):
+def test_pilot_depends_on_the_validation_text(root):
     pilot = {"training.strategy": "pilot", "training.pilot_strategies": "shared,related"}
     assert inputs(root, pilot)["train"] != inputs(root, pilot | {"corpus.validation_sentences": "5"})["train"]
 
 
-def test_an_interrupted_stage_goes_on_as_the_same_run(tmp_path):
+def test_interrupted_stage_resumes_as_the_same_run(tmp_path):
     manifest, runs = Manifest(tmp_path), []
     for finishes in (False, True, False):
         manifest.start("compare", {"a": 1}, {}, {})

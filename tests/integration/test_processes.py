@@ -1,4 +1,4 @@
-"""Two processes give the sets and numbers of one, and an interrupted detection ends like a whole one."""
+"""Two processes give the sets and numbers of one, and an interrupted detection equals an uninterrupted one."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from agnostic_train.scores.perplexity import perplexity
 
 
 def corpora():
-    """Three batches for one language and one, so that a process has none, for the other."""
+    """Return three batches for one language and one for the other, so that one of two processes has none."""
     sizes = {"a": ([5, 9, 3], [8], [4, 6]), "b": ([7, 7],)}
     return {
         language: [
@@ -34,16 +34,16 @@ def detect(model, **settings):
 def measure(directory: Path):
     dist.init_process_group("gloo")
     model = tiny_llama()
-    found = detect(model)
+    neurons = detect(model)
     lape = detect(model, method="lape", lape_ratio=0.2)
     result = perplexity(model, corpora()["a"])
     if dist.get_rank() == 1:
-        found.save(directory / "neurons")
+        neurons.save(directory / "neurons")
         lape.save(directory / "lape")
         torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), directory / "perplexity.pt")
 
 
-def test_two_processes_give_the_result_of_one(tmp_path):
+def test_two_processes_give_the_results_of_one(tmp_path):
     launched(tmp_path, __file__, f"it.measure(it.Path({str(tmp_path)!r}))")
     model = tiny_llama()
     assert LanguageNeurons.load(tmp_path / "neurons") == detect(model)
@@ -55,7 +55,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, stop_after):
+def test_interrupted_detection_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop_after):
     model = tiny_llama()
     whole = detect(model)
     original, measured = detection.ImpactMeter.measure, []
@@ -77,7 +77,7 @@ def test_an_interrupted_detection_ends_like_a_whole_one(tmp_path, monkeypatch, s
     assert len(measured) == 4 - stop_after
 
 
-def test_an_interrupt_between_batches_keeps_what_is_counted(tmp_path):
+def test_interrupt_between_batches_keeps_the_counts(tmp_path):
     def batches(stop):
         yield from corpora()["a"][:2]
         if stop:

@@ -1,4 +1,4 @@
-"""The embedded default: its model is made once, whole, and from nothing but the package."""
+"""The embedded default: its corpus and model are created once, from nothing but the package."""
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +13,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_corpus_is_written_once(cache):
+def test_corpus_is_written_once(cache):
     directory = tiny_model.quickstart_corpus()
     assert directory.is_relative_to(cache)
     names = {
@@ -24,7 +24,7 @@ def test_the_corpus_is_written_once(cache):
     assert (tiny_model.quickstart_corpus() / "sw.test.txt").stat().st_mtime_ns == before
 
 
-def test_the_model_is_trained_once_and_loads(cache, monkeypatch):
+def test_model_is_trained_once_and_loads(cache, monkeypatch):
     train = tiny_model.train_model
     monkeypatch.setattr(
         tiny_model, "train_model", lambda tokenizer, sentences: train(tokenizer, sentences, num_steps=2)
@@ -41,7 +41,7 @@ def test_the_model_is_trained_once_and_loads(cache, monkeypatch):
     assert tiny_model.quickstart_model() == directory
 
 
-def test_the_cache_depends_on_what_made_it(cache, monkeypatch):
+def test_cache_depends_on_package_versions(cache, monkeypatch):
     before = tiny_model.cache_directory()
     monkeypatch.setattr(tiny_model, "installed_version", lambda package: "0")
     assert tiny_model.cache_directory() != before

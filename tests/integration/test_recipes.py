@@ -1,4 +1,4 @@
-"""Every shipped recipe by --dry-run against a stand-in of its model, and the launchers as far as they run here."""
+"""--dry-run of every shipped recipe with a stand-in for its model, and the launchers as far as they run here."""
 
 import math
 import os
@@ -29,7 +29,7 @@ LANGUAGES = ["en", "zh", "de", "fr", "th", "sw"]
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """Models of public sizes without weights, a small model with weights, and a text in the paper's languages."""
+    """Write models of public sizes without weights, a small model with weights, and text in the paper's languages."""
     root = tmp_path_factory.mktemp("stand-ins")
     write_inputs(root)
     write_stand_ins(root, AutoTokenizer.from_pretrained(root / "model"))
@@ -44,14 +44,14 @@ def files_below(*folders):
     return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
 
-def test_each_model_of_the_paper_has_its_two_recipes():
+def test_each_model_of_the_paper_has_two_recipes():
     assert set(CONFIGS) == set(MODELS) and len(OF_MODELS) == 18
     assert {path.name for path in OF_MODELS} == {"swahili.yaml", "paper_table1.yaml"}
 
 
 @pytest.mark.parametrize("recipe", OF_MODELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_of_a_model(recipe, stand_ins, tmp_path, monkeypatch, capsys):
-    """It is the paper's, takes the memory that it says, and its dry run on local text ends well and writes nothing."""
+def test_recipe_of_a_model_has_the_papers_settings_and_stated_memory(recipe, stand_ins, tmp_path, monkeypatch, capsys):
+    """The recipe follows the paper and states its memory; a dry run on local text succeeds and writes nothing."""
     monkeypatch.chdir(tmp_path)
     model = recipe.parent.name
     before = files_below(stand_ins, RECIPES)
@@ -68,12 +68,12 @@ def test_a_recipe_of_a_model(recipe, stand_ins, tmp_path, monkeypatch, capsys):
     gib = math.ceil(max(phase.total for phase in plan.phases) / GIB)
     name = f"recipes/{model}/{recipe.name}"
     launch = f"accelerate launch --config_file recipes/accelerate/single_gpu.yaml -m agnostic_train run {name}"
-    said = int(re.search(r"with (\d+) GiB by the formulas", recipe.read_text())[1])
+    stated = int(re.search(r"with (\d+) GiB by the formulas", recipe.read_text())[1])
     # Earlier versions of transformers keep fewer of Gemma 2's capped logits.
-    assert said == gib or (gib < said <= 1.05 * gib and Version(transformers.__version__) < Version("5.23"))
+    assert stated == gib or (gib < stated <= 1.05 * gib and Version(transformers.__version__) < Version("5.23"))
     assert launch in recipe.read_text()
     row = re.search(rf"\| `{re.escape(model)}/` \| (\d+) \| (\d+) \|", (RECIPES / "README.md").read_text())
-    assert int(row[{"swahili": 1, "paper_table1": 2}[recipe.stem]]) == said < 80
+    assert int(row[{"swahili": 1, "paper_table1": 2}[recipe.stem]]) == stated < 80
 
     local = ["--corpus.dataset=", f"--corpus.path={stand_ins / 'text'}", "--corpus.detection_sentences=20"]
     assert main(["run", str(recipe), "--dry-run", f"--model.name={stand_ins / model}", *local]) == 0
@@ -82,7 +82,7 @@ def test_a_recipe_of_a_model(recipe, stand_ins, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()) and files_below(stand_ins, RECIPES) == before
 
 
-def test_of_a_model_with_a_vision_tower_the_text_decoder_counts(stand_ins):
+def test_plan_of_a_vision_language_model_counts_the_text_decoder(stand_ins):
     recipe = load_recipe(RECIPES / "gemma-3-4b/swahili.yaml", {"model.name": str(stand_ins / "gemma-3-4b")})
     plan = make_plan(recipe, "run")
     assert plan.model_class == "Gemma3ForConditionalGeneration" and plan.layout.num_layers == 34
@@ -92,7 +92,7 @@ def test_of_a_model_with_a_vision_tower_the_text_decoder_counts(stand_ins):
 
 
 @pytest.mark.parametrize("stage", ["detect", "score", "train", "export", "evaluate", "report"])
-def test_the_other_recipes_and_every_stage(stand_ins, tmp_path, monkeypatch, capsys, stage):
+def test_dry_run_of_other_recipes_for_each_stage(stand_ins, tmp_path, monkeypatch, capsys, stage):
     monkeypatch.chdir(tmp_path)
     flags = [f"--model.name={stand_ins / 'model'}", f"--corpus.path={stand_ins / 'text'}"]
     flags += ["--corpus.languages=en,sw", "--corpus.detection_sentences=20", "--corpus.validation_sentences=10"]
@@ -107,7 +107,7 @@ def test_the_other_recipes_and_every_stage(stand_ins, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, capsys):
+def test_dry_run_does_not_create_the_embedded_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AGNOSTIC_TRAIN_CACHE", str(tmp_path / "cache"))
     assert main(["run", str(RECIPES / "quickstart.yaml"), "--dry-run"]) == 2
     assert "made by its first run" in capsys.readouterr().err and not (tmp_path / "cache").exists()
@@ -129,14 +129,14 @@ def test_the_embedded_default_is_not_made_by_a_dry_run(tmp_path, monkeypatch, ca
         (["--training.learning_rate=-1"], "training.learning_rate: must be at least 0"),
     ],
 )  # fmt: skip
-def test_mistakes_show_in_a_dry_run(stand_ins, tmp_path, capsys, flags, message):
+def test_dry_run_finds_mistakes(stand_ins, tmp_path, capsys, flags, message):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
     assert main(["run", str(tmp_path / "recipe.yaml"), "--dry-run", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (stand_ins / "out").exists()
 
 
-def test_a_model_that_is_not_supported_and_a_foreign_tokenizer(stand_ins, tmp_path, capsys):
+def test_dry_run_refuses_unsupported_models_and_foreign_tokenizers(stand_ins, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
     command = ["run", str(tmp_path / "recipe.yaml"), "--dry-run", f"--model.name={tmp_path / 'model'}"]
     shutil.copytree(stand_ins / "model", tmp_path / "model")
@@ -153,14 +153,14 @@ def test_a_model_that_is_not_supported_and_a_foreign_tokenizer(stand_ins, tmp_pa
         assert message in capsys.readouterr().err
 
 
-def test_chosen_neurons_of_a_file_are_counted(stand_ins, tmp_path):
+def test_plan_counts_the_neurons_of_a_file(stand_ins, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
     (tmp_path / "mine.json").write_text('{"format": "agnostic_train.neurons", "neurons": {"up": {"0": [1, 2]}}}')
     recipe = load_recipe(tmp_path / "recipe.yaml", {"training.neurons": str(tmp_path / "mine.json")})
     assert make_plan(recipe, "run").num_entries == 2 * 42
 
 
-def test_a_comparison_takes_what_its_largest_training_takes(stand_ins, tmp_path):
+def test_memory_of_a_comparison_is_that_of_its_largest_training(stand_ins, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
 
     def plan(stage, **flags):
@@ -168,9 +168,9 @@ def test_a_comparison_takes_what_its_largest_training_takes(stand_ins, tmp_path)
         return make_plan(load_recipe(tmp_path / "recipe.yaml", flags), stage)
 
     def compared(*strategies):
-        found = plan("compare", comparison__strategies=",".join(strategies))
-        assert [phase.name for phase in found.phases] == ["detect", "compare"]
-        return found.num_entries, found.phases[-1].total
+        compare_plan = plan("compare", comparison__strategies=",".join(strategies))
+        assert [phase.name for phase in compare_plan.phases] == ["detect", "compare"]
+        return compare_plan.num_entries, compare_plan.phases[-1].total
 
     by_strategy = {}
     for strategy in ("shared", "full"):
@@ -193,7 +193,7 @@ def test_accelerate_reads_its_configs(file):
 
 
 def test_accelerate_launches_a_run_on_the_cpu(stand_ins, tmp_path):
-    """And it takes as many steps as the dry run said."""
+    """The run takes as many steps as the dry run predicts."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins).replace(f"{stand_ins}/out", f"{tmp_path}/out"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate/cpu.yaml"]
     flags = {"training.max_steps": "-1", "training.num_train_epochs": "1", "training.gradient_accumulation_steps": "3"}
@@ -214,8 +214,8 @@ def test_accelerate_launches_a_run_on_the_cpu(stand_ins, tmp_path):
 SLURM = RECIPES / "slurm/launch.sh"
 
 
-def test_the_slurm_script_launches_one_launcher_a_node(tmp_path):
-    """With stand-ins for Slurm's commands and accelerate, one node after the other, it says what it would run."""
+def test_slurm_script_starts_one_launcher_per_node(tmp_path):
+    """Stand-ins for Slurm's commands and accelerate print what would run, one node after the other."""
     (tmp_path / "srun").write_text('#!/bin/bash\nshift\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
     (tmp_path / "scontrol").write_text("#!/bin/bash\necho alpha\necho beta\n")
     (tmp_path / "accelerate").write_text('#!/bin/bash\nprintf "<%s>" "$@"\necho\n')
@@ -239,7 +239,7 @@ def test_the_slurm_script_launches_one_launcher_a_node(tmp_path):
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
-def test_the_slurm_script_is_sound():
+def test_slurm_script_passes_shellcheck():
     checker = Path(sys.executable).with_name("shellcheck")
     subprocess.run(["bash", "-n", SLURM], check=True)
     if not checker.exists():

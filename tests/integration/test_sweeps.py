@@ -1,4 +1,4 @@
-"""The shipped sweeps: what wandb's agent would run, and two points of one really run, offline."""
+"""The shipped sweeps: the commands that wandb's agent would run, and an offline run of two points of one."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ def sweep(pytestconfig, name):
 
 
 def commands(config):
-    """What an agent runs for each point of the grid, as wandb's own functions make it."""
+    """Yield the command that an agent runs for each point of the grid, made by wandb's functions."""
     names = list(config["parameters"])
     for values in itertools.product(*(config["parameters"][name]["values"] for name in names)):
         chosen = {name: {"value": value} for name, value in zip(names, values, strict=True)}
@@ -35,7 +35,7 @@ def commands(config):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_point_of_a_sweep_is_a_recipe(pytestconfig, name, monkeypatch):
+def test_every_point_of_a_sweep_is_a_valid_recipe(pytestconfig, name, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
     config = sweep(pytestconfig, name)
     assert config["metric"] == {"name": "objective", "goal": "minimize"} and config["method"] == "grid"
@@ -49,8 +49,8 @@ def test_every_point_of_a_sweep_is_a_recipe(pytestconfig, name, monkeypatch):
     assert all(recipe.tracking.wandb and recipe.output_dir == f"runs/sweeps/{name}/abc" for recipe in recipes)
 
 
-def test_two_points_of_a_sweep_really_run(pytestconfig, root, monkeypatch):
-    """The sweep's own commands on the small recipe: the first as an agent runs it, the last in this process."""
+def test_two_points_of_a_sweep_run(pytestconfig, root, monkeypatch):
+    """Run the sweep's commands on the small recipe: the first as an agent would, the last in this process."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -76,7 +76,7 @@ def test_two_points_of_a_sweep_really_run(pytestconfig, root, monkeypatch):
     assert changes[0] != changes[1]
 
 
-def test_an_output_folder_needs_its_variables(root, monkeypatch, capsys):
+def test_unset_variable_in_the_output_folder_is_refused(root, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     assert run(root, "detect", f"--output_dir={root}/runs/$WANDB_RUN_ID") == 2
     assert "output_dir: $WANDB_RUN_ID isn't set in the environment" in capsys.readouterr().err

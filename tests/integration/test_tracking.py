@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a command, a run for each training of a comparison, all offline."""
+"""Weights & Biases, offline: one run per command, and one run for each training of a comparison."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from agnostic_train.pipeline.stages.evaluate import objectives
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Every run that is finished, offline: its name, group, id, summary, and what was logged over time."""
+    """Collect the name, group, id, summary, logged keys and training steps of every finished run, offline."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows, finished = {}, []
@@ -37,7 +37,7 @@ def runs(monkeypatch):
     return finished
 
 
-def test_a_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
+def test_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     assert run(root, "run", "--tracking.wandb=true", "--tracking.run_name=mine", "--tracking.project=p") == 0
     (only,) = runs
     assert only["name"] == "mine" and wandb.run is None
@@ -51,17 +51,17 @@ def test_a_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     assert summary["test/change/en"] == pytest.approx(evaluation["languages"]["en"]["bits_per_byte_change"])
     assert {f"tables/{name}" for name in ("neurons", "score", "ablation", "evaluation")} <= only["history"]
     assert {"figures/score", "figures/neurons", "train/loss"} <= only["history"] and only["steps"] == [2, 4, 6]
-    # The same command goes on in the same run.
+    # The same command continues the same run.
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
     assert {it["id"] for it in runs} == {only["id"]}
-    # What is kept is logged too: tracking may have been asked for since.
+    # Kept results are logged too, because tracking may have been turned on after they were made.
     (root / "out/.tracking").unlink()
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
     assert {"objective", "agnostic_score", "neurons/shared", "test/change/en"} <= runs[-1]["summary"].keys()
     assert {"tables/evaluation", "figures/score"} <= runs[-1]["history"] and runs[-1]["id"] != only["id"]
 
 
-def test_the_objective_of_a_sweep():
+def test_objective_of_a_sweep_penalises_forgetting():
     def row(before, after):
         values = {"before": {"bits_per_byte": before}, "after": {"bits_per_byte": after}}
         return {**values, "bits_per_byte_change": after / before - 1}
@@ -78,19 +78,20 @@ def test_the_objective_of_a_sweep():
     assert objectives(evaluation, ["sw"], max_forgetting=0.0)["largest_forgetting"] == 0
 
 
-def test_a_comparison_is_a_group_of_runs(root, runs):
+def test_comparison_is_a_group_of_runs(root, runs):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags, "--tracking.wandb=true", "--tracking.run_name=mine") == 0
-    found = {it["name"]: it for it in runs}
+    by_name = {it["name"]: it for it in runs}
     trials = {f"{name}, rate 0.01, seed {seed}" for name in ("shared", "full") for seed in (0, 1)}
-    assert found.keys() == trials | {"comparison"} and {it["group"] for it in runs} == {"mine"}
+    assert by_name.keys() == trials | {"comparison"} and {it["group"] for it in runs} == {"mine"}
     assert all(
-        "train/loss" in found[name]["history"] and "test/bits_per_byte/sw" in found[name]["summary"] for name in trials
+        "train/loss" in by_name[name]["history"] and "test/bits_per_byte/sw" in by_name[name]["summary"]
+        for name in trials
     )
-    assert {"tables/comparison", "figures/trade"} <= found["comparison"]["history"]
+    assert {"tables/comparison", "figures/trade"} <= by_name["comparison"]["history"]
 
 
-def test_without_an_account_the_way_out_is_named(root):
+def test_error_without_an_account_names_offline_mode(root):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     command = [sys.executable, "-m", "agnostic_train", "detect", str(root / "recipe.yaml"), "--tracking.wandb=true"]
     done = subprocess.run(

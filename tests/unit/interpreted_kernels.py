@@ -1,4 +1,4 @@
-"""The kernel on a CPU. `test_kernels.py` runs this file, with Triton's interpreter switched on before Triton is loaded."""
+"""The kernels on a CPU: `test_kernels.py` runs this file with Triton's interpreter on from Triton's import."""
 
 from dataclasses import replace
 from functools import partial
@@ -49,8 +49,8 @@ def test_odd_sizes(length, head_dim):
     assert_equals_the_reference(random_case(length, head_dim))
 
 
-def test_they_are_tried_before_they_are_used(monkeypatch):
-    """Kernels that a device computes wrongly aren't used there, be they off by little."""
+def test_kernels_are_tried_before_use(monkeypatch):
+    """Kernels that a device computes wrongly aren't used there, even if they are off by little."""
     works = partial(kernel_trial._work_on.__wrapped__, torch.device("cpu"), 10)
     assert works()
     with monkeypatch.context() as patch:
@@ -87,7 +87,7 @@ def test_capped_logits_that_grow():
     assert_equals_the_reference(random_case(42, 42, growth=0.5, softcap=5.0))
 
 
-def test_the_hyperbolic_tangent():
+def test_tanh_of_the_kernels_is_accurate():
     assert_tanh_is_close()
 
 
@@ -97,7 +97,7 @@ def test_heads_of_large_models(head_dim):
 
 
 def test_large_logits():
-    """Logits of hundreds, whose own rounding is what differs; a change of hundreds; all below zero."""
+    """Logits of hundreds, which differ by their rounding; changes of hundreds; logits that are all below zero."""
     assert_equals_the_reference(random_case(70, 42, logits=300.0), rtol=3e-4)
     assert_equals_the_reference(random_case(70, 42, change=20.0), rtol=3e-4)
     case = random_case(70, 42, "sliding window")
@@ -106,8 +106,8 @@ def test_large_logits():
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("softcap", [None, 1000.0])
-def test_keys_that_only_the_change_brings_up(softcap):
-    """Their block has no weight before it, in the only row that is counted."""
+def test_keys_that_only_the_change_makes_relevant(softcap):
+    """Their block has no attention weight before the change in the only row that is counted."""
     case = random_case(123, 42, softcap=softcap)
     case["weight"][:, :-1] = 0
     case["weight"][:, -1] = 1
@@ -123,8 +123,8 @@ def without_change(case):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_small_changes_and_none(softcap):
-    """Changes of a few ten-thousandths keep the digits that a weight has left; no change is none to the last bit."""
+def test_small_changes_and_no_change(softcap):
+    """Changes of a few ten-thousandths keep the digits that float32 leaves; no change gives exactly zero."""
     assert_equals_the_reference(random_case(42, 42, change=0.02, softcap=softcap), rtol=1e-3)
     case = without_change(random_case(70, 42, softcap=softcap))
     assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS * NEURONS))
@@ -133,7 +133,7 @@ def test_small_changes_and_none(softcap):
 
 
 @pytest.mark.parametrize("counted", ["none", "last"])
-def test_rows_that_are_not_counted(counted):
+def test_rows_that_are_not_counted_do_not_matter(counted):
     case = random_case(123, 42)
     case["weight"].zero_()
     if counted == "last":
@@ -141,18 +141,18 @@ def test_rows_that_are_not_counted(counted):
     expected = reference(**case)
     for part in (case["logits"], case["factors"][0], case["factors"][2]):
         part[:, :-1] = torch.nan
-    found = kernels.squared_changes(**case)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    actual = kernels.squared_changes(**case)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("where", ["logits", "a", "b", "centred_value"])
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_not_a_number_is_not_lost(where):
+def test_nan_is_not_lost(where):
     assert_nan_is_not_lost(where)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_taken_from_unseen_keys_does_not_matter():
+def test_changes_of_unseen_keys_do_not_matter():
     case = random_case(42, 42)
     case["weight"][:, -1] = 0
     expected = kernels.squared_changes(**case)
@@ -160,12 +160,12 @@ def test_what_is_taken_from_unseen_keys_does_not_matter():
     assert torch.equal(kernels.squared_changes(**case), expected)
 
 
-def test_heads_of_one_sentence_share_its_spans():
+def test_heads_of_one_sentence_share_spans():
     assert_heads_of_one_sentence_share_its_spans()
 
 
-def test_some_neurons_of_many():
-    """More than a program takes, in heads that don't fill the last one; any strides; the others are zero."""
+def test_some_of_many_neurons():
+    """More neurons than one program takes, with the last program not full; any strides; neurons not chosen are zero."""
     case = random_case(42, 10, neurons=kernels.GROUP + 3)
     whole = kernels.squared_changes(**case)
     torch.testing.assert_close(whole.double(), reference(**case), rtol=1e-5, atol=0)
@@ -176,23 +176,23 @@ def test_some_neurons_of_many():
         for name, part in case.items()
         if name != "spans"
     }
-    found = kernels.squared_changes(**strided, spans=case["spans"], chosen=chosen)
-    assert torch.equal(found, torch.where(chosen, whole, 0))
-    for found, expected in zip(intervals_of(strided | {"spans": case["spans"]}), intervals_of(case), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    actual = kernels.squared_changes(**strided, spans=case["spans"], chosen=chosen)
+    assert torch.equal(actual, torch.where(chosen, whole, 0))
+    for actual, expected in zip(intervals_of(strided | {"spans": case["spans"]}), intervals_of(case), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mask", ["causal", "sliding window", "left padding", "right padding", "full"])
 @pytest.mark.parametrize("length", [17, 70])
-def test_intervals(length, mask):
-    """Logits and changes as trained models have them, and growth."""
+def test_intervals_hold(length, mask):
+    """Logits and changes have sizes as in trained models; also with growth."""
     assert_intervals_hold(random_case(length, 42, mask))
     assert_intervals_hold(random_case(length, 42, mask, logits=0.8, change=0.3, growth=0.3))
 
 
 @pytest.mark.parametrize(("logits", "change"), [(0.5, 0.1), (1.0, 1e-3)])
-def test_intervals_of_small_changes(logits, change):
-    """As early models have them, and in the noise."""
+def test_intervals_of_small_changes_hold(logits, change):
+    """Sizes as in early checkpoints, and within rounding noise."""
     for mask in ("causal", "left padding"):
         assert_intervals_hold(random_case(70, 42, mask, logits, change))
     for mask in ("causal", "sliding window", "left padding", "right padding", "full"):
@@ -200,16 +200,16 @@ def test_intervals_of_small_changes(logits, change):
 
 
 @pytest.mark.parametrize("mask", ["causal", "right padding"])
-def test_intervals_of_capped_logits(mask):
-    """From a cap that hardly bends anything to one that most logits reach."""
+def test_intervals_of_capped_logits_hold(mask):
+    """From a cap with hardly any effect to one that most logits reach."""
     for logits, change, softcap in ((3.0, 1.0, 50.0), (3.0, 0.1, 3.0), (3.0, 2.0, 3.0), (1.0, 1e-3, 5.0)):
         assert_intervals_hold(random_case(70, 42, mask, logits, change, softcap=softcap))
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:divide by zero")
 @pytest.mark.parametrize("softcap", [1.0, 50.0])
-def test_intervals_of_logits_at_their_cap(softcap):
-    """Where a float no longer tells the logits apart, there is no upper end."""
+def test_intervals_of_logits_at_their_cap_hold(softcap):
+    """Where the cap makes logits equal in float32, an interval may have no upper end."""
     case = random_case(70, 42, logits=12 * softcap, change=3.0, softcap=softcap)
     low, high = intervals_of(case)
     exact = kernels.squared_changes(**case)
@@ -232,8 +232,8 @@ def test_intervals_are_narrow(head_dim, more):
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("common", ["b", "value"])
-def test_a_common_part_leaves_intervals_narrow(common):
-    """The softmax doesn't see what all keys share, nor the change what all values share."""
+def test_common_part_leaves_intervals_narrow(common):
+    """The softmax ignores what all keys share, and the change of the output what all values share."""
     case = random_case(70, 42, change=0.3)
     if common == "b":
         case["factors"][1] += 30
@@ -246,7 +246,7 @@ def test_a_common_part_leaves_intervals_narrow(common):
 
 
 def two_keys(logits, factors, growths=()):
-    """One head whose last row alone counts, and sees two keys with opposite values; factors by row or key."""
+    """Return a case of one head in which only the last row counts and sees two keys of opposite values."""
     visible = torch.ones(1, 1, 2, 2).tril().bool()
     return {
         "logits": torch.tensor([[[0.0, 0.0], logits]]).masked_fill(~visible[0], -torch.inf),
@@ -259,16 +259,16 @@ def two_keys(logits, factors, growths=()):
 
 @pytest.mark.parametrize("logit", [30.0, 257.0, 2000.0])
 @pytest.mark.parametrize("part", [0.99, 1.01])
-def test_intervals_know_that_the_exact_form_rounds_large_logits_twice(logit, part):
-    """Two changes, each a little below or above half a unit in the last place of the logits."""
+def test_intervals_cover_the_two_roundings_of_large_logits(logit, part):
+    """Two changes are each slightly below or above half a unit in the last place of the logits."""
     change = part * 2.0 ** (floor(log2(logit)) - 24)
     row, keys = [[0.0, change]], [[-1.0, 1.0]]
     assert_intervals_hold(two_keys([logit, logit], [row, keys, row, keys]))
 
 
 @pytest.mark.parametrize("largest", [30.0, 257.0, 515.0])
-def test_intervals_know_how_growing_logits_are_rounded(largest):
-    """What is taken from the logits makes up for their growth, so that roundings alone move them: of many, the worst."""
+def test_intervals_cover_the_rounding_of_growing_logits(largest):
+    """The changes cancel the growth, so that only rounding moves the logits; of many random cases, take the worst."""
     generator = torch.Generator().manual_seed(0)
     row = 1 + 0.01 * torch.rand(100_000, 1, generator=generator)
     column = 1 + 1e-3 * torch.rand(100_000, 2, generator=generator)
@@ -283,14 +283,14 @@ def test_intervals_know_how_growing_logits_are_rounded(largest):
     assert_intervals_hold(two_keys(logits.tolist(), factors, ([[1.0, float(row)]], [column.tolist()])))
 
 
-def test_intervals_know_how_capped_logits_are_rounded():
-    """A change too small to matter moves the hyperbolic tangent's rounding: of many logits, the two that it moves most."""
+def test_intervals_cover_the_rounding_of_capped_logits():
+    """A negligible change moves the rounding of the hyperbolic tangent; of many logits, it moves these two most."""
     softcap, change = 3900.0, 2.0**-13
     logits = 1400 + torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    found = torch.empty(2, len(logits))
-    for row, z in zip(found, (logits / softcap, (logits - change) / softcap), strict=True):
+    capped = torch.empty(2, len(logits))
+    for row, z in zip(capped, (logits / softcap, (logits - change) / softcap), strict=True):
         tanh(z, row)
-    moved = (found[1] * softcap).double() - (found[0] * softcap).double()
+    moved = (capped[1] * softcap).double() - (capped[0] * softcap).double()
     moved -= softcap * (((logits.double() - change) / softcap).tanh() - (logits.double() / softcap).tanh())
     worst = [float(logits[moved.argmin()]), float(logits[moved.argmax()])]
     case = two_keys(worst, [[[0.0, change]], [[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
@@ -298,7 +298,7 @@ def test_intervals_know_how_capped_logits_are_rounded():
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-13])
-def test_intervals_of_values_whose_squares_underflow_have_no_upper_end(size):
+def test_intervals_have_no_upper_end_if_squares_underflow(size):
     case = two_keys([1.0, 1.0], [[[0.0, 0.01]], [[-1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
     low, high = intervals_of(case | {"centred_value": size * case["centred_value"]})
     assert low == 0 and high == torch.inf
@@ -306,8 +306,8 @@ def test_intervals_of_values_whose_squares_underflow_have_no_upper_end(size):
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize(("logits", "change"), [(300.0, 1.0), (3.0, 4.0), (3.0, 20.0), (300.0, 300.0)])
-def test_intervals_where_half_precision_overflows(logits, change):
-    """Then they have no upper end, which costs time and no neuron."""
+def test_intervals_hold_where_half_precision_overflows(logits, change):
+    """Such intervals have no upper end, which costs time but loses no neuron."""
     case = random_case(70, 42, logits=logits, change=change)
     low, high = intervals_of(case)
     exact = kernels.squared_changes(**case)
@@ -326,8 +326,8 @@ def test_intervals_where_half_precision_overflows(logits, change):
     ],
 )
 @pytest.mark.parametrize("common", [0.0, 1e4])
-def test_equals_the_torch_form(common, grows, softcap, capped, monkeypatch):
-    """Through `LayerAttention`, from tensors that aren't contiguous, and whatever all values share."""
+def test_kernel_equals_the_torch_form(common, grows, softcap, capped, monkeypatch):
+    """Through `LayerAttention`, with non-contiguous tensors and a common part of the values."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 21, 3, 10).transpose(1, 2) for _ in range(3))
     value += common
@@ -353,8 +353,8 @@ def test_equals_the_torch_form(common, grows, softcap, capped, monkeypatch):
         ("Gemma 2", "left", "paper"),
     ],
 )
-def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
-    """With the kernels everywhere; all impacts are the torch form's, and the exact form is needed for few neurons."""
+def test_sieve_finds_the_same_top(family, side, attention, monkeypatch):
+    """With the kernels, impacts equal the torch form's, and few neurons need the exact form."""
     model = small_llama(head_dim=10) if family == "Llama" else family_model(family, **SMALL)
     batch = padded_batch([1, 17], side)
     expected = unverified_impacts(model, batch, ["q", "k"], attention)
@@ -364,18 +364,18 @@ def test_the_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     for site, values in expected.items():
         torch.testing.assert_close(unpruned[site], values, rtol=1e-4, atol=1e-5 * values.max().item())
         count = num_top(0.1, values.shape[1])
-        for found in (unpruned[site], impacts[site]):
-            assert torch.equal(in_top(found, count), in_top(values, count))
+        for values_found in (unpruned[site], impacts[site]):
+            assert torch.equal(in_top(values_found, count), in_top(values, count))
         kept = impacts[site] > 0
         assert (kept.sum(1) <= 2 * count + 1).all()
         torch.testing.assert_close(impacts[site][kept], values[kept], rtol=0.03, atol=0)
     for work in meter.work.values():
-        # All of the sentence of one token, whose impacts are all zero, and few of the other.
+        # All neurons in the sentence of one token, whose impacts are all zero, and few in the other sentence.
         assert work.neurons < 0.65 * work.all_neurons and 0 < work.logits < work.rough_logits <= work.all_logits
 
 
-def test_a_norm_over_all_heads(monkeypatch):
-    """The kernel computes the changes in each neuron's own heads."""
+def test_norm_over_all_heads_uses_the_kernel(monkeypatch):
+    """The kernel computes the changes in the heads of each neuron."""
     model, batch = family_model("OLMo 2", num_hidden_layers=1), padded_batch([1, 17], "left")
     expected = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
@@ -390,8 +390,8 @@ def test_a_norm_over_all_heads(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
-def test_the_sieve_at_any_scale(scale, monkeypatch):
-    """Where all impacts are in the noise, and where attention sees one key; and where all are asked for."""
+def test_sieve_finds_the_same_top_at_any_scale(scale, monkeypatch):
+    """With all impacts within rounding noise, and with attention on one key; also with a top ratio of 1."""
     model = small_llama()
     with torch.no_grad():
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
@@ -407,8 +407,8 @@ def test_the_sieve_at_any_scale(scale, monkeypatch):
     torch.testing.assert_close(impacts[(0, "q")], expected[(0, "q")], rtol=1e-3, atol=1e-5 * float(values.max()))
 
 
-def test_a_neuron_that_is_in_the_top_by_its_lower_end_alone(monkeypatch):
-    """One of its rows may have overflowed: its impact is finite none the less."""
+def test_neuron_in_the_top_by_its_lower_end_has_a_finite_impact(monkeypatch):
+    """If one of its rows has overflowed, its interval has no upper end."""
     model, batch = small_llama(), padded_batch([26])
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     expected = pruned_impacts(model, batch, 0.1)[0]
@@ -423,7 +423,7 @@ def test_a_neuron_that_is_in_the_top_by_its_lower_end_alone(monkeypatch):
         assert torch.equal(values > 0, expected[site] > 0)
 
 
-def test_intervals_that_do_not_hold_are_found_by_the_self_check(monkeypatch):
+def test_self_check_finds_intervals_that_do_not_hold(monkeypatch):
     model, batch = small_llama(), padded_batch([26, 9])
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     assert verify_impacts(model, batch)

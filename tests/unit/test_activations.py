@@ -1,4 +1,4 @@
-"""Mean absolute activations, against a loop over sentences; and the random sets that are drawn by them."""
+"""Mean absolute activations, compared with a loop over sentences, and the random sets matched by them."""
 
 import time
 from dataclasses import replace
@@ -20,7 +20,7 @@ from agnostic_train.scores.agnostic_score import language_agnostic_score
 
 
 def activations_by_definition(model, batches):
-    """(layer, projection) -> mean |activation| over real tokens, a sentence at a time without padding."""
+    """Compute (layer, projection) -> mean |activation| over real tokens, one sentence at a time without padding."""
     sums, num_tokens = {}, 0
     layer_modules = model.model.layers
 
@@ -52,30 +52,30 @@ def test_detection_measures_mean_absolute_activations(side, tmp_path):
         "a": [padded_batch([9, 3], side, seed=1), padded_batch([5], side, seed=2)],
         "b": [padded_batch([4, 12, 1], side, seed=3)],
     }
-    found = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False)
+    neurons = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False)
     expected = {language: activations_by_definition(model, batches) for language, batches in corpora.items()}
-    assert list(found.activations) == ["a", "b"]
-    for language, by_site in found.activations.items():
-        assert by_site.keys() == expected[language].keys() == found.mean_activations.keys()
+    assert list(neurons.activations) == ["a", "b"]
+    for language, by_site in neurons.activations.items():
+        assert by_site.keys() == expected[language].keys() == neurons.mean_activations.keys()
         for site, values in by_site.items():
             assert values.dtype == torch.float32
             torch.testing.assert_close(values, expected[language][site], rtol=1e-5, atol=1e-6)
-    for site, values in found.mean_activations.items():
+    for site, values in neurons.mean_activations.items():
         torch.testing.assert_close(values, (expected["a"][site] + expected["b"][site]) / 2, rtol=1e-5, atol=1e-6)
-    found.save(tmp_path / "neurons")
+    neurons.save(tmp_path / "neurons")
     loaded = LanguageNeurons.load(tmp_path / "neurons").activations
-    assert loaded.keys() == found.activations.keys()
-    for language, by_site in found.activations.items():
+    assert loaded.keys() == neurons.activations.keys()
+    for language, by_site in neurons.activations.items():
         assert loaded[language].keys() == by_site.keys()
         assert all(torch.equal(loaded[language][site], values) for site, values in by_site.items())
     without = detect_neurons(model, corpora, top_ratio=0.2, verify=False, progress=False, activations=False)
-    assert without == found and without.activations is None and without.mean_activations is None
+    assert without == neurons and without.activations is None and without.mean_activations is None
 
 
-def test_a_broken_file_of_activations_is_refused_in_one_line(llama, tmp_path):
+def test_broken_activations_file_is_refused_in_one_line(llama, tmp_path):
     corpora = {name: [padded_batch([5, 8], seed=seed)] for seed, name in enumerate(["a", "b.c"])}
-    found = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
-    found.save(tmp_path)
+    neurons = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
+    neurons.save(tmp_path)
     file = tmp_path / "activations.safetensors"
     whole, tensors = file.read_bytes(), load_file(file)
     assert "b.c/0/q" in tensors and LanguageNeurons.load(tmp_path).activations.keys() == corpora.keys()
@@ -88,7 +88,7 @@ def test_a_broken_file_of_activations_is_refused_in_one_line(llama, tmp_path):
     file.write_bytes(whole[:-7])
     refuses("not readable")
     for wrong, message in (
-        ({"layers.0.q": tensors["a/0/q"]}, "not the activations of a, b.c"),  # as an earlier version wrote it
+        ({"layers.0.q": tensors["a/0/q"]}, "not the activations of a, b.c"),  # the format of an earlier version
         ({"d/0/q": tensors["a/0/q"]}, "not the activations of a, b.c"),
         ({key: it for key, it in tensors.items() if not key.startswith("a/")}, "missing"),
         ({key: it for key, it in tensors.items() if key != "b.c/1/down"}, "missing"),
@@ -99,14 +99,14 @@ def test_a_broken_file_of_activations_is_refused_in_one_line(llama, tmp_path):
         refuses(message)
 
 
-def test_special_tokens_are_left_out(llama):
+def test_special_tokens_do_not_count(llama):
     batch = padded_batch([6, 6])
     special = torch.zeros_like(batch["input_ids"])
     special[:, 0] = 1
     corpora = {"a": [batch | {"special_tokens_mask": special}]}
-    found = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
+    without_special = detect_neurons(llama, corpora, top_ratio=0.2, verify=False, progress=False)
     everything = detect_neurons(llama, {"a": [batch]}, top_ratio=0.2, verify=False, progress=False)
-    assert not torch.allclose(found.activations["a"][(0, "q")], everything.activations["a"][(0, "q")])
+    assert not torch.allclose(without_special.activations["a"][(0, "q")], everything.activations["a"][(0, "q")])
 
 
 def a_set(model):
@@ -114,7 +114,7 @@ def a_set(model):
     return NeuronSet({**sites, (1, "q"): range(0, 30, 5), (0, "k"): [19]}, find_decoder(model).sizes)
 
 
-def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama, monkeypatch):
+def test_matched_sets_are_outside_the_set_and_near_in_activation(llama, monkeypatch):
     monkeypatch.setattr("agnostic_train.neurons.random_moves.NUM_NEAREST", 3)
     neurons = a_set(llama)
     generator = torch.Generator().manual_seed(3)
@@ -127,12 +127,12 @@ def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama,
     assert draws[0] == neurons.random_like(0, llama, activations) and any(it != draws[0] for it in draws)
     for drawn in draws:
         assert {site: len(it) for site, it in drawn.items()} == {site: len(it) for site, it in neurons.items()}
-        # Hidden units move as units: those that two projections share stay shared, and none is a unit of the set.
+        # Hidden units move as units: units that projections share stay shared, and none is in the original set.
         units = set().union(*(drawn[(0, name)].tolist() for name in ("gate", "up", "down")))
         assert len(units) == 3 and not units & {1, 2, 30}
         assert len(set(drawn[(0, "gate")].tolist()) & set(drawn[(0, "up")].tolist())) == 1
         assert set(drawn[(0, "down")].tolist()) <= set(drawn[(0, "up")].tolist())
-        # The columns of o still read the channels of v: 3 and 13 of KV head 0, 45 (query head 4) channel 15.
+        # Columns 3 and 13 of o read channel 3 of v, column 45 (query head 4) channel 15; all move to new channels.
         read = {column // 30 * 10 + column % 10 for column in drawn[(1, "o")].tolist()}
         assert len(read) == 2 or len(read) == 3
         channels = {3, 11, 15}
@@ -140,7 +140,7 @@ def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama,
         k = drawn[(0, "k")].item()
         ranks = (activations[(0, "k")] - activations[(0, "k")][19]).abs().argsort().tolist()
         assert 1 <= ranks.index(k) <= 3
-    # A distance of random sets is several times as large.
+    # The distance of unmatched random sets is several times as large.
     site = (1, "q")
 
     def distance(drawn):
@@ -153,7 +153,7 @@ def test_matched_sets_lie_outside_the_set_among_the_nearest_in_activation(llama,
     assert matched < free / 2
 
 
-def test_a_set_of_most_neurons_still_has_a_counterpart(llama):
+def test_set_of_most_neurons_still_has_a_matched_set(llama):
     most = NeuronSet({(0, "up"): range(50), (0, "q"): range(60)}, find_decoder(llama).sizes)
     activations = {site: torch.rand(size) for site, size in find_decoder(llama).sizes.items()}
     drawn = most.random_like(1, llama, activations)
@@ -161,27 +161,27 @@ def test_a_set_of_most_neurons_still_has_a_counterpart(llama):
 
 
 def active(activations, site, index):
-    """A neuron's mean |activation|: of gate, up and down a hidden unit's, of a column of o that of the channel it reads."""
+    """Return a neuron's mean |activation|: its hidden unit's for gate, up and down, the channel's it reads for o."""
     layer, name = site
     if name == "o":
         return float(activations[(layer, "v")][index // 30 * 10 + index % 10])
     return float(activations[(layer, {"gate": "down", "up": "down"}.get(name, name))][index])
 
 
-def test_matched_controls_are_like_their_set_where_it_is_judged(llama, monkeypatch):
-    """In its own language for an exclusive set, whatever it does in the other; and the score says how like."""
+def test_matched_controls_are_as_active_as_their_set_in_its_language(llama, monkeypatch):
+    """An exclusive set is matched in its own language, not in others; the score reports the activation ratio."""
     sizes = find_decoder(llama).sizes
     generator = torch.Generator().manual_seed(5)
     own = NeuronSet({(0, "q"): range(0, 60, 6), (1, "up"): range(0, 53, 6), (1, "v"): [3, 6], (1, "o"): [32]}, sizes)
     shared = NeuronSet({(0, "down"): range(1, 53, 7), (0, "k"): [2, 7]}, sizes)
-    found = LanguageNeurons.from_related({"a": own | shared, "b": shared})
+    neurons = LanguageNeurons.from_related({"a": own | shared, "b": shared})
 
     def some(size, language):
-        # Every third neuron is active in a, the others in b: over both languages all are alike.
+        # Every third neuron is active in a, the others in b: over both languages, all are equally active.
         third = torch.arange(size) % 3 == 0
         return torch.rand(size, generator=generator) + 3 * (third if language == "a" else ~third)
 
-    found.activations = {
+    neurons.activations = {
         language: {(layer, name): some(sizes[(layer, name)], language) for layer in (0, 1) for name in MEASURED}
         for language in "ab"
     }
@@ -193,27 +193,27 @@ def test_matched_controls_are_like_their_set_where_it_is_judged(llama, monkeypat
 
     monkeypatch.setattr(agnostic_score, "ablate", watched)
     corpora = {name: [padded_batch([9, 12, 7])] for name in "ab"}
-    score = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], num_resamples=0).to_json()
+    score = language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2], num_resamples=0).to_json()
     for kind, key in (("matched", "matched_controls"), ("random", "controls")):
         ratios = score[key]["activation_ratio"]
         assert ratios["exclusive"]["b"] == {}
-        for name, its, judged, ratio in (
-            ("shared", shared, found.mean_activations, ratios["shared"]),
-            ("exclusive a", own, found.activations["a"], ratios["exclusive"]["a"]),
+        for name, members, judged, ratio in (
+            ("shared", shared, neurons.mean_activations, ratios["shared"]),
+            ("exclusive a", own, neurons.activations["a"], ratios["exclusive"]["a"]),
         ):
             expected = {}
             for drawn in (sets[f"{kind} {seed} {name}"] for seed in (1, 2)):
-                for site, indices in its.items():
-                    sums = [sum(active(judged, site, it) for it in of[site].tolist()) for of in (drawn, its)]
+                for site, indices in members.items():
+                    sums = [sum(active(judged, site, it) for it in of[site].tolist()) for of in (drawn, members)]
                     for projection in (site[1], "all"):
                         expected.setdefault(projection, []).extend([sums[0] / sums[1]] * len(indices))
             assert ratio == pytest.approx({name: sum(it) / len(it) for name, it in expected.items()}, rel=1e-6)
             if kind == "matched":
-                # For each neuron there is another one like it.
+                # There is a neuron of similar activation for each neuron.
                 assert all(abs(it - 1) < 0.1 for it in ratio.values()), ratio
 
 
-def test_sites_of_no_activation_have_no_ratio(llama):
+def test_sites_without_activation_have_no_ratio(llama):
     layers = find_decoder(llama).layers
     members = {(0, "q"): torch.tensor([0, 1]), (1, "q"): torch.tensor([2])}
     control = {(0, "q"): torch.tensor([4, 5]), (1, "q"): torch.tensor([6])}
@@ -222,15 +222,15 @@ def test_sites_of_no_activation_have_no_ratio(llama):
     assert activation_ratio(members, [], layers, activations) == {}
 
 
-def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(llama, tmp_path, monkeypatch):
+def test_score_with_matched_controls_resumes_where_it_was_interrupted(llama, tmp_path, monkeypatch):
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("ab")}
-    found = detect_neurons(llama, corpora, top_ratio=0.3, consistency=0.6, verify=False, progress=False)
-    whole = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2])
+    neurons = detect_neurons(llama, corpora, top_ratio=0.3, consistency=0.6, verify=False, progress=False)
+    whole = language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2])
     assert whole.matched_controls.keys() == whole.controls.keys() == {1, 2}
     matched, free = (whole.ablation.measured[f"{kind} 1 shared"]["a"].nats for kind in ("matched", "random"))
     assert matched != free
-    drawn = found.shared.random_like(1, llama, found.mean_activations)
-    assert whole.ablation.num_neurons["matched 1 shared"] == len(drawn) == len(found.shared)
+    drawn = neurons.shared.random_like(1, llama, neurons.mean_activations)
+    assert whole.ablation.num_neurons["matched 1 shared"] == len(drawn) == len(neurons.shared)
 
     from agnostic_train.scores import ablation
 
@@ -244,28 +244,35 @@ def test_the_score_has_matched_controls_and_goes_on_where_it_was_interrupted(lla
 
     monkeypatch.setattr(ablation, "perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
+        language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     calls[:] = [1] * 9
-    again = language_agnostic_score(llama, found, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
+    continued = language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2], resume_dir=tmp_path)
     num_passes = 2 * 4 + 4 * (2 + 2)
-    assert len(calls) == 9 + num_passes - 8 and again.to_json() == whole.to_json()
-    # Equal sets have a file each: of several processes one would else find what another is about to measure.
-    twice = ablation.ablate(llama, {"one": found.shared, "other": found.shared}, corpora, resume_dir=tmp_path / "twice")
+    assert len(calls) == 9 + num_passes - 8 and continued.to_json() == whole.to_json()
+    # Equal sets have separate files: otherwise a process could find what another is still measuring.
+    twice = ablation.ablate(
+        llama, {"one": neurons.shared, "other": neurons.shared}, corpora, resume_dir=tmp_path / "twice"
+    )
     assert len(list((tmp_path / "twice").iterdir())) == len(twice.measured) == 3
-    # Of other weights, text or neurons nothing there is taken.
-    for model, its, text in (
-        (tiny_llama(initializer_range=0.2), found, corpora),
-        (llama, found, corpora | {"a": [padded_batch([9, 12, 7], seed=7)]}),
-        (llama, replace(found, exclusive=dict(zip("ab", list(found.exclusive.values())[::-1], strict=True))), corpora),
+    # With other weights, text or neurons, no kept result is reused.
+    for model, neurons_given, text in (
+        (tiny_llama(initializer_range=0.2), neurons, corpora),
+        (llama, neurons, corpora | {"a": [padded_batch([9, 12, 7], seed=7)]}),
+        (
+            llama,
+            replace(neurons, exclusive=dict(zip("ab", list(neurons.exclusive.values())[::-1], strict=True))),
+            corpora,
+        ),
     ):
         resumed, expected = (
-            language_agnostic_score(model, its, text, control_seeds=[], resume_dir=it) for it in (tmp_path, None)
+            language_agnostic_score(model, neurons_given, text, control_seeds=[], resume_dir=it)
+            for it in (tmp_path, None)
         )
         assert resumed.to_json() == expected.to_json() != whole.to_json()
 
 
 def nearest_free_by_definition(activation, members, generator):
-    """Looks at every free neuron for every member."""
+    """Draw each member's counterpart after comparing it with every free neuron."""
     activation = activation.double()
     free = torch.ones(len(activation), dtype=torch.bool)
     if 2 * len(members) <= len(activation):
@@ -282,23 +289,23 @@ def nearest_free_by_definition(activation, members, generator):
 
 @pytest.mark.parametrize("num_nearest", [1, 2, 5])
 @pytest.mark.parametrize("num_levels", [1, 4, 10**6])
-def test_the_nearest_are_those_of_a_look_at_all(monkeypatch, num_nearest, num_levels):
-    """The same draws from the same seed; with few levels there are many ties, which go to the lower index."""
+def test_nearest_free_equals_a_comparison_with_all(monkeypatch, num_nearest, num_levels):
+    """The same seed gives the same draws; few levels give many ties, which go to the lower index."""
     monkeypatch.setattr("agnostic_train.neurons.random_moves.NUM_NEAREST", num_nearest)
     for seed, (size, count) in enumerate([(1, 1), (2, 1), (42, 6), (123, 61), (123, 62), (123, 123), (50, 0)]):
         generator = torch.Generator().manual_seed(seed)
         activation = torch.randint(num_levels, (size,), generator=generator) / num_levels
-        # A set holds the most active above all.
+        # The set holds mostly the most active neurons.
         members = activation.argsort(descending=True)[: size // 2 + count // 2][-count:] if count else torch.arange(0)
         members = members.sort().values
-        found, expected = (
+        actual, expected = (
             draw(activation, members, torch.Generator().manual_seed(seed))
             for draw in (random_moves._nearest_free, nearest_free_by_definition)
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
-def test_drawing_takes_a_moment_at_the_size_of_a_large_model():
+def test_drawing_is_fast_at_the_size_of_a_large_model():
     generator = torch.Generator().manual_seed(0)
     activation, members = torch.rand(14336, generator=generator), torch.arange(0, 14336, 20)
     start = time.process_time()

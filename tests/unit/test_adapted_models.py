@@ -1,4 +1,4 @@
-"""What detection, deactivation and scores say of a model with adapters is what they say of the merged one."""
+"""Detection, deactivation and scores give the same results for a model with adapters as for the merged model."""
 
 import copy
 
@@ -48,7 +48,7 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_impacts_are_those_of_the_merged_model(wrapped_and_merged):
+def test_impacts_equal_those_of_the_merged_model(wrapped_and_merged):
     wrapped, merged = wrapped_and_merged
     expected = neuron_impacts(merged, BATCH)
     impacts = neuron_impacts(wrapped, BATCH)
@@ -64,7 +64,7 @@ def test_impacts_are_those_of_the_merged_model(wrapped_and_merged):
 
 
 @torch.no_grad()
-def test_deactivation_switches_the_sum_off_and_leaves_every_bit(wrapped_and_merged):
+def test_deactivation_zeroes_base_plus_delta_and_restores_every_bit(wrapped_and_merged):
     wrapped, merged = wrapped_and_merged
     wrapped.eval()
     before = copy.deepcopy(wrapped.state_dict())
@@ -78,7 +78,7 @@ def test_deactivation_switches_the_sum_off_and_leaves_every_bit(wrapped_and_merg
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
 
 
-def test_blocks_can_be_nested(wrapped_and_merged):
+def test_deactivation_blocks_can_be_nested(wrapped_and_merged):
     wrapped, merged = wrapped_and_merged
     sizes = find_decoder(merged).sizes
     first, second = NeuronSet({(0, "up"): [3, 4], (1, "o"): [5]}, sizes), NeuronSet({(0, "up"): [4, 7]}, sizes)
@@ -92,28 +92,30 @@ def test_blocks_can_be_nested(wrapped_and_merged):
         assert inside == pytest.approx(perplexity(merged, [BATCH]).value, rel=1e-5)
 
 
-def test_the_score_is_that_of_the_merged_model(wrapped_and_merged):
+def test_score_equals_that_of_the_merged_model(wrapped_and_merged):
     wrapped, merged = wrapped_and_merged
     corpora = {"en": [BATCH], "sw": [padded_batch([6, 9], seed=4)]}
     assert perplexity(wrapped, [BATCH]).value == pytest.approx(perplexity(merged, [BATCH]).value, rel=1e-5)
-    found = detect_neurons(merged, corpora, 0.2, 0.5)
-    scores = [language_agnostic_score(model, found, corpora) for model in (wrapped, merged)]
+    neurons = detect_neurons(merged, corpora, 0.2, 0.5)
+    scores = [language_agnostic_score(model, neurons, corpora) for model in (wrapped, merged)]
     assert scores[0].value == pytest.approx(scores[1].value, rel=1e-3)
 
 
-def test_weights_are_told_apart_by_the_adapter_that_is_active():
+def test_checksum_depends_on_the_active_adapter():
     model = adapted()
     with model.disable_adapter():
         without = weights_checksum(model)
     assert weights_checksum(model) == weights_checksum(model) != without
 
 
-def test_a_large_bias_leaves_no_rounding_in_the_weight():
+def test_large_bias_does_not_round_the_effective_weight():
     model = family_model("GPT-NeoX").bfloat16()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("dense_4h_to_h.bias"):
                 parameter.normal_(std=10)
     adapter = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["dense_4h_to_h"]))
-    plain, seen = (find_decoder(it).projection((0, "down")).effective_weight() for it in (model, adapter))
-    assert torch.equal(seen, plain)
+    plain_weight, adapted_weight = (
+        find_decoder(it).projection((0, "down")).effective_weight() for it in (model, adapter)
+    )
+    assert torch.equal(adapted_weight, plain_weight)

@@ -1,4 +1,4 @@
-"""Imports run one way: a module uses only modules that stand before it."""
+"""Imports run one way: a module uses only modules listed before it in `ORDER`."""
 
 import ast
 
@@ -31,11 +31,11 @@ ORDER = {
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip
-"""Of each package, its modules and packages, by its name below `agnostic_train`."""
+"""The modules and subpackages of each package, in import order, by the package's name below `agnostic_train`."""
 
 
 def imported(file):
-    """Names below `agnostic_train` that a file imports, as tuples."""
+    """Yield the names below `agnostic_train` that a file imports, as tuples."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("agnostic_train"):
             yield from ((*node.module.split(".")[1:], alias.name) for alias in node.names)
@@ -58,21 +58,21 @@ def test_imports_run_one_way(pytestconfig):
     assert {package: seen[package] for package in ORDER} == {package: set(names) for package, names in ORDER.items()}
 
 
-def test_training_needs_nothing_that_reads_recipes_or_text(pytestconfig):
-    """`tests/gpu` and the benchmarks run where these packages aren't."""
+def test_training_does_not_import_recipe_or_text_packages(pytestconfig):
+    """`tests/gpu` and the benchmarks run where these packages aren't installed."""
     root = pytestconfig.rootpath / "agnostic_train"
-    left, seen, packages = [("training", "trainer"), ("export", "checkpoint"), ("scores", "emergence")], set(), set()
-    while left:
-        parts = left.pop()
+    todo, seen, packages = [("training", "trainer"), ("export", "checkpoint"), ("scores", "emergence")], set(), set()
+    while todo:
+        parts = todo.pop()
         file = root.joinpath(*parts).with_suffix(".py")
         if not file.exists():
             file = root.joinpath(*parts, "__init__.py")
-        if not file.exists() or file in seen:  # what isn't a module is a name in one
+        if not file.exists() or file in seen:  # a name that isn't a module is defined in its parent
             if file not in seen and len(parts) > 1:
-                left.append(parts[:-1])
+                todo.append(parts[:-1])
             continue
         seen.add(file)
-        left += imported(file)
+        todo += imported(file)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [it.name for it in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
@@ -81,8 +81,8 @@ def test_training_needs_nothing_that_reads_recipes_or_text(pytestconfig):
     assert not packages & {"pydantic", "datasets", "wandb", "ruamel", "trl", "lm_eval"}
 
 
-def test_nothing_is_read_or_written_that_could_run_code(pytestconfig):
-    """Our own files are safetensors, JSON and YAML of the safe kind; of a Trainer's pickles, plain values alone."""
+def test_no_file_format_that_can_run_code_is_used(pytestconfig):
+    """Files are safetensors, JSON and safe YAML; the Trainer's pickles are loaded with `weights_only`."""
     loads = 0
     for file in (pytestconfig.rootpath / "agnostic_train").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

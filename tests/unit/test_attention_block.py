@@ -1,4 +1,4 @@
-"""Powers of two in place of a softmax: the same squared changes, and never where they would leave float32's range."""
+"""Powers of two give the same squared changes as a softmax, and are used only where they stay in float32's range."""
 
 from math import e, log2
 
@@ -13,7 +13,7 @@ HEADS, NEURONS, LENGTH, SIZE = 3, 5, 21, 8
 
 
 def random_case(scale, growth=None):
-    """Logits of causal attention and what neurons take from them; growth: by how much of them they grow, at most."""
+    """Return logits of causal attention, values, weights and neurons' changes; growth: the largest relative one."""
     torch.manual_seed(0)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     logits = (3 * torch.randn(HEADS, LENGTH, LENGTH)).masked_fill(hidden, -torch.inf)
@@ -24,7 +24,7 @@ def random_case(scale, growth=None):
 
 
 def shaped(parts):
-    """By query and by key in turn."""
+    """Broadcast alternately by query and by key."""
     return [part.unsqueeze(-2 if number % 2 else -1) for number, part in enumerate(parts)]
 
 
@@ -44,7 +44,7 @@ def squares(name, logits, value, weight, factors, growths):
 
 
 def reference(logits, value, weight, factors, growths):
-    """In float64, as it is defined."""
+    """Compute the squared changes in float64, as they are defined."""
     a, b, c, d = shaped(factors.double())
     grown = logits.double().unsqueeze(1)
     for growth in shaped(growths):
@@ -64,13 +64,13 @@ def test_all_forms_equal_the_definition(name, growth, scale):
 
 @pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
 @pytest.mark.parametrize("growth", [None, 0.0])
-def test_what_changes_nothing_has_hardly_a_square(name, growth):
-    """A power of two may be rounded in another way at the end of a tensor."""
+def test_squares_without_a_change_are_nearly_zero(name, growth):
+    """They aren't exactly zero, because the last elements of a tensor may be rounded differently."""
     assert squares(name, *random_case(0.0, growth)).max() < 1e-11
 
 
 @pytest.mark.parametrize("name", ["powers", "softmax", "plain"])
-def test_some_heads_are_those_heads(name):
+def test_selected_heads_give_their_own_squares(name):
     logits, value, weight, factors, growths = random_case(1.0, 0.5)
     every = form(name, logits, value, weight, True)
     expected = every.squares(every.changed(shaped(factors), shaped(growths)))
@@ -81,24 +81,24 @@ def test_some_heads_are_those_heads(name):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_powers_reach_as_far_as_they_are_used(sign):
-    """A row whose logits all fall or rise by nearly the most that still counts as little, and twice as much doesn't."""
+def test_powers_are_accurate_up_to_the_limit_of_their_use(sign):
+    """A row's logits all move by just under the 40 bits up to which powers are used; twice as much is too far."""
     bits = 39.9
     logits, value = torch.zeros(1, 1, 2), torch.tensor([[[1.0], [-1.0]]])
     factors = torch.tensor([sign, bits / log2(e), 0, 0]).view(4, 1, 1, 1) * torch.tensor([1.0, 1.0])
     factors[1, ..., 1] *= 0.99
     row = factors[0, ..., :1], factors[1], factors[2, ..., :1], factors[3]
     block = form("powers", logits, value, torch.ones(1, 1), False)
-    found = block.squares(block.changed(shaped(row), []))
+    actual = block.squares(block.changed(shaped(row), []))
     truth = (-(row[0].double() * row[1].double())).softmax(-1) @ torch.tensor([1.0, -1.0]).double()
-    torch.testing.assert_close(found.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.double().squeeze(), truth.square().squeeze(), rtol=1e-4, atol=0)
     change = LogitChange(*(part.mT.unsqueeze(0) for part in factors))
     far = LogitChange(*(part.mT.unsqueeze(0) for part in (2 * factors[0], *factors[1:])))
     assert bits_moved(change, torch.zeros(1, 1)).max() < 40 < bits_moved(far, torch.zeros(1, 1)).min()
 
 
-def test_how_far_others_move_the_logits_changes_nothing_for_a_neuron():
-    """Bit for bit: what moves them far, or by what isn't a number, goes through a softmax, and nothing else does."""
+def test_form_is_chosen_for_each_neuron_separately():
+    """Neurons that move logits beyond the limit, or by NaN, take the softmax, the others the powers, bit for bit."""
     logits, value, weight, factors, growths = random_case(2.0)
     forms, parts = forms_of(logits, value, weight), shaped(factors)
     bits = torch.full((HEADS, NEURONS), 40.0)
@@ -106,37 +106,37 @@ def test_how_far_others_move_the_logits_changes_nothing_for_a_neuron():
     powers, softmax = (block.squares(block.changed(parts, growths)) for block in (powers, softmax))
     assert torch.equal(forms.squares(slice(None), parts, growths, bits), powers)
     bits[0, 1], bits[2, 3] = 40.1, torch.nan
-    found = forms.squares(slice(None), parts, growths, bits)
-    assert torch.equal(found, torch.where(bits == 40.0, powers, softmax)) and not torch.equal(found, powers)
+    actual = forms.squares(slice(None), parts, growths, bits)
+    assert torch.equal(actual, torch.where(bits == 40.0, powers, softmax)) and not torch.equal(actual, powers)
 
 
-def test_large_logits_that_grow():
-    """Of hundreds of bits, no power could be taken."""
+def test_powers_are_accurate_for_large_logits_that_grow():
+    """Powers of two with exponents of hundreds would leave float32's range."""
     logits, *case = random_case(1.0, 1e-3)
     case = 40 * logits, *case
     assert case[0].max() * log2(e) > 200
-    found, truth = squares("powers", *case).double().sqrt(), reference(*case).sqrt()
-    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5 * truth.max().item())
+    actual, truth = squares("powers", *case).double().sqrt(), reference(*case).sqrt()
+    torch.testing.assert_close(actual, truth, rtol=1e-3, atol=1e-5 * truth.max().item())
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e8])
-def test_values_of_any_size(size):
+def test_powers_are_accurate_for_values_of_any_size(size):
     logits, value, weight, factors, growths = random_case(3.0)
     expected = squares("softmax", logits, value, weight, factors, growths)
-    found = squares("powers", logits, size * value, weight, factors, growths)
-    torch.testing.assert_close(found / size / size, expected, rtol=1e-4, atol=0)
+    actual = squares("powers", logits, size * value, weight, factors, growths)
+    torch.testing.assert_close(actual / size / size, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("common", [30, 3000])
 def test_powers_and_softmax_agree_where_large_logits_are_rounded(common):
-    """Either may compute a neuron, with and without pruning: what tells them apart has to stay below the margin of bounds."""
+    """With or without pruning, either form may compute a neuron: they must differ by less than the bounds' margin."""
     logits, value, weight, factors, growths = random_case(2.0)
     case = logits * (1 + common / 30), value, weight, factors, growths
     powers, softmax = squares("powers", *case).sqrt(), squares("softmax", *case).sqrt()
     torch.testing.assert_close(powers, softmax, rtol=ROUNDING_MARGIN, atol=1e-5 * softmax.max().item())
 
 
-def test_growth_moves_the_logits_and_what_is_not_a_number_stays():
+def test_bits_moved_includes_growth_and_keeps_nan():
     factors = torch.rand(4, 1, 1, 4, 3)
     factors[0::2, ..., 2] = 0
     plain, grown = (

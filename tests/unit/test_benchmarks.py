@@ -1,4 +1,4 @@
-"""The benchmarks run where torch, transformers and PEFT are, and none of the packages that read recipes and text."""
+"""The benchmarks need only torch, transformers and PEFT, and no package that reads recipes or text."""
 
 import json
 import os
@@ -29,7 +29,7 @@ IS_COMPLETE = {
 
 
 @pytest.mark.parametrize("name", LEAST)
-def test_a_benchmark_needs_no_more_than_it_says(pytestconfig, tmp_path, name):
+def test_benchmark_runs_without_recipe_and_text_packages(pytestconfig, tmp_path, name):
     file, results = pytestconfig.rootpath / f"scripts/benchmarks/{name}.py", tmp_path / "results.json"
     command = [sys.executable, "-c", PROGRAM, str(file), *LEAST[name], f"--output={results}"]
     if name == "kernels":
@@ -37,6 +37,6 @@ def test_a_benchmark_needs_no_more_than_it_says(pytestconfig, tmp_path, name):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "imported:"
-    found = json.loads(results.read_text())
-    assert {"machine", "versions", "date"} < found.keys()
-    assert IS_COMPLETE[name](found)
+    report = json.loads(results.read_text())
+    assert {"machine", "versions", "date"} < report.keys()
+    assert IS_COMPLETE[name](report)

@@ -1,4 +1,4 @@
-"""`DetectionCallback`: what a `NeuronTrainer` trains, and a plain `Trainer` only reports."""
+"""`DetectionCallback`: a `NeuronTrainer` trains what it detects, a plain `Trainer` only reports it."""
 
 from contextlib import nullcontext
 from unittest.mock import Mock
@@ -22,7 +22,7 @@ def corpora():
     return {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate(("en", "sw"))}
 
 
-def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
+def test_neuron_trainer_trains_what_the_callback_detects(tmp_path):
     model = tiny_llama()
     before = plain_weights(model)
     callback = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
@@ -37,8 +37,8 @@ def test_the_callback_finds_what_a_neuron_trainer_trains(tmp_path):
     assert first["agnostic_score"] == pytest.approx(callback.score.value)
 
 
-def test_in_a_plain_trainer_the_callback_only_reports(tmp_path):
-    """With dropout in the model, the loss curve shows any change of the random state."""
+def test_callback_only_reports_in_a_plain_trainer(tmp_path):
+    """Because the model has dropout, the loss curve shows any change of the random state."""
     curves, callback = [], None
     for with_callback in (False, True):
         model = tiny_llama(attention_dropout=0.2)
@@ -66,7 +66,7 @@ class StopAtTen(TrainerCallback):
         control.should_training_stop = state.global_step == 10
 
 
-def test_a_resumed_run_logs_the_same_values(tmp_path):
+def test_resumed_run_logs_the_same_values(tmp_path):
     histories = []
     for interrupted in (False, True):
         settings = arguments(tmp_path / str(interrupted), save_strategy="steps", save_steps=10)
@@ -87,8 +87,8 @@ def test_a_resumed_run_logs_the_same_values(tmp_path):
 
 
 @pytest.mark.parametrize("update", ["compact", "mask"])
-def test_a_resumed_run_detects_only_when_it_is_due(tmp_path, update):
-    """At its checkpoint of step 10 none is; what it trains comes from there."""
+def test_resumed_run_detects_only_when_due(tmp_path, update):
+    """No detection is due at the checkpoint of step 10; the neurons to train come from the checkpoint."""
 
     def train(*more, resume=None):
         callback = DetectionCallback(corpora(), "related", 7, top_ratio=0.2, consistency=0.6, progress=False)
@@ -100,15 +100,15 @@ def test_a_resumed_run_detects_only_when_it_is_due(tmp_path, update):
         return callback, trainer
 
     first, trainer = train(StopAtTen())
-    resumed, again = train(resume=True)
+    resumed, resumed_trainer = train(resume=True)
     with pytest.raises(ValueError, match="nothing was detected so far"):
         resumed.metrics()
     assert resumed.neurons is None and resumed.score is None
-    assert resumed.choice.neurons == again.neurons == trainer.neurons == first.choice.neurons
-    assert [it["step"] for it in again.state.log_history if "neurons/shared" in it] == [0, 7]
+    assert resumed.choice.neurons == resumed_trainer.neurons == trainer.neurons == first.choice.neurons
+    assert [it["step"] for it in resumed_trainer.state.log_history if "neurons/shared" in it] == [0, 7]
 
 
-def test_losses_are_logged_beside_detections(tmp_path):
+def test_losses_are_still_logged_at_steps_with_a_detection(tmp_path):
     callback = DetectionCallback(corpora(), "related", 2, top_ratio=0.2, consistency=0.6, progress=False)
     settings = arguments(tmp_path, max_steps=4, logging_steps=2)
     trainer = NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback])
@@ -118,25 +118,25 @@ def test_losses_are_logged_beside_detections(tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda it: it[:, :20].mul_(3), lambda it: it.copy_(it.flip(1))])
-def test_counts_of_other_weights_are_no_beginning(tmp_path, change):
-    """A callback that detects again finds the first detection's counts in its folder, finished.
+def test_counts_of_other_weights_are_not_resumed(tmp_path, change):
+    """A callback that detects again finds the completed counts of the first detection in its folder.
 
-    The same weights in another order are other ones.
+    The same weights in another order count as other weights.
     """
     callback = DetectionCallback(
         corpora(), "related", top_ratio=0.2, consistency=0.6, progress=False, resume_dir=tmp_path / "counts"
     )
-    model, found = tiny_llama(), []
+    model, detected = tiny_llama(), []
     for _ in range(2):
         callback.run(model)
-        found.append(callback.neurons)
+        detected.append(callback.neurons)
         with torch.no_grad():
             for layer in find_decoder(model).layers:
                 change(layer.projections["down"].linear.weight)
-    assert found[0].related != found[1].related
+    assert detected[0].related != detected[1].related
 
 
-def test_counts_of_other_settings_or_batches_are_no_beginning(tmp_path):
+def test_counts_of_other_settings_or_batches_are_not_resumed(tmp_path):
     model = tiny_llama()
 
     def detect(batches, resume_dir, **settings):
@@ -150,16 +150,16 @@ def test_counts_of_other_settings_or_batches_are_no_beginning(tmp_path):
     uncounted = [four[0] | {"special_tokens_mask": torch.arange(9).expand(4, -1) < 2}]
     changes = [(it, {}) for it in (four, two, shorter, uncounted)]
     for batches, settings in (*changes, (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
-        found, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
-        assert found.related == expected.related and found.settings == expected.settings
+        resumed, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
+        assert resumed.related == expected.related and resumed.settings == expected.settings
 
 
-def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
-    logged, made = [], []
+def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):
+    logged, integrations = [], []
 
     class Integration(TrainerCallback):
         def __init__(self):
-            made.append(self)
+            integrations.append(self)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append((state.global_step, logs))
@@ -170,15 +170,15 @@ def test_a_plain_trainers_integrations_get_the_values(tmp_path, monkeypatch):
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
     assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
-    assert len(made) == 1  # tensorboard's would begin a file each
+    assert len(integrations) == 1  # each further TensorBoard integration would open another file
 
 
-def test_a_language_without_text_is_refused_at_once():
+def test_strategy_for_an_undetected_language_is_refused():
     with pytest.raises(UserError, match=r"training\.languages: 'zz' isn't among the detected languages"):
         DetectionCallback(corpora(), Strategy("shared", languages=["zz"]))
 
 
-def test_a_misspelt_option_is_refused_at_once():
+def test_invalid_arguments_are_refused_at_construction():
     with pytest.raises(TypeError, match="no option 'top_ration'"):
         DetectionCallback(corpora(), top_ration=0.1)
     with pytest.raises(TypeError, match="no option 'model'"):
@@ -190,7 +190,7 @@ def test_a_misspelt_option_is_refused_at_once():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_path, name):
+def test_baseline_strategies_are_refused_before_detection(tmp_path, name):
     with pytest.raises(UserError, match=f"strategy: '{name}' trains no neurons; .* shared, exclusive"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), callbacks=[DetectionCallback(corpora(), name)])
     trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences())
@@ -199,14 +199,14 @@ def test_a_baseline_has_no_neurons_to_train_and_is_refused_before_detection(tmp_
         trainer.train()
 
 
-def test_a_callback_can_be_added_later(tmp_path):
+def test_callback_can_be_added_after_construction(tmp_path):
     options = dict(top_ratio=0.2, consistency=0.6, progress=False)
     trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path, max_steps=1), train_dataset=sentences())
     detection = DetectionCallback(corpora(), "related", **options)
     trainer.add_callback(detection)
     trainer.train()
-    found = detection.neurons
-    assert trainer.neurons == found.related["en"] | found.related["sw"] and trainer.state.global_step == 1
+    neurons = detection.neurons
+    assert trainer.neurons == neurons.related["en"] | neurons.related["sw"] and trainer.state.global_step == 1
 
 
 class Interrupt(TrainerCallback):
@@ -217,8 +217,8 @@ class Interrupt(TrainerCallback):
 @pytest.mark.parametrize("first_kind", [NeuronTrainer, Trainer])
 @pytest.mark.parametrize("more", [(), (Interrupt(),)], ids=["whole", "interrupted"])
 @pytest.mark.parametrize("every_n_steps", [None, 1])
-def test_another_training_of_the_same_callback_detects_anew(tmp_path, first_kind, more, every_n_steps):
-    """Of another model, by another kind of trainer: nothing is left of the first, even if it was interrupted."""
+def test_second_training_with_the_same_callback_detects_again(tmp_path, first_kind, more, every_n_steps):
+    """Another model and kind of trainer: nothing remains of the first training, even if it was interrupted."""
     callback = DetectionCallback(corpora(), "related", every_n_steps, top_ratio=0.2, consistency=0.6, progress=False)
     settings = arguments(tmp_path, max_steps=1)
     one = first_kind(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback, *more])
@@ -236,8 +236,8 @@ def test_another_training_of_the_same_callback_detects_anew(tmp_path, first_kind
 
 
 @pytest.mark.parametrize("by_trainer", [True, False])
-def test_a_detection_without_a_training_is_not_the_next_ones(tmp_path, monkeypatch, by_trainer):
-    """Of one that found nothing to train, or that someone else asked for."""
+def test_detection_without_training_is_not_reused_by_the_next_training(tmp_path, monkeypatch, by_trainer):
+    """Neither if the first training found nothing to train, nor if `run` was called outside a training."""
     callback = DetectionCallback(corpora(), "related", top_ratio=0.2, consistency=0.6, progress=False)
     settings = arguments(tmp_path, max_steps=1)
     if by_trainer:
@@ -254,7 +254,7 @@ def test_a_detection_without_a_training_is_not_the_next_ones(tmp_path, monkeypat
     assert two.state.log_history[0]["neurons/shared"] == len(callback.neurons.shared)
 
 
-def test_batches_that_can_be_read_once_are_kept(tmp_path):
+def test_iterator_batches_are_kept_for_later_detections(tmp_path):
     batches = {language: iter(its) for language, its in corpora().items()}
     score_on = {language: iter(its) for language, its in corpora().items()}
     callback = DetectionCallback(

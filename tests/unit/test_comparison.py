@@ -1,4 +1,4 @@
-"""Changes, intervals and differences of strategies, against loops over resamples."""
+"""Changes, intervals and differences of strategies, compared with loops over resamples."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ def of_noise(generator, base, factor, spread):
     )
 
 
-def test_a_change_is_that_of_bits_per_byte():
+def test_change_is_that_of_bits_per_byte():
     before, after = measured([1.0, 2.0, 5.0]), measured([1.0, 1.0, 4.0])
     assert relative_change(before, after) == pytest.approx(after.bits_per_byte / before.bits_per_byte - 1)
 
 
-def test_resampled_changes_by_brute_force():
+def test_resampled_changes_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     before = measured(torch.rand(7, generator=generator).tolist())
     after = [of_noise(generator, before, 0.9, 0.1) for _ in range(2)]
@@ -38,12 +38,12 @@ def test_resampled_changes_by_brute_force():
                 assert value == pytest.approx(sum(float(run.sentence_nats[it]) for it in sentences[index]) / base - 1)
 
 
-def test_what_is_noise_and_what_is_not():
+def test_differences_beyond_noise_and_best_strategies():
     generator = torch.Generator().manual_seed(1)
     before = {
         language: measured((1 + torch.rand(200, generator=generator)).tolist()) for language in ("sw", "en", "de")
     }
-    # Two strategies of equal gain in Swahili, one clearly better; English and German suffer under that one alone.
+    # Two strategies gain equally in Swahili, the third clearly more; English and German suffer under the third only.
     factors = {"a": (0.95, 1.0), "b": (0.951, 1.001), "c": (0.8, 1.3)}
     after = {
         name: {
@@ -72,8 +72,8 @@ def test_what_is_noise_and_what_is_not():
     assert result["best"]["enhanced"] == ["c"] and result["best"]["others"] == ["a", "b"]
 
 
-def test_pairing_sees_what_separate_intervals_do_not():
-    """Both strategies' intervals are wide, for sentences differ; the difference is the same on every sentence."""
+def test_pairing_narrows_the_interval_of_a_difference():
+    """Both strategies' intervals are wide because sentences differ, but the difference is equal on every sentence."""
     generator = torch.Generator().manual_seed(2)
     before = {"sw": measured((1 + torch.rand(50, generator=generator)).tolist()), "en": measured([1.0] * 50)}
     a = of_noise(generator, before["sw"], 0.9, 0.5)
@@ -84,7 +84,7 @@ def test_pairing_sees_what_separate_intervals_do_not():
     assert high - low > 0.1
     difference = next(it for it in result["differences"] if it["group"] == "enhanced")
     assert difference["mean"] == pytest.approx(-0.01)
-    # One seed says nothing of how another training would come out.
+    # One seed tells nothing about the noise between trainings.
     assert {it["beyond_noise"] for it in result["differences"]} == {None}
     assert result["best"]["enhanced"] == ["a", "b"]
     low, high = difference["interval"]
@@ -92,7 +92,7 @@ def test_pairing_sees_what_separate_intervals_do_not():
 
 
 def of_seeds(generator, base, effect, spread):
-    """A run whose every sentence changes by the same factor, which differs from seed to seed."""
+    """Return a run in which every sentence changes by the same factor, which differs between seeds."""
     factor = 1 + effect + spread * float(torch.randn((), generator=generator))
     return measured((base.sentence_nats * factor).tolist())
 
@@ -102,9 +102,9 @@ def of_seeds(generator, base, effect, spread):
     [([0.01] * 7, 3), ([0.01] * 2, 3), ([0.01] * 4, 2), ([0.01] + [0.0003] * 6, 3), ([0.01] + [0.0003] * 3, 2)],
 )
 def test_equal_strategies_seldom_differ_beyond_noise(spreads, num_seeds):
-    """Where seeds make all the difference, a false alarm in a whole comparison is about as rare as its level says.
+    """If only seeds differ, a whole comparison raises a false alarm about as rarely as its level states.
 
-    And every strategy's interval holds as often as it says, that of one whose seeds differ more than all others' too.
+    Every strategy's interval holds as often as it states, also if its seeds differ more than all others' do.
     """
     generator = torch.Generator().manual_seed(len(spreads))
     alarms, covered, repeats = 0, torch.zeros(len(spreads)), 60
@@ -121,8 +121,8 @@ def test_equal_strategies_seldom_differ_beyond_noise(spreads, num_seeds):
     assert alarms <= 0.1 * repeats and (covered >= 0.9 * repeats).all()
 
 
-def test_a_difference_beyond_noise_is_beyond_its_own_interval():
-    """One whose two seeds differ most by far: all pairs' noise together says too little of it."""
+def test_difference_within_its_own_interval_is_not_beyond_noise():
+    """The two seeds of one strategy differ by far the most: the noise pooled over all pairs underestimates its own."""
     base = measured([1.0] * 9)
 
     def at(change):
@@ -130,14 +130,14 @@ def test_a_difference_beyond_noise_is_beyond_its_own_interval():
 
     after = {name: {1: at(0.0), 2: at(0.0)} for name in "bcdefgh"} | {"a": {1: at(0.05), 2: at(0.07)}}
     result = compare_strategies({"sw": base}, after, ["sw"], num_resamples=2000)
-    assert not any(it["beyond_noise"] for it in result["differences"])
-    for it in result["differences"]:
-        low, high = it["interval"]
+    assert not any(difference["beyond_noise"] for difference in result["differences"])
+    for difference in result["differences"]:
+        low, high = difference["interval"]
         assert low <= 0 <= high
 
 
-def test_all_pairs_at_once_are_given_no_less_than_a_pairs_own_variance():
-    """Its own interval leaves out zero, with five seeds and among 28 pairs of which few differ at all."""
+def test_simultaneous_test_uses_at_least_the_pairs_own_variance():
+    """Among 28 pairs of which few differ, each with five seeds, a pair's own interval excludes zero."""
     base, spread = measured([1.0] * 9), 0.01
     steps = (-1.2649, -0.6325, 0.0, 0.6325, 1.2649)  # of variance 1
     after = {name: {seed: {"sw": measured([1.0] * 9)} for seed in range(5)} for name in "bcdefgh"}
@@ -148,7 +148,7 @@ def test_all_pairs_at_once_are_given_no_less_than_a_pairs_own_variance():
     assert not any(it["beyond_noise"] for it in of_a)
 
 
-def test_a_difference_that_every_seed_shows_is_found():
+def test_difference_shown_by_every_seed_is_beyond_noise():
     generator = torch.Generator().manual_seed(9)
     before = {"sw": measured((1 + torch.rand(40, generator=generator)).tolist())}
     after = {
@@ -160,8 +160,8 @@ def test_a_difference_that_every_seed_shows_is_found():
     assert beyond == {("a", "b"): True, ("a", "c"): True, ("b", "c"): False}
 
 
-def test_aligned_text_is_drawn_together():
-    """Lines that are easy in one language are easy in its translations: drawn apart, their mean looks too sure."""
+def test_parallel_text_is_resampled_together():
+    """Lines easy in one language are easy in others: resampled separately, their mean's interval is too narrow."""
     generator = torch.Generator().manual_seed(3)
     lines = torch.randn(30, generator=generator, dtype=torch.float64)
     languages = ("en", "de", "fr", "sw")

@@ -1,4 +1,4 @@
-"""Text to sentences to batches, and a clear line for every broken file."""
+"""From text to sentences to batches, and a clear error for every broken file."""
 
 import bz2
 import gzip
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One that begins sentences by itself, as Llama's does."""
+    """A tokenizer that adds a beginning-of-sequence token by itself, like Llama's."""
     tokenizer = build_tokenizer([*SENTENCES, "习惯 çà ñandú"], vocab_size=300)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -56,7 +56,7 @@ def tokenizer():
     return tokenizer
 
 
-def test_every_purpose_has_its_own_text(folder):
+def test_purposes_have_disjoint_text(folder):
     text = load_corpus(section(), folder).texts["en"]
     assert len(text.detection) == 10 and len(text.training) == 20
     assert sorted(text.detection + text.training) == sorted(SENTENCES[:30])
@@ -68,19 +68,19 @@ def test_every_purpose_has_its_own_text(folder):
     assert text.validation == SENTENCES[30:] and text.test == ["a test sentence"] and len(text.training) == 5
 
 
-def test_a_language_does_not_change_anothers_sample(folder):
+def test_sample_of_a_language_does_not_depend_on_other_languages(folder):
     write(folder, "sw", train=SENTENCES[:30], valid=SENTENCES[30:])
-    both = load_corpus(section(languages=["sw", "en"]), folder)
-    assert both.texts["en"] == load_corpus(section(), folder).texts["en"]
-    assert set(both.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
+    corpus = load_corpus(section(languages=["sw", "en"]), folder)
+    assert corpus.texts["en"] == load_corpus(section(), folder).texts["en"]
+    assert set(corpus.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
 
 
-def test_empty_lines_and_repetitions_are_dropped(folder):
+def test_empty_lines_and_duplicates_are_dropped(folder):
     write(folder, "en", train=[*SENTENCES[:30], "", "  ", *SENTENCES[:9]])
     assert len(load_corpus(section(), folder).texts["en"].training) == 20
 
 
-def test_a_byte_order_mark_and_unicode_line_separators_belong_to_no_sentence(folder):
+def test_byte_order_mark_is_dropped_and_unicode_separators_end_no_line(folder):
     (folder / "en.train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*SENTENCES[:30], "a\u2028b"]).encode())
     text = load_corpus(section(), folder).texts["en"]
     assert sorted(text.detection + text.training) == sorted([*SENTENCES[:30], "a\u2028b"])
@@ -104,13 +104,13 @@ def test_a_byte_order_mark_and_unicode_line_separators_belong_to_no_sentence(fol
         (lambda folder: write(folder, "en", test=SENTENCES[:1]), "1 sentences of 'en' are in two"),
     ],
 )
-def test_broken_text_is_named(folder, change, message):
+def test_errors_name_the_broken_text(folder, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         load_corpus(section(), folder)
 
 
-def test_missing_folder_and_too_many_sentences(folder):
+def test_missing_folder_and_too_few_sentences_are_refused(folder):
     with pytest.raises(UserError, match=r"corpus\.path: .*nowhere isn't a folder"):
         load_corpus(section(), folder / "nowhere")
     for purpose in ("validation", "test"):
@@ -122,7 +122,7 @@ def config(**changes):
     return LlamaConfig(**{"vocab_size": 400, "max_position_embeddings": 64, **changes})
 
 
-def test_batches_are_padded_and_hold_every_sentence_once(tokenizer):
+def test_batches_are_padded_and_hold_each_sentence_once(tokenizer):
     encoder = Encoder.of(tokenizer, section(), config())
     texts = ["a", "a longer sentence here", "习惯", "number 7 is here"]
     batches = encoder.batches(texts, "text", 3, skip_special_tokens=True)
@@ -141,33 +141,35 @@ def test_batches_are_padded_and_hold_every_sentence_once(tokenizer):
 
 
 @pytest.mark.parametrize("add_bos, begins", [(None, True), (True, True), (False, False)])
-def test_add_bos(tokenizer, add_bos, begins):
+def test_add_bos_overrides_the_tokenizer(tokenizer, add_bos, begins):
     encoder = Encoder.of(tokenizer, section(add_bos=add_bos), config())
     ids = encoder.examples(["a b"], "text")[0]["input_ids"].tolist()
     assert (ids[0] == tokenizer.bos_token_id) is begins
     assert ids.count(tokenizer.bos_token_id) == int(begins) and ids[-1] == tokenizer.eos_token_id
 
 
-def test_add_bos_leaves_other_special_tokens_as_the_tokenizer_has_them(tokenizer):
-    both = build_tokenizer([*SENTENCES, "習慣"], vocab_size=300)
-    special = [("<s>", both.bos_token_id), ("</s>", both.eos_token_id)]
-    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+def test_add_bos_leaves_other_special_tokens_unchanged(tokenizer):
+    with_eos = build_tokenizer([*SENTENCES, "習慣"], vocab_size=300)
+    special = [("<s>", with_eos.bos_token_id), ("</s>", with_eos.eos_token_id)]
+    with_eos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=special
+    )
     rows = {}
     for add_bos in (None, True, False):
-        (rows[add_bos],) = Encoder.of(both, section(add_bos=add_bos), config()).encode(["a bc"], "text")
+        (rows[add_bos],) = Encoder.of(with_eos, section(add_bos=add_bos), config()).encode(["a bc"], "text")
     assert (
         rows[None] == rows[True] and rows[None]["special_tokens_mask"][0] == rows[None]["special_tokens_mask"][-1] == 1
     )
     assert rows[False] == {**{key: it[1:] for key, it in rows[None].items() if key != "num_bytes"}, "num_bytes": 4}
-    (cut,) = Encoder.of(both, section(add_bos=False, max_length=2), config()).encode(["a bc"], "text")
+    (cut,) = Encoder.of(with_eos, section(add_bos=False, max_length=2), config()).encode(["a bc"], "text")
     assert cut["input_ids"] == rows[False]["input_ids"][:2]
-    assert cut["num_bytes"] == len(both.decode(cut["input_ids"]).encode())
-    # One that stands in the text is text.
+    assert cut["num_bytes"] == len(with_eos.decode(cut["input_ids"]).encode())
+    # A beginning token spelt out in the text is kept as text.
     (spelt,) = Encoder.of(tokenizer, section(add_bos=False), config()).encode(["<s>a"], "text")
     assert spelt["input_ids"][0] == tokenizer.bos_token_id
 
 
-def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
+def test_long_sentences_are_truncated_and_counted(tokenizer, caplog):
     from agnostic_train.corpus import encoding
 
     encoding.logger.addHandler(caplog.handler)
@@ -180,9 +182,11 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
         "corpus.max_length: the model has 5 positions; sentences are cut at so many tokens",
     }
     assert len(rows[1]["input_ids"]) == 6
-    assert rows[1]["num_bytes"] == len("ñandú ñ".encode())  # a token of half a character counts the whole
+    assert rows[1]["num_bytes"] == len(
+        "ñandú ñ".encode()
+    )  # a token that holds half a character counts as the whole character
     assert Encoder.of(tokenizer, section(), config(max_position_embeddings=5)).max_length == 5
-    # Of a beginning that the tokenizer doesn't make by itself it knows no place in the text.
+    # A beginning token that the tokenizer doesn't add itself has no offset in the text.
     bare = build_tokenizer(SENTENCES, vocab_size=300)
     bare.backend_tokenizer.post_processor = processors.ByteLevel()
     for length in (2, 3, 6):
@@ -191,7 +195,7 @@ def test_long_sentences_are_cut_and_counted(tokenizer, caplog):
         assert row["num_bytes"] == len(bare.decode(row["input_ids"], skip_special_tokens=True).encode())
 
 
-def test_text_is_encoded_part_by_part(tokenizer, monkeypatch, caplog):
+def test_encoding_in_parts_gives_the_same_result(tokenizer, monkeypatch, caplog):
     from agnostic_train.corpus import encoding
 
     encoder = Encoder.of(tokenizer, section(max_length=6, add_bos=True), config())
@@ -213,7 +217,7 @@ def test_text_is_encoded_part_by_part(tokenizer, monkeypatch, caplog):
         bare.encode([*texts[:4], "", "a"], "text")
 
 
-def test_a_tokenizer_without_a_pad_token_pads_masked(tokenizer):
+def test_tokenizer_without_a_pad_token_pads_with_masked_eos(tokenizer):
     bare = build_tokenizer(SENTENCES, vocab_size=300)
     bare.pad_token = None
     encoder = Encoder.of(bare, section(), config())
@@ -229,12 +233,12 @@ def test_a_tokenizer_without_a_pad_token_pads_masked(tokenizer):
         Encoder.of(bare, section(add_bos=True), config())
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+def test_tokenizer_of_another_model_is_refused(tokenizer):
     with pytest.raises(UserError, match="vocabulary has 20; the two don't belong together"):
         Encoder.of(tokenizer, section(), config(vocab_size=20)).encode(["a"], "text")
 
 
-def test_training_text_runs_out(folder, tokenizer):
+def test_training_without_remaining_sentences_is_refused(folder, tokenizer):
     encoder = Encoder.of(tokenizer, section(), config())
     english = TrainingSection(languages=["en"])
     assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training}, english)) == 20
@@ -244,7 +248,7 @@ def test_training_text_runs_out(folder, tokenizer):
         )
 
 
-def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
+def test_packed_sequences_join_whole_sentences(tokenizer):
     encoder = Encoder.of(tokenizer, section(max_length=7), config())
     texts = ["a", *SENTENCES[:9], "习惯 çà ñandú " * 5]
     packed = [row["input_ids"].tolist() for row in encoder.packed_examples(texts, "text")]
@@ -256,8 +260,8 @@ def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
     ids = whole[0] * 2
     (first,) = Encoder.of(tokenizer, section(max_length=len(ids) - 1), config()).packed_examples(["a", "a"], "text")
     assert first["input_ids"].tolist() == ids[:-1]
-    both = TrainingSection(languages=["en", "sw"], packing=True)
-    assert len(training_examples(encoder, {"en": texts, "sw": texts}, both)) == 2 * len(packed)
+    both_languages = TrainingSection(languages=["en", "sw"], packing=True)
+    assert len(training_examples(encoder, {"en": texts, "sw": texts}, both_languages)) == 2 * len(packed)
     tokenizer = build_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="training.packing: the tokenizer has no end-of-sequence token"):
@@ -267,15 +271,15 @@ def test_packed_sentences_follow_one_another_and_none_is_cut(tokenizer):
 @pytest.mark.parametrize(
     ("languages", "mixture", "expected"),
     [
-        (["sw"], {"sw": 4, "en": 1}, {"sw": 8, "en": 2}),  # all of sw; of en what stands first
-        (["sw"], {"en": 0.75, "sw": 0.25}, {"sw": 8, "en": 24}),  # of en there is too little
+        (["sw"], {"sw": 4, "en": 1}, {"sw": 8, "en": 2}),  # all of sw, and the first of en
+        (["sw"], {"en": 0.75, "sw": 0.25}, {"sw": 8, "en": 24}),  # too little of en, so it repeats
         (["sw", "en"], {"sw": 1, "en": 1}, {"sw": 16, "en": 16}),
         (["sw", "en"], {"sw": 1, "en": 3}, {"sw": 8, "en": 24}),
         (["sw"], {"sw": 1000, "en": 1}, {"sw": 8, "en": 1}),
     ],
 )
-def test_mixtures(languages, mixture, expected, tokenizer):
-    """Of each language its share, and all of the enhanced ones at least once."""
+def test_mixture_gives_each_language_its_share(languages, mixture, expected, tokenizer):
+    """Each language gets its share, and all text of the enhanced languages is used at least once."""
     encoder = Encoder.of(tokenizer, section(), config())
     texts = {"sw": SENTENCES[:8], "en": SENTENCES[8:24]}
     rows = [tuple(it["input_ids"]) for it in training_examples(
@@ -284,12 +288,12 @@ def test_mixtures(languages, mixture, expected, tokenizer):
     assert len(rows) == sum(expected.values())
     for language, count in expected.items():
         own = [tuple(it["input_ids"]) for it in encoder.examples(texts[language], "text")]
-        found = Counter(row for row in rows if row in own)
-        assert found == Counter(own[place % len(own)] for place in range(count))
+        counts = Counter(row for row in rows if row in own)
+        assert counts == Counter(own[place % len(own)] for place in range(count))
 
 
 def table(folder, name, rows):
-    """Writes rows as JSON lines or parquet, by the name's ending."""
+    """Write rows as JSON lines or parquet, according to the name's ending."""
     data = Dataset.from_list(rows)
     if name.endswith("parquet"):
         data.to_parquet(folder / name)
@@ -298,7 +302,7 @@ def table(folder, name, rows):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_json_lines_and_parquet_hold_documents(folder, ending):
+def test_json_lines_and_parquet_are_read_as_documents(folder, ending):
     expected = load_corpus(section(), folder).texts["en"]
     for split in ("train", "valid"):
         (folder / f"en.{split}.txt").unlink()
@@ -347,8 +351,8 @@ def by_files(hub, pattern, **changes):
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
-def test_json_lines_of_a_dataset_are_streamed(tmp_path, packed):
-    """As OSCAR-2301 and MADLAD-400 have them: compressed, with other keys that differ, beside a script for loading them."""
+def test_json_lines_files_of_a_dataset_are_streamed(tmp_path, packed):
+    """OSCAR-2301 and MADLAD-400 have such files: compressed, with other keys that differ, beside a loading script."""
     hub = tmp_path / "hub"
     (hub / "sw_meta").mkdir(parents=True)
     (hub / "hub.py").write_text("raise RuntimeError('must not run')")
@@ -368,7 +372,7 @@ def test_json_lines_of_a_dataset_are_streamed(tmp_path, packed):
         by_files(hub, f"{{lang}}_meta/*_2.jsonl{packed}")
 
 
-def test_other_files_of_a_dataset_are_streamed(tmp_path):
+def test_arrow_parquet_and_text_files_of_a_dataset_are_streamed(tmp_path):
     rows = Dataset.from_list([{"text": f"sw {number}"} for number in range(50)])
     rows.save_to_disk(tmp_path / "hub/sw")
     rows.to_parquet(tmp_path / "hub/sw/part.parquet")
@@ -377,13 +381,13 @@ def test_other_files_of_a_dataset_are_streamed(tmp_path):
         assert len(by_files(tmp_path / "hub", f"{{lang}}/*.{ending}").training) == 20
 
 
-def test_a_format_and_files_that_are_named_whole_are_left_to_datasets(hub):
+def test_absolute_file_patterns_are_streamed_alike_from_a_folder_or_format(hub):
     plain = by_files(hub, "{lang}/*.jsonl")
     for source in (str(hub), "json"):
         assert by_files(source, f"{hub}/{{lang}}/*.jsonl") == plain
 
 
-def test_a_streamed_languages_lack_of_text_is_named(hub):
+def test_error_names_the_purpose_with_too_little_streamed_text(hub):
     for counts, message in (
         (
             {"validation_sentences": None},
@@ -395,22 +399,22 @@ def test_a_streamed_languages_lack_of_text_is_named(hub):
             load_corpus(streamed(hub, languages=["sw"], **counts))
 
 
-def test_a_hubs_files_are_asked_for_by_name_and_revision(monkeypatch):
-    asked = []
+def test_hub_files_are_requested_by_name_and_revision(monkeypatch):
+    requests = []
 
     def load(*args, **kwargs):
-        asked.append((args, kwargs["data_files"]))
+        requests.append((args, kwargs["data_files"]))
         raise ConnectionError("no network here")
 
     monkeypatch.setattr("agnostic_train.corpus.hub.load_dataset", load)
     for revision, name in ((None, "a/b"), ("refs/pr/1", "a/b@refs%2Fpr%2F1")):
         with pytest.raises(UserError, match="can't stream a/b, files sw_meta.*: ConnectionError: no network here"):
             by_files("a/b", "{lang}_meta/*.jsonl.zst", revision=revision)
-        assert asked.pop() == (("text",), {"train": f"hf://datasets/{name}/sw_meta/*.jsonl.zst"})
+        assert requests.pop() == (("text",), {"train": f"hf://datasets/{name}/sw_meta/*.jsonl.zst"})
 
 
-def test_json_lines_may_differ_in_their_other_keys(folder):
-    """As crawls do, and some lines have no text at all."""
+def test_json_lines_can_differ_in_their_other_keys(folder):
+    """Lines of web crawls do, and some have no text at all."""
     (folder / "en.train.txt").unlink()
     rows = [{"text": sentence, "meta": {"url": "a"}} for sentence in SENTENCES[:15]]
     rows += [{"url": "b", "text": sentence, "meta": [1]} for sentence in SENTENCES[15:30]] + [{"url": "c"}]
@@ -421,7 +425,7 @@ def test_json_lines_may_differ_in_their_other_keys(folder):
         load_corpus(section(), folder)
 
 
-def test_documents_in_parts_are_joined(folder):
+def test_parts_of_a_document_are_joined(folder):
     (folder / "en.train.txt").unlink()
     rows = [{"text": [{"text": sentence}, {"text": f"{sentence} again"}]} for sentence in SENTENCES[:30]]
     table(folder, "en.train.jsonl", rows)
@@ -429,7 +433,7 @@ def test_documents_in_parts_are_joined(folder):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_rows_without_text_are_passed_over(folder, ending):
+def test_rows_without_text_are_skipped(folder, ending):
     (folder / "en.train.txt").unlink()
     rows = [{"text": sentence} for sentence in SENTENCES[:30]]
     table(folder, f"en.train.{ending}", [rows[0], {"text": None}, *rows[1:], {"text": None}])
@@ -444,7 +448,7 @@ def test_rows_without_text_are_passed_over(folder, ending):
         load_corpus(section(), folder)
 
 
-def test_sentences_are_split_further_if_asked(folder):
+def test_split_sentences_splits_lines(folder):
     write(folder, "en", train=[*SENTENCES[:20], "One. Two? 三。四！ Five"])
     text = load_corpus(section(split_sentences=True), folder).texts["en"]
     assert {"One.", "Two?", "三。", "四！", "Five"} < {*text.detection, *text.training}
@@ -452,7 +456,7 @@ def test_sentences_are_split_further_if_asked(folder):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A local folder of the layout that a hub repository has: a config per language, and files by pattern."""
+    """A local folder with the layout of a Hub repository: a config per language, and files matched by a pattern."""
     root = tmp_path / "hub"
     configs = []
     for language in ("en", "sw"):
@@ -470,7 +474,7 @@ def streamed(hub, **changes):
     return CorpusSection(**{"languages": ["sw", "en"], **counts, **source, **changes})
 
 
-def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
+def test_hub_dataset_is_streamed_by_config_or_files(hub):
     corpus = load_corpus(streamed(hub))
     text = corpus.texts["sw"]
     parts = [text.test, text.validation, text.detection, text.training]
@@ -484,7 +488,7 @@ def test_a_hub_dataset_is_streamed_by_config_or_files(hub):
     assert by_files.texts == corpus.texts
 
 
-def test_only_languages_that_train_stream_training_text_and_take_what_there_is(hub, tmp_path):
+def test_only_trained_languages_stream_training_text(hub, tmp_path):
     keep = tmp_path / ".corpus"
     whole = load_corpus(streamed(hub, training_sentences=500), keep=keep)
     assert [len(text.training) for text in whole.texts.values()] == [60, 60]
@@ -492,32 +496,32 @@ def test_only_languages_that_train_stream_training_text_and_take_what_there_is(h
     assert corpus.texts["sw"] == whole.texts["sw"]
     assert corpus.texts["en"] == replace(whole.texts["en"], training=[])
     shutil.rmtree(hub)
-    # Of a hub that has changed since, what was read before stays.
+    # Text that was read before stays, even if the Hub's dataset has changed or gone.
     assert load_corpus(streamed(hub, training_sentences=500), keep=keep, trained=["sw"]) == corpus
     assert load_corpus(streamed(hub, training_sentences=20), keep=keep, trained=[]).texts == {
         language: replace(text, training=[]) for language, text in whole.texts.items()
     }
 
 
-def test_training_text_follows_what_was_streamed_before_it(tmp_path, monkeypatch):
-    """Where that was streamed anew, and the dataset has changed, text that is kept might be among it."""
+def test_training_text_is_streamed_again_after_the_other_purposes(tmp_path, monkeypatch):
+    """If a changed dataset is streamed again for the other purposes, kept training text could be among theirs."""
     documents = [f"document {index}" for index in range(40)]
     monkeypatch.setattr(streaming, "hub_documents", lambda *_: iter(documents))
-    own = section(
+    small_section = section(
         path=None, dataset="some/data", config_pattern="{lang}", detection_sentences=4, training_sentences=5,
         validation_sentences=3, test_sentences=3,
     )  # fmt: skip
-    found = []
+    streams = []
     for _ in range(2):
-        found.append(streaming.streamed_by_purpose(own, "en", True, tmp_path, progress=False))
+        streams.append(streaming.streamed_by_purpose(small_section, "en", True, tmp_path, progress=False))
         for file in tmp_path.glob("corpus-en-*"):
             file.unlink()
         documents.reverse()
-    assert [it["training"][0] for it in found] == ["document 10", "document 29"]
+    assert [it["training"][0] for it in streams] == ["document 10", "document 29"]
 
 
-def test_what_was_streamed_is_kept(hub, tmp_path):
-    """It is read without the dataset; for another choice of text it is streamed anew."""
+def test_streamed_text_is_kept(hub, tmp_path):
+    """Kept text is read without the dataset; another choice of text is streamed again."""
     keep = tmp_path / "out/.corpus"
     corpus = load_corpus(streamed(hub), keep=keep)
     held_out = held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep)
@@ -548,20 +552,20 @@ def test_what_was_streamed_is_kept(hub, tmp_path):
         ({"data_files": "{lang}/none.jsonl", "config_pattern": None}, "can't stream"),
     ],
 )
-def test_a_dataset_that_is_not_there_is_named(hub, changes, message):
+def test_error_names_a_missing_dataset_or_column(hub, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         load_corpus(streamed(hub, **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_may_leave_ids_out():
+def test_tokenizer_with_gaps_in_its_ids():
     gap = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 7}, unk_token="<pad>"))
     gap.pre_tokenizer = pre_tokenizers.Whitespace()
     batches = batches_of(["a b"], PreTrainedTokenizerFast(tokenizer_object=gap, pad_token="<pad>"))
     assert batches[0]["input_ids"].tolist() == [[1, 7]]
 
 
-def test_batches_of_texts(tokenizer):
+def test_batches_of_keeps_each_text_with_its_index(tokenizer):
     texts = ["ñandú", *SENTENCES[:4], "习惯"]
     batches = batches_of(iter(texts), tokenizer, batch_size=4)
     assert [len(batch["input_ids"]) for batch in batches] == [4, 2]
@@ -578,13 +582,13 @@ def test_batches_of_texts(tokenizer):
     model = tiny_llama(vocab_size=len(tokenizer))
     result = perplexity(model, batches)
     assert result.bits_per_byte > 0 and len(result.sentence_nats) == 6
-    found = detect_neurons(
+    neurons = detect_neurons(
         model, {"a": batches, "b": batches_of(SENTENCES[4:8], tokenizer)}, top_ratio=0.3, consistency=0.5
     )
-    assert found.languages == ["a", "b"] and len(found.shared)
+    assert neurons.languages == ["a", "b"] and len(neurons.shared)
 
 
-def test_mistaken_texts_are_named(tokenizer):
+def test_batches_of_refuses_wrong_arguments(tokenizer):
     with pytest.raises(TypeError, match="expected several texts"):
         batches_of("one text", tokenizer)
     with pytest.raises(TypeError, match="not a mapping: take one language's"):
@@ -599,34 +603,34 @@ def test_mistaken_texts_are_named(tokenizer):
         batches_of([""], without_special_tokens)
 
 
-def test_of_a_slow_tokenizer_what_is_kept_is_decoded_without_special_tokens(tokenizer):
+def test_kept_text_without_offsets_is_decoded_without_special_tokens(tokenizer):
     encoder = Encoder.of(tokenizer, section(max_length=4), config())
     kept = tokenizer("a bc def")["input_ids"][:4]
     assert encoder._covered("a bc def", kept, None) == tokenizer.decode(kept[1:])
 
 
-def test_a_tokenizer_that_closes_sentences_itself_is_left_to_it():
-    own = build_tokenizer(SENTENCES, vocab_size=300)
-    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {own.eos_token}", special_tokens=[(own.eos_token, own.eos_token_id)]
+def test_no_second_eos_if_the_tokenizer_adds_one():
+    with_eos = build_tokenizer(SENTENCES, vocab_size=300)
+    with_eos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {with_eos.eos_token}", special_tokens=[(with_eos.eos_token, with_eos.eos_token_id)]
     )
-    ids = Encoder.of(own, section(), config()).examples(["a b"], "text")[0]["input_ids"].tolist()
-    assert ids.count(own.eos_token_id) == 1 and ids == own("a b")["input_ids"]
+    ids = Encoder.of(with_eos, section(), config()).examples(["a b"], "text")[0]["input_ids"].tolist()
+    assert ids.count(with_eos.eos_token_id) == 1 and ids == with_eos("a b")["input_ids"]
 
 
-def test_the_vocabulary_has_the_tokens_below_its_size(tokenizer):
+def test_token_ids_from_the_vocabulary_size_on_are_refused(tokenizer):
     largest = max(tokenizer("a")["input_ids"])
     assert Encoder.of(tokenizer, section(), config(vocab_size=largest + 1)).encode(["a"], "text")
     with pytest.raises(UserError, match="don't belong together"):
         Encoder.of(tokenizer, section(), config(vocab_size=largest)).encode(["a"], "text")
 
 
-def test_sentences_end_at_their_marks():
+def test_sentences_are_split_at_end_marks():
     text = "One. Two! Three? Four… 五。六！七？八"
     assert list(split_documents([text], True)) == ["One.", "Two!", "Three?", "Four…", "五。", "六！", "七？", "八"]
 
 
-def test_validation_text_in_the_test_is_refused(tmp_path):
+def test_validation_sentence_in_the_test_text_is_refused(tmp_path):
     for split, lines in {"train": "a", "valid": "b", "test": "b"}.items():
         (tmp_path / f"en.{split}.txt").write_text(lines)
     with pytest.raises(UserError, match="1 sentences of 'en' are in two"):

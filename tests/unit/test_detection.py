@@ -1,4 +1,4 @@
-"""Top-n selection, consistency, and detection as a whole against its definition."""
+"""Top-n selection, consistency, and detection as a whole, compared with their definitions."""
 
 from contextlib import contextmanager
 
@@ -21,12 +21,12 @@ from agnostic_train.training.callbacks import DetectionCallback
 
 
 def brute_force_top(row, count):
-    """Sorted by impact, largest first, ties by index; zeros never."""
+    """Return the first `count` indices by impact, largest first, ties by index, without zeros."""
     order = sorted(range(len(row)), key=lambda index: (-row[index], index))
     return {index for index in order[:count] if row[index] > 0}
 
 
-def test_in_top_with_ties_and_zeros():
+def test_in_top_breaks_ties_by_index_and_leaves_out_zeros():
     generator = torch.Generator().manual_seed(0)
     impacts = torch.randint(0, 4, (200, 23), generator=generator).float()
     impacts[0] = 0
@@ -35,16 +35,16 @@ def test_in_top_with_ties_and_zeros():
             assert set(selected.nonzero().flatten().tolist()) == brute_force_top(row, count)
 
 
-def test_the_top_is_the_floor_of_the_exact_product():
-    """0.29 * 100 is 28.999... in binary."""
+def test_top_size_is_the_floor_of_the_exact_product():
+    """In floating point, 0.29 * 100 is 28.999..."""
     counts = TopCounts(top_ratio=0.29)
     counts.add({(0, "q"): torch.arange(1, 101, dtype=torch.float32)[None]})
     assert len(counts.consistent(1.0, {(0, "q"): 100})) == 29
 
 
 @pytest.mark.parametrize("consistency, expected", [(1.0, [0]), (0.6, [0, 1]), (0.2, [0, 1, 2]), (0.61, [0])])
-def test_consistency_is_a_part_of_the_sentences(consistency, expected):
-    """In five sentences neuron 0 is top in 5, neuron 1 in 3, neuron 2 in 1; neuron 3 never."""
+def test_consistency_is_a_fraction_of_the_sentences(consistency, expected):
+    """Of five sentences, neuron 0 is in the top in 5, neuron 1 in 3, neuron 2 in 1, and neuron 3 in none."""
     counts = TopCounts(top_ratio=0.75)
     impacts = torch.tensor([[9, 8, 7, 0], [9, 8, 0, 0], [9, 8, 0, 0], [9, 0, 0, 0], [9, 0, 0, 0]], dtype=torch.float32)
     counts.add({(0, "q"): impacts[:2]})
@@ -59,8 +59,8 @@ def corpora():
 
 
 @pytest.mark.parametrize("top_ratio, consistency", [(0.2, 0.75), (0.001, 0.5), (1.0, 1.0)])
-def test_detection_by_its_definition(llama, top_ratio, consistency):
-    found = detect_neurons(llama, corpora(), top_ratio, consistency, exclusive="unique", progress=False)
+def test_detection_equals_its_definition(llama, top_ratio, consistency):
+    neurons = detect_neurons(llama, corpora(), top_ratio, consistency, exclusive="unique", progress=False)
     related = {}
     for name, batches in corpora().items():
         impacts = [unverified_impacts(llama, batch) for batch in batches]
@@ -70,10 +70,10 @@ def test_detection_by_its_definition(llama, top_ratio, consistency):
             tops = [brute_force_top(row, max(1, int(top_ratio * size))) for row in rows]
             sites[site] = [n for n in range(size) if sum(n in top for top in tops) >= consistency * len(rows)]
         related[name] = NeuronSet(sites)
-    assert found.related == related
-    assert found.shared == related["a"] & related["b"]
-    assert found.exclusive["a"] == related["a"] - related["b"]
-    assert found.settings["num_sentences"] == {"a": 4, "b": 4} and found.shared.sizes == find_decoder(llama).sizes
+    assert neurons.related == related
+    assert neurons.shared == related["a"] & related["b"]
+    assert neurons.exclusive["a"] == related["a"] - related["b"]
+    assert neurons.settings["num_sentences"] == {"a": 4, "b": 4} and neurons.shared.sizes == find_decoder(llama).sizes
 
 
 def test_padding_side_does_not_matter(llama):
@@ -82,8 +82,8 @@ def test_padding_side_does_not_matter(llama):
     assert detect_neurons(llama, left, 0.2, progress=False) == detect_neurons(llama, right, 0.2, progress=False)
 
 
-def test_batch_size_and_padding_side_change_only_what_ties_within_rounding(llama):
-    """A neuron may enter or leave a set only where its impact is the threshold's, to rounding: they are counted."""
+def test_batch_size_and_padding_side_do_not_change_the_neurons(llama):
+    """Only a neuron whose impact equals the threshold's up to rounding could enter or leave a set; here none does."""
     lengths = [5, 9, 3, 8, 11, 7, 4, 6]
     sentences = [padded_batch([length], seed=index) for index, length in enumerate(lengths)]
 
@@ -95,16 +95,16 @@ def test_batch_size_and_padding_side_change_only_what_ties_within_rounding(llama
                 batch["input_ids"][row][batch["attention_mask"][row].bool()] = sentence["input_ids"][0]
             yield batch
 
-    found = [
+    sets = [
         detect_neurons(llama, {"a": batches(size, side)}, 0.5, 0.5, progress=False).related["a"]
         for size in (1, 3, 8)
         for side in ("left", "right")
     ]
-    assert len(found[0]) > 50
-    assert sum(len((found[0] | other) - (found[0] & other)) for other in found[1:]) == 0
+    assert len(sets[0]) > 50
+    assert sum(len((sets[0] | other) - (sets[0] & other)) for other in sets[1:]) == 0
 
 
-def test_a_model_placed_by_device_map_is_detected_on(tmp_path, llama):
+def test_detection_on_a_model_placed_by_device_map(tmp_path, llama):
     llama.save_pretrained(tmp_path)
     placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     assert detect_neurons(placed, corpora(), 0.2, progress=False) == detect_neurons(
@@ -114,7 +114,7 @@ def test_a_model_placed_by_device_map_is_detected_on(tmp_path, llama):
 
 @contextmanager
 def forbidden(model):
-    """A block in which the model mustn't run."""
+    """Fail the test if the model runs within the block."""
     handle = model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     try:
         yield
@@ -122,28 +122,28 @@ def forbidden(model):
         handle.remove()
 
 
-def test_projections_may_be_read_once(llama):
+def test_projections_can_be_an_iterator(llama):
     once = detect_neurons(llama, corpora(), 0.2, projections=iter(["v", "up"]), progress=False)
     assert once == detect_neurons(llama, corpora(), 0.2, projections=["up", "v"], progress=False)
     assert all(len(neurons) for neurons in once.related.values())
 
 
 @pytest.mark.parametrize("method", ["impact", "lape"])
-def test_the_progress_bar_knows_the_end_of_batches_that_are_all_there(llama, capsys, method):
+def test_progress_bar_shows_the_total_if_batches_have_a_length(llama, capsys, method):
     batches = [padded_batch([5, 9]), padded_batch([7])]
     detect_neurons(llama, {"en": batches, "sw": iter(batches)}, method=method, verify=False)
     shown = capsys.readouterr().err
     assert "detect en:   0%" in shown and " 0/3 " in shown and "detect sw: 0 sentences" in shown
 
 
-def test_a_family_without_a_gate_has_no_gates_to_detect():
+def test_gate_is_refused_or_left_out_for_a_family_without_one():
     model = family_model("GPT-NeoX")
     with pytest.raises(UserError, match="GPTNeoXForCausalLM has none of gate"):
         neuron_impacts(model, padded_batch([5]), ["gate"])
     assert {name for _, name in neuron_impacts(model, padded_batch([5]), ["gate", "up"])} == {"up"}
 
 
-def test_batches_of_wrong_shapes_or_tokens_are_refused(llama, tmp_path):
+def test_invalid_batches_are_refused(llama, tmp_path):
     ids = padded_batch([5, 9])["input_ids"]
     for batch, message in (
         ({"input_ids": ids[0]}, r"input_ids: expected integers of shape \(batch, length\)"),
@@ -182,15 +182,15 @@ def test_batches_of_wrong_shapes_or_tokens_are_refused(llama, tmp_path):
     assert short.value == long.value
 
 
-def test_a_default_device_changes_nothing(llama):
-    """Scripts set one (`torch.set_default_device("cuda")`); here "meta", on which nothing could be computed."""
+def test_default_device_does_not_change_results(llama):
+    """Scripts may set "cuda" as the default device; with "meta", any tensor made on the default device would show."""
     corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate("ab")}
 
     def measured():
-        found = detect_neurons(llama, corpora, 0.2, 0.5, progress=False)
-        score = language_agnostic_score(llama, found, corpora, control_seeds=[1])
-        drawn = [found.shared.random_like(0, llama, it) for it in (None, found.mean_activations)]
-        return found.related, drawn, score.to_json()
+        neurons = detect_neurons(llama, corpora, 0.2, 0.5, progress=False)
+        score = language_agnostic_score(llama, neurons, corpora, control_seeds=[1])
+        drawn = [neurons.shared.random_like(0, llama, it) for it in (None, neurons.mean_activations)]
+        return neurons.related, drawn, score.to_json()
 
     expected = measured()
     torch.set_default_device("meta")
@@ -201,7 +201,7 @@ def test_a_default_device_changes_nothing(llama):
         torch.set_default_device(None)
 
 
-def test_wrong_options_are_refused(llama):
+def test_invalid_options_are_refused(llama):
     for settings, message in (
         ({"top_ratio": 0}, "top_ratio"),
         ({"consistency": 1.5}, "consistency"),
@@ -220,7 +220,7 @@ def test_wrong_options_are_refused(llama):
         detect_neurons(llama, {})
 
 
-def test_a_model_that_computes_nan_is_refused():
+def test_model_that_computes_nan_is_refused():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3] = torch.nan
@@ -228,10 +228,10 @@ def test_a_model_that_computes_nan_is_refused():
         detect_neurons(model, corpora(), verify=False, progress=False)
 
 
-def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
-    """Whether heads have an entry that is nearly all depends on the text."""
+def test_warning_counts_layers_that_any_language_left_unpruned(llama, monkeypatch):
+    """Whether one entry of a head is nearly all of its vector depends on the text."""
     languages = iter([[0], [1], []])
-    found = []
+    warnings = []
 
     class Meter(counting.ImpactMeter):
         def __enter__(self):
@@ -243,20 +243,20 @@ def test_layers_that_any_language_left_unpruned_are_counted(llama, monkeypatch):
             return [self.decoder.layers[index] for index in self.layers]
 
     monkeypatch.setattr(counting, "ImpactMeter", Meter)
-    monkeypatch.setattr(detect.logger, "warning", found.append)
+    monkeypatch.setattr(detect.logger, "warning", warnings.append)
     detect_neurons(llama, {name: [padded_batch([5, 8])] for name in "abc"}, verify=False, progress=False)
-    assert len(found) == 1 and "2 of 2 layers" in found[0]
+    assert len(warnings) == 1 and "2 of 2 layers" in warnings[0]
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_impacts_that_are_not_finite_are_noticed_while_counting(value):
+def test_nonfinite_impacts_are_refused_after_counting(value):
     counts = TopCounts(top_ratio=0.5)
     counts.add({(0, "q"): torch.tensor([[1.0, 2.0], [value, 3.0]])})
     with pytest.raises(UserError, match="layer 0 q aren't finite"):
         counts.consistent(1.0, {(0, "q"): 2})
 
 
-def test_counts_that_are_read_back_know_how_active_neurons_were(tmp_path):
+def test_loaded_counts_continue_the_mean_activations(tmp_path):
     counts = TopCounts(0.5, "key")
     counts.add_activations({(0, "q"): torch.tensor([2.0, 4.0])}, torch.tensor(2))
     counts.save(tmp_path / "counts")

@@ -1,4 +1,4 @@
-"""Checkpoints by name, and the table that is made of them."""
+"""Parsing of checkpoint names, and the emergence table over checkpoints."""
 
 import pytest
 
@@ -23,24 +23,24 @@ from agnostic_train.scores.result import AgnosticScore
         ("runs-7/final", "runs-7/final", None),
     ],
 )
-def test_names_tell_the_step(entry, source, step):
+def test_step_is_parsed_from_the_name(entry, source, step):
     assert Checkpoint.parse(entry) == Checkpoint(source, step)
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch):
+def test_tilde_in_a_checkpoint_expands_to_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert Checkpoint.parse("~/step-7") == Checkpoint.parse("7=~/step-7") == Checkpoint("/home/someone/step-7", 7)
 
 
-def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path):
-    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
+def test_interrupted_table_resumes_where_it_stopped(tmp_path):
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
     checkpoints, measured = [Checkpoint("late", 9), Checkpoint("early", 2), Checkpoint("middle", 5)], []
 
     def measure(checkpoint):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(checkpoint.name)
-        return found, AgnosticScore((checkpoint.step or 0) / 10, [])
+        return neurons, AgnosticScore((checkpoint.step or 0) / 10, [])
 
     def follow():
         return follow_checkpoints(checkpoints, measure, lambda it: [it.name], tmp_path)
@@ -51,20 +51,20 @@ def test_an_interrupted_table_goes_on_where_it_stopped(tmp_path):
     rows = follow()
     assert measured == ["middle"] and [row["score"] for row in rows] == [0.2, 0.5, 0.9]
     assert rows[0]["shared"] == 1 and rows[0]["shared_ratio"] == {"a": 0.5, "b": 1.0} and rows[0]["related"]["a"] == 2
-    checkpoints.append(Checkpoint("final", None))  # without a step, the given order
+    checkpoints.append(Checkpoint("final", None))  # if a step is unknown, the given order is kept
     measured.clear()
     assert [row["checkpoint"] for row in follow()] == ["late", "early", "middle", "final"]
 
 
-def test_the_table_says_what_was_clipped():
-    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
+def test_table_names_clipped_languages():
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
     rows = [language_score(name, 10.0, 9.0, 12.0, 1, 1) for name in "ab"]
     control = AgnosticScore(0.3, [language_score("a", 10.0, 11.0, 12.0, 1, 1), rows[1]])
     score = AgnosticScore(0.5, rows, controls={1: control, 2: AgnosticScore(0.1, [])})
-    (row,) = emergence_table([emergence_row(Checkpoint("step-8", 8), found, score)])
+    (row,) = emergence_table([emergence_row(Checkpoint("step-8", 8), neurons, score)])
     assert row["clipped"] == "a, b" and row["controls_1_clipped"] == "b" and row["controls_2_clipped"] == ""
     assert row["controls_1"] == 0.3 and row["controls_2"] == 0.1
 
 
-def test_the_step_is_a_names_last_number():
+def test_step_is_the_last_number_of_the_name():
     assert Checkpoint.parse("runs/v2-700") == Checkpoint("runs/v2-700", 700)

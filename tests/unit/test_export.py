@@ -1,4 +1,4 @@
-"""Exported checkpoints load as any other, and say whether something moved that shouldn't have."""
+"""Exported checkpoints load like any other, and report whether a frozen weight has changed."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def trained(base):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_merged_checkpoint_loads_as_any_other(tmp_path, tied):
+def test_merged_checkpoint_loads_like_any_other(tmp_path, tied):
     base = tiny_llama(tie_word_embeddings=tied)
     model = trained(base)
     tokenizer = build_tokenizer(["a b c"], vocab_size=300)
@@ -62,7 +62,7 @@ def test_a_merged_checkpoint_loads_as_any_other(tmp_path, tied):
     )
 
 
-def test_a_weight_that_moved_is_named():
+def test_check_names_changed_frozen_weights():
     base = tiny_llama()
     model = trained(base)
     with torch.no_grad():
@@ -73,8 +73,8 @@ def test_a_weight_that_moved_is_named():
     assert check.changed == ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 
 
-def test_weights_are_compared_by_their_bits(tmp_path):
-    """0 and -0 are different weights, and a NaN that was there before is the same one."""
+def test_weights_are_compared_bit_by_bit(tmp_path):
+    """0 and -0 differ, and a NaN that the base already has is equal."""
     base = tiny_llama()
     with torch.no_grad():
         base.model.norm.weight[0] = torch.nan
@@ -90,12 +90,14 @@ def test_weights_are_compared_by_their_bits(tmp_path):
     assert check.status == "changed" and check.changed == ("model.norm.weight",)
 
 
-def test_half_precision_export_is_checked_in_that_precision(tmp_path):
+def test_half_precision_export_is_checked_in_its_precision(tmp_path):
     base = tiny_llama().bfloat16()
     base.save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
     check = export_checkpoint(model, tmp_path / "out", base=tmp_path / "base", dtype="bfloat16")
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["base"] == "base"  # a published file says no path
+    assert (
+        json.loads((tmp_path / "out/manifest.json").read_text())["base"] == "base"
+    )  # a published file must not contain a path
     assert check.status == "identical"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16 and model.dtype == torch.float32
@@ -109,14 +111,14 @@ def test_tied_embeddings_are_written_once_in_another_dtype(tmp_path):
         assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not iterable itself)
 
 
-def test_without_a_base_or_neurons_nothing_is_claimed(tmp_path):
+def test_export_without_a_base_or_neurons_is_unverified(tmp_path):
     base = tiny_llama()
     assert export_checkpoint(trained(base), tmp_path / "a").status == "unverified"
     assert export_checkpoint(tiny_llama(), tmp_path / "b", base=base).status == "unverified"
     assert json.loads((tmp_path / "a/manifest.json").read_text())["frozen_weights"]["status"] == "unverified"
 
 
-def test_wrong_arguments_leave_nothing_behind(tmp_path):
+def test_invalid_arguments_leave_no_files(tmp_path):
     model = trained(tiny_llama())
     for settings, message in (
         ({"to": "onnx"}, r"export\.to"),
@@ -129,7 +131,7 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_that_does_not_fit_its_config_is_named(tmp_path):
+def test_error_names_a_base_that_does_not_fit_its_config(tmp_path):
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     base.config.intermediate_size = 64
@@ -138,8 +140,8 @@ def test_a_base_that_does_not_fit_its_config_is_named(tmp_path):
         export_checkpoint(adapted(tiny_llama(), CHOSEN), tmp_path / "out", base=tmp_path / "base")
 
 
-def test_an_incomplete_base_is_refused(tmp_path):
-    """Transformers would fill it up with random numbers, which then are compared with themselves."""
+def test_incomplete_base_is_refused(tmp_path):
+    """transformers would fill the missing weights with random numbers, which would be compared with themselves."""
     tiny_llama().save_pretrained(tmp_path / "base")
     weights = load_file(tmp_path / "base/model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
@@ -170,7 +172,7 @@ def logits(model):
 
 @pytest.fixture(params=["adapter", "folder of an adapter", "trained with masks", "fused weights", "original variable"])
 def exported(request, tmp_path):
-    """(base's folder, expected logits, folder by target, checks) of one trained model exported to all targets."""
+    """Export one trained model to all targets; return (base's folder, expected logits, folder by target, checks)."""
     base = family_model("Phi-3") if request.param == "fused weights" else tiny_llama(tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -193,7 +195,7 @@ def exported(request, tmp_path):
     return tmp_path / "base", expected, {to: tmp_path / to for to in TO}, checks
 
 
-def test_all_targets_have_the_logits_of_the_trained_model(exported):
+def test_all_targets_give_the_logits_of_the_trained_model(exported):
     base, expected, folders, checks = exported
     for check in checks:
         assert check.status == "identical" and check.chosen_moved == check.chosen_surviving == 1.0
@@ -214,7 +216,7 @@ def test_all_targets_have_the_logits_of_the_trained_model(exported):
         assert manifest["format"] == to and manifest["frozen_weights"]["status"] == "identical"
 
 
-def test_a_lora_needs_nothing_of_this_package(tmp_path):
+def test_lora_loads_without_this_package(tmp_path):
     model = adapted(tiny_llama(), CHOSEN)
     tiny_llama().save_pretrained(tmp_path / "base")
     export_checkpoint(model, tmp_path / "lora", to="lora")
@@ -224,14 +226,14 @@ def test_a_lora_needs_nothing_of_this_package(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_an_adapter_has_at_least_float32(tmp_path, dtype):
+def test_adapter_is_at_least_float32(tmp_path, dtype):
     export_checkpoint(adapted(tiny_llama().to(dtype), CHOSEN), tmp_path / "delta", to="delta")
     values = {it.dtype for it in load_file(tmp_path / "delta/adapter_model.safetensors").values()} - {torch.int64}
-    told = json.loads((tmp_path / "delta/manifest.json").read_text())["dtype"]
-    assert values == {getattr(torch, told)} == {torch.promote_types(dtype, torch.float32)}
+    manifest_dtype = json.loads((tmp_path / "delta/manifest.json").read_text())["dtype"]
+    assert values == {getattr(torch, manifest_dtype)} == {torch.promote_types(dtype, torch.float32)}
 
 
-def test_a_delta_is_the_file_that_peft_saves(tmp_path):
+def test_delta_equals_the_file_that_peft_saves(tmp_path):
     model = adapted(tiny_llama(), CHOSEN)
     model.save_pretrained(tmp_path / "peft")
     export_checkpoint(model, tmp_path / "ours", to="delta")
@@ -241,8 +243,8 @@ def test_a_delta_is_the_file_that_peft_saves(tmp_path):
     assert configs[0]["rows"] == configs[1]["rows"] and configs[0]["columns"] == configs[1]["columns"]
 
 
-def test_rounding_is_done_once_and_what_it_swallows_is_reported(tmp_path):
-    """Changes of 1e-4 beside bfloat16 weights of 0.02: a third of them is lost."""
+def test_merging_rounds_once_and_reports_what_survives(tmp_path):
+    """A third of changes of 1e-4 to bfloat16 weights of 0.02 is lost to rounding."""
     base = tiny_llama(initializer_range=0.02, hidden_size=252).bfloat16()
     neurons = NeuronSet({(0, "up"): range(53), (1, "down"): range(53)})
     model = get_peft_model(base, NeuronConfig(neurons=neurons))
@@ -265,7 +267,7 @@ def test_rounding_is_done_once_and_what_it_swallows_is_reported(tmp_path):
         assert torch.equal(weight, exact.to(dtype))
 
 
-def test_what_cannot_be_exported_is_named(tmp_path):
+def test_errors_name_what_cannot_be_exported(tmp_path):
     merged = adapted(tiny_llama(), CHOSEN)
     merged.merge_adapter()
     two = adapted(tiny_llama(), CHOSEN)
@@ -291,7 +293,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == inputs
 
 
-def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monkeypatch):
+def test_native_adapter_is_merged_and_written_file_is_verified(tmp_path, monkeypatch):
     native = tiny_llama()
     native.add_adapter(NeuronConfig(neurons=CHOSEN))
     fill(native)
@@ -300,7 +302,7 @@ def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monk
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert native._hf_peft_config_loaded
-    # One that transformers loads leaves names of PEFT's in the model.
+    # An adapter loaded by transformers leaves PEFT's weight names in the model.
     adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "adapter")
     tiny_llama().save_pretrained(tmp_path / "base")
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -321,12 +323,12 @@ def test_the_file_is_read_back_and_a_native_adapter_is_merged_too(tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_of_another_precision_is_not_called_identical(tmp_path):
+def test_base_of_another_precision_is_not_identical(tmp_path):
     base, model = tiny_llama(), adapted(tiny_llama().bfloat16(), CHOSEN)
     for trained_model in (model, trained(tiny_llama()).bfloat16()):
         trained_model.trained_neurons = CHOSEN
         check = export_checkpoint(trained_model, tmp_path / "out", base=base, dtype="float32")
-        # All weights but the norms, which are ones.
+        # All weights differ except the norms, which are ones.
         assert check.status == "changed" and len(check.changed) == 16
         assert export_checkpoint(trained_model, tmp_path / "out", base=base, dtype="bfloat16").status == "identical"
     cast = adapted(tiny_llama(), CHOSEN)
@@ -344,7 +346,7 @@ def test_a_base_of_another_precision_is_not_called_identical(tmp_path):
 
 
 @pytest.mark.parametrize("to", TO)
-def test_weights_that_are_not_finite_are_refused(tmp_path, to):
+def test_nonfinite_weights_are_refused(tmp_path, to):
     model = adapted(tiny_llama(), CHOSEN)
     delta = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     with torch.no_grad():
@@ -359,7 +361,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, to):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_that_cannot_be_exported_is_named(tmp_path):
+def test_errors_name_invalid_models_bases_and_dtypes(tmp_path):
     disabled, invalid = adapted(tiny_llama(), CHOSEN), adapted(tiny_llama(), CHOSEN)
     disabled.base_model.disable_adapter_layers()
     invalid.generation_config.temperature, invalid.generation_config.do_sample = 0.5, False
@@ -380,8 +382,8 @@ def test_more_that_cannot_be_exported_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
-def test_a_single_sum_in_float32_is_there_at_a_time(tmp_path, monkeypatch, dtype):
-    """All of them take twice as much as a model in half precision."""
+def test_one_float32_sum_exists_at_a_time(tmp_path, monkeypatch, dtype):
+    """All sums together would take twice the memory of a model in half precision."""
     model = adapted(tiny_llama().bfloat16(), NeuronSet({(i, p): [0, 3] for i in (0, 1) for p in ("q", "up", "down")}))
     sums, most = [], []
     original = Delta.added_to
@@ -401,8 +403,8 @@ def test_a_single_sum_in_float32_is_there_at_a_time(tmp_path, monkeypatch, dtype
     assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
-def test_what_was_trained_earlier_counts_too(tmp_path):
-    """An adapter on a model that was trained before: all of it may differ from the first base, and nothing else."""
+def test_neurons_trained_earlier_count_as_chosen(tmp_path):
+    """An adapter on a model that was trained before: all trained neurons may differ from the first base, no others."""
     base = tiny_llama()
     second = NeuronSet({(0, "q"): [1, 4], (1, "up"): [7]})
     model = adapted(trained(base), second)
@@ -422,7 +424,7 @@ def test_what_was_trained_earlier_counts_too(tmp_path):
         export_checkpoint(model, tmp_path / "lora", "lora", base=base, neurons=CHOSEN | second)
 
 
-def test_a_folder_with_another_adapter_than_the_trained_one_is_refused(tmp_path):
+def test_folder_with_an_adapter_of_other_neurons_is_refused(tmp_path):
     adapted(neurons=CHOSEN).save_pretrained(tmp_path / "checkpoint")
     second = NeuronSet({(0, "q"): [2]})
     second.save(tmp_path / "checkpoint/neurons.safetensors")
@@ -434,7 +436,7 @@ def test_a_folder_with_another_adapter_than_the_trained_one_is_refused(tmp_path)
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama(), tokenizer="name")
 
 
-def test_a_difference_of_half_precision_weights_is_exact():
+def test_difference_of_half_precision_weights_is_exact():
     base, model = tiny_llama().bfloat16(), tiny_llama().bfloat16()
     weight = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
@@ -443,7 +445,7 @@ def test_a_difference_of_half_precision_weights_is_exact():
     assert torch.equal(delta.added_to(base.model.layers[0].mlp.up_proj.weight).bfloat16(), weight)
 
 
-def test_an_adapter_names_the_base_not_what_was_trained():
+def test_adapter_names_the_base_rather_than_the_trained_model():
     base, model = tiny_llama(), tiny_llama()
     base.name_or_path, model.name_or_path = "the/base", "the/trained"
     assert Trained.of(model, base, CHOSEN).base_name == "the/base"

@@ -1,4 +1,4 @@
-"""Every supported family: impacts of all projections against real deactivation, neuron by neuron."""
+"""For every supported family, the impacts of all projections equal those of real deactivation."""
 
 import pytest
 import torch
@@ -48,12 +48,12 @@ FAMILIES = {
 
 
 def family_model(name, **changes):
-    """A random model of the family, every bias and norm away from its neutral start."""
+    """Return a random model of the family, with every bias and norm moved away from its neutral initial value."""
     family, settings = FAMILIES[name]
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, config_class)(**settings | changes)
     torch.manual_seed(0)
-    # Eager attention is each family's definition: some versions' sdpa leaves Gemma 2's cap out.
+    # Eager attention defines each family: some versions' sdpa ignores Gemma 2's cap.
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -86,8 +86,8 @@ def test_impacts_equal_real_deactivation(name):
     assert max(comparison.error for comparison in verify_impacts(model, padded_batch(LENGTHS, "left"))) < 1e-4
 
 
-def test_the_sliding_window_and_the_cap_matter():
-    """Otherwise the two tests above would pass without either."""
+def test_sliding_window_and_cap_change_impacts():
+    """Otherwise the test above would pass without them."""
     for name, change in (("Mistral", {"sliding_window": 64}), ("Gemma 2", {"attn_logit_softcapping": 1e6})):
         before = unverified_impacts(family_model(name), padded_batch([11]), ["q"])
         after = unverified_impacts(family_model(name, **change), padded_batch([11]), ["q"])

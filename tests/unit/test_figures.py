@@ -1,4 +1,4 @@
-"""Figures in any script: which fonts draw a text, and what the files hold."""
+"""Figures in any script: the fonts that draw a text, and the content of the files."""
 
 import logging
 
@@ -12,7 +12,7 @@ from agnostic_train.report.figures import write_figures
 
 
 class Font:
-    """What FreeType says of a file whose name lists the characters that it has."""
+    """A stand-in for a FreeType font whose file name lists the characters it has."""
 
     def __init__(self, path):
         if "broken" in path:
@@ -34,21 +34,21 @@ def installed(monkeypatch):
     return added
 
 
-def test_only_what_the_first_font_lacks_is_looked_for(installed):
+def test_other_fonts_are_added_only_for_missing_characters(installed):
     assert figures._families("sw Kiswahili ř") == ["DejaVu Sans"] and not installed
     assert figures._families("中 文") == ["DejaVu Sans", "/NotoSans-Regular:中文"]
     assert set(figures._families("中文ไทย")[1:]) == {"/NotoSans-Regular:中文", "/NotoSansThai-Regular:ไทย"}
 
 
-def test_characters_without_a_font_are_named(installed, caplog, monkeypatch):
+def test_warning_names_characters_without_a_font(installed, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert figures._families("中አ")[1:] == ["/NotoSans-Regular:中文"]
     assert "no installed font has አ" in caplog.text
 
 
 @pytest.mark.parametrize(("cost", "scale"), [(0.004, "linear"), (0.1, "symlog")])
-def test_small_costs_are_drawn_on_a_plain_scale(cost, scale):
-    """A logarithmic one has no ticks below 1."""
+def test_small_costs_are_drawn_on_a_linear_scale(cost, scale):
+    """A logarithmic scale has no ticks below 1."""
 
     def group(mean):
         return {"mean": mean, "interval": [mean - 0.002, mean + 0.002]}
@@ -70,11 +70,11 @@ def test_small_costs_are_drawn_on_a_plain_scale(cost, scale):
         (-0.0123, "-1.2%"),
     ],
 )
-def test_a_small_change_keeps_its_sign(change, text):
+def test_percent_keeps_the_sign_of_small_changes(change, text):
     assert percent(change) == text
 
 
-def test_both_files_are_written_and_text_stays_text(tmp_path):
+def test_both_files_are_written_and_svg_keeps_text(tmp_path):
     def draw():
         figure = Figure()
         figure.subplots().set_title("Kiswahili <&>")
@@ -85,4 +85,4 @@ def test_both_files_are_written_and_text_stays_text(tmp_path):
     assert "Kiswahili &lt;&amp;&gt;" in (tmp_path / "one.svg").read_text()
     first = (tmp_path / "one.svg").read_text()
     write_figures(tmp_path, {"one": draw})
-    assert first == (tmp_path / "one.svg").read_text()  # no date in it, nor random names
+    assert first == (tmp_path / "one.svg").read_text()  # it has neither a date nor random ids

@@ -1,4 +1,4 @@
-"""A folder is replaced where it is absent, empty or of our own writing; whatever else is in it is left alone."""
+"""A folder is written only if it is absent, empty or holds our own files; anything else is left untouched."""
 
 import json
 import os
@@ -26,12 +26,12 @@ def export(folder):
 
 
 @pytest.mark.parametrize("write", [save_neurons, export])
-def test_what_others_put_there_is_never_deleted(tmp_path, write):
+def test_folder_with_foreign_files_is_refused(tmp_path, write):
     out = tmp_path / "out"
     for make in (
         lambda: (out / "thesis.txt").write_text("years of work"),
         lambda: (out / "checkpoint-100").mkdir() or (out / "checkpoint-100/model.safetensors").write_text("hours"),
-        # As a run's output_dir has it.
+        # A run's output_dir has this file too.
         lambda: (out / "manifest.json").write_text(json.dumps({"stages": {}})),
         lambda: (out / "manifest.json").write_text("{"),
     ):
@@ -50,7 +50,7 @@ def test_what_others_put_there_is_never_deleted(tmp_path, write):
 
 
 @pytest.mark.parametrize("write", [save_neurons, export])
-def test_our_own_is_replaced_until_something_else_is_beside_it(tmp_path, write):
+def test_own_folder_is_replaced_unless_it_holds_a_foreign_file(tmp_path, write):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out")
     write(tmp_path / "out")
@@ -60,7 +60,7 @@ def test_our_own_is_replaced_until_something_else_is_beside_it(tmp_path, write):
     assert (tmp_path / "out/thesis.txt").read_text() == "years of work"
 
 
-def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+def test_old_folder_is_restored_if_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
     save_neurons(tmp_path / "out")
     before = everything_below(tmp_path / "out")
     original = os.rename
@@ -76,7 +76,7 @@ def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, 
     assert everything_below(tmp_path / "out") == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_folder_that_was_taken_away_by_a_killed_process_comes_back(tmp_path):
+def test_folder_moved_away_by_a_killed_process_is_restored(tmp_path):
     for name, content in ((".neurons.0123abcd.old", "old"), (".neurons.0123abcd.tmp", "half of the new one")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(content)
@@ -85,7 +85,7 @@ def test_a_folder_that_was_taken_away_by_a_killed_process_comes_back(tmp_path):
         assert {it.name for it in tmp_path.iterdir()} == {"neurons", ".lock"}
 
 
-def test_another_runs_half_written_folder_is_left_to_it(tmp_path):
+def test_partial_folder_of_another_run_is_left_until_that_run_ends(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     with sole_user(other):
@@ -96,7 +96,7 @@ def test_another_runs_half_written_folder_is_left_to_it(tmp_path):
         assert [it.name for it in other.iterdir()] == [".lock"]
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path):
+def test_symbolic_link_to_a_folder_is_kept(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     save_neurons(tmp_path / "out")
@@ -105,7 +105,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
     assert {it.name for it in tmp_path.iterdir()} == {"disk", "out"}
 
 
-def test_another_kind_of_export_is_replaced(tmp_path):
+def test_export_of_another_kind_is_replaced(tmp_path):
     model = tiny_llama()
     model.trained_neurons = NeuronSet({(0, "q"): [1]})
     for to in ("merged", "lora", "delta", "merged"):
@@ -113,7 +113,7 @@ def test_another_kind_of_export_is_replaced(tmp_path):
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
-def test_what_appears_while_a_folder_is_written_is_kept(tmp_path):
+def test_file_that_appears_during_writing_is_kept(tmp_path):
     with pytest.raises(UserError, match=r"holds late\.txt"), whole_directory(tmp_path / "out") as temporary:
         (temporary / "ours.txt").write_text("ours")
         (tmp_path / "out").mkdir()

@@ -1,4 +1,4 @@
-"""Every projection's impact against real deactivation, neuron by neuron and sentence by sentence."""
+"""Impacts of all projections equal those of real deactivation, for each neuron and sentence."""
 
 from dataclasses import replace
 
@@ -21,11 +21,11 @@ LENGTHS = [1, 6, 13]
 
 
 class Seen(Exception):
-    """Ends a forward pass where what is observed has been computed."""
+    """Carries the observed output and ends the forward pass."""
 
 
 def observed_output(model, layer, projection, sentence):
-    """What the definition measures a change in, for one sentence without padding: (length, features)."""
+    """Return the output whose change defines an impact, for one sentence without padding: (length, features)."""
     linears = {name: part.linear for name, part in find_decoder(model).layers[layer].projections.items()}
 
     def before(module, args):
@@ -45,7 +45,7 @@ def observed_output(model, layer, projection, sentence):
 
 
 def brute_force(model, sentences):
-    """(layer, projection) -> (sentences, neurons), by really zeroing one neuron after the other."""
+    """Compute impacts by zeroing one neuron after the other: (layer, projection) -> (sentences, neurons)."""
     impacts = {}
     for (layer, projection), size in find_decoder(model).sizes.items():
         impacts[(layer, projection)] = torch.zeros(len(sentences), size)
@@ -75,14 +75,14 @@ def test_impacts_equal_real_deactivation(bias):
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 6), (3, 1)])
-def test_multi_head_and_multi_query(heads, kv_heads):
+def test_impacts_of_multi_head_and_multi_query_attention(heads, kv_heads):
     model = tiny_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
     expected = brute_force(model, sentences_of(padded_batch([7])))
     for site, values in unverified_impacts(model, padded_batch([7])).items():
         torch.testing.assert_close(values, expected[site], rtol=0, atol=1e-4 * expected[site].max().item())
 
 
-def test_a_batch_scores_as_its_sentences_do(llama):
+def test_batch_gives_the_impacts_of_its_single_sentences(llama):
     batch = padded_batch(LENGTHS, "left")
     together = unverified_impacts(llama, batch)
     for row, sentence in enumerate(sentences_of(batch)):
@@ -91,8 +91,8 @@ def test_a_batch_scores_as_its_sentences_do(llama):
             torch.testing.assert_close(together[site][row], alone[site][0], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_leaves_a_large_common_part_of_the_values_harmless():
-    """All values share 1,000; a mean over padding's zeros too would leave much of it to rounding."""
+def test_padding_with_a_large_common_part_of_values_does_not_add_rounding():
+    """All values share 1,000; a mean that included padding's zeros would leave much of it, and so its rounding."""
     model = tiny_llama(attention_bias=True, num_hidden_layers=1)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.bias.fill_(1_000)
@@ -103,7 +103,7 @@ def test_padding_leaves_a_large_common_part_of_the_values_harmless():
         torch.testing.assert_close(together[site][0], values[0], rtol=0, atol=3e-6 * values.max().item())
 
 
-def test_padding_may_hold_anything_even_nan(llama):
+def test_nan_at_padding_does_not_matter(llama):
     batch = padded_batch(LENGTHS)
     expected = unverified_impacts(llama, batch)
     padding = ~batch["attention_mask"].bool()
@@ -118,13 +118,13 @@ def test_padding_may_hold_anything_even_nan(llama):
         torch.testing.assert_close(poisoned[site], expected[site])
 
 
-def test_chunks_do_not_change_the_result(llama):
+def test_chunk_size_does_not_change_the_result(llama):
     batch = padded_batch(LENGTHS)
     expected = unverified_impacts(llama, batch, ["q", "k"])
     with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=1e-6) as meter:
-        seen = meter.measure(batch)
+        chunked = meter.measure(batch)
     for site in expected:
-        torch.testing.assert_close(seen[site], expected[site])
+        torch.testing.assert_close(chunked[site], expected[site])
 
 
 def test_special_tokens_are_left_out_of_the_norms(llama):
@@ -139,8 +139,8 @@ def test_special_tokens_are_left_out_of_the_norms(llama):
     torch.testing.assert_close(impacts[(1, "up")][0], expected)
 
 
-def test_paper_mode_is_equation_11_on_the_rotated_states(llama):
-    """Without rotation (all positions 0) the paper's form and the exact one are the same."""
+def test_paper_mode_equals_exact_mode_without_rotation(llama):
+    """Paper mode is equation 11 on the rotated states: without rotation (all positions 0), both modes are equal."""
     batch = padded_batch([9])
     exact, paper = (unverified_impacts(llama, batch, ["q", "k"], attention=mode) for mode in ("exact", "paper"))
     assert not torch.allclose(exact[(0, "q")], paper[(0, "q")], rtol=1e-2)
@@ -150,7 +150,7 @@ def test_paper_mode_is_equation_11_on_the_rotated_states(llama):
         torch.testing.assert_close(exact[site], paper[site])
 
 
-def test_the_model_is_left_as_found(llama):
+def test_model_is_left_unchanged(llama):
     llama.train()
     llama.model.layers[0].mlp.eval()
     state, implementation = torch.get_rng_state(), llama.config._attn_implementation
@@ -172,8 +172,8 @@ def test_half_precision_scores_accumulate_in_float32(llama, dtype):
         assert (values - expected[site]).abs().max() < 0.05 * expected[site].max()
 
 
-def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
-    """At the peak: change, logits and attention of a chunk, and its two outputs."""
+def test_large_tensors_stay_within_the_memory_budget(llama, monkeypatch):
+    """The peak holds the change, logits and attention of a chunk, and its two outputs."""
     sizes = []
     original = AttentionBlock.squares
 
@@ -192,8 +192,8 @@ def test_the_large_tensors_stay_within_the_budget(llama, monkeypatch):
     assert counts[0] > counts[1] > counts[2]
 
 
-def test_what_is_not_a_number_is_no_zero(llama):
-    """In sentences of one token q and k change nothing, and yet what attention sees is NaN."""
+def test_nan_values_give_nan_impacts(llama):
+    """In sentences of one token, q and k have no impact, but NaN values must still show."""
     with torch.no_grad():
         llama.model.layers[1].self_attn.v_proj.weight[3] = torch.nan
     impacts = unverified_impacts(llama, padded_batch([1, 1]), ["q", "k"])
@@ -203,7 +203,7 @@ def test_what_is_not_a_number_is_no_zero(llama):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_has_no_part_in_what_tokens_have_in_common(side):
+def test_centring_ignores_padding(side):
     real = padded_batch([13, 5], side)["attention_mask"].bool()
     factors = [torch.randn(2, 3, 13, 4).masked_fill(~real[:, None, :, None], 0) for _ in range(4)]
     shifted = [(factor + 100).masked_fill(~real[:, None, :, None], 0) for factor in factors]
@@ -212,18 +212,18 @@ def test_padding_has_no_part_in_what_tokens_have_in_common(side):
     assert (centred.d[0].mean(1).abs() < 1e-4).all() and not centred.d.masked_select(~real[:, None, :, None]).any()
 
 
-def test_what_tokens_have_in_common_moves_no_logit(monkeypatch):
+def test_common_part_of_keys_does_not_change_the_result(monkeypatch):
     monkeypatch.setattr(BlockForms, "softmax", None)
     real, visible = torch.ones(2, 13, dtype=torch.bool), torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
     inputs = AttentionInputs.clean(*torch.randn(3, 2, 3, 13, 4), visible, real, scaling=0.5)
     change = LogitChange(*torch.randn(4, 2, 3, 13, 4))
     shifted = replace(change, b=change.b + 1000, d=change.d - 1000)
-    expected, found = (LayerAttention(inputs, real, 1 << 20).squared_changes(it) for it in (change, shifted))
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+    expected, actual = (LayerAttention(inputs, real, 1 << 20).squared_changes(it) for it in (change, shifted))
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=0)
 
 
-def test_a_layer_takes_sentences_in_parts_of_one_size(llama, monkeypatch):
-    """Of four sentences of which three fit, two at a time."""
+def test_layer_splits_sentences_into_equal_parts(llama, monkeypatch):
+    """Four sentences of which three fit into memory are computed two at a time."""
     sizes, original = [], query_key.QueryKeyImpacts._measure_part
 
     def spied(self, inputs, counted, *others):
@@ -234,10 +234,10 @@ def test_a_layer_takes_sentences_in_parts_of_one_size(llama, monkeypatch):
     batch = padded_batch([13, 9, 5, 2])
     expected = unverified_impacts(llama, batch, ["q", "k"])
     monkeypatch.setattr(query_key, "_CPU_LAYER_BYTES", 3 * 4 * 6 * 13 * (14 * 10 + 4 * 13))
-    found = unverified_impacts(llama, batch, ["q", "k"])
+    impacts = unverified_impacts(llama, batch, ["q", "k"])
     assert sizes == [4, 4, 2, 2, 2, 2]
     for site, values in expected.items():
-        torch.testing.assert_close(found[site], values)
+        torch.testing.assert_close(impacts[site], values)
 
 
 def test_offloaded_weights_are_refused():
@@ -249,7 +249,7 @@ def test_offloaded_weights_are_refused():
         pass
 
 
-def test_unknown_names_are_refused(llama):
+def test_unknown_projections_and_attention_modes_are_refused(llama):
     with pytest.raises(ValueError, match="unknown projection 'query'"):
         unverified_impacts(llama, padded_batch([3]), ["query"])
     with pytest.raises(ValueError, match="attention"):

@@ -1,4 +1,4 @@
-"""A model that is measured is left as it was found, and so is torch."""
+"""Measuring leaves the model and torch's global settings unchanged."""
 
 import pytest
 import torch
@@ -19,18 +19,18 @@ SETTINGS = {
 
 
 def state():
-    """What torch's interfaces say of TF32; one that was mixed with another refuses to say."""
+    """Return the TF32 settings of torch's interfaces; "refused" for one that raises because both were used."""
     matmul = torch.backends.cuda.matmul
-    found = []
+    settings = []
     for read in (
         lambda: matmul.fp32_precision, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision,
         lambda: torch.backends.fp32_precision,
     ):  # fmt: skip
         try:
-            found.append(read())
+            settings.append(read())
         except RuntimeError:
-            found.append("refused")
-    return found
+            settings.append("refused")
+    return settings
 
 
 def turn_on_and_off(setting):
@@ -43,14 +43,14 @@ def turn_on_and_off(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_tf32_is_off_in_between_however_it_was_turned_on(setting, tmp_path):
-    """In a process of its own: torch's two interfaces don't mix, and what was set through one stays."""
+def test_tf32_is_off_within_the_block_however_it_was_turned_on(setting, tmp_path):
+    """Use a separate process: torch's two interfaces don't mix, and a setting made through one persists."""
     process = started(__name__, "turn_on_and_off", setting, stderr=str(tmp_path / "errors"))
     process.join()
     assert process.exitcode == 0, (tmp_path / "errors").read_text()
 
 
-def test_what_measures_a_model_turns_tf32_off(llama):
+def test_left_as_found_turns_tf32_off(llama):
     torch.set_float32_matmul_precision("high")
     try:
         with left_as_found(llama):
@@ -61,8 +61,8 @@ def test_what_measures_a_model_turns_tf32_off(llama):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_training_in_bf16_is_measured_as_its_weights_are(tmp_path, update):
-    """accelerate leaves autocast around the model: nothing was learnt, so nothing may differ."""
+def test_measuring_after_bf16_training_ignores_autocast(tmp_path, update):
+    """accelerate leaves autocast around the model's forward; the learning rate is 0, so no measurement may change."""
     model, batch = tiny_llama(), padded_batch([9, 5])
     before, impacts = perplexity(model, [batch]), neuron_impacts(model, batch)
     trainer = NeuronTrainer(
@@ -79,7 +79,7 @@ def test_a_training_in_bf16_is_measured_as_its_weights_are(tmp_path, update):
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_each_module_gets_its_own_mode_back(llama):
+def test_each_module_gets_its_mode_back(llama):
     llama.train()
     llama.model.layers[0].eval()
     before = [it.training for it in llama.modules()]
@@ -88,7 +88,7 @@ def test_each_module_gets_its_own_mode_back(llama):
     assert [it.training for it in llama.modules()] == before
 
 
-def test_random_states_are_left_as_found(llama):
+def test_random_state_is_restored(llama):
     state = torch.random.get_rng_state()
     with left_as_found(llama):
         torch.rand(3)

@@ -1,4 +1,4 @@
-"""Text that only judges: languages that are only measured, and aligned lines."""
+"""Text that is used only for evaluation: languages that are only measured, and parallel text."""
 
 from contextlib import nullcontext
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_language_that_is_only_measured_needs_no_train_text(folder):
+def test_language_that_is_only_measured_needs_no_train_text(folder):
     sentences, hashes = held_out_text(section(), "th", folder)
     assert sentences == ["ข", "ง"] and list(hashes) == ["th.valid.txt"]
     (folder / "th.test.txt").write_text("one\ntwo\nthree")
@@ -36,12 +36,12 @@ def test_a_language_that_is_only_measured_needs_no_train_text(folder):
         held_out_text(section(test_sentences=4), "th", folder)
     with pytest.raises(UserError, match=r"evaluation.languages: 'xx' has no file .*xx.test.txt"):
         held_out_text(section(), "xx", folder)
-    (folder / "xx.valid.txt").write_text("only one\n")  # which validates
+    (folder / "xx.valid.txt").write_text("only one\n")  # used as validation text, which leaves none to test on
     with pytest.raises(UserError, match=r"evaluation.languages: .*xx.valid.txt has no sentence of 'xx' to test on"):
         held_out_text(section(), "xx", folder)
 
 
-def test_aligned_lines_stay_aligned(folder):
+def test_parallel_lines_stay_aligned(folder):
     corpus = load_corpus(section(), folder)
     everything = parallel_text(folder / "parallel", corpus, ["en", "sw", "th", "de"], None, 0)
     assert everything.keys() == {"en", "sw", "th"} and everything["sw"][4] == "sw line 4"
@@ -49,14 +49,14 @@ def test_aligned_lines_stay_aligned(folder):
     numbers = [[line.split()[-1] for line in lines] for lines in drawn.values()]
     assert numbers[0] == numbers[1] and len(numbers[0]) == 3
     assert drawn == parallel_text(folder / "parallel", corpus, ["en", "th"], 3, 7)
-    # A line that one language lacks is left out of all.
+    # A line that one language lacks is left out of all languages.
     (folder / "parallel/sw.txt").write_text("a\n\nc\nd\ne")
     assert [len(it) for it in parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0).values()] == [4, 4]
 
 
-def test_a_line_whose_sentences_were_trained_on_was_trained_on(folder):
+def test_parallel_line_whose_sentences_were_all_trained_on_is_refused(folder):
     corpus = load_corpus(section(), folder)
-    corpus.texts["sw"].training.extend(["One.", "Two!"])  # as text that was split has them
+    corpus.texts["sw"].training.extend(["One.", "Two!"])  # as if the training text had been split into sentences
     for first, split, is_refused in (
         ("One. Two!", True, True),
         ("One. Two!", False, False),
@@ -67,7 +67,7 @@ def test_a_line_whose_sentences_were_trained_on_was_trained_on(folder):
             parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0, split)
 
 
-def test_mistakes_in_parallel_text(folder):
+def test_errors_of_parallel_text(folder):
     corpus = load_corpus(section(), folder)
 
     def read(name="parallel", count=None):

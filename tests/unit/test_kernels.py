@@ -1,4 +1,4 @@
-"""The Triton kernels, as far as they go without a GPU: in Triton's interpreter, and compiled."""
+"""The Triton kernels, tested as far as possible without a GPU: in Triton's interpreter, and compiled."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from agnostic_train.impact import intervals, kernel_trial, kernels
 
-# The most that one block of threads may have: 163 KiB on an A100, 227 on an H100.
+# Bytes that one thread block may use at most, by compute capability: 163 KiB on an A100, 227 KiB on an H100.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
 
@@ -23,8 +23,8 @@ needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
     and Version(np.__version__) >= Version("2.4"),
     reason="the interpreter of Triton 3.6 turns an array of one into an index, which numpy 2.4 refuses",
 )
-def test_in_the_interpreter(pytestconfig):
-    """In a process of its own: Triton reads the switch when it is loaded, and what was compiled so stays so."""
+def test_kernels_pass_their_tests_in_the_interpreter(pytestconfig):
+    """Use a separate process: Triton reads `TRITON_INTERPRET` on import, and kernels keep the mode they start with."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/interpreted_kernels.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
@@ -50,7 +50,7 @@ POINTERS = {
 
 
 def compiled(module, kernel, capability, head_dim, length, grows, capped):
-    """A kernel as it is launched for these sizes."""
+    """Compile a kernel as it is launched for these sizes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -59,7 +59,7 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
     types |= {name: type for type, names in POINTERS[module].items() for name in names}
     aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
-    # Triton compiles anew for a length of 1, and for one that divides by 16.
+    # Triton specialises on a length of 1, and on one divisible by 16.
     if length == 1:
         constants["length"], types["length"] = 1, "constexpr"
     elif length % 16 == 0:
@@ -74,8 +74,8 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     [(6, 1, None), (256, 42, "grows"), (256, 64, "capped")],
 )
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles(capability, head_dim, length, more, tmp_path, monkeypatch):
-    """For an A100 and an H100, as they are launched: the interpreter sees neither types nor sizes that a GPU refuses."""
+def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, tmp_path, monkeypatch):
+    """Compile as launched, because the interpreter doesn't notice types or sizes that a GPU refuses."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = capability, head_dim, length, more == "grows", more == "capped"
     exact = compiled(kernels, kernels._squared_changes, *sizes)
@@ -85,17 +85,17 @@ def test_compiles(capability, head_dim, length, more, tmp_path, monkeypatch):
         assert kernel.metadata.shared <= SHARED_MEMORY[capability]
         assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in kernel.asm["ptx"]
     assert "tf32x3" in exact.asm["ttir"]
-    # Two equal attentions differ by exactly nothing only if no product is fused with its subtraction.
+    # Equal attentions differ by exactly zero only if no product is fused with its subtraction.
     assert "fma.rn" not in exact.asm["ptx"]
     assert "f32.f16.f16" in rough.asm["ptx"]
 
 
-def test_is_not_for_a_cpu():
+def test_kernels_are_unavailable_on_a_cpu():
     assert not kernel_trial.available(torch.zeros(1, 4, 8))
 
 
 @needs_triton
-def test_a_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
+def test_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Failed to find C compiler")
 

@@ -1,4 +1,4 @@
-"""LAPE against a loop over units, and as a detection method."""
+"""LAPE compared with a loop over units, and as a detection method."""
 
 import math
 
@@ -14,7 +14,7 @@ from agnostic_train.model.decoder import find_decoder
 
 
 def brute_force(rates, ratio):
-    """Selected (layer, unit) pairs per language, by the paper's words."""
+    """Select (layer, unit) pairs for each language as the paper describes it."""
     languages = list(rates)
     layers, units = rates[languages[0]].shape
     every = sorted(float(rates[name][i, j]) for name in languages for i in range(layers) for j in range(units))
@@ -30,22 +30,22 @@ def brute_force(rates, ratio):
     return {name: {(i, j) for _, i, j in chosen if float(rates[name][i, j]) > bar} for name in languages}
 
 
-def test_selection_by_a_loop():
+def test_selection_equals_a_loop_over_units():
     generator = torch.Generator().manual_seed(0)
     rates = {name: torch.rand(3, 40, generator=generator).double() ** 3 for name in "abc"}
     rates["a"][0, :2] = 0
     sizes = {(layer, name): 40 for layer in range(3) for name in ("gate", "up", "down")} | {(0, "q"): 8}
-    found = specific_neurons(rates, 0.1, sizes)
+    selected = specific_neurons(rates, 0.1, sizes)
     for name, expected in brute_force(rates, 0.1).items():
         assert expected
         for projection in ("gate", "up", "down"):
-            got = {(layer, int(unit)) for layer in range(3) for unit in found[name][(layer, projection)]}
-            assert got == expected
-        assert found[name].counts()["q"] == 0
+            pairs = {(layer, int(unit)) for layer in range(3) for unit in selected[name][(layer, projection)]}
+            assert pairs == expected
+        assert selected[name].counts()["q"] == 0
 
 
 @pytest.mark.parametrize("name", [None, "Phi-3", "GPT-NeoX"])
-def test_firing_rates_are_counts_of_positive_activations(name):
+def test_firing_rates_are_shares_of_positive_activations(name):
     model = tiny_llama() if name is None else family_model(name)
     batches = [padded_batch([5, 9], "left"), padded_batch([4], seed=2)]
     fired, tokens = [0.0, 0.0], 0
@@ -69,11 +69,11 @@ def test_firing_rates_are_counts_of_positive_activations(name):
     torch.testing.assert_close(result.rates, torch.stack(fired).double() / tokens)
 
 
-def test_lape_is_a_detection_method(llama):
+def test_lape_as_a_detection_method(llama):
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
-    found = detect_neurons(llama, corpora, method="lape", lape_ratio=0.2, progress=False)
-    assert found.settings["method"] == "lape" and any(len(it) for it in found.related.values())
-    for neurons in found.related.values():
+    result = detect_neurons(llama, corpora, method="lape", lape_ratio=0.2, progress=False)
+    assert result.settings["method"] == "lape" and any(len(it) for it in result.related.values())
+    for neurons in result.related.values():
         counts = neurons.counts()
         assert counts["gate"] == counts["up"] == counts["down"] == len(neurons) / 3
     with pytest.raises(ValueError, match="method"):

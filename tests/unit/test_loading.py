@@ -1,4 +1,4 @@
-"""Where a model is loaded to, and files that don't fit its config."""
+"""The device that a model is loaded onto, its identity, and files that don't fit its config."""
 
 import json
 
@@ -11,8 +11,8 @@ from agnostic_train.model.loading import find_accelerator, load_model, model_ide
 from agnostic_train.recipe import ModelSection
 
 
-def test_a_models_own_code_and_vocabulary_are_part_of_it(tmp_path):
-    """Whatever their names; a card isn't."""
+def test_model_identity_covers_custom_code_and_vocabulary(tmp_path):
+    """They count whatever their file names; a model card doesn't."""
     tiny_llama().save_pretrained(tmp_path)
     identities = [model_identity(ModelSection(name="x"), tmp_path)]
     for name in ("README.md", ".gitattributes", "modeling_own.py", "own.tiktoken"):
@@ -23,7 +23,7 @@ def test_a_models_own_code_and_vocabulary_are_part_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("name, expected", [("mps", "cpu"), ("meta", "meta"), (None, "cpu")])
-def test_an_accelerator_without_float64_is_passed_over(tmp_path, monkeypatch, name, expected):
+def test_accelerator_without_float64_is_not_used(tmp_path, monkeypatch, name, expected):
     tiny_llama().save_pretrained(tmp_path)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: name is not None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(name))
@@ -31,7 +31,7 @@ def test_an_accelerator_without_float64_is_passed_over(tmp_path, monkeypatch, na
 
 
 @pytest.mark.parametrize("flag, expected", [("true", None), ("false", torch.device("meta"))])
-def test_a_launcher_for_cpus_is_heeded_beside_a_gpu(monkeypatch, flag, expected):
+def test_launcher_for_cpus_overrides_an_available_gpu(monkeypatch, flag, expected):
     monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
@@ -46,15 +46,15 @@ def test_a_launcher_for_cpus_is_heeded_beside_a_gpu(monkeypatch, flag, expected)
         ({"num_hidden_layers": 1}, "has 9 weights that its config has no use for, such as model.layers.1."),
     ],
 )
-def test_weights_that_do_not_fit_are_told_of_in_one_line(tmp_path, capfd, caplog, change, message):
+def test_weights_that_do_not_fit_are_reported_in_one_line(tmp_path, capfd, caplog, change, message):
     tiny_llama().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    told = []
+    reports = []
     try:
         load_model(ModelSection(name=str(tmp_path)), tmp_path)
     except UserError as error:
-        told.append(str(error))
-    told += caplog.messages
-    assert len(told) == 1 and f"model.name: {tmp_path} {message}" in told[0]
+        reports.append(str(error))
+    reports += caplog.messages
+    assert len(reports) == 1 and f"model.name: {tmp_path} {message}" in reports[0]
     assert "LOAD REPORT" not in capfd.readouterr().err

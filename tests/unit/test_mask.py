@@ -1,4 +1,4 @@
-"""`update="mask"`: the chosen entries learn as in full training with masked gradients, nothing else moves."""
+"""`update="mask"`: the chosen entries learn as in full training with masked gradients, and no other entry moves."""
 
 import copy
 
@@ -25,7 +25,7 @@ def mask_arguments(directory, **changes):
         {"optim": "sgd", "optim_args": "momentum=0.9"},
     ],
 )
-def test_nothing_else_moves_and_the_chosen_follow_a_plain_masked_loop(tmp_path, settings):
+def test_chosen_entries_follow_a_plain_masked_loop_and_no_others_move(tmp_path, settings):
     model = tiny_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     reference, before = copy.deepcopy(model), plain_weights(model)
     data = sentences(160)
@@ -56,7 +56,7 @@ def test_nothing_else_moves_and_the_chosen_follow_a_plain_masked_loop(tmp_path, 
         torch.nn.utils.clip_grad_norm_(decaying, settings.get("max_grad_norm", 1.0))
         optimizer.step()
         reference.zero_grad()
-        with torch.no_grad():  # the reference's decay moves all entries: those that may not learn are put back
+        with torch.no_grad():  # the reference's decay moves all entries, so reset those that may not learn
             for name, parameter in reference.named_parameters():
                 parameter.copy_(torch.where(masks[name], parameter, before[name]))
     for name, mask in masks.items():
@@ -76,7 +76,7 @@ def test_parameters_without_a_chosen_entry_do_not_require_grad(tmp_path):
     assert len(trainer.optimizer.param_groups[0]["params"]) == len(trainable)
 
 
-def test_nan_gradients_do_not_reach_frozen_entries():
+def test_mask_keeps_nan_gradients_from_frozen_entries():
     model = tiny_llama()
     mask = GradientMask(model, NeuronSet({(0, "q"): [2]}))
     weight = model.model.layers[0].self_attn.q_proj.weight
@@ -86,8 +86,8 @@ def test_nan_gradients_do_not_reach_frozen_entries():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_nan_gradients_do_not_reach_frozen_entries_through_clipping(tmp_path):
-    """Clipping multiplies every gradient by a norm that is NaN, after the mask: zero times NaN is NaN."""
+def test_clipping_by_a_nan_norm_does_not_reach_frozen_entries(tmp_path):
+    """Clipping multiplies every gradient by a NaN norm after the mask, and zero times NaN is NaN."""
 
     class NanTrainer(NeuronTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -104,7 +104,7 @@ def test_nan_gradients_do_not_reach_frozen_entries_through_clipping(tmp_path):
         assert value[mask].isnan().all()
 
 
-def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries():
+def test_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries():
     model, other = tiny_llama(), tiny_llama()
     weight, other_weight = (it.model.layers[0].self_attn.q_proj.weight for it in (model, other))
     full = torch.optim.AdamW([other_weight], lr=1e-2, weight_decay=0.5)
@@ -124,7 +124,7 @@ def test_old_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_decay_is_the_optimizers_own(kind, maximize):
+def test_decay_equals_that_of_the_unmasked_optimizer(kind, maximize):
     ends = []
     for masked in (False, True):
         model = tiny_llama().double()
@@ -141,8 +141,8 @@ def test_decay_is_the_optimizers_own(kind, maximize):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_gradient_scaler_skips_decays_nothing(fused):
-    """It leaves the skipping to a fused optimizer, whose hooks run all the same."""
+def test_step_skipped_by_a_gradient_scaler_decays_nothing(fused):
+    """The scaler leaves skipping to a fused optimizer, whose hooks run nevertheless."""
     model = tiny_llama()
     mask = GradientMask(model, CHOSEN)
     optimizer = torch.optim.AdamW([it.parameter for it in mask.parameters], lr=0.1, weight_decay=0.1, fused=fused)
@@ -169,10 +169,10 @@ def test_optimizers_that_may_mix_entries_are_refused(tmp_path, optim):
     )
     with pytest.raises(UserError, match="training.optim"):
         trainer.train()
-    assert not hasattr(trainer.model, "trained_neurons")  # for nothing was trained
+    assert not hasattr(trainer.model, "trained_neurons")  # because nothing was trained
 
 
-def test_half_precision_is_warned_of(caplog):
+def test_warning_for_half_precision_weights(caplog):
     from agnostic_train.training import mask
 
     mask.logger.addHandler(caplog.handler)
@@ -181,7 +181,7 @@ def test_half_precision_is_warned_of(caplog):
     assert "load the model in float32" in caplog.text
 
 
-def test_an_optimizer_gets_its_decay_back():
+def test_removing_the_mask_restores_the_optimizers_decay():
     model = tiny_llama()
     mask = GradientMask(model, CHOSEN)
     optimizer = torch.optim.AdamW([it.parameter for it in mask.parameters], weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""The memory formulas against what PyTorch keeps, and the model's own counts."""
+"""The memory formulas agree with what PyTorch keeps, and the counts with the model's parameters."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ def small(config_class, dtype, num_layers=3):
 
 
 def kept_for_backward(model):
-    """Bytes of the tensors, beside the parameters, that a training forward pass keeps for its backward pass."""
+    """Return the bytes of the tensors, without parameters, that a training forward pass keeps for its backward pass."""
     parameters = {it.untyped_storage().data_ptr() for it in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that its place isn't used again
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that its memory isn't reused
         return tensor
 
     input_ids = torch.randint(1, 500, (SENTENCES, LENGTH))
@@ -43,8 +43,8 @@ def kept_for_backward(model):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Gemma2Config, Gemma3TextConfig])
-def test_activations_are_what_a_forward_pass_keeps(config_class, dtype, checkpointing, all_weights):
-    """Three more layers keep what the formula says, to a tenth; where norms learn, what they keep differs by family."""
+def test_activation_estimate_matches_what_a_forward_pass_keeps(config_class, dtype, checkpointing, all_weights):
+    """Three more layers keep what the formula says, to 10%; to 35% where norms learn, whose share differs by family."""
     kept, estimates = [], []
     for num_layers in (3, 6):
         model = small(config_class, dtype, num_layers)

@@ -1,4 +1,4 @@
-"""The model card's metadata is YAML that the hub reads."""
+"""The model card has metadata that the Hub reads, and no secrets or local paths."""
 
 from huggingface_hub import ModelCard
 
@@ -17,7 +17,7 @@ def card_of(name="my/model", evaluation=None, **arguments):
     return model_card(recipe, training, evaluation=evaluation)
 
 
-def test_norwegian_is_a_language():
+def test_norwegian_language_code_and_metadata():
     text = card_of(logging_steps=5.0, learning_rate=1e-3)
     card = ModelCard(text)
     assert card.data.language == ["no", "sw"] and card.data.base_model == "my/model"
@@ -27,18 +27,18 @@ def test_norwegian_is_a_language():
     assert "update: compact; logging_steps 5, learning_rate 0.001" in text and "neurons trained: q 2\n" in text
 
 
-def test_a_card_holds_no_path(tmp_path):
+def test_card_holds_no_local_path(tmp_path):
     (tmp_path / "zero3.json").write_text("{}")
     text = card_of(str(tmp_path / "base"), deepspeed=str(tmp_path / "zero3.json"))
     assert str(tmp_path) not in text and "# base, enhanced for no, sw" in text and "deepspeed zero3.json" in text
 
 
-def test_a_card_holds_no_token():
+def test_card_holds_no_token():
     text = card_of(hub_token="hf_secret", max_steps=5)
     assert "hf_secret" not in text and "hub_token" not in text and "max_steps 5" in text
 
 
-def test_a_small_change_keeps_its_sign():
+def test_small_change_keeps_its_sign():
     row = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9996}}
     text = card_of(
         evaluation={"no": row | {"bits_per_byte_change": -0.0002}, "en": row | {"bits_per_byte_change": -0.02}}

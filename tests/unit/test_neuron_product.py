@@ -1,4 +1,4 @@
-"""One product with a weight of which some rows or columns learn, against the plain form beside the base layer."""
+"""The fused product with a weight of which some rows or columns learn, and when the plain form replaces it."""
 
 from threading import Thread
 
@@ -29,7 +29,7 @@ def delta_of(layer):
 
 
 def by_definition(layer, x):
-    """In float64: the weight with the delta added, entry by entry. Returns y and the gradients of its squares' sum."""
+    """Return float64 y, with the delta added to the weight, and the gradients of sum(y**2) for x and delta."""
     delta = delta_of(layer).detach().double().requires_grad_()
     x = x.detach().double().requires_grad_()
     weight = layer.base_layer.weight.double()
@@ -47,7 +47,7 @@ def by_definition(layer, x):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 @pytest.mark.parametrize(("in_features", "out_features", "index"), SHAPES)
-def test_output_and_gradients(in_features, out_features, index, batch, dim, dtype):
+def test_output_and_gradients_equal_the_definition(in_features, out_features, index, batch, dim, dtype):
     sizes = (in_features, out_features) if dim == 0 else (out_features, in_features)
     layer = neuron_linear(*sizes, index if dim == 1 else [i % out_features for i in index[:1]], dim, dtype, bool(batch))
     x = torch.randn(*batch, sizes[0], dtype=dtype, requires_grad=True)
@@ -56,9 +56,9 @@ def test_output_and_gradients(in_features, out_features, index, batch, dim, dtyp
     y.square().sum().backward()
     expected = by_definition(layer, x)
     assert y.dtype == x.grad.dtype == dtype and delta_of(layer).grad.dtype == torch.promote_types(dtype, torch.float32)
-    for found, wanted in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
-        bound = TOLERANCE[dtype] * max(1.0, float(wanted.detach().abs().max()))
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
+    for actual, expected_value in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
+        bound = TOLERANCE[dtype] * max(1.0, float(expected_value.detach().abs().max()))
+        torch.testing.assert_close(actual.double(), expected_value, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -74,7 +74,7 @@ def test_gradcheck(dim):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_the_weight_has_its_own_bits_after_each_pass(dim):
+def test_weight_is_unchanged_after_each_pass(dim):
     layer = neuron_linear(dim=dim)
     weight = layer.base_layer.weight
     before, version = weight.clone(), weight._version
@@ -84,7 +84,7 @@ def test_the_weight_has_its_own_bits_after_each_pass(dim):
     assert torch.equal(weight, before) and weight._version == version
 
 
-def test_the_weight_has_its_own_bits_after_a_failure():
+def test_weight_is_unchanged_after_a_failure():
     layer = neuron_linear()
     before = layer.base_layer.weight.clone()
     with pytest.raises(RuntimeError, match="shapes"):
@@ -95,7 +95,7 @@ def test_the_weight_has_its_own_bits_after_a_failure():
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_whoever_saved_the_weight_can_still_go_backward():
+def test_other_functions_that_saved_the_weight_can_run_backward():
     layer = neuron_linear()
     x = torch.randn(4, 6, requires_grad=True)
     (F.linear(x, layer.base_layer.weight).sum() + layer(x).sum()).backward()
@@ -103,8 +103,8 @@ def test_whoever_saved_the_weight_can_still_go_backward():
 
 
 @pytest.mark.parametrize(("dim", "expected"), [(0, 2**-8), (1, -(2**-14))])
-def test_a_delta_below_half_precision_is_not_lost(dim, expected):
-    """The weights' own products cancel; a delta of a hundredth of their rounding is all that is left."""
+def test_delta_below_half_precision_is_not_lost(dim, expected):
+    """The products of the weights cancel, so that only a delta much smaller than their rounding remains."""
     layer = neuron_linear(64, 64, [3], dim, torch.bfloat16, bias=False)
     layer.base_layer.weight.data.fill_(1)
     x = torch.ones(64, dtype=torch.bfloat16)
@@ -113,13 +113,13 @@ def test_a_delta_below_half_precision_is_not_lost(dim, expected):
     assert float(layer(x)[3]) == expected
 
 
-def test_no_gradient_of_the_input_where_nobody_needs_one():
+def test_backward_with_an_input_that_needs_no_gradient():
     layer = neuron_linear()
     layer(torch.randn(4, 6)).sum().backward()
     assert delta_of(layer).grad is not None
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_is_refused():
     layer = neuron_linear()
     x = torch.randn(4, 6, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -127,7 +127,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_what_the_plain_form_is_left_to():
+def test_fits_leaves_other_modes_and_types_to_the_plain_form():
     x = torch.randn(4, 6)
     layer = neuron_linear()
     assert fits(layer.base_layer, delta_of(layer), x)
@@ -150,14 +150,14 @@ def test_autocast_over_half_precision_weights(dim):
         y = layer(x)
     y.float().square().sum().backward()
     expected = by_definition(layer, x)
-    for found, wanted in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
-        atol = TOLERANCE[torch.bfloat16] * float(wanted.detach().abs().max())
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=atol)
+    for actual, expected_value in zip((y, x.grad, delta_of(layer).grad), expected, strict=True):
+        atol = TOLERANCE[torch.bfloat16] * float(expected_value.detach().abs().max())
+        torch.testing.assert_close(actual.double(), expected_value, rtol=0, atol=atol)
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
 
 
 def count(layer, register):
-    """How often a hook that `register` puts on runs during one training pass."""
+    """Return how often a hook added by `register` runs during one training pass."""
     calls = []
     handle = register(lambda *_: calls.append(1))
     try:
@@ -180,8 +180,8 @@ def test_hooks_of_the_base_layer_run():
     assert count(layer, nn.modules.module.register_module_forward_hook) == 2
 
 
-def test_a_replaced_forward_runs():
-    """As accelerate does for models spread over devices."""
+def test_replaced_forward_of_the_base_layer_runs():
+    """accelerate replaces `forward` in models spread over devices."""
     layer = neuron_linear()
     base, calls = layer.base_layer, []
     own = base.forward
@@ -190,7 +190,7 @@ def test_a_replaced_forward_runs():
     assert calls
 
 
-def test_the_same_as_the_compiled_plain_form():
+def test_output_equals_the_compiled_plain_form():
     layer = neuron_linear()
     x = torch.randn(4, 6)
     compiled = torch.compile(layer, backend="eager")
@@ -207,7 +207,7 @@ def test_function_transforms_differentiate_the_plain_form():
 
 @pytest.mark.parametrize("index", [(1, 3), ()])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_no_token_or_neuron_is_no_gradient(dim, index):
+def test_empty_input_or_neurons_give_zero_gradients(dim, index):
     layer = neuron_linear(index=torch.tensor(index, dtype=torch.int64), dim=dim)
     x = torch.randn(2, 0, 6, requires_grad=True)
     layer(x).sum().backward()
@@ -223,8 +223,8 @@ def in_threads(work, num_threads=2):
 
 
 @pytest.mark.parametrize("learns", [True, False])
-def test_threads_find_and_leave_the_weight_as_it_was(learns):
-    """Large enough for the products of two threads to overlap; a frozen adapter is served without `no_grad`."""
+def test_concurrent_threads_do_not_disturb_the_weight(learns):
+    """Sizes are large enough for two threads' products to overlap; a frozen adapter works without `no_grad`."""
     layer = neuron_linear(512, 512, list(range(0, 512, 4)))
     delta_of(layer).requires_grad_(learns)
     before, x = layer.base_layer.weight.clone(), torch.randn(256, 512)
@@ -232,15 +232,15 @@ def test_threads_find_and_leave_the_weight_as_it_was(learns):
 
     def work():
         for _ in range(40):
-            found = layer(x).detach()
-            if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-                wrong.append(float((found - expected).abs().max()))
+            output = layer(x).detach()
+            if not torch.allclose(output, expected, rtol=1e-3, atol=1e-3):
+                wrong.append(float((output - expected).abs().max()))
 
     in_threads(work)
     assert not wrong and torch.equal(layer.base_layer.weight, before)
 
 
-def test_what_others_may_read_or_have_no_bits_is_left_alone():
+def test_frozen_deltas_shared_memory_and_meta_tensors_take_the_plain_form():
     x, layer = torch.randn(4, 6), neuron_linear()
     delta_of(layer).requires_grad_(False)
     assert not fits(layer.base_layer, delta_of(layer), x)
@@ -250,8 +250,8 @@ def test_what_others_may_read_or_have_no_bits_is_left_alone():
     assert neuron_linear().to("meta")(x.to("meta")).shape == (4, 5)
 
 
-def test_a_bias_of_another_type_than_the_weight_under_autocast():
-    """As where a bfloat16 model's vectors are made float32 before training."""
+def test_bias_of_another_dtype_than_the_weight_under_autocast():
+    """Such biases exist if a bfloat16 model's vectors are cast to float32 before training."""
     layer = neuron_linear(dtype=torch.bfloat16)
     layer.base_layer.bias.data = layer.base_layer.bias.data.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -260,7 +260,7 @@ def test_a_bias_of_another_type_than_the_weight_under_autocast():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_weight_that_learns_too_takes_the_plain_form(bias):
+def test_weight_that_also_learns_takes_the_plain_form(bias):
     layer, x = nn.Linear(6, 4, bias=bias).requires_grad_(False), torch.zeros(2, 6)
     delta = torch.zeros(2, 6, requires_grad=True)
     assert fits(layer, delta, x)

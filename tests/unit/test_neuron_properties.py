@@ -1,4 +1,4 @@
-"""Neuron sets against Python's own sets, and their files against every kind of damage."""
+"""Property tests: neuron sets behave like Python's sets, and damaged files of them are refused."""
 
 import json
 
@@ -22,7 +22,7 @@ SITES = st.sampled_from(sorted(SIZES))
 
 @st.composite
 def plain_sets(draw):
-    """A neuron set as a Python set of (layer, projection, index)."""
+    """Draw a neuron set as a Python set of (layer, projection, index)."""
     sites = draw(st.lists(SITES, max_size=4))
     return {(*site, index) for site in sites for index in draw(st.sets(st.integers(0, SIZES[site] - 1), max_size=12))}
 
@@ -39,7 +39,7 @@ def plain_of(neurons):
 
 
 @given(plain_sets(), plain_sets(), st.booleans(), st.booleans())
-def test_algebra_is_that_of_sets(a, b, a_sized, b_sized):
+def test_algebra_equals_that_of_python_sets(a, b, a_sized, b_sized):
     one, other = built(a, a_sized), built(b, b_sized)
     assert plain_of(one | other) == a | b
     assert plain_of(one & other) == a & b
@@ -52,19 +52,19 @@ def test_algebra_is_that_of_sets(a, b, a_sized, b_sized):
 
 
 @given(st.lists(plain_sets(), min_size=1, max_size=4), st.sampled_from(["complement", "unique"]), st.data())
-def test_shared_and_exclusive_are_as_defined(sets, mode, data):
+def test_shared_and_exclusive_equal_their_definitions(sets, mode, data):
     least = data.draw(st.integers(1, len(sets)))
-    found = LanguageNeurons.from_related({str(i): built(it) for i, it in enumerate(sets)}, mode, least)
+    neurons = LanguageNeurons.from_related({str(i): built(it) for i, it in enumerate(sets)}, mode, least)
     shared = {it for it in set().union(*sets) if sum(it in other for other in sets) >= least}
-    assert plain_of(found.shared) == shared
+    assert plain_of(neurons.shared) == shared
     for i, own in enumerate(sets):
         others = set().union(*(it for j, it in enumerate(sets) if j != i))
-        assert plain_of(found.exclusive[str(i)]) == own - (shared if mode == "complement" else others)
+        assert plain_of(neurons.exclusive[str(i)]) == own - (shared if mode == "complement" else others)
 
 
 @settings(max_examples=40)
 @given(plain_sets(), st.integers(0, 2**32), st.integers(0, 2**32))
-def test_random_sets_match_per_site_and_move_units_together(plain, seed, other_seed):
+def test_random_sets_match_each_site_and_move_units_together(plain, seed, other_seed):
     neurons = built(plain)
     drawn = neurons.random_like(seed, MODEL)
     assert {site: len(indices) for site, indices in drawn.items()} == {site: len(it) for site, it in neurons.items()}
@@ -75,7 +75,7 @@ def test_random_sets_match_per_site_and_move_units_together(plain, seed, other_s
 
 
 @given(plain_sets(), st.booleans())
-def test_files_give_back_what_was_saved(tmp_path, plain, sized):
+def test_save_and_load_round_trip(tmp_path, plain, sized):
     neurons = built(plain, sized)
     neurons.save(tmp_path / "it.safetensors")
     read = NeuronSet.load(tmp_path / "it.safetensors")
@@ -94,19 +94,19 @@ def test_files_give_back_what_was_saved(tmp_path, plain, sized):
 )
 @example({(0, "q"): [2**63]})
 @example({(2**63, "q"): [1]})
-def test_what_is_no_set_of_neurons_is_a_value_error(tmp_path, sites):
+def test_arbitrary_sites_give_a_valid_set_or_a_value_error(tmp_path, sites):
     try:
         neurons = NeuronSet(sites)
     except ValueError:
         return
-    # Whatever was let in is whole: it can be saved, and read.
+    # A set that is accepted is valid: it can be saved and loaded.
     neurons.save(tmp_path / "it.safetensors")
     assert NeuronSet.load(tmp_path / "it.safetensors") == neurons
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The bytes of a small neuron file, in both formats."""
+    """Return the bytes of a small neuron file in each format."""
     folder = tmp_path_factory.mktemp("saved")
     neurons = NeuronSet({(0, "q"): [1, 5, 9], (1, "down"): [0, 52]}, SIZES)
     neurons.save(folder / "it.safetensors")
@@ -116,8 +116,8 @@ def saved(tmp_path_factory):
 
 @settings(max_examples=200)
 @given(st.sampled_from(["safetensors", "json"]), st.data())
-def test_damaged_files_are_one_line_that_names_them(tmp_path, saved, ending, data):
-    """Cut short, with bytes changed, put in or lost: a whole set or a `UserError`, never anything else."""
+def test_damaged_files_give_a_valid_set_or_a_one_line_error(tmp_path, saved, ending, data):
+    """Truncated, or with bytes changed, inserted or lost: a valid set or a `UserError`, never anything else."""
     content = bytearray(saved[ending])
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, max(0, len(content) - 1)))
@@ -160,14 +160,14 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, saved, ending, dat
 @example({"attn_v": {"0": 3}})
 @example({"format": "agnostic_train.neurons"})
 @example({"format": "agnostic_train.neurons", "neurons": []})
-def test_any_json_is_a_set_or_one_line(tmp_path, value):
+def test_any_json_gives_a_set_or_a_one_line_error(tmp_path, value):
     file = tmp_path / "it.json"
     file.write_text(json.dumps(value))
     assert_read_or_refused(file)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, '{"fwd_up": {"0": [' + "9" * 5000 + "]}}"])
-def test_json_that_python_itself_gives_up_on(tmp_path, content):
+def test_json_beyond_the_limits_of_python_is_refused(tmp_path, content):
     file = tmp_path / "it.json"
     file.write_text(content)
     with pytest.raises(UserError, match=r"it\.json: "):
@@ -194,7 +194,7 @@ def saved_counts(tmp_path_factory):
 
 @settings(max_examples=60)
 @given(st.data())
-def test_damaged_counts_are_one_line(tmp_path, saved_counts, data):
+def test_error_of_damaged_counts_names_the_file_and_the_fix(tmp_path, saved_counts, data):
     place = data.draw(st.integers(0, len(saved_counts) - 1))
     changed = data.draw(st.binary(max_size=3))
     file = tmp_path / "counts.safetensors"
@@ -207,7 +207,7 @@ def test_damaged_counts_are_one_line(tmp_path, saved_counts, data):
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_damaged_summary_is_one_line(tmp_path_factory, data):
+def test_error_of_a_damaged_summary_names_the_folder(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("neurons")
     LanguageNeurons.from_related({"en": built({(0, "q", 1)}), "sw": built({(0, "q", 2)})}).save(folder / "it")
     file = folder / "it/summary.json"
@@ -218,14 +218,14 @@ def test_a_damaged_summary_is_one_line(tmp_path_factory, data):
     )
     file.write_text(json.dumps(value))
     try:
-        found = LanguageNeurons.load(folder / "it")
+        neurons = LanguageNeurons.load(folder / "it")
     except UserError as error:
         assert str(folder) in str(error)
     else:
-        assert set(found.related) <= {"en", "sw"}
+        assert set(neurons.related) <= {"en", "sw"}
 
 
-def test_equal_sets_are_equal_files_and_files_of_version_1_are_read(tmp_path):
+def test_equal_sets_give_equal_files_and_version_1_is_readable(tmp_path):
     neurons = NeuronSet({(0, "q"): [1, 5]}, SIZES)
     contents = set()
     for _ in range(8):

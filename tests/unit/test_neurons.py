@@ -1,4 +1,4 @@
-"""Set algebra, matched random sets, and files that come back as they went."""
+"""Set algebra, matched random sets, and files that load as they were saved."""
 
 import json
 import operator
@@ -22,13 +22,13 @@ A = NeuronSet({(0, "q"): [5, 1, 1], (1, "down"): [7]})
 B = NeuronSet({(0, "q"): [5, 9], (2, "v"): torch.tensor([0])})
 
 
-def test_indices_are_sorted_unique_int64_and_missing_sites_empty():
+def test_indices_are_sorted_unique_int64_and_missing_sites_are_empty():
     assert A[(0, "q")].tolist() == [1, 5] and A[(0, "q")].dtype == torch.int64
     assert A[(7, "k")].shape == (0,) and A[(7, "k")].dtype == torch.int64
     assert len(A) == 3 and A.counts()["down"] == 1 and A.counts()["gate"] == 0
 
 
-def test_algebra():
+def test_union_intersection_difference_and_equality():
     assert NeuronSet({(0, "q"): [1, 5, 9], (1, "down"): [7], (2, "v"): [0]}) == A | B
     assert NeuronSet({(0, "q"): [5]}) == A & B
     assert NeuronSet({(0, "q"): [1], (1, "down"): [7]}) == A - B
@@ -40,19 +40,19 @@ def test_algebra():
     [{(0, "query"): [1]}, {(0, "q"): [-1]}, {(-1, "q"): [1]}, {"q": [1]}, {(0.5, "q"): [1]}, {(0, "q"): "12"}]
     + [{(0, "q"): [1.5]}, {(0, "q"): torch.tensor([True, False])}, {(0, "q"): torch.zeros(2, 2, dtype=torch.int64)}],
 )
-def test_impossible_neurons_are_refused(sites):
+def test_invalid_sites_and_indices_are_refused(sites):
     with pytest.raises(ValueError):
         NeuronSet(sites)
 
 
-def test_a_shape_that_is_no_list_is_named():
+def test_error_names_the_shape_of_indices_that_are_not_a_list():
     with pytest.raises(ValueError, match="layer 0 q: expected a list of indices, got shape \\(2, 3\\) of torch.int64"):
         NeuronSet({(0, "q"): torch.zeros(2, 3, dtype=torch.int64)})
     with pytest.raises(ValueError, match="got shape \\(\\) of torch.int64"):
         NeuronSet({(0, "q"): torch.tensor(1)})
 
 
-def test_what_a_set_gives_is_the_takers_own():
+def test_changing_given_or_returned_tensors_does_not_change_the_set():
     given = torch.tensor([1, 5])
     neurons = NeuronSet({(0, "q"): given})
     given[0] = neurons[(0, "q")][0] = 7
@@ -63,13 +63,13 @@ def test_what_a_set_gives_is_the_takers_own():
 
 
 @pytest.mark.parametrize("operation", [operator.or_, operator.and_, operator.sub])
-def test_a_set_and_something_else_do_not_mix(operation):
+def test_operators_refuse_other_types(operation):
     for other in (None, {(0, "q"): [1]}):
         with pytest.raises(TypeError, match="unsupported operand"):
             operation(A, other)
 
 
-def test_a_mapping_stands_for_its_set(llama):
+def test_mapping_is_accepted_in_place_of_a_set(llama):
     before = {name: it.clone() for name, it in llama.state_dict().items()}
     with deactivate(llama, {(0, "q"): [1, 5]}):
         rows = llama.state_dict()["model.layers.0.self_attn.q_proj.weight"]
@@ -79,22 +79,22 @@ def test_a_mapping_stands_for_its_set(llama):
     assert adapter_neurons(adapted) == NeuronSet({(0, "q"): [1, 5]})
 
 
-def test_what_holds_tensors_is_compared_as_itself(llama):
+def test_dataclasses_with_tensors_compare_by_identity(llama):
     measured = Perplexity(torch.ones(2), torch.ones(2), None)
     projection = replace(find_decoder(llama).layers[0].projections["q"], rows=torch.arange(4))
     rotation = Rotation(None, torch.arange(4))
-    for it in (measured, projection, rotation):
-        assert it == it and it != replace(it) and len({it, replace(it)}) == 2
+    for value in (measured, projection, rotation):
+        assert value == value and value != replace(value) and len({value, replace(value)}) == 2
 
 
-def test_sets_of_different_models_do_not_mix():
+def test_sets_of_different_models_cannot_be_combined():
     with pytest.raises(ValueError, match="different shapes"):
         NeuronSet({}, {(0, "q"): 4}) | NeuronSet({}, {(0, "q"): 8})
     with pytest.raises(ValueError, match="has 4 neurons"):
         NeuronSet({(0, "q"): [4]}, {(0, "q"): 4})
 
 
-def test_files_come_back(tmp_path, llama):
+def test_save_and_load_round_trip(tmp_path, llama):
     sized = NeuronSet({(0, "q"): [1, 5], (1, "down"): [7]}, find_decoder(llama).sizes)
     for neurons in (A, sized, NeuronSet({})):
         neurons.save(tmp_path / "set.safetensors")
@@ -106,7 +106,7 @@ def test_files_come_back(tmp_path, llama):
 
 
 def test_published_sets_map_query_heads_to_the_kv_heads_that_serve_them(tmp_path, llama):
-    """Heads of 10, six query heads on two KV heads: channel 34 is head 3, channel 4, served by KV head 1: row 14."""
+    """Six query heads of size 10 on two KV heads: channel 34 is channel 4 of head 3, which KV head 1 serves: row 14."""
     content = {"fwd_up": {"0": [3, 2]}, "fwd_down": {"1": [52]}, "attn_q": {"0": [59]}, "attn_o": {"0": [41]}}
     content |= {"attn_k": {"0": [4, 14, 34, 59]}, "attn_v": {"1": [0, 30]}}
     (tmp_path / "published.json").write_text(json.dumps(content))
@@ -120,13 +120,13 @@ def test_published_sets_map_query_heads_to_the_kv_heads_that_serve_them(tmp_path
     ["", "[]", "{", '{"fwd_upp": {}}', '{"fwd_up": []}', '{"fwd_up": {"a": [1]}}', '{"fwd_up": {"0": [99]}}']
     + ['{"attn_k": {"0": [60]}}', '{"fwd_up": {"9": [0]}}', '{"fwd_up": {"0": ["x"]}}', '{"attn_k": {"9": [0]}}'],
 )
-def test_broken_json_names_the_file(tmp_path, llama, content):
+def test_error_of_broken_json_names_the_file(tmp_path, llama, content):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(UserError, match=r"bad\.json"):
         NeuronSet.from_json(tmp_path / "bad.json", llama)
 
 
-def test_broken_neuron_files_name_the_file(tmp_path):
+def test_error_of_a_broken_neuron_file_names_the_file(tmp_path):
     file = tmp_path / "bad.safetensors"
     with pytest.raises(UserError, match="no such neuron file"):
         NeuronSet.load(file)
@@ -149,7 +149,7 @@ def test_neurons_of_another_model_are_refused(llama):
         other.check(llama)
 
 
-def test_random_sets_match_every_site_and_keep_units_together(llama):
+def test_random_sets_match_each_site_and_keep_units_together(llama):
     units, channels = [3, 11, 40], [2, 13]
     columns = [2, 22, 33]  # query heads 0 and 2 read channel (0, 2), query head 3 reads channel (1, 3)
     neurons = NeuronSet(
@@ -157,26 +157,28 @@ def test_random_sets_match_every_site_and_keep_units_together(llama):
         | {(0, "v"): channels, (0, "o"): columns, (1, "q"): range(17), (1, "k"): [0]}
     )
     drawn = [neurons.random_like(seed, llama) for seed in range(20)]
-    for it in drawn:
-        assert {site: len(indices) for site, indices in it.items()} == {
+    for random_set in drawn:
+        assert {site: len(indices) for site, indices in random_set.items()} == {
             site: len(indices) for site, indices in neurons.items()
         }
-        assert torch.equal(it[(0, "gate")], it[(0, "up")]) and torch.equal(it[(0, "up")], it[(0, "down")])
-        served = {int(column) // 30 * 10 + int(column) % 10 for column in it[(0, "o")]}
-        assert served == set(it[(0, "v")].tolist())
+        assert torch.equal(random_set[(0, "gate")], random_set[(0, "up")]) and torch.equal(
+            random_set[(0, "up")], random_set[(0, "down")]
+        )
+        served = {int(column) // 30 * 10 + int(column) % 10 for column in random_set[(0, "o")]}
+        assert served == set(random_set[(0, "v")].tolist())
     assert neurons.random_like(3, llama) == drawn[3] and drawn[3] != drawn[4]
-    assert len(torch.cat([it[(0, "up")] for it in drawn]).unique()) > 30
+    assert len(torch.cat([random_set[(0, "up")] for random_set in drawn]).unique()) > 30
 
 
-def test_language_neurons_by_definition(tmp_path):
+def test_language_neurons_equal_their_definition_and_load_as_saved(tmp_path):
     related = {
         "a": NeuronSet({(0, "q"): [0, 1, 2]}),
         "b": NeuronSet({(0, "q"): [0, 1, 3]}),
         "c": NeuronSet({(0, "q"): [0, 4]}),
     }
-    found = LanguageNeurons.from_related(related)
-    assert found.shared == NeuronSet({(0, "q"): [0]})
-    assert found.exclusive["a"] == NeuronSet({(0, "q"): [1, 2]})
+    complement = LanguageNeurons.from_related(related)
+    assert complement.shared == NeuronSet({(0, "q"): [0]})
+    assert complement.exclusive["a"] == NeuronSet({(0, "q"): [1, 2]})
     unique = LanguageNeurons.from_related(related, "unique", min_languages=2)
     assert unique.shared == NeuronSet({(0, "q"): [0, 1]}) and unique.exclusive["a"] == NeuronSet({(0, "q"): [2]})
     assert unique.shared_ratio == {"a": 2 / 3, "b": 2 / 3, "c": 1 / 2}
@@ -193,20 +195,20 @@ def test_language_neurons_by_definition(tmp_path):
         LanguageNeurons.load(tmp_path / "neurons")
 
 
-def test_a_model_without_the_projections_is_refused_by_name():
+def test_error_names_the_projection_that_a_model_lacks():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(UserError, match="layer 1 has no nn.Linear called up_proj"):
         find_decoder(model)
 
 
-def test_iterating_gives_the_sites():
+def test_iterating_gives_the_nonempty_sites_in_order():
     neurons = NeuronSet({(1, "q"): [3], (0, "up"): [1, 2], (0, "v"): []})
     assert list(neurons) == [(0, "up"), (1, "q")]
     assert (0, "up") in neurons and (0, "v") not in neurons and "up" not in neurons
 
 
-def test_what_makes_no_set_is_named():
+def test_errors_name_what_cannot_become_a_set():
     for value, message in (
         ([(0, "q")], r"or \{\(layer, projection\): indices\}, got list"),
         (LanguageNeurons.from_related({"a": NeuronSet()}), r"a NeuronSet, such as \.shared .*, got LanguageNeurons"),
@@ -219,27 +221,27 @@ def test_what_makes_no_set_is_named():
         A["q"]
 
 
-def test_a_language_is_part_of_a_files_name():
+def test_language_names_that_cannot_be_file_names_are_refused():
     LanguageNeurons.from_related({"Swiss German": A})
     for name in ("zh/Hans", ""):
         with pytest.raises(ValueError, match=f"languages: {name!r} can't be part of a file's name"):
             LanguageNeurons.from_related({name: A, "en": A})
 
 
-def test_languages_that_share_a_neuron_are_counted_from_one():
+def test_min_languages_out_of_range_is_refused():
     related = {"a": NeuronSet({(0, "q"): [1]}), "b": NeuronSet({(0, "q"): [1, 2]})}
     for number in (-1, 0, 3):
         with pytest.raises(ValueError, match="min_languages must be from 1 to the number of languages, 2"):
             LanguageNeurons.from_related(related, min_languages=number)
 
 
-def test_random_columns_of_o_may_be_of_any_query_head(llama):
+def test_random_columns_of_o_come_from_all_query_heads(llama):
     drawn = [NeuronSet({(0, "o"): [2]}).random_like(seed, llama) for seed in range(40)]
     assert {int(it[(0, "o")]) // 10 for it in drawn} == set(range(6))
 
 
-def test_the_summary_counts_each_set(tmp_path):
-    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "q"): [0, 1, 2]}), "b": NeuronSet({(0, "q"): [0]})})
-    found.save(tmp_path / "neurons")
+def test_summary_counts_each_set(tmp_path):
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "q"): [0, 1, 2]}), "b": NeuronSet({(0, "q"): [0]})})
+    neurons.save(tmp_path / "neurons")
     counts = json.loads((tmp_path / "neurons/summary.json").read_text())["counts"]
     assert counts["shared"]["q"] == 1 and counts["related"]["a"]["q"] == 3 and counts["exclusive"]["a"]["q"] == 2

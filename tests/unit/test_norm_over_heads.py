@@ -1,4 +1,4 @@
-"""A norm over all heads: intervals around what a neuron does through every head, against the norm done anew."""
+"""A norm over all heads: intervals of a neuron's effect through every head, compared with recomputing the norm."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ HEADS, LENGTH, HEAD_DIM = 6, 9, 4
 
 
 def olmo(scale=1.0, times=1.0):
-    """A random OLMo 2 with logits `scale` squared as large, and every tenth query and key entry `times` as large."""
+    """Return a random OLMo 2 with its logits scaled by `scale`**2 and every tenth query and key entry by `times`."""
     model = family_model("OLMo 2")
     with torch.no_grad():
         for layer in find_decoder(model).layers:
@@ -27,7 +27,7 @@ def olmo(scale=1.0, times=1.0):
 
 
 def attention_of(query, key, value, real=None):
-    """Causal attention whose last token isn't counted. real: (batch, length), bool; all by default."""
+    """Return causal attention whose last token isn't counted. real: (batch, length), bool; all true by default."""
     length = query.shape[2]
     real = torch.ones(len(query), length, dtype=torch.bool) if real is None else real
     visible = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None]
@@ -38,7 +38,7 @@ def attention_of(query, key, value, real=None):
 
 
 def random_attention(scale=1.0):
-    """Three sentences, the last with padding on the left."""
+    """Return the attention of three sentences, the last with padding on the left."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, HEADS, LENGTH, HEAD_DIM, dtype=torch.float64) for _ in range(3))
     real = torch.ones(3, LENGTH, dtype=torch.bool)
@@ -52,7 +52,7 @@ def intervals(attention, name, excess):
 
 
 def change_of_others(attention, name, excess):
-    """By brute force, (batch, groups, head_dim): the squared change of all heads outside a neuron's group."""
+    """Compute by brute force the squared change of all heads outside a neuron's group: (batch, groups, head_dim)."""
     num_groups = excess.shape[1]
     growth = 1 + excess.repeat_interleave(HEADS // num_groups, 1)
     result = torch.zeros(attention.batch, num_groups, HEAD_DIM, dtype=excess.dtype)
@@ -73,8 +73,8 @@ def change_of_others(attention, name, excess):
 @pytest.mark.parametrize("name", ["q", "k"])
 @pytest.mark.parametrize("num_groups", [6, 3, 2])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 0.1, 3.0])
-def test_the_other_heads_change_lies_in_its_interval(name, num_groups, size):
-    """And the interval narrows to the linear part's square as the growth gets small: a wrong one would stay outside."""
+def test_change_of_the_other_heads_lies_in_its_interval(name, num_groups, size):
+    """The interval also narrows to the linear part's square as growth gets small, so a wrong linear part would show."""
     attention = random_attention()
     excess = size * (0.1 + torch.rand(3, num_groups, LENGTH, HEAD_DIM, dtype=torch.float64))
     excess.masked_fill_(~attention.inputs.real[:, None, :, None], 0)
@@ -87,8 +87,8 @@ def test_the_other_heads_change_lies_in_its_interval(name, num_groups, size):
 
 
 @pytest.mark.parametrize("shift", [0.05, 6.0])
-def test_one_key_among_many_of_which_the_logit_grows(shift):
-    """Where the bound on the rest is nearly reached, and where nothing but its exponential holds."""
+def test_interval_holds_if_the_logit_of_one_key_among_many_grows(shift):
+    """Covers a remainder close to its bound, and one for which only the exponential bound holds."""
     torch.manual_seed(0)
     value = torch.randn(1, HEADS, 400, HEAD_DIM, dtype=torch.float64) * 1e-3
     query, key = torch.ones_like(value), torch.zeros_like(value)
@@ -101,8 +101,8 @@ def test_one_key_among_many_of_which_the_logit_grows(shift):
     assert (low < exact).all() and (exact < high).all()
 
 
-def test_what_rounding_leaves_of_large_terms_is_in_the_interval():
-    """Where each query sees one key, its output hardly moves: the linear part is a difference of what cancels."""
+def test_interval_covers_the_rounding_of_large_terms():
+    """Each query attends to one key, so its output hardly moves: the linear part's terms nearly cancel."""
     attention = random_attention(scale=30)
     single = attention_of(
         *(it.float() for it in (attention.inputs.query, attention.inputs.key, attention.inputs.value)),
@@ -124,40 +124,40 @@ def test_one_group_has_no_other_heads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("times", [1.0, 20.0, 1e5])
 @pytest.mark.parametrize("scale", [0.01, 0.2, 1.0, 3.0])
-def test_intervals_hold_at_any_scale(scale, times, dtype):
+def test_intervals_of_a_model_hold_at_any_scale(scale, times, dtype):
     """At ratio 1 every neuron is computed exactly, and compared with its interval."""
     pruned_impacts(olmo(scale, times).to(dtype), padded_batch([1, 37, 20], "left"), 1.0)
 
 
 @pytest.mark.parametrize("times", [1.0, 20.0])
 @pytest.mark.parametrize("scale", [0.01, 0.2, 1.0, 3.0])
-def test_the_top_is_the_same(scale, times):
+def test_pruning_finds_the_same_top(scale, times):
     for side in ("left", "right"):
         meter = assert_same_top(olmo(scale, times), padded_batch([1, 37, 20], side), 0.1, values=False)
         assert not meter.unpruned
 
 
-def test_few_neurons_are_left_to_compute():
+def test_pruning_leaves_few_neurons_to_compute():
     _, meter = pruned_impacts(olmo(0.2), padded_batch([37, 20]), 0.1)
     for work in meter.work.values():
         assert work.neurons < 0.2 * work.all_neurons
         assert work.neurons / work.all_neurons < work.logits / work.all_logits < 1
 
 
-def test_what_grows_too_much_for_the_closed_form_is_done_anew(monkeypatch):
+def test_growth_too_large_for_the_closed_form_is_recomputed(monkeypatch):
     monkeypatch.setattr(norm_over_heads, "LARGEST_GROWTH", 1.0)
     _, meter = pruned_impacts(olmo(0.2), padded_batch([37, 20]), 0.1)
     assert all(work.neurons == work.all_neurons for work in meter.work.values())
 
 
-def test_an_impact_outside_its_interval_is_noticed(monkeypatch):
+def test_impact_outside_its_interval_is_an_error(monkeypatch):
     original = norm_over_heads._intervals
     monkeypatch.setattr(norm_over_heads, "_intervals", lambda *inputs: [4 * it for it in original(*inputs)])
     with pytest.raises(UserError, match="outside the intervals"):
         pruned_impacts(olmo(0.2), padded_batch([37, 20]), 1.0)
 
 
-def test_a_norm_that_is_none_of_squares_is_done_anew_for_every_neuron(monkeypatch):
+def test_norm_other_than_rms_is_recomputed_for_every_neuron(monkeypatch):
     monkeypatch.setattr("agnostic_train.impact.query_key.rms_eps", lambda *_: None)
     meter = assert_same_top(olmo(), padded_batch([5, 11]), 0.1)
     assert meter.unpruned and all(it.neurons == it.all_neurons for it in meter.work.values())

@@ -1,4 +1,4 @@
-"""The phrasebook corpus: its splits, and sentences that a speaker of each language can check."""
+"""The phrasebook corpus: its splits, and example sentences that speakers of the languages can check."""
 
 import os
 import re
@@ -43,14 +43,14 @@ def sentences(entries):
     }
 
 
-def test_a_seed_always_draws_the_same_phrasebook_and_another_seed_another():
+def test_same_seed_draws_the_same_phrasebook_and_another_seed_a_different_one():
     drawn = phrasebook(seed=3, num_train=123, num_valid=42, num_test=6)
     assert drawn == phrasebook(seed=3, num_train=123, num_valid=42, num_test=6)
     other = phrasebook(seed=4, num_train=123, num_valid=42, num_test=6)
     assert all(drawn["train"][language] != other["train"][language] for language in LANGUAGES)
 
 
-def test_a_draw_does_not_depend_on_the_hash_seed_of_the_process():
+def test_draw_does_not_depend_on_the_hash_seed_of_the_process():
     program = (
         "from agnostic_train.quickstart.phrasebook import phrasebook;"
         "print(ascii(phrasebook(seed=3, num_train=123, num_valid=42, num_test=6)))"
@@ -62,12 +62,12 @@ def test_a_draw_does_not_depend_on_the_hash_seed_of_the_process():
         capture_output=True,
         text=True,
     )
-    # Libraries may greet on standard output first.
+    # The last line only: libraries may print a banner to standard output first.
     printed = process.stdout.splitlines()[-1]
     assert printed == ascii(phrasebook(seed=3, num_train=123, num_valid=42, num_test=6))
 
 
-def test_sizes_and_languages_are_as_asked():
+def test_sizes_and_languages_are_as_requested():
     drawn = phrasebook(seed=0, num_train=123, num_valid=42, num_test=6)
     assert LANGUAGES == ("en", "zh", "sw", "de", "fr")
     for split, num_wanted in {"train": 123, "valid": 42, "test": 6}.items():
@@ -81,7 +81,7 @@ def test_no_sentence_occurs_twice_in_any_split(entries, sentences):
         assert len(set(lines)) == len(lines) == sum(SIZES.values())
 
 
-def test_no_filling_occurs_in_two_splits(entries):
+def test_splits_share_no_meaning(entries):
     fillings = [{(entry.pattern, entry.filling) for entry in drawn} for drawn in entries.values()]
     assert len(set.union(*fillings)) == sum(map(len, fillings))
 
@@ -95,7 +95,7 @@ def test_every_split_has_every_pattern(entries):
 def test_training_covers_the_lexicon(seed):
     drawn = draw_entries(seed, SIZES)["train"]
     covered = {name for entry in drawn for name in entry.filling}
-    # Times and numbers vary within a filling, so they are looked for in what is said.
+    # Times and numbers vary within a filling, so they are looked for in the sentences.
     varying = lexicon.TIMES + lexicon.WEEKDAYS + lexicon.NUMBERS
     words = {word for table in TABLES.values() for word in table}
     assert {word.name for word in words.difference(varying)} <= covered
@@ -104,35 +104,35 @@ def test_training_covers_the_lexicon(seed):
         assert re.search(rf"\b{word.name}\b", text, re.IGNORECASE), word.name
 
 
-def test_every_row_of_the_lexicon_is_complete_and_named_once():
+def test_lexicon_rows_are_complete_and_have_unique_names():
     for table in TABLES.values():
         assert len({word.name for word in table}) == len(table)
         assert all(word.zh and word.sw and word.de and word.fr for word in table)
 
 
-def test_too_few_meanings_is_an_error_that_names_the_split(monkeypatch):
+def test_error_for_too_few_meanings_names_the_split(monkeypatch):
     few = [pattern for pattern in PATTERNS if pattern.name == "weather"]
     monkeypatch.setattr("agnostic_train.quickstart.phrasebook.PATTERNS", few)
     with pytest.raises(ValueError, match=r"valid: 1234 meanings wanted, but its share has only \d+"):
         phrasebook(seed=0, num_train=42, num_valid=1234, num_test=6)
 
 
-def test_of_several_that_need_it_first_one_makes_it(tmp_path, monkeypatch):
+def test_concurrent_first_users_create_the_corpus_only_once(tmp_path, monkeypatch):
     monkeypatch.setenv("AGNOSTIC_TRAIN_CACHE", str(tmp_path))
-    made = []
+    folders_written = []
 
     def slowly(folder, seed):
         sleep(0.2)
         (folder / "en.train.txt").write_text("a")
-        made.append(folder)
+        folders_written.append(folder)
 
     monkeypatch.setattr(tiny_model, "write_phrasebook", slowly)
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: tiny_model.quickstart_corpus(), range(4)))
-    assert len(made) == 1 and len(set(folders)) == 1 and (folders[0] / "en.train.txt").read_text() == "a"
+    assert len(folders_written) == 1 and len(set(folders)) == 1 and (folders[0] / "en.train.txt").read_text() == "a"
 
 
-def test_files_hold_one_sentence_a_line(tmp_path):
+def test_files_hold_one_sentence_per_line(tmp_path):
     write_phrasebook(tmp_path / "corpus", seed=0)
     drawn = phrasebook(seed=0)
     for split in SIZES:
@@ -226,8 +226,8 @@ def count(number_name: str, name: str, adjective_name: str | None = None) -> Phr
     return Phrase(noun(name), plural=number_name != "one", number=number(number_name), adjective=described)
 
 
-# Written by hand: each meaning in English, Chinese, Swahili, German and French. {q} stands for the question
-# mark with a narrow no-break space before it.
+# Written by hand: each meaning in English, Chinese, Swahili, German and French. {q} stands for a narrow no-break
+# space and a question mark.
 GOLDEN = [
     (
         means.Activity(my("sister"), verb("buy"), a("hat"), time("yesterday"), "statement"),
@@ -560,14 +560,14 @@ GOLDEN = [
 ]
 
 
-def test_every_pattern_is_checked_by_hand():
+def test_every_kind_of_meaning_has_a_handwritten_example():
     assert {type(example[0]) for example in GOLDEN} == set(get_args(means.Meaning))
 
 
 @pytest.mark.parametrize(("meaning", "en", "zh", "sw", "de", "fr"), GOLDEN)
-def test_sentences_written_by_hand(meaning, en, zh, sw, de, fr):
-    said = {language: render(meaning) for language, render in RENDERERS.items()}
-    assert said == {"en": en, "zh": zh, "sw": sw, "de": de, "fr": fr.replace("{q}", "\u202f?")}
+def test_renderers_reproduce_the_handwritten_sentences(meaning, en, zh, sw, de, fr):
+    rendered = {language: render(meaning) for language, render in RENDERERS.items()}
+    assert rendered == {"en": en, "zh": zh, "sw": sw, "de": de, "fr": fr.replace("{q}", "\u202f?")}
 
 
 @pytest.mark.parametrize(

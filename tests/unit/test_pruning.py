@@ -1,4 +1,4 @@
-"""Certified pruning: the bounds hold, and each sentence's top is the one that all exact impacts give."""
+"""Certified pruning: the bounds hold, and each sentence's top equals that of all exact impacts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,32 +26,33 @@ UNPRUNED = {"Gemma 2"}
 
 
 def pruned_impacts(model, batch, top_ratio, attention="exact", memory_gb=1.0):
-    """The impacts with pruning, and the meter with what was computed."""
+    """Return the impacts with pruning, and the meter that counts what was computed."""
     with left_as_found(model), ImpactMeter(model, ["q", "k"], attention, memory_gb, top_ratio) as meter:
         return meter.measure(batch), meter
 
 
 def assert_same_top(model, batch, top_ratio, attention="exact", memory_gb=1.0, values=True):
-    """Returns the meter. Neurons that pruning left in have their exact impact, the others none.
+    """Check that pruned impacts give the exact impacts' top; neurons in it have exact impacts, the others zero.
 
-    values: whether to compare the impacts, too; where intervals put a neuron into the top, it has no exact one.
+    values: whether to compare impacts too; a neuron that its interval puts into the top has no exact one.
+    Returns the meter.
     """
     everything = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, top_ratio, attention, memory_gb)
     assert impacts.keys() == everything.keys()
     for site, expected in everything.items():
         count = num_top(top_ratio, expected.shape[1])
-        found = impacts[site]
-        assert found.dtype == torch.float32 and found.shape == expected.shape
-        assert torch.equal(in_top(found, count), in_top(expected, count)), site
+        pruned = impacts[site]
+        assert pruned.dtype == torch.float32 and pruned.shape == expected.shape
+        assert torch.equal(in_top(pruned, count), in_top(expected, count)), site
         if values:
-            exact = torch.where(found > 0, expected, 0)
-            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5 * expected.max().item())
+            exact = torch.where(pruned > 0, expected, 0)
+            torch.testing.assert_close(pruned, exact, rtol=1e-3, atol=1e-5 * expected.max().item())
     return meter
 
 
 def all_bounds_hold(model, batch, monkeypatch):
-    """Every block's bound of every neuron against the exact change in that block; returns how many were compared."""
+    """Check every neuron's bound in every block against the exact change there; return how many were compared."""
     compared = []
     original = bound_sieve.BoundSieve.impacts
 
@@ -71,7 +72,7 @@ def all_bounds_hold(model, batch, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_family_has_the_same_top(name, side):
+def test_pruning_finds_the_same_top_for_every_family(name, side):
     model = family_model(name)
     meter = assert_same_top(model, padded_batch(LENGTHS, side), 0.1, values=name != "OLMo 2")
     assert bool(meter.unpruned) == (name in UNPRUNED)
@@ -80,18 +81,18 @@ def test_every_family_has_the_same_top(name, side):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_types_and_ratios(dtype):
+def test_pruning_finds_the_same_top_for_any_dtype_and_ratio(dtype):
     model = tiny_llama(attention_bias=True).to(dtype)
     for top_ratio in (0.001, 0.05, 0.3, 1.0):
         assert_same_top(model, padded_batch(LENGTHS), top_ratio)
 
 
-def test_the_paper_form_is_pruned_too(llama):
+def test_paper_attention_is_pruned_too(llama):
     assert not assert_same_top(llama, padded_batch(LENGTHS), 0.1, attention="paper").unpruned
 
 
 @pytest.mark.parametrize("checkpoint", ["step-00080", "final"])
-def test_trained_weights(checkpoint):
+def test_pruning_of_a_trained_model(checkpoint):
     if not TRAINED.exists():
         pytest.skip("the small trained model isn't here")
     model = AutoModelForCausalLM.from_pretrained(TRAINED / checkpoint, dtype=torch.float32)
@@ -102,7 +103,7 @@ def test_trained_weights(checkpoint):
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 4.0, 30.0])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bounds_hold_at_any_scale(scale, side, monkeypatch):
-    """From logits in the noise to logits of thousands, where attention sees one key."""
+    """From logits in the range of rounding noise to thousands, with which attention selects one key."""
     model = tiny_llama()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -114,8 +115,8 @@ def test_bounds_hold_at_any_scale(scale, side, monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma 3 text"])
-def test_bounds_hold_where_a_norm_makes_the_others_grow(family, scale, monkeypatch):
-    """With logits of any size, and with one entry that is most of its head, so that the others grow many times."""
+def test_bounds_hold_if_a_norm_makes_other_entries_grow(family, scale, monkeypatch):
+    """Logits of any size, and one entry that dominates its head, so that without it the others grow many times."""
     model = family_model(family)
     with torch.no_grad():
         for layer in find_decoder(model).layers:
@@ -129,7 +130,7 @@ def test_bounds_hold_where_a_norm_makes_the_others_grow(family, scale, monkeypat
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_bounds_hold_with_a_large_common_part(name, monkeypatch):
-    """A bias that all tokens share: squares less squared means would lose everything else to rounding."""
+    """All tokens share a bias: with it, squares minus squared means would lose everything else to rounding."""
     model = tiny_llama(attention_bias=True)
     with torch.no_grad():
         for layer in find_decoder(model).layers:
@@ -137,8 +138,8 @@ def test_bounds_hold_with_a_large_common_part(name, monkeypatch):
     assert all_bounds_hold(model, padded_batch([1, 37, 20]), monkeypatch) > 1_000
 
 
-def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
-    """The softmax doesn't see what all keys share, so neither may the bounds, beyond a little rounding."""
+def test_common_part_of_keys_does_not_loosen_the_bounds(llama, monkeypatch):
+    """The softmax ignores what all keys share, so the bounds must too, apart from a little rounding."""
     ratios = []
     original = bound_sieve.BoundSieve.__init__
 
@@ -158,8 +159,8 @@ def test_a_common_part_does_not_loosen_the_bounds(llama, monkeypatch):
     assert len(ratios) == 2 and max(ratios) < 1.05
 
 
-def test_bounds_hold_where_few_keys_are_far_apart(llama, monkeypatch):
-    """Sentences of two tokens that alternate: many keys and values are equal."""
+def test_bounds_hold_with_few_distinct_keys(llama, monkeypatch):
+    """One sentence alternates between two tokens, one repeats a token: many keys and values are equal."""
     batch = padded_batch([40, 40])
     batch["input_ids"][0] = torch.tensor([3, 5]).repeat(20)
     batch["input_ids"][1] = 7
@@ -170,7 +171,7 @@ def test_bounds_hold_where_few_keys_are_far_apart(llama, monkeypatch):
 
 
 def equal_heads():
-    """Two equal KV heads with equal query heads: every impact is there twice."""
+    """Return a model with two equal KV heads and equal query heads, so that every impact occurs twice."""
     model = tiny_llama(num_attention_heads=2, num_key_value_heads=2)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -181,20 +182,20 @@ def equal_heads():
 
 
 def test_ties_go_to_the_lower_index():
-    """Of sentences whose logits fill vectors: at a tensor's end, a power of two may differ in its last bit."""
+    """Lengths fill whole SIMD vectors, because at a tensor's end a power of two may differ in its last bit."""
     for top_ratio in (0.05, 0.15, 0.25):
         assert_same_top(equal_heads(), padded_batch([64, 64, 64]), top_ratio)
 
 
-def test_of_neurons_that_are_equal_but_for_rounding_either_is_found():
+def test_neurons_that_tie_up_to_rounding_are_interchangeable():
     model, batch = equal_heads(), padded_batch(LENGTHS)
     everything = unverified_impacts(model, batch, ["q", "k"])
     for count in (1, 3, 5):
-        for site, found in pruned_impacts(model, batch, count / 20)[0].items():
-            torch.testing.assert_close(found.topk(count).values, everything[site].topk(count).values)
+        for site, impacts in pruned_impacts(model, batch, count / 20)[0].items():
+            torch.testing.assert_close(impacts.topk(count).values, everything[site].topk(count).values)
 
 
-def test_special_tokens_and_padding_that_is_not_a_number(llama):
+def test_pruning_with_special_tokens_and_nan_at_padding(llama):
     batch = padded_batch(LENGTHS, "left")
     batch["special_tokens_mask"] = torch.zeros_like(batch["input_ids"])
     batch["special_tokens_mask"][:, -3:] = 1
@@ -206,17 +207,17 @@ def test_special_tokens_and_padding_that_is_not_a_number(llama):
     handle.remove()
 
 
-def test_little_memory_gives_the_same(llama):
+def test_little_memory_gives_the_same_top(llama):
     batch = padded_batch(LENGTHS)
     expected, _ = pruned_impacts(llama, batch, 0.1)
     for memory_gb in (1e-6, 3e-4):
-        found, _ = pruned_impacts(llama, batch, 0.1, memory_gb=memory_gb)
+        impacts, _ = pruned_impacts(llama, batch, 0.1, memory_gb=memory_gb)
         for site, values in expected.items():
             count = num_top(0.1, values.shape[1])
-            assert torch.equal(in_top(found[site], count), in_top(values, count))
+            assert torch.equal(in_top(impacts[site], count), in_top(values, count))
 
 
-def test_the_exact_form_stays_within_the_budget(llama, monkeypatch):
+def test_exact_computation_stays_within_the_memory_budget(llama, monkeypatch):
     sizes = []
     original = AttentionBlock.squares
 
@@ -234,7 +235,7 @@ def test_the_exact_form_stays_within_the_budget(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj"])
-def test_impacts_that_are_not_finite_are_refused(projection):
+def test_nonfinite_impacts_are_refused(projection):
     model = tiny_llama()
     with torch.no_grad():
         getattr(model.model.layers[1].self_attn, projection).weight[3] = torch.nan
@@ -242,22 +243,22 @@ def test_impacts_that_are_not_finite_are_refused(projection):
         detect_neurons(model, {"a": [padded_batch(LENGTHS)]}, verify=False, progress=False)
 
 
-def test_detection_says_how_much_was_computed(llama, tmp_path):
+def test_detection_reports_the_share_computed_exactly(llama, tmp_path):
     corpora = {"a": [padded_batch(LENGTHS)], "b": [padded_batch([30, 12], seed=5)]}
-    found = detect_neurons(llama, corpora, 0.05, 0.5, progress=False)
+    pruned = detect_neurons(llama, corpora, 0.05, 0.5, progress=False)
     plain = detect_neurons(llama, corpora, 0.05, 0.5, pruning=False, progress=False)
-    assert found == plain and plain.exact_share is None
-    assert found.exact_share.keys() == {"q", "k"} and all(0 < share < 1 for share in found.exact_share.values())
-    found.save(tmp_path / "neurons")
-    assert type(found).load(tmp_path / "neurons").exact_share == found.exact_share
-    for _ in range(2):  # begun, and gone on with where all is counted
+    assert pruned == plain and plain.exact_share is None
+    assert pruned.exact_share.keys() == {"q", "k"} and all(0 < share < 1 for share in pruned.exact_share.values())
+    pruned.save(tmp_path / "neurons")
+    assert type(pruned).load(tmp_path / "neurons").exact_share == pruned.exact_share
+    for _ in range(2):  # from the start, then resumed with all sentences counted
         resumed = detect_neurons(llama, corpora, 0.05, 0.5, progress=False, resume_dir=tmp_path / "counts")
-        assert resumed.exact_share == found.exact_share
+        assert resumed.exact_share == pruned.exact_share
 
 
 @pytest.mark.parametrize(("most_left", "sieved"), [(0.0, [20, 13]), (1.0, [20, 20, 15, 13])])
-def test_where_bounds_leave_too_much_all_are_computed(llama, monkeypatch, most_left, sieved):
-    """Until sentences are much shorter; the top sets are the same either way."""
+def test_sieve_is_skipped_if_bounds_leave_too_much(llama, monkeypatch, most_left, sieved):
+    """The sieve is tried again once sentences are much shorter; the top sets are the same either way."""
     monkeypatch.setattr(query_key, "_MOST_LEFT", most_left)
     lengths, original = [], bound_sieve.BoundSieve.impacts
 
@@ -270,16 +271,16 @@ def test_where_bounds_leave_too_much_all_are_computed(llama, monkeypatch, most_l
     expected = [unverified_impacts(llama, batch, ["q", "k"]) for batch in batches]
     with left_as_found(llama), ImpactMeter(llama, ["q", "k"], top_ratio=0.1) as meter:
         for batch, impacts in zip(batches, expected, strict=True):
-            found = meter.measure(batch)
+            pruned = meter.measure(batch)
             for site, values in impacts.items():
                 count = num_top(0.1, values.shape[1])
-                assert torch.equal(in_top(found[site], count), in_top(values, count))
+                assert torch.equal(in_top(pruned[site], count), in_top(values, count))
     assert lengths == [length for length in sieved for _ in range(2)] and not meter.unpruned
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_neuron_that_changes_no_logit_has_no_impact_at_all(side, monkeypatch):
-    """Not even one of rounding, of which there is a little everywhere here."""
+def test_neuron_that_changes_no_logit_has_zero_impact(side, monkeypatch):
+    """Its impact is exactly zero although a little rounding error is added to every square here."""
     original = AttentionBlock.squares
     monkeypatch.setattr(AttentionBlock, "squares", lambda self, changed: original(self, changed) + 1e-12)
     model, batch = family_model("Mistral", sliding_window=5), padded_batch([40, 21], side)
@@ -303,14 +304,14 @@ def test_blocks_cover_every_row_and_every_visible_key():
             assert not outside.any()
 
 
-def test_what_a_wide_interval_reports_is_its_lower_end():
+def test_settle_reports_the_lower_end_of_a_wide_interval():
     low, high = torch.tensor([[9.0, 8.0, 7.0, 1.0, 0.0]]), torch.tensor([[210.0, torch.inf, 8.0, 2.5, 1.5]])
     certain, unclear = decide(low, high, 3)
     assert certain.tolist() == [[True, True, True, False, False]] and not unclear.any()
     assert settle(low, high, certain, unclear, torch.zeros_like(low)).tolist() == [[9.0, 8.0, 7.5, 0.0, 0.0]]
 
 
-def test_what_rounding_may_do_decides_nothing():
+def test_decide_leaves_differences_within_rounding_unclear():
     ends = torch.tensor([[1.00005, 1.0, 0.99995, 0.9]])
     certain, unclear = decide(ends, ends, 1)
     assert not certain.any() and unclear.tolist() == [[True, True, True, False]]

@@ -1,4 +1,4 @@
-"""Every public name says what it takes, and which errors it raises."""
+"""Every public name documents its parameters and errors, and imports stay fast."""
 
 import ast
 import inspect
@@ -19,17 +19,21 @@ FUNCTIONS = [name for name in agnostic_train.__all__ if name not in CLASSES]
 
 
 def written_here(cls):
-    """(class, name, function) of what a class and its bases define in this package; of a property, its getter."""
+    """Yield (class, name, function) of all that a class and its bases define in this package; a property's getter."""
     for base in cls.__mro__:
-        for name, it in vars(base).items():
-            function = getattr(it, "fget", None) or getattr(it, "func", None) or getattr(it, "__func__", it)
-            # What a dataclass generates has no file.
+        for name, attribute in vars(base).items():
+            function = (
+                getattr(attribute, "fget", None)
+                or getattr(attribute, "func", None)
+                or getattr(attribute, "__func__", attribute)
+            )
+            # Methods that a dataclass generates have no file.
             if inspect.isfunction(function) and function.__code__.co_filename.startswith(PACKAGE):
                 yield base, name, function
 
 
 def raised(function):
-    """Names of the errors that a function raises itself; not those of functions within it."""
+    """Yield the names of the errors that a function raises itself, without those of nested functions."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     todo = list(tree.body)
     while todo:
@@ -46,12 +50,16 @@ def unnamed(names, text):
 
 def parameters(function):
     kinds = inspect.Parameter
-    found = inspect.signature(function).parameters.values()
-    return [it.name for it in found if it.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) and it.name != "self"]
+    signature_parameters = inspect.signature(function).parameters.values()
+    return [
+        it.name
+        for it in signature_parameters
+        if it.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) and it.name != "self"
+    ]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_says_what_it_takes_and_raises(name):
+def test_function_docstring_names_parameters_and_errors(name):
     function = inspect.unwrap(getattr(agnostic_train, name))
     text = function.__doc__ or ""
     assert not unnamed(parameters(function), text)
@@ -59,10 +67,10 @@ def test_a_function_says_what_it_takes_and_raises(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_says_what_it_is_made_of_and_its_methods_what_they_raise(name):
+def test_class_docstring_names_fields_and_parameters_and_methods_name_errors(name):
     cls = getattr(agnostic_train, name)
     about = vars(cls)["__doc__"] or ""
-    # A dataclass without a docstring gets its signature as one.
+    # A dataclass without a docstring gets its signature as its docstring.
     assert about and not about.startswith(f"{name}(")
     if is_dataclass(cls):
         assert not unnamed(inspect.get_annotations(cls), about)
@@ -77,7 +85,7 @@ def test_a_class_says_what_it_is_made_of_and_its_methods_what_they_raise(name):
 
 
 def python(code):
-    """What a fresh Python prints."""
+    """Return what a fresh Python process prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -86,7 +94,7 @@ def python(code):
 SLOW = "import sys; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
 
 
-def test_the_package_and_its_command_line_import_nothing_slow():
+def test_package_and_command_line_import_no_slow_library():
     assert python(f"import agnostic_train, agnostic_train.cli; dir(agnostic_train); {SLOW}") == "[]\n"
 
 
@@ -101,8 +109,8 @@ def test_the_package_and_its_command_line_import_nothing_slow():
         (["run", "recipes/quickstart.yaml", "--detection.top_ratio=7"], ""),
     ],
 )
-def test_help_and_a_mistake_wait_for_no_library(arguments, printed, pytestconfig):
-    """A recipe with TrainingArguments is one, too."""
+def test_help_and_errors_import_no_slow_library(arguments, printed, pytestconfig):
+    """Errors include one in a recipe that has TrainingArguments."""
     arguments = [str(pytestconfig.rootpath / it) if it.startswith("recipes/") else it for it in arguments]
     code = f"""
 from agnostic_train.cli import main
@@ -115,21 +123,23 @@ except SystemExit:
     assert printed in out and out.endswith("[]\n")
 
 
-def test_names_are_found_when_they_are_asked_for():
+def test_public_names_resolve_lazily():
     assert set(agnostic_train.__all__) <= set(dir(agnostic_train)) and agnostic_train._MODULES.keys() == set(
         agnostic_train.__all__
     )
     assert not hasattr(agnostic_train, "nothing")
-    assert not set(agnostic_train.__all__) & {path.stem for path in Path(PACKAGE).iterdir()}  # modules, when imported
+    assert not set(agnostic_train.__all__) & {
+        path.stem for path in Path(PACKAGE).iterdir()
+    }  # which would shadow an imported module
 
 
 @pytest.mark.parametrize("first", ["import agnostic_train", "import peft, agnostic_train"])
-def test_peft_knows_the_adapter(first):
+def test_peft_registers_the_adapter_in_either_import_order(first):
     code = f"{first}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; print(types['NEURON'].__name__)"
     assert python(code) == "NeuronConfig\n"
 
 
-def test_what_the_adapter_rests_on_does_not_import_peft():
-    """Otherwise PEFT's import, which imports the adapter, would meet it half imported."""
+def test_modules_the_adapter_imports_do_not_import_peft():
+    """Otherwise importing PEFT, which imports the adapter, would find it partially imported."""
     rest = "agnostic_train.neurons.neuron_set, agnostic_train.training.chosen, agnostic_train.model.decoder"
     assert "peft" not in python(f"import {rest}; {SLOW}")

@@ -1,4 +1,4 @@
-"""The neuron sets published with the paper, read for a Llama-3.1-8B without its weights."""
+"""The neuron sets published with the paper, loaded for a Llama-3.1-8B without weights."""
 
 import json
 
@@ -15,7 +15,7 @@ RAW = {
 }
 KEYS = ("fwd_up", "fwd_down", "attn_q", "attn_k", "attn_v", "attn_o")
 MAPPED_KV = {"shared_neurons": (3579, 844), "exclusive_en_neuron": (1901, 895), "exclusive_sw_neuron": (2844, 2053)}
-"""k and v rows after query-head channels that share a row are merged."""
+"""Numbers of k and v rows after query-head channels that share a row are merged."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def llama_8b():
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_published_sets(name, llama_8b, pytestconfig):
+def test_published_sets_have_the_expected_counts(name, llama_8b, pytestconfig):
     file = pytestconfig.rootpath.parent / f"shared/data/published_sets/Llama-3.1-8B_{name}_0.05.json"
     if not file.exists():
         pytest.skip(f"{file} isn't here")

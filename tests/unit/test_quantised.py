@@ -1,4 +1,4 @@
-"""A base in four bits: measured, switched off, trained and exported as any other."""
+"""A 4-bit base model is measured, deactivated, trained and exported like any other."""
 
 import pytest
 import torch
@@ -26,12 +26,12 @@ def four_bits(tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map=device)
 
 
-def test_sizes_scores_and_deactivation_see_through_the_packing(four_bits):
+def test_sizes_scores_and_deactivation_with_packed_weights(four_bits):
     assert find_decoder(four_bits).sizes[(0, "q")] == 64 and find_decoder(four_bits).sizes[(0, "k")] == 32
     corpora = {"en": [BATCH], "sw": [padded_batch([6, 7], seed=4)]}
-    found = detect_neurons(four_bits, corpora, 0.2, 0.5, progress=False)  # with its self-check
+    neurons = detect_neurons(four_bits, corpora, 0.2, 0.5, progress=False)  # includes the self-check
     before = perplexity(four_bits, [BATCH]).value
-    with deactivate(four_bits, found.shared):
+    with deactivate(four_bits, neurons.shared):
         assert perplexity(four_bits, [BATCH]).value != pytest.approx(before, rel=1e-2)
     assert perplexity(four_bits, [BATCH]).value == before
 
@@ -39,7 +39,7 @@ def test_sizes_scores_and_deactivation_see_through_the_packing(four_bits):
 def test_training_merging_and_export(four_bits, tmp_path):
     packed = {name: value.clone() for name, value in four_bits.state_dict().items()}
     neurons = NeuronSet({(0, "q"): [1, 60], (1, "down"): [0, 127], (1, "up"): [5]})
-    with pytest.raises(ValueError, match="quantized"):  # transformers' own word
+    with pytest.raises(ValueError, match="quantized"):  # raised by transformers
         NeuronTrainer(four_bits, arguments(tmp_path), train_dataset=sentences(), neurons=neurons, update="mask").train()
     trainer = NeuronTrainer(four_bits, arguments(tmp_path, max_steps=5), train_dataset=sentences(), neurons=neurons)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Recipes: what wins over what, and one clear line for every mistake."""
+"""Recipes: which of flags, file and defaults takes precedence, and a clear one-line error for every mistake."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def load(tmp_path, text=BASE, **flags):
     return load_recipe(file, {key.replace("__", "."): value for key, value in flags.items()})
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     recipe = load(tmp_path)
     assert recipe.detection.top_ratio == 0.1 and recipe.detection.consistency == 1.0
     assert recipe.training.arguments == {"learning_rate": 1e-3}
@@ -32,7 +32,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert recipe.training.arguments == {"learning_rate": 1e-3, "max_steps": 7}
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = load(tmp_path, model__name="~/m", corpus__path="~/t", output_dir="~/runs", training__neurons="~/n.json")
     paths = (recipe.model.name, recipe.corpus.path, recipe.output_dir, recipe.training.neurons)
@@ -42,18 +42,23 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no"])
-def test_text_stays_as_it_was_typed(tmp_path, text):
+def test_text_flags_are_taken_literally(tmp_path, text):
     recipe = load(tmp_path, model__revision=text, tracking__run_name=text, output_dir=text, training__hub_token=text)
-    told = (recipe.model.revision, recipe.tracking.run_name, recipe.output_dir, recipe.training.arguments["hub_token"])
-    assert told == (text,) * 4
+    values = (
+        recipe.model.revision,
+        recipe.tracking.run_name,
+        recipe.output_dir,
+        recipe.training.arguments["hub_token"],
+    )
+    assert values == (text,) * 4
 
 
-def test_quotes_and_null_are_yaml_in_text_too(tmp_path):
+def test_quotes_and_null_in_text_flags_are_yaml(tmp_path):
     recipe = load(tmp_path, model__revision="'1e5'", tracking__run_name="null", model__name='"a b"')
     assert (recipe.model.revision, recipe.tracking.run_name, recipe.model.name) == ("1e5", None, "a b")
 
 
-def test_lists_of_text_take_numbers_as_text_and_nothing_as_an_empty_list(tmp_path):
+def test_text_lists_take_numbers_as_text_and_empty_as_an_empty_list(tmp_path):
     filled = load(tmp_path, model__checkpoints="1000", evaluation__checkpoints="[a, b]", training__label_names="[a]")
     assert filled.model.checkpoints == ["1000"] and filled.evaluation.checkpoints == ["a", "b"]
     assert filled.training.arguments["label_names"] == ["a"]
@@ -63,13 +68,13 @@ def test_lists_of_text_take_numbers_as_text_and_nothing_as_an_empty_list(tmp_pat
 
 
 @pytest.mark.parametrize("patterns", [("{lang}", ""), ("", "{lang}/*.{{a,b}}"), ("all", "{lang}.jsonl")])
-def test_languages_are_told_apart(tmp_path, patterns):
+def test_lang_placeholder_tells_languages_apart(tmp_path, patterns):
     assert load(tmp_path, **streamed(*patterns)).corpus.tells_languages_apart
     alone = load(tmp_path, **streamed("en"), corpus__languages="sw")
     assert alone.corpus.languages == ["sw"] and not alone.corpus.tells_languages_apart
 
 
-def test_norwegian_is_a_language(tmp_path):
+def test_unquoted_no_is_norwegian(tmp_path):
     assert load(tmp_path, BASE.replace("[en, sw]", "[no, sw]")).corpus.languages == ["no", "sw"]
 
 
@@ -126,13 +131,13 @@ def streamed(config_pattern, data_files=""):
         ({"corpus__languages": ""}, "corpus.languages: "),
     ],
 )
-def test_mistakes_name_the_key(tmp_path, change, message):
+def test_errors_name_the_key(tmp_path, change, message):
     with pytest.raises(UserError) as caught:
         load(tmp_path, **change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_empty_section_is_one_of_defaults(tmp_path):
+def test_empty_section_takes_its_defaults(tmp_path):
     recipe = load(tmp_path, BASE + "tracking:\n  # wandb: true\n")
     assert recipe == load(tmp_path) and not recipe.tracking.wandb
     with pytest.raises(UserError, match="model.name is missing"):
@@ -153,20 +158,20 @@ def test_an_empty_section_is_one_of_defaults(tmp_path):
         (BASE.replace("path: text", "pth: text"), "did you mean corpus.path?"),
     ],
 )
-def test_broken_files_name_the_file(tmp_path, text, message):
+def test_errors_of_broken_files_name_the_file(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
         load(tmp_path, text)
     assert message in str(caught.value) and "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_and_binary_files(tmp_path):
+def test_missing_and_binary_files_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for name, message in (("none.yaml", "no such recipe"), ("", "a folder"), ("binary.yaml", "not UTF-8")):
         with pytest.raises(UserError, match=message):
             load_recipe(tmp_path / name)
 
 
-def test_keys_have_help_and_training_arguments_are_keys(tmp_path):
+def test_keys_have_help_and_include_training_arguments(tmp_path):
     assert all(recipe_keys().values()) and "detection.top_ratio" in recipe_keys()
     assert "learning_rate" in training_argument_types() and "output_dir" not in training_argument_types()
     values = load(tmp_path).to_dict()

@@ -1,4 +1,4 @@
-"""Recipes and flags that nobody meant: a recipe, or one line that says what is wrong; never anything else."""
+"""Random recipes and flags give a recipe or a one-line error, never anything else."""
 
 import json
 
@@ -15,7 +15,7 @@ from agnostic_train.recipe_file import load_recipe
 
 BASE = "model: {name: m}\ncorpus: {path: text, languages: [en, sw]}\ntraining: {languages: [sw]}\noutput_dir: out\n"
 ALIASES = ", ".join(f"a{i}: &a{i} [{', '.join(['x' if i == 0 else f'*a{i - 1}'] * 10)}]" for i in range(9))
-"""A few hundred bytes that stand for a billion values."""
+"""A few hundred bytes of YAML that expand to a billion values."""
 
 YAML_PIECES = st.sampled_from(
     ["{", "}", "[", "]", ":", ": ", ", ", "- ", "? ", "\n", "\n  ", "#", "|", ">", "&a ", "*a", "!!int ", "!!bool ",
@@ -36,7 +36,7 @@ def assert_recipe_or_one_line(file, flags=None):
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000 and str(error).strip() == str(error) != ""
         return
-    # What the manifest will hold, and what keys are made of.
+    # The manifest stores this form, and stage keys are computed from it.
     json.dumps(recipe.to_dict(), allow_nan=False, ensure_ascii=False).encode()
 
 
@@ -56,7 +56,7 @@ def assert_recipe_or_one_line(file, flags=None):
 @example(f'{BASE}"a\\nb": 3')
 @example(f'{BASE}"\\uD800": 3')
 @example(f"{BASE}{ALIASES.replace(', a', chr(10) + 'a')}")
-def test_any_text(tmp_path, text):
+def test_any_text_gives_a_recipe_or_one_line(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_text(text, encoding="utf-8", errors="surrogatepass")
     assert_recipe_or_one_line(file)
@@ -64,7 +64,7 @@ def test_any_text(tmp_path, text):
 
 @settings(max_examples=200)
 @given(st.dictionaries(KEYS, VALUES, max_size=3))
-def test_any_values(tmp_path, changes):
+def test_any_values_give_a_recipe_or_one_line(tmp_path, changes):
     values = {"model": {"name": "m"}, "corpus": {"path": "t", "languages": ["en"]}, "training": {"languages": ["sw"]}}
     for key, value in changes.items():
         section, _, name = key.partition(".")
@@ -102,12 +102,12 @@ def base(tmp_path_factory):
 @example({"training.learning_rate": f"{{{ALIASES}}}"})
 @example({"output_dir": '"a\\0b"'})
 @example({"output_dir": "\udcff"})
-def test_any_flags(base, flags):
+def test_any_flags_give_a_recipe_or_one_line(base, flags):
     assert_recipe_or_one_line(base, flags)
 
 
 @pytest.mark.parametrize("key", ["x\ny", "training.x\ny", "corpus.\0", "--", "=", ""])
-def test_flags_that_the_command_line_never_knew(base, key, capsys):
+def test_malformed_flags_exit_with_an_error(base, key, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", str(base), f"--{key}=3"])
     error = capsys.readouterr().err
@@ -115,8 +115,8 @@ def test_flags_that_the_command_line_never_knew(base, key, capsys):
 
 
 @pytest.mark.parametrize("value", ["x", "''", "{}", "{a: 1}", "[a]", "-1", "0", "1e30", "true"])
-def test_training_arguments_of_every_kind_are_refused_in_one_line(base, tmp_path, value):
-    """Each key of transformers' own with each value, as far as the checks before any work."""
+def test_errors_of_training_arguments_are_one_line(base, tmp_path, value):
+    """Every TrainingArguments key with each value, up to the checks that precede any work."""
     for key in training_argument_types():
         try:
             recipe = load_recipe(base, {f"training.{key}": value, "output_dir": str(tmp_path / "out")})
@@ -129,6 +129,6 @@ def test_training_arguments_of_every_kind_are_refused_in_one_line(base, tmp_path
 
 @pytest.mark.parametrize("key", ["seed", "data_seed"])
 @pytest.mark.parametrize("value", ["-1", str(2**32)])
-def test_seeds_that_a_generator_would_refuse_hours_later(base, key, value):
+def test_seeds_out_of_range_are_refused_early(base, key, value):
     with pytest.raises(UserError, match=rf"training\.{key}: must be from 0"):
         training_arguments(load_recipe(base, {f"training.{key}": value}))

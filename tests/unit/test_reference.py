@@ -1,11 +1,11 @@
-"""The reference of a recipe's keys says what the dataclasses say."""
+"""The reference of the recipe keys agrees with the dataclasses."""
 
 import sys
 
 from agnostic_train.recipe import recipe_keys
 
 
-def test_the_reference_is_current(pytestconfig, monkeypatch):
+def test_reference_is_current(pytestconfig, monkeypatch):
     monkeypatch.syspath_prepend(pytestconfig.rootpath / "scripts")
     import recipe_reference
 

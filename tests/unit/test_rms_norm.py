@@ -1,4 +1,4 @@
-"""A norm's answer to the loss of one entry, against the norm itself on the vector without the entry."""
+"""The closed form of a norm's output without one entry, compared with the norm of the vector without that entry."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def norm(request):
 
 
 class Rounded(nn.RMSNorm):
-    """Always gives bfloat16."""
+    """An RMSNorm that always returns bfloat16."""
 
     def forward(self, x):
         return super().forward(x).bfloat16()
 
 
 class Squashed(nn.Module):
-    """Has an epsilon and a weight, and is something else."""
+    """A module with an epsilon that isn't a norm."""
 
     eps = 1e-6
 
@@ -47,17 +47,17 @@ class Squashed(nn.Module):
         return x.tanh()
 
 
-def test_the_norm_is_recognised(norm):
+def test_rms_norms_are_recognised(norm):
     assert rms_eps(norm, 6, LIKE) in (1e-5, 1e-3, 1e-6)
 
 
 @pytest.mark.parametrize("other", [nn.LayerNorm(6), Squashed(), nn.Identity(), nn.RMSNorm(6), Rounded(6, eps=1e-6)])
-def test_others_are_not(other):
-    """Torch's own RMSNorm has no epsilon of its own unless it is told one."""
+def test_other_modules_are_not_recognised(other):
+    """They include torch's RMSNorm without a given epsilon, because it has no fixed one."""
     assert rms_eps(other, 6, LIKE) is None
 
 
-def test_an_epsilon_that_the_module_does_not_use_is_noticed(norm):
+def test_epsilon_that_the_module_does_not_use_is_noticed(norm):
     class Other(nn.Module):
         eps = 0.1
 
@@ -69,8 +69,8 @@ def test_an_epsilon_that_the_module_does_not_use_is_noticed(norm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
-def test_growth_is_the_norms(norm, spread):
-    """From entries alike to one that is nearly all of its vector; a zero vector, too."""
+def test_growth_equals_that_of_the_norm(norm, spread):
+    """Holds from equal entries to one entry that is nearly all of its vector, and for a zero vector."""
     heads = torch.randn(2, 3, 5, 6, dtype=torch.float64).sign() * 10 ** (spread * torch.rand(2, 3, 5, 6).double() / 2)
     heads[0, 0, 0] = 0
     growth = growth_without(heads.float(), rms_eps(norm, 6, LIKE))
@@ -80,12 +80,12 @@ def test_growth_is_the_norms(norm, spread):
         kept = torch.ones(6)
         kept[entry] = 0
         expected = norm(heads.float() * kept)
-        found = whole * kept * growth[..., entry, None]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        output = whole * kept * growth[..., entry, None]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma 3 text"])
-def test_the_closed_form_is_the_replayed_one(family, monkeypatch):
+def test_closed_form_equals_replaying_the_norm(family, monkeypatch):
     model, batch = family_model(family), padded_batch([1, 5, 11])
     closed = unverified_impacts(model, batch, ["q", "k"])
     monkeypatch.setattr(query_key, "LARGEST_GROWTH", 0)
@@ -95,7 +95,7 @@ def test_the_closed_form_is_the_replayed_one(family, monkeypatch):
 
 
 def dominated(family, times, alone=False):
-    """A model of whose queries and keys one entry a head is `times` as large as it was, and with `alone` all there is."""
+    """Return a model with the first entry of each query and key head scaled by `times`; alone: the others are zero."""
     model = family_model(family)
     with torch.no_grad():
         for layer in find_decoder(model).layers:
@@ -110,13 +110,13 @@ def dominated(family, times, alone=False):
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("times", [1, 10, 100, 1_000])
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma 3 text"])
-def test_growth_does_not_multiply_a_models_rounding(family, times, dtype, error):
-    """In the first layer, where the rounding of others hasn't come in yet; as a part of the site's largest impact."""
+def test_growth_does_not_amplify_rounding_errors(family, times, dtype, error):
+    """Errors are relative to the site's largest impact, in the first layer, which no other layer's rounding reaches."""
     model, batch = dominated(family, times).to(dtype), padded_batch([1, 5, 11])
-    found = unverified_impacts(model, batch, ["q", "k"])
+    impacts = unverified_impacts(model, batch, ["q", "k"])
     expected = unverified_impacts(model.double(), batch, ["q", "k"])
     for site in [(0, "q"), (0, "k")]:
-        assert (found[site] - expected[site]).abs().max() < error * expected[site].max()
+        assert (impacts[site] - expected[site]).abs().max() < error * expected[site].max()
 
 
 @pytest.mark.parametrize("times", [1, 100, 1e4])
@@ -125,7 +125,7 @@ def test_heads_of_one_entry_pass_the_self_check(times):
     assert max(it.error for it in comparisons) < 1e-4
 
 
-def test_where_the_others_grow_too_much_all_are_computed():
+def test_every_neuron_is_computed_exactly_where_growth_is_too_large():
     batch = padded_batch([5, 11])
-    found = detect_neurons(dominated("Qwen3", 1e5), {"a": [batch]}, 0.1, progress=False)
-    assert found.exact_share == {"q": 1.0, "k": 1.0}
+    neurons = detect_neurons(dominated("Qwen3", 1e5), {"a": [batch]}, 0.1, progress=False)
+    assert neurons.exact_share == {"q": 1.0, "k": 1.0}

@@ -1,4 +1,4 @@
-"""Deactivation, perplexity and the language-agnostic score, against hand computation."""
+"""Deactivation, perplexity and the language-agnostic score, compared with computation by hand."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def bits(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_deactivation_zeroes_what_the_definition_says_and_gives_it_back():
+def test_deactivation_zeroes_the_defined_weights_and_restores_them():
     model = tiny_llama(attention_bias=True, mlp_bias=True)
     before = bits(model)
     with pytest.raises(RuntimeError, match="inside"), deactivate(model, EVERY_PROJECTION):
@@ -53,7 +53,7 @@ def test_deactivation_zeroes_what_the_definition_says_and_gives_it_back():
     assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
 
 
-def test_deactivation_of_another_models_neurons_changes_nothing(llama):
+def test_refused_deactivation_changes_nothing(llama):
     before = bits(llama)
     with pytest.raises(UserError), deactivate(llama, NeuronSet({(0, "q"): [0], (1, "up"): [99]})):
         pass
@@ -99,8 +99,8 @@ def test_perplexity_of_an_offloaded_model(llama, device):
     torch.testing.assert_close(perplexity(offloaded, batches).sentence_nats, expected.sentence_nats)
 
 
-def test_perplexity_of_a_model_that_device_map_placed(llama, tmp_path):
-    """Embeddings on a disk, the rest in memory: accelerate's hooks hold the names that the map has."""
+def test_perplexity_of_a_model_placed_by_device_map(llama, tmp_path):
+    """The embeddings are on disk, the rest in memory: accelerate's hooks use the module names of the map."""
     batches = [padded_batch([7, 4])]
     places = {name: "cpu" for name, _ in llama.named_children()} | {"model.embed_tokens": "disk"}
     places |= {f"model.{name}": "cpu" for name, _ in llama.model.named_children() if name != "embed_tokens"}
@@ -110,16 +110,16 @@ def test_perplexity_of_a_model_that_device_map_placed(llama, tmp_path):
     torch.testing.assert_close(perplexity(placed, batches).sentence_nats, perplexity(llama, batches).sentence_nats)
 
 
-def test_sentences_come_back_in_their_own_order(llama):
+def test_sentence_results_are_in_the_order_of_sentence_index(llama):
     batch = padded_batch([5, 9, 7])
     places = torch.tensor([2, 0, 1])
     shuffled = [{name: it[places] for name, it in batch.items()} | {"sentence_index": places}]
-    expected, found = perplexity(llama, [batch]), perplexity(llama, shuffled)
-    torch.testing.assert_close(found.sentence_nats, expected.sentence_nats)
-    assert found.sentence_tokens.tolist() == [4, 8, 6]
+    expected, reordered = perplexity(llama, [batch]), perplexity(llama, shuffled)
+    torch.testing.assert_close(reordered.sentence_nats, expected.sentence_nats)
+    assert reordered.sentence_tokens.tolist() == [4, 8, 6]
 
 
-def test_perplexity_refuses_what_no_float_holds(llama):
+def test_perplexity_too_large_for_a_float_is_refused(llama):
     with torch.no_grad():
         llama.lm_head.weight.mul_(1e4)
     with pytest.raises(UserError, match="hundreds of nats a token"):
@@ -127,7 +127,7 @@ def test_perplexity_refuses_what_no_float_holds(llama):
 
 
 @pytest.mark.parametrize("name", ["num_bytes", "sentence_index"])
-def test_perplexity_wants_one_number_a_sentence(llama, name):
+def test_perplexity_requires_one_number_per_sentence(llama, name):
     for numbers in (torch.tensor([1]), torch.tensor(3), [1, 2, 3]):
         with pytest.raises(ValueError, match=f"{name}: expected one for each of 2 sentences"):
             perplexity(llama, [padded_batch([4, 6]) | {name: numbers}])
@@ -140,8 +140,8 @@ def test_perplexity_refuses_nan(llama):
         perplexity(llama, [padded_batch([4])])
 
 
-def test_the_score_by_hand():
-    """Perplexity 10; shared off 14, exclusive off 12: importance 2. The other: 9 (clipped) and 12: 1e-6 / 2."""
+def test_importance_by_hand():
+    """Perplexity 10; 14 without shared, 12 without exclusive: importance 2. With 9 (clipped) and 12: 1e-6 / 2."""
     one = language_score("one", 10.0, 14.0, 12.0, 3, 4)
     assert one.importance == pytest.approx(2) and not one.clipped
     other = language_score("other", 10.0, 9.0, 12.0, 3, 4)
@@ -159,16 +159,16 @@ def language_neurons():
     return LanguageNeurons.from_related(related)
 
 
-def test_the_score_from_really_deactivated_models(llama):
-    found = language_neurons()
+def test_score_equals_that_of_deactivated_models(llama):
+    neurons = language_neurons()
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
     before = bits(llama)
-    score = language_agnostic_score(llama, found, {n: iter(it) for n, it in corpora.items()}, control_seeds=[1, 2])
+    score = language_agnostic_score(llama, neurons, {n: iter(it) for n, it in corpora.items()}, control_seeds=[1, 2])
     assert all(torch.equal(value, before[name]) for name, value in bits(llama).items())
     logs = []
     for name in "ab":
         changes = []
-        for off in (found.shared, found.exclusive[name]):
+        for off in (neurons.shared, neurons.exclusive[name]):
             with deactivate(llama, off):
                 changed = perplexity(llama, corpora[name]).value
             changes.append(max(changed - perplexity(llama, corpora[name]).value, 1e-6))
@@ -183,7 +183,7 @@ def test_the_score_from_really_deactivated_models(llama):
     }
 
 
-def test_a_score_comes_back_from_its_file(llama, tmp_path):
+def test_score_loads_as_it_was_saved(llama, tmp_path):
     corpora = {name: [padded_batch([9, 12, 7])] for name in "abc"}
     score = language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1])
     write_json(tmp_path / "score.json", score.to_json())
@@ -195,15 +195,15 @@ def test_a_score_comes_back_from_its_file(llama, tmp_path):
             AgnosticScore.load(tmp_path / "score.json")
 
 
-def test_every_set_off_is_measured_on_every_language(llama):
-    found, corpora = (
+def test_each_deactivated_set_is_measured_on_each_language(llama):
+    detected, corpora = (
         language_neurons(),
         {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")},
     )
-    rows = language_agnostic_score(llama, found, corpora, control_seeds=[5]).to_json()["ablation"]
-    sets = {"none": NeuronSet(), "shared": found.shared, "random 5 shared": found.shared.random_like(5, llama)}
-    sets |= {f"exclusive {name}": found.exclusive[name] for name in "ab"}
-    random = {f"random 5 exclusive {name}": found.exclusive[name].random_like(5, llama) for name in "ab"}
+    rows = language_agnostic_score(llama, detected, corpora, control_seeds=[5]).to_json()["ablation"]
+    sets = {"none": NeuronSet(), "shared": detected.shared, "random 5 shared": detected.shared.random_like(5, llama)}
+    sets |= {f"exclusive {name}": detected.exclusive[name] for name in "ab"}
+    random = {f"random 5 exclusive {name}": detected.exclusive[name].random_like(5, llama) for name in "ab"}
     assert rows.keys() == sets.keys() | random.keys()
     for off, neurons in (sets | random).items():
         languages = off[-1] if off in random else "abc"
@@ -214,9 +214,9 @@ def test_every_set_off_is_measured_on_every_language(llama):
             assert rows[off]["languages"][language]["perplexity"] == expected
 
 
-def test_a_set_without_which_the_model_breaks_is_named(llama, monkeypatch):
-    found = language_neurons()
-    (layer, projection), indices = next(iter(found.shared.items()))
+def test_error_names_the_set_whose_deactivation_breaks_the_model(llama, monkeypatch):
+    neurons = language_neurons()
+    (layer, projection), indices = next(iter(neurons.shared.items()))
     weight = find_decoder(llama).projection((layer, projection)).linear.weight
 
     def overflowing(model, batches, **options):
@@ -228,32 +228,32 @@ def test_a_set_without_which_the_model_breaks_is_named(llama, monkeypatch):
     monkeypatch.setattr(ablation, "perplexity", overflowing)
     corpora = {name: [padded_batch([9, 12])] for name in "abc"}
     with pytest.raises(NonFiniteLossError, match="model.dtype: with the shared neurons off, the loss of 'a' is NaN"):
-        language_agnostic_score(llama, found, corpora)
+        language_agnostic_score(llama, neurons, corpora)
 
 
-def test_variants_and_intervals_by_brute_force(llama):
-    """A resample is a list of sentences: the score is computed anew on each, from sums over them."""
-    found, corpora = (
+def test_variants_and_intervals_equal_brute_force(llama):
+    """A resample is a list of sentences: the score is recomputed for each from sums over its sentences."""
+    neurons, corpora = (
         language_neurons(),
         {name: [padded_batch([9, 12, 7, 3], seed=seed)] for seed, name in enumerate("abc")},
     )
-    score = language_agnostic_score(llama, found, corpora, num_resamples=40)
+    score = language_agnostic_score(llama, neurons, corpora, num_resamples=40)
     draws = {}
     for seed, name in enumerate("abc"):
         draws[name] = torch.randint(4, (40, 4), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def importance(language, sentences, change):
         values = []
-        for off in (NeuronSet(), found.shared, found.exclusive[language]):
+        for off in (NeuronSet(), neurons.shared, neurons.exclusive[language]):
             with deactivate(llama, off):
                 result = perplexity(llama, corpora[language])
             nats = sum(float(result.sentence_nats[it]) for it in sentences)
             values.append(math.exp(nats / sum(int(result.sentence_tokens[it]) for it in sentences)))
-        return change(values[1], values[0], len(found.shared)) / change(
-            values[2], values[0], len(found.exclusive[language])
+        return change(values[1], values[0], len(neurons.shared)) / change(
+            values[2], values[0], len(neurons.exclusive[language])
         )
 
-    # A change is clipped as one of perplexity, and then measured.
+    # Changes are clipped as changes of perplexity, before the variant's transformation.
     def by_log(after, before, size):
         return math.log1p(max(after - before, 1e-6) / before)
 
@@ -281,25 +281,27 @@ def test_variants_and_intervals_by_brute_force(llama):
     means = [(math.log1p(a) + math.log1p(b)) / 2 for a, b in zip(*resampled.values(), strict=True)]
     assert score.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-6)
     assert score.table[2].interval is None
-    controls = language_agnostic_score(llama, found, corpora, control_seeds=[5], num_resamples=40).to_json()["controls"]
+    controls = language_agnostic_score(llama, neurons, corpora, control_seeds=[5], num_resamples=40).to_json()[
+        "controls"
+    ]
     assert controls["intervals"]["5"] and None not in [controls["importance_intervals"]["5"][it] for it in "ab"]
     assert all(it["intervals"]["a"] for it in controls["variant_table"]["5"].values())
-    assert language_agnostic_score(llama, found, corpora, num_resamples=0).interval is None
+    assert language_agnostic_score(llama, neurons, corpora, num_resamples=0).interval is None
 
 
 DETECTED = Contrast(NeuronSet(), {})
 
 
 def ablation_of(*perplexities):
-    """One language of one token, which has these perplexities with nothing, the shared and its own neurons off."""
+    """Return the ablation of one language of one token: its perplexities with nothing, shared and exclusive off."""
     names = "none", "shared", "exclusive a"
     nats = [torch.tensor([math.log(it)], dtype=torch.float64) for it in perplexities]
     measured = {name: {"a": Perplexity(it, torch.tensor([1]), None)} for name, it in zip(names, nats, strict=True)}
     return Ablation(measured, {"none": 0, "shared": 2, "exclusive a": 8})
 
 
-def test_a_variant_clips_changes_of_perplexity():
-    """1000 to 1000.0005 is above the smallest change, and its logarithm's change of 5e-7 is no smaller one."""
+def test_variants_clip_changes_of_perplexity():
+    """A change from 1000 to 1000.0005 isn't clipped, although that of the logarithm, 5e-7, is below 1e-6."""
     (score,) = agnostic_score._scores(ablation_of(1000, 1000.0005, 1001), [DETECTED], 0).values()
     expected = math.log1p(5e-7) / math.log1p(1e-3)
     assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(expected, rel=1e-6)
@@ -311,22 +313,22 @@ def test_a_variant_clips_changes_of_perplexity():
     assert {it["clipped"][0] for it in plain["variant_table"].values()} == {"a"} and plain["variants"] == score.variants
 
 
-def test_of_resampled_sentences_one_languages_are_kept_at_a_time(llama, monkeypatch):
-    original, kept = agnostic_score.resample_counts, []
+def test_resample_counts_of_one_language_are_kept_at_a_time(llama, monkeypatch):
+    original, references = agnostic_score.resample_counts, []
 
     def watched(*args):
-        assert all(it() is None for it in kept)
+        assert all(it() is None for it in references)
         counts = original(*args)
-        kept.append(weakref.ref(counts))
+        references.append(weakref.ref(counts))
         return counts
 
     monkeypatch.setattr(agnostic_score, "resample_counts", watched)
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
     language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1], num_resamples=10)
-    assert len(kept) == 3
+    assert len(references) == 3
 
 
-def test_the_table_keeps_importances_and_scores_apart(llama):
+def test_table_separates_importances_and_scores(llama):
     corpora = {name: [padded_batch([9, 12, 7, 5], seed=seed)] for seed, name in enumerate("abc")}
     score = language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[5], num_resamples=40).to_json()
     table = score_table(score)
@@ -352,28 +354,28 @@ def test_the_table_keeps_importances_and_scores_apart(llama):
     )
 
 
-def test_nothing_defined_gives_no_score(llama):
-    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1]}), "b": NeuronSet({(0, "up"): [2]})})
-    score = language_agnostic_score(llama, found, {name: [padded_batch([5])] for name in "ab"})
+def test_score_without_a_defined_importance_is_none(llama):
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1]}), "b": NeuronSet({(0, "up"): [2]})})
+    score = language_agnostic_score(llama, neurons, {name: [padded_batch([5])] for name in "ab"})
     assert score.value is None and score.undefined == ["a", "b"]
     with pytest.raises(ValueError, match="no corpus for b"):
-        language_agnostic_score(llama, found, {"a": [padded_batch([5])]})
+        language_agnostic_score(llama, neurons, {"a": [padded_batch([5])]})
 
 
-def test_strategies_choose_what_their_names_say(llama):
-    found = language_neurons()
+def test_strategies_choose_the_sets_they_are_named_after(llama):
+    neurons = language_neurons()
 
     def chosen(name, score=None, **settings):
         value = AgnosticScore(score, [])
-        return Strategy(name, languages=settings.pop("languages", ["a"]), **settings).choose(found, value, llama)
+        return Strategy(name, languages=settings.pop("languages", ["a"]), **settings).choose(neurons, value, llama)
 
-    assert chosen("shared").neurons == found.shared
-    assert chosen("exclusive").neurons == found.exclusive["a"]
-    assert chosen("related").neurons == found.related["a"]
-    assert chosen("exclusive", languages=["a", "b"]).neurons == found.exclusive["a"] | found.exclusive["b"]
-    assert chosen("shared+exclusive", languages=["b"]).neurons == found.shared | found.exclusive["b"]
+    assert chosen("shared").neurons == neurons.shared
+    assert chosen("exclusive").neurons == neurons.exclusive["a"]
+    assert chosen("related").neurons == neurons.related["a"]
+    assert chosen("exclusive", languages=["a", "b"]).neurons == neurons.exclusive["a"] | neurons.exclusive["b"]
+    assert chosen("shared+exclusive", languages=["b"]).neurons == neurons.shared | neurons.exclusive["b"]
     random = chosen("random", random_like="exclusive", seed=5)
-    assert random.neurons.counts() == found.exclusive["a"].counts() and random.neurons != found.exclusive["a"]
+    assert random.neurons.counts() == neurons.exclusive["a"].counts() and random.neurons != neurons.exclusive["a"]
     assert chosen("auto", 0.5, high=2.0).strategy == "shared+exclusive"
     assert chosen("auto", 1.0, high=2.0).strategy == "shared"
     assert chosen("auto", 2.5, high=2.0).strategy == "exclusive" and "2.500" in chosen("auto", 2.5, high=2.0).reason
@@ -388,19 +390,19 @@ def test_strategies_choose_what_their_names_say(llama):
     ):
         with pytest.raises(UserError, match=message):
             wrong()
-    by_lape = replace(found, settings=found.settings | {"method": "lape"})
+    by_lape = replace(neurons, settings=neurons.settings | {"method": "lape"})
     with pytest.raises(UserError, match="no neuron to train; raise detection.lape_ratio, or train 'related'"):
         Strategy("exclusive", ["c"]).choose(by_lape, None, llama)
 
 
-def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped(llama):
-    found = language_neurons()
+def test_auto_names_clipped_languages_and_refuses_an_entirely_clipped_score(llama):
+    neurons = language_neurons()
     measured = language_score("a", 10.0, 14.0, 12.0, 3, 4)
     clipped = language_score("b", 10.0, 10.5, 10.0, 3, 4)
-    undefined = language_score("c", 10.0, 9.0, None, 3, 0)  # clipped too, and no part of the mean
+    undefined = language_score("c", 10.0, 9.0, None, 3, 0)  # clipped too, but not part of the mean
 
     def choose(value, *rows):
-        return Strategy("auto", languages=["a"], high=2.0).choose(found, AgnosticScore(value, list(rows)), llama)
+        return Strategy("auto", languages=["a"], high=2.0).choose(neurons, AgnosticScore(value, list(rows)), llama)
 
     assert "(" not in choose(1.0, measured).reason
     reason = choose(1.0, measured, clipped, undefined).reason
@@ -410,17 +412,17 @@ def test_auto_says_what_its_score_leaves_out_and_refuses_one_that_is_all_clipped
             choose(13.1, *rows)
 
 
-def test_languages_are_a_list_and_not_a_text():
+def test_languages_as_a_string_are_refused():
     with pytest.raises(UserError, match=r"training.languages: expected a list of languages, such as \['sw'\]"):
         Strategy("shared", languages="sw")
 
 
 @pytest.mark.parametrize("measure", ["perplexity", "lape"])
-def test_no_batch_is_waited_for(llama, monkeypatch, measure):
-    """What the device has computed is fetched once a call, not once a batch: a fetch waits until it is done."""
+def test_no_device_synchronisation_per_batch(llama, monkeypatch, measure):
+    """Results are fetched once per call instead of once per batch, because a fetch waits for the device."""
     fetches = []
-    monkeypatch.setattr(inference, "check_tokens", lambda *args: None)  # of what isn't on the device yet
-    for name in ("cpu", "item", "tolist", "__int__", "__float__"):  # __bool__ is how transformers looks at a mask
+    monkeypatch.setattr(inference, "check_tokens", lambda *args: None)  # it reads inputs before they are on the device
+    for name in ("cpu", "item", "tolist", "__int__", "__float__"):  # not __bool__, by which transformers checks masks
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *rest, it=original, name=name: fetches.append(name) or it(self, *rest)
@@ -451,31 +453,31 @@ def test_half_precision_logits_are_scored_in_float32():
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "num_bytes", "sentence_index"])
-def test_what_was_kept_of_other_text_is_measured_anew(llama, tmp_path, name):
+def test_kept_results_of_other_text_are_not_reused(llama, tmp_path, name):
     batch = padded_batch([9, 12]) | {"num_bytes": torch.tensor([9, 12]), "sentence_index": torch.tensor([0, 1])}
     other = batch | {name: batch[name].flip(0) * (3 if name == "num_bytes" else 1)}
     if name == "attention_mask":
         other[name] = batch[name].clone()
         other[name][1, 6:] = 0
-    for it in (batch, other):
-        again = ablation.ablate(llama, {}, {"a": [it]}, resume_dir=tmp_path).measured["none"]["a"]
-        fresh = perplexity(llama, [it])
-        assert again.num_bytes == fresh.num_bytes and torch.equal(again.sentence_nats, fresh.sentence_nats)
+    for batch_measured in (batch, other):
+        resumed = ablation.ablate(llama, {}, {"a": [batch_measured]}, resume_dir=tmp_path).measured["none"]["a"]
+        fresh = perplexity(llama, [batch_measured])
+        assert resumed.num_bytes == fresh.num_bytes and torch.equal(resumed.sentence_nats, fresh.sentence_nats)
 
 
-def test_what_was_kept_of_another_site_is_measured_anew(llama, tmp_path):
+def test_kept_results_of_another_site_are_not_reused(llama, tmp_path):
     nats = []
     for site in ((0, "up"), (1, "up")):
-        found = ablation.ablate(llama, {"x": NeuronSet({site: [1]})}, {"a": [padded_batch([9])]}, resume_dir=tmp_path)
-        nats.append(found.measured["x"]["a"].nats)
+        result = ablation.ablate(llama, {"x": NeuronSet({site: [1]})}, {"a": [padded_batch([9])]}, resume_dir=tmp_path)
+        nats.append(result.measured["x"]["a"].nats)
     assert nats[0] != nats[1]
 
 
-def test_an_interval_leaves_out_resamples_without_a_value():
+def test_interval_leaves_out_nan_resamples():
     assert interval(torch.tensor([1.0, torch.nan, 3.0], dtype=torch.float64), 0.5) == (1.5, 2.5)
 
 
-def test_both_thresholds_belong_to_the_middle(llama):
-    found = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [1, 3]})})
+def test_auto_thresholds_are_inclusive_for_shared(llama):
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [1, 3]})})
     for value in (0.5, 2.0):
-        assert Strategy("auto", low=0.5, high=2.0).choose(found, AgnosticScore(value, []), llama).strategy == "shared"
+        assert Strategy("auto", low=0.5, high=2.0).choose(neurons, AgnosticScore(value, []), llama).strategy == "shared"

@@ -1,4 +1,4 @@
-"""The self-check passes a right model, and refuses one whose impacts are wrong."""
+"""The self-check passes a correct model and refuses one whose impacts are wrong."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ from agnostic_train.model.decoder import PROJECTIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_right_model_passes_and_is_left_as_found(dtype):
+def test_correct_model_passes_and_is_left_unchanged(dtype):
     model = tiny_llama(attention_bias=True, num_hidden_layers=5).to(dtype)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     comparisons = verify_impacts(model, padded_batch([7, 12, 3], "left"))
@@ -31,8 +31,8 @@ def test_a_right_model_passes_and_is_left_as_found(dtype):
     assert len(comparison_table(comparisons).splitlines()) == len(comparisons) + 1
 
 
-def test_a_wrong_formula_is_refused(llama, monkeypatch):
-    """Impacts that ignore rotation are what the reference implementation gives."""
+def test_wrong_formula_is_refused(llama, monkeypatch):
+    """Here impacts that ignore the rotation, as in the reference implementation."""
     right = attention.rotated_change
 
     def wrong_for_queries(inputs, name, *rest):
@@ -55,15 +55,15 @@ def test_impacts_off_by_one_percent_are_refused(llama, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sentences_of_one_repeated_token_pass(name):
-    """All values are equal: attention doesn't matter, and real deactivation of q and k gives rounding noise."""
+    """All values are equal, so attention has no effect and deactivating q and k gives only rounding noise."""
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     comparisons = verify_impacts(family_model(name), batch)
     noise = [c for c in comparisons if c.projection in ("q", "k")]
     assert any(c.deactivated > 1e-3 * c.impact for c in noise) and max(c.error for c in comparisons) == 0
 
 
-def test_small_weights_pass(llama):
-    """Logits that hardly move are lost in the rounding of the output."""
+def test_changes_below_output_rounding_pass(llama):
+    """Changes of logits this small are lost in the rounding of the output."""
     with torch.no_grad():
         for layer in llama.model.layers:
             layer.self_attn.q_proj.weight.mul_(1e-4)
@@ -71,8 +71,8 @@ def test_small_weights_pass(llama):
     assert max(c.error for c in verify_impacts(llama, padded_batch([7, 12]))) < self_check.TOLERANCE
 
 
-def test_an_attention_that_does_more_than_we_know_is_refused(llama):
-    """Normalised queries: zeroing one entry changes the others too, which the rank-two formula doesn't know."""
+def test_attention_with_an_unknown_norm_is_refused(llama):
+    """With normalised queries, zeroing one entry also changes the others, which the rank-two formula ignores."""
     projection = llama.model.layers[1].self_attn.q_proj
     projection.register_forward_hook(lambda module, args, output: torch.nn.functional.layer_norm(output, [60]))
     with pytest.raises(ImpactMismatchError, match="layer 1 q"):
@@ -80,7 +80,7 @@ def test_an_attention_that_does_more_than_we_know_is_refused(llama):
 
 
 @pytest.mark.parametrize("poisoned", ["self_attn.k_proj", "mlp.down_proj"])
-def test_a_model_that_computes_nan_is_told_so(llama, poisoned):
+def test_nan_of_the_model_is_not_reported_as_a_mismatch(llama, poisoned):
     with torch.no_grad():
         llama.model.layers[1].get_submodule(poisoned).weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="the model computes NaN or Inf, in layer 1 at") as caught:
@@ -104,7 +104,7 @@ def test_one_layer_is_copied_at_a_time(monkeypatch):
     assert most == [0, 0, 0]
 
 
-def test_it_measures_the_layers_it_checks_alone_and_within_the_memory_given(monkeypatch):
+def test_only_checked_layers_are_measured_within_the_given_memory(monkeypatch):
     measured = []
     original = query_key.QueryKeyImpacts.measure
 
@@ -117,8 +117,8 @@ def test_it_measures_the_layers_it_checks_alone_and_within_the_memory_given(monk
     assert measured == [(index, 2**28) for index in (0, 2, 4)]
 
 
-def test_what_is_not_asked_for_is_not_checked(llama, monkeypatch):
-    """A model whose q and k nobody asks for may have an attention that can't be followed."""
+def test_only_requested_projections_are_checked(llama, monkeypatch):
+    """An attention that can't be followed is no obstacle if q and k aren't requested."""
 
     def fail(*args):
         raise LookupError("no rotation")
@@ -126,8 +126,8 @@ def test_what_is_not_asked_for_is_not_checked(llama, monkeypatch):
     monkeypatch.setattr(query_key.QueryKeyImpacts, "measure", fail)
     batches = {language: [padded_batch([7, 12], seed=seed)] for seed, language in enumerate(("en", "sw"))}
     projections = ("gate", "up", "down", "v", "o")
-    found = detect_neurons(llama, batches, top_ratio=0.2, projections=projections, progress=False)
-    assert len(found.related["en"])
+    neurons = detect_neurons(llama, batches, top_ratio=0.2, projections=projections, progress=False)
+    assert len(neurons.related["en"])
     comparisons = verify_impacts(llama, batches["en"][0], projections=projections)
     assert {c.projection for c in comparisons} == set(projections)
     with pytest.raises(UserError, match="can't be followed"):
@@ -144,8 +144,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_impacts_of_a_family_that_computes_something_else_are_refused(family):
-    """By name, whatever would have come out, and at the first call: nothing is guessed."""
+def test_unsupported_families_are_refused(family):
+    """The error names the family and comes at every call, also the first."""
     name, changes = OTHERS[family]
     sizes = dict(
         vocab_size=61, hidden_size=48, intermediate_size=53, num_hidden_layers=2, num_attention_heads=4,
@@ -159,7 +159,7 @@ def test_impacts_of_a_family_that_computes_something_else_are_refused(family):
             neuron_impacts(model, padded_batch([12, 9]))
 
 
-def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
+def test_impacts_are_verified_at_the_first_call(llama, monkeypatch):
     checked = []
     original = detect.verify_impacts
 
@@ -182,8 +182,8 @@ def test_impacts_are_checked_at_the_first_call(llama, monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_stands_at_padding_is_not_the_models(llama, side, implementation):
-    """NaN there reaches neither the impacts nor the check of them."""
+def test_nan_at_padding_does_not_matter(llama, side, implementation):
+    """NaN at padding reaches neither the impacts nor their verification."""
     llama.set_attn_implementation(implementation)
     batch = padded_batch([5, 9], side)
     expected = neuron_impacts(llama, batch)
@@ -191,6 +191,6 @@ def test_what_stands_at_padding_is_not_the_models(llama, side, implementation):
     poisoned.set_attn_implementation(implementation)
     with torch.no_grad():
         poisoned.get_input_embeddings().weight[0] = torch.nan
-    found = neuron_impacts(poisoned, batch)
+    impacts = neuron_impacts(poisoned, batch)
     for site, values in expected.items():
-        torch.testing.assert_close(found[site], values, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(impacts[site], values, rtol=1e-5, atol=1e-6)

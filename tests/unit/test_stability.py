@@ -1,4 +1,4 @@
-"""Overlaps between samples, with a detection that is known."""
+"""Overlaps between samples, with a detection whose result is known."""
 
 import pytest
 
@@ -15,39 +15,39 @@ def test_jaccard_per_projection():
     assert jaccard(NeuronSet({}), NeuronSet({}))["all"] is None
 
 
-def test_every_comparison_takes_the_sentences_that_it_says():
-    asked = []
+def test_each_comparison_uses_the_sentences_it_names():
+    sample_sizes = []
 
     def detect(sentences):
-        """A neuron per sentence: the overlap of two detections is that of their sentences."""
-        asked.append({language: len(lines) for language, lines in sentences.items()})
+        """Detect one neuron per sentence, so that two detections overlap as their sentences do."""
+        sample_sizes.append({language: len(lines) for language, lines in sentences.items()})
         return LanguageNeurons.from_related(
             {language: NeuronSet({(0, "up"): [int(line) for line in lines]}) for language, lines in sentences.items()}
         )
 
     sentences = {"a": [str(n) for n in range(400)], "b": [str(n) for n in range(400, 800)]}
     others = {"a": [str(n) for n in range(200, 700)], "b": [str(n) for n in range(2000, 2500)]}
-    found = detect(sentences)
-    result = detection_stability(detect, found, sentences, others)
+    neurons = detect(sentences)
+    result = detection_stability(detect, neurons, sentences, others)
     assert list(result) == ["halves", "second sample", "first 100", "first 300"]
     assert result["halves"]["a"]["all"] == 0 and result["first 100"]["b"]["up"] == 0.25
     assert result["first 300"]["a"]["all"] == 0.75
     assert result["second sample"]["a"]["all"] == pytest.approx(200 / 600) and result["second sample"]["b"]["all"] == 0
-    assert [it["a"] for it in asked] == [400, 200, 200, 400, 100, 300]
-    assert "second sample" not in detection_stability(detect, found, sentences, {"a": [], "b": []})
+    assert [it["a"] for it in sample_sizes] == [400, 200, 200, 400, 100, 300]
+    assert "second sample" not in detection_stability(detect, neurons, sentences, {"a": [], "b": []})
     one = {language: lines[:1] for language, lines in sentences.items()}
     assert list(detection_stability(detect, detect(one), one, others)) == ["second sample"]
 
 
-def test_samples_that_are_compared_are_equally_large():
-    """Halves of the smallest language's sample, and as many further sentences as each has."""
-    asked = []
+def test_compared_samples_are_equally_large():
+    """Both halves have half the smallest language's sentences; the second sample is as large as the first."""
+    sample_sizes = []
 
     def detect(sentences):
-        asked.append({language: len(lines) for language, lines in sentences.items()})
+        sample_sizes.append({language: len(lines) for language, lines in sentences.items()})
         sets = {language: NeuronSet({(0, "up"): range(len(lines))}) for language, lines in sentences.items()}
         return LanguageNeurons.from_related(sets)
 
     sentences, others = {"a": ["x"] * 8, "b": ["x"] * 20}, {"a": ["y"] * 30, "b": ["y"] * 30}
     detection_stability(detect, detect(sentences), sentences, others)
-    assert asked[1:] == [{"a": 4, "b": 4}, {"a": 4, "b": 4}, {"a": 8, "b": 20}]
+    assert sample_sizes[1:] == [{"a": 4, "b": 4}, {"a": 4, "b": 4}, {"a": 8, "b": 20}]

@@ -1,4 +1,4 @@
-"""Tables of what was measured: each number in its own column."""
+"""Tables of results: each number in its own column."""
 
 import pytest
 
@@ -10,22 +10,28 @@ def row(perplexity):
     return {"perplexity": perplexity, "bits_per_byte": perplexity / 10}
 
 
-def test_ablation_says_how_many_times_larger_perplexity_is():
+def test_ablation_table_gives_the_ratio_of_perplexities():
     off = {"none": 4.0, "shared": 6.0}
     table = ablation_table({name: {"neurons": 1, "languages": {"a": row(value)}} for name, value in off.items()})
     assert [(it["off"], it["times"]) for it in table] == [("none", 1.0), ("shared", 1.5)]
 
 
-def test_evaluation_tells_before_from_after():
+def test_evaluation_table_separates_before_and_after():
     change = {"bits_per_byte_change": -1 / 9, "interval": [-0.2, -0.1], "num_sentences": 3}
-    (it,) = evaluation_table({"languages": {"a": {"before": row(9.0), "after": row(8.0), **change}}})
-    assert (it["perplexity_before"], it["perplexity_after"]) == (9.0, 8.0)
-    assert (it["bits_per_byte_before"], it["bits_per_byte_after"]) == (0.9, 0.8)
-    assert (it["text"], it["change"], it["low"], it["high"], it["sentences"]) == ("test", -1 / 9, -0.2, -0.1, 3)
+    (table_row,) = evaluation_table({"languages": {"a": {"before": row(9.0), "after": row(8.0), **change}}})
+    assert (table_row["perplexity_before"], table_row["perplexity_after"]) == (9.0, 8.0)
+    assert (table_row["bits_per_byte_before"], table_row["bits_per_byte_after"]) == (0.9, 0.8)
+    assert (table_row["text"], table_row["change"], table_row["low"], table_row["high"], table_row["sentences"]) == (
+        "test",
+        -1 / 9,
+        -0.2,
+        -0.1,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("higher_is_better", "wins"), [(True, 1), (None, 1), (False, 0)])
-def test_a_metric_without_a_direction_is_better_when_higher(higher_is_better, wins):
+def test_metric_without_a_direction_is_better_when_higher(higher_is_better, wins):
     def result(score):
         metric = {"value": score, "standard_error": None, "higher_is_better": higher_is_better}
         return TaskResult(1, None, 0, 1, 0, {"acc,none": metric}, ["item"], {"acc,none": [score]})

@@ -1,4 +1,4 @@
-"""Tasks of the harness on tiny models: against brute force, on local data, and with a user's mistakes."""
+"""Tasks of lm-eval on tiny models: compared with brute force, on local data, and with users' mistakes."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def model(tokenizer):
 
 @pytest.fixture
 def own_tasks(monkeypatch):
-    """Leaves the harness's thousands of task files unread, which takes seconds."""
+    """Skip the thousands of task files of lm-eval, which take seconds to read."""
     from lm_eval import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
@@ -65,7 +65,7 @@ def manager():
 
 @pytest.fixture
 def harness_tasks(manager, monkeypatch):
-    """Reads the harness's task files once for all tests."""
+    """Read the task files of lm-eval once for all tests."""
     from lm_eval import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", lambda **_: deepcopy(manager))
@@ -93,7 +93,7 @@ def best_choices(model, tokenizer, per_character=False):
 
 
 def write_choices(folder, answers, name="choose", extra=""):
-    """A multiple-choice task with these answers."""
+    """Write a multiple-choice task with these answers; return its folder."""
     folder.mkdir(exist_ok=True)
     rows = [
         {"question": question, "choices": CHOICES, "answer": answer}
@@ -105,7 +105,7 @@ def write_choices(folder, answers, name="choose", extra=""):
 
 
 def writes(tokenizer, character):
-    """A model that writes one character for ever: every hidden state is the same, and so is every next token."""
+    """Return a model that repeats one character forever: all hidden states, and so all next tokens, are equal."""
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,9 +117,9 @@ def writes(tokenizer, character):
 
 
 @needs_harness
-def test_multiple_choice_is_brute_force(own_tasks, model, tokenizer, tmp_path, capsys, caplog):
+def test_multiple_choice_scores_equal_brute_force(own_tasks, model, tokenizer, tmp_path, capsys, caplog):
     best, best_normalized = best_choices(model, tokenizer), best_choices(model, tokenizer, per_character=True)
-    # The first three are answered as the model would, the others not.
+    # The first three answers are the model's choice, the others aren't.
     answers = [choice if index < 3 else (choice + 1) % 4 for index, choice in enumerate(best)]
     suite = TaskSuite(["choose"], task_paths=[write_choices(tmp_path / "tasks", answers)], batch_size=3)
     capsys.readouterr()
@@ -140,7 +140,7 @@ def test_multiple_choice_is_brute_force(own_tasks, model, tokenizer, tmp_path, c
 
 
 @needs_harness
-def test_mgsm_from_a_folder_and_each_two_compared(harness_tasks, tokenizer, tmp_path):
+def test_mgsm_from_a_folder_compares_each_pair_of_checkpoints(harness_tasks, tokenizer, tmp_path):
     (tmp_path / "sw.tsv").write_text("Ngapi?\t777\nMbwa wangapi?\t-555\nPaka\u2028wangapi?\t7,77\nNani?\t777\n")
     task = "mgsm_native_cot_sw"
     suite = TaskSuite([task], mgsm=tmp_path, max_new_tokens=3, batch_size=2)
@@ -148,20 +148,20 @@ def test_mgsm_from_a_folder_and_each_two_compared(harness_tasks, tokenizer, tmp_
     prompts = []
     seven.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: prompts.extend(inputs[0].tolist()))
     models = {"seven": seven, "five": lambda: writes(tokenizer, "5"), "seven again": lambda: writes(tokenizer, "7")}
-    found = evaluate_tasks(models, tokenizer, suite, progress=False)
-    json.dumps(found, allow_nan=False)
+    results = evaluate_tasks(models, tokenizer, suite, progress=False)
+    json.dumps(results, allow_nan=False)
 
-    # The prompt is the harness's own for a question without a worked answer.
+    # The prompt is lm-eval's for a question without a worked answer.
     assert "Swali: Ngapi?\nJibu la Hatua kwa Hatua:" in [
         tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts
     ]
-    assert found["harness"].startswith("lm-eval 0.") and found["limit"] is None
-    row = found["tasks"][task]
+    assert results["harness"].startswith("lm-eval 0.") and results["limit"] is None
+    row = results["tasks"][task]
     assert row["data"] == str(tmp_path / "sw.tsv") and row["num_items"] == 4 and row["num_fewshot"] == 0
     metric = "exact_match,flexible-extract"
     values = {name: it["metrics"][metric]["value"] for name, it in row["checkpoints"].items()}
     assert values == {"seven": 0.75, "five": 0.25, "seven again": 0.75}
-    # Without the words that the strict filter looks for, nothing is right.
+    # No answer has the words that the strict filter looks for, so none is right.
     assert row["checkpoints"]["seven"]["metrics"]["exact_match,strict-match"]["value"] == 0
 
     compared = {(it["first"], it["second"]): it for it in row["comparisons"] if it["metric"] == metric}
@@ -174,7 +174,7 @@ def test_mgsm_from_a_folder_and_each_two_compared(harness_tasks, tokenizer, tmp_
 
 
 @needs_harness
-def test_model_and_tokenizer_are_left_as_found(own_tasks, tokenizer, tmp_path):
+def test_model_and_tokenizer_are_left_unchanged(own_tasks, tokenizer, tmp_path):
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True)
     neurons = NeuronSet({(0, "gate"): torch.tensor([1, 4]), (1, "o"): torch.tensor([0, 7, 9])})
     adapted = get_peft_model(model, NeuronConfig(neurons=neurons))
@@ -198,7 +198,7 @@ def test_model_and_tokenizer_are_left_as_found(own_tasks, tokenizer, tmp_path):
 
 
 @needs_harness
-def test_an_adapters_weights_count(own_tasks, model, tokenizer, tmp_path):
+def test_weights_of_an_adapter_are_evaluated(own_tasks, model, tokenizer, tmp_path):
     adapted = get_peft_model(model, NeuronConfig(neurons=NeuronSet({(1, "down"): torch.arange(53)})))
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -212,7 +212,7 @@ def test_an_adapters_weights_count(own_tasks, model, tokenizer, tmp_path):
 
 
 @needs_harness
-def test_every_checkpoint_sees_the_same_exemplars(own_tasks, model, tokenizer, tmp_path):
+def test_each_checkpoint_sees_the_same_exemplars(own_tasks, model, tokenizer, tmp_path):
     write_choices(tmp_path / "tasks", [0, 1, 2, 3, 0], extra="training_split: train\n")
     suite = TaskSuite(["choose"], task_paths=[tmp_path / "tasks"], num_fewshot=2, limit=4)
     seen = []
@@ -229,7 +229,7 @@ def test_every_checkpoint_sees_the_same_exemplars(own_tasks, model, tokenizer, t
 
 
 @needs_harness
-def test_a_groups_items_are_its_tasks_items(own_tasks, model, tokenizer, tmp_path):
+def test_items_of_a_group_are_those_of_its_tasks(own_tasks, model, tokenizer, tmp_path):
     best = best_choices(model, tokenizer)
     wrong = [(choice + 1) % 4 for choice in best]
     folder = write_choices(tmp_path / "tasks", best, "right")
@@ -238,17 +238,17 @@ def test_a_groups_items_are_its_tasks_items(own_tasks, model, tokenizer, tmp_pat
         "group: both\ntask: [right, mixed]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     suite = TaskSuite(["both"], task_paths=[folder])
-    found = suite.run("both", model, tokenizer)
-    assert set(found) == {"both", "right", "mixed"}
-    assert found["both"].scores == {"acc,none": [1, 1, 1, 1, 1, 0, 0, 1, 1, 1]}
-    assert found["both"].metrics["acc,none"]["value"] == pytest.approx(0.8)
-    assert found["both"].items == found["right"].items + found["mixed"].items
-    compared = compare_tasks({"a": found, "b": found})
+    results = suite.run("both", model, tokenizer)
+    assert set(results) == {"both", "right", "mixed"}
+    assert results["both"].scores == {"acc,none": [1, 1, 1, 1, 1, 0, 0, 1, 1, 1]}
+    assert results["both"].metrics["acc,none"]["value"] == pytest.approx(0.8)
+    assert results["both"].items == results["right"].items + results["mixed"].items
+    compared = compare_tasks({"a": results, "b": results})
     assert [it["metric"] for it in compared["both"]["comparisons"]] == ["acc,none"]
 
 
 @needs_harness
-def test_a_group_that_weighs_its_tasks_alike_has_no_items(own_tasks, model, tokenizer, tmp_path):
+def test_group_without_weighting_by_size_has_no_item_scores(own_tasks, model, tokenizer, tmp_path):
     best = best_choices(model, tokenizer)
     folder = write_choices(tmp_path / "tasks", best, "right")
     write_choices(folder, [(choice + 1) % 4 for choice in best], "wrong")
@@ -256,12 +256,12 @@ def test_a_group_that_weighs_its_tasks_alike_has_no_items(own_tasks, model, toke
     (folder / "both.yaml").write_text(
         "group: both\ntask: [right, wrong]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
     )
-    found = TaskSuite(["both"], task_paths=[folder]).run("both", model, tokenizer)["both"]
-    assert found.metrics["acc,none"]["value"] == pytest.approx(0.5) and found.scores == {} and found.num_items == 7
+    result = TaskSuite(["both"], task_paths=[folder]).run("both", model, tokenizer)["both"]
+    assert result.metrics["acc,none"]["value"] == pytest.approx(0.5) and result.scores == {} and result.num_items == 7
 
 
 @needs_harness
-def test_a_users_own_mgsm_task_keeps_its_data(own_tasks, model, tokenizer, tmp_path):
+def test_custom_mgsm_task_keeps_its_data(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0] * 5, "mgsm_direct_sw")
     suite = TaskSuite(["mgsm_direct_sw"], task_paths=[folder], mgsm=tmp_path)
     assert suite.run("mgsm_direct_sw", model, tokenizer)["mgsm_direct_sw"].data == "json"
@@ -272,14 +272,14 @@ def test_truncated_items_are_counted(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0] * 5)
     suite = TaskSuite(["choose"], task_paths=[folder])
     lengths = [max(len(tokenizer(f"{question} {choice}")["input_ids"]) for choice in CHOICES) for question in QUESTIONS]
-    # A model predicts one token more than it reads.
+    # A model scores one token more than it reads.
     model.config.max_position_embeddings = sorted(lengths)[2] - 1
     expected = sum(length > sorted(lengths)[2] for length in lengths)
     assert suite.run("choose", model, tokenizer)["choose"].num_truncated == expected > 0
 
 
 @needs_harness
-def test_what_is_done_is_kept(own_tasks, model, tokenizer, tmp_path):
+def test_finished_results_are_kept(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0, 1, 2, 3, 0])
     loaded = []
 
@@ -292,8 +292,8 @@ def test_what_is_done_is_kept(own_tasks, model, tokenizer, tmp_path):
         settings = dict(identity=lambda name: [name, weights], directory=tmp_path / "kept", progress=False)
         return evaluate_tasks({"one": load}, tokenizer, suite, **settings)
 
-    found = evaluate()
-    assert evaluate() == found and loaded == ["first"]
+    results = evaluate()
+    assert evaluate() == results and loaded == ["first"]
     evaluate("second")
     write_choices(tmp_path / "tasks", [0, 1, 2, 3, 1])
     evaluate()
@@ -301,13 +301,13 @@ def test_what_is_done_is_kept(own_tasks, model, tokenizer, tmp_path):
 
 
 @needs_harness
-def test_identity_is_what_a_result_depends_on(own_tasks, tmp_path):
+def test_identity_covers_what_a_result_depends_on(own_tasks, tmp_path):
     def identity(extra="", **settings):
         folder = write_choices(tmp_path / "tasks", [0] * 5, extra="training_split: train\n" + extra)
         return TaskSuite(["choose"], task_paths=[folder], **settings).identity("choose")
 
     def with_helper(prefix):
-        """Of a function's code, but not in its source."""
+        """Return the identity with a helper function that depends on a constant outside its own source."""
         (tmp_path / "tasks").mkdir(exist_ok=True)
         (tmp_path / "tasks/helper.py").write_text(f"PREFIX = {prefix!r}\n\ndef text(doc):\n    return PREFIX\n")
         return identity("doc_to_text: !function helper.text\n")
@@ -324,14 +324,14 @@ def test_identity_is_what_a_result_depends_on(own_tasks, tmp_path):
 
 
 @needs_harness
-def test_a_task_that_wants_no_exemplars_gets_none(own_tasks, model, tokenizer, tmp_path):
+def test_task_with_zero_fewshot_gets_no_exemplars(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0] * 5, extra="num_fewshot: 0\n")
     suite = TaskSuite(["choose"], task_paths=[folder], num_fewshot=2)
     assert suite.run("choose", model, tokenizer)["choose"].num_fewshot == 0
 
 
 @needs_harness
-def test_a_metric_that_is_no_mean_has_no_scores(own_tasks, model, tokenizer, tmp_path):
+def test_metric_that_is_not_a_mean_has_no_scores(own_tasks, model, tokenizer, tmp_path):
     metrics = "metric_list: [{metric: acc, aggregation: median, higher_is_better: true}]\n"
     folder = write_choices(tmp_path / "tasks", best_choices(model, tokenizer), extra=metrics)
     result = TaskSuite(["choose"], task_paths=[folder]).run("choose", model, tokenizer)["choose"]
@@ -351,17 +351,17 @@ def test_results_of_other_items_are_not_compared(own_tasks, model, tokenizer, tm
         compare_tasks({"a": results[0], "b": results[1]})
 
 
-# A user's mistakes.
+# Users' mistakes.
 
 
-def test_without_the_harness(monkeypatch):
+def test_missing_lm_eval_is_one_error_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"^evaluation.tasks: needs lm-eval; pip install 'agnostic_train\[eval\]'$"):
         TaskSuite(["mgsm_direct_sw"])
 
 
 @needs_harness
-def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
+def test_errors_with_built_in_tasks(harness_tasks, tmp_path):
     (tmp_path / "sw.tsv").write_text("Ngapi?\t777\nNgapi?\tsaba\n")
     for name, message in {
         "mgsm_direct_swa": r"lm-eval has no task 'mgsm_direct_swa'; did you mean mgsm_direct_sw\b",
@@ -386,7 +386,7 @@ def test_mistakes_with_the_harness_own_tasks(harness_tasks, tmp_path):
         ("num_fewshot: 3\n", {}, "^evaluation.num_fewshot: choose has no exemplars"),
     ],
 )
-def test_tasks_that_cannot_run(own_tasks, tmp_path, extra, settings, message):
+def test_tasks_that_cannot_run_are_refused(own_tasks, tmp_path, extra, settings, message):
     folder = write_choices(tmp_path / "tasks", [0] * 5)
     changed = {line.partition(":")[0] for line in extra.splitlines()}
     lines = [
@@ -399,7 +399,7 @@ def test_tasks_that_cannot_run(own_tasks, tmp_path, extra, settings, message):
 
 
 @needs_harness
-def test_a_task_file_that_cannot_be_read_is_named(own_tasks, tmp_path):
+def test_error_names_a_task_file_that_cannot_be_read(own_tasks, tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine\n  dataset_path: [\n")
     with pytest.raises(UserError, match=rf"no task 'mine' \({tmp_path}/mine.yaml defines no task that it can read\)"):
         TaskSuite(["mine"], task_paths=[tmp_path])
@@ -408,7 +408,7 @@ def test_a_task_file_that_cannot_be_read_is_named(own_tasks, tmp_path):
 
 
 @needs_harness
-def test_no_room_to_write(own_tasks, model, tokenizer, tmp_path):
+def test_generation_beyond_the_context_is_refused(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0] * 5)
     text = (folder / "choose.yaml").read_text().replace("multiple_choice", "generate_until")
     (folder / "choose.yaml").write_text(text.replace('doc_to_choice: "{{choices}}"\n', ""))

@@ -1,4 +1,4 @@
-"""What people switch on in a Trainer works in both updates, and TRL's SFTTrainer takes the mix-in."""
+"""Common Trainer options work with both updates, and NeuronTrainer mixes into TRL's trainers."""
 
 import shutil
 
@@ -32,8 +32,8 @@ def end_of(tmp_path, update, dtype=torch.float32, collator=None, model=None, **s
 
 @both_updates
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant):
-    """But how often a layer runs: twice a step."""
+def test_gradient_checkpointing_does_not_change_the_result(tmp_path, update, use_reentrant):
+    """Except how often a layer runs: twice per step."""
     model, calls = tiny_llama(), []
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     expected = end_of(tmp_path, update)
@@ -48,15 +48,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, update, use_reentrant)
 
 @both_updates
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"neftune_noise_alpha": 5.0}, {"max_grad_norm": 0.0}])
-def test_other_switches(tmp_path, update, settings):
-    """They change what is learnt, and still nothing else moves."""
+def test_other_options_move_only_the_chosen_entries(tmp_path, update, settings):
+    """The options change what is learnt, and still no other entry moves."""
     expected, after = end_of(tmp_path, update), end_of(tmp_path, update, **settings)
     assert any(not torch.equal(value, after[name]) for name, value in expected.items())
 
 
 @both_updates
-def test_a_checkpoint_holds_optimizer_and_random_state(tmp_path, update):
-    """With dropout a resumed run is the uninterrupted one, bit for bit, wherever the generator stood in between."""
+def test_checkpoint_holds_optimizer_and_random_state(tmp_path, update):
+    """With dropout, a resumed run equals the uninterrupted one bit for bit, whatever the generator's state before."""
     saving = dict(save_strategy="steps", save_steps=5)
 
     def trainer():
@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_optimizer_and_random_state(tmp_path, update):
     assert all(torch.equal(value, after[name]) for name, value in plain_weights(whole.model).items())
 
 
-def test_an_adapter_loads_onto_a_model_that_device_map_placed(tmp_path):
+def test_adapter_loads_onto_a_model_placed_by_device_map(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     trained = end_of(tmp_path / "out", "compact", save_strategy="steps", save_steps=8)
     placed = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="auto")
@@ -88,8 +88,8 @@ def test_an_adapter_loads_onto_a_model_that_device_map_placed(tmp_path):
 
 
 @both_updates
-def test_compiled_training_ends_where_eager_training_ends(tmp_path, update):
-    """The graphs that torch.compile makes, without the minute that a C++ compiler would take for them."""
+def test_compiled_training_equals_eager_training(tmp_path, update):
+    """The `aot_eager` backend runs the graphs of torch.compile without the minute that compiling C++ would take."""
     torch._dynamo.reset()
     counters.clear()
     ends = [
@@ -109,8 +109,8 @@ def test_bf16_autocast_stays_near_float32(tmp_path, update):
     assert 0 < distance < 0.3 * moved**0.5
 
 
-def test_packed_sentences_are_learnt_alike(tmp_path):
-    """Sentences in one row without padding, told apart by their positions, are learnt as in a row each."""
+def test_packed_sentences_are_learnt_as_padded_ones(tmp_path):
+    """Sentences packed into one row, separated by their positions, are learnt as if each had its own row."""
     expected = end_of(tmp_path, UPDATES[0], torch.float64, weight_decay=0.0)
     for update in UPDATES:
         after = end_of(tmp_path, update, torch.float64, DataCollatorWithFlattening(), weight_decay=0.0)
@@ -131,8 +131,8 @@ def trl_settings(directory):
 
 
 @both_updates
-def test_trl_for_preferences(tmp_path, trl, update):
-    """Its trainer has the arguments behind a reference model."""
+def test_trl_dpo_trainer(tmp_path, trl, update):
+    """TRL's DPOTrainer has a reference model before its arguments."""
 
     class NeuronDPOTrainer(NeuronTrainer, trl.DPOTrainer):
         pass
@@ -142,7 +142,7 @@ def test_trl_for_preferences(tmp_path, trl, update):
     tokenizer = build_tokenizer([it["prompt"] + it["chosen"] + it["rejected"] for it in rows], vocab_size=300)
     before = plain_weights(tiny_llama(vocab_size=300))
     reference = tiny_llama(vocab_size=300)
-    # Without a reference TRL takes the model without its adapter, or loads it anew by its name.
+    # Without a reference, TRL uses the model with its adapter disabled, or loads the model again by name.
     for more in [{"ref_model": reference}, {}] if update == "compact" else [{"ref_model": reference}]:
         trainer = NeuronDPOTrainer(
             tiny_llama(vocab_size=300), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
@@ -156,7 +156,7 @@ def test_trl_for_preferences(tmp_path, trl, update):
 
 
 @both_updates
-def test_trl(tmp_path, trl, update):
+def test_trl_sft_trainer(tmp_path, trl, update):
     class NeuronSFTTrainer(NeuronTrainer, trl.SFTTrainer):
         pass
 

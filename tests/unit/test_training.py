@@ -1,4 +1,4 @@
-"""`compact`, `mask` and a plain loop give the same weights, and whatever happens, nothing else moves."""
+"""`compact`, `mask` and a plain loop give the same weights, and no other entry ever moves."""
 
 import copy
 
@@ -35,7 +35,7 @@ THIRTY_STEPS = dict(
 
 
 def plain_loop(model, data, optimizer_class=torch.optim.AdamW, **optimizer_settings):
-    """Full fine-tuning with masked gradients, as `THIRTY_STEPS` says."""
+    """Fine-tune all weights with masked gradients and the settings of `THIRTY_STEPS`."""
     masks = may_learn(plain_weights(model), CHOSEN)
     chosen = [parameter for name, parameter in model.named_parameters() if masks[name].any()]
     optimizer = optimizer_class(chosen, lr=1e-3, weight_decay=0.0, **optimizer_settings)
@@ -65,8 +65,8 @@ OPTIMIZERS = {
 @both_updates
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_thirty_steps_end_where_a_plain_loop_ends(tmp_path, update, optim, dtype, tolerance):
-    """Tolerance: the largest difference of a weight, where the chosen weights move by up to 2e-2 (SGD: 8e-4)."""
+def test_thirty_steps_equal_a_plain_loop(tmp_path, update, optim, dtype, tolerance):
+    """`tolerance` is the largest difference of a weight; the chosen weights move by up to 2e-2 (SGD: 8e-4)."""
     model, data = tiny_llama(attention_bias=True, tie_word_embeddings=True).to(dtype), sentences(240)
     before, reference = plain_weights(model), copy.deepcopy(model)
     optim_args = {"optim_args": "momentum=0.9"} if optim == "sgd" else {}
@@ -83,7 +83,7 @@ def test_thirty_steps_end_where_a_plain_loop_ends(tmp_path, update, optim, dtype
 
 
 @both_updates
-def test_only_batch_times_accumulation_matters(tmp_path, update):
+def test_only_batch_size_times_accumulation_matters(tmp_path, update):
     ends = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         model = tiny_llama().double()
@@ -98,7 +98,7 @@ def test_only_batch_times_accumulation_matters(tmp_path, update):
 
 
 @both_updates
-def test_a_rerun_gives_the_same_bits(tmp_path, update):
+def test_rerun_is_bitwise_reproducible(tmp_path, update):
     ends = []
     for _ in range(2):
         trainer = trainer_of(tiny_llama(attention_dropout=0.2), tmp_path, update)
@@ -107,8 +107,8 @@ def test_a_rerun_gives_the_same_bits(tmp_path, update):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_weight_decay_draws_the_delta_to_zero(tmp_path):
-    """A learning rate of which nothing but the decay is left to see: AdamW multiplies by 1 - lr * decay."""
+def test_weight_decay_shrinks_the_delta_towards_zero(tmp_path):
+    """The learning rate is so small that only the decay is visible: AdamW multiplies by 1 - lr * decay."""
     model = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     deltas = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_weight_decay_draws_the_delta_to_zero(tmp_path):
         torch.testing.assert_close(delta, before[name] * 0.9, rtol=1e-5, atol=5e-6)
 
 
-def test_optimizer_state_and_gradients_exist_for_the_chosen_entries_alone(tmp_path):
+def test_optimizer_state_covers_only_the_chosen_entries(tmp_path):
     trainer = trainer_of(tiny_llama(), tmp_path, "compact")
     trainer.train()
     num_chosen = sum(int(mask.sum()) for mask in may_learn(plain_weights(trainer.model), CHOSEN).values())
@@ -148,7 +148,7 @@ class PowerCut(TrainerCallback):
 
 @both_updates
 @pytest.mark.parametrize("interruption", [Stop, PowerCut])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, update, interruption):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, update, interruption):
     saving = dict(save_strategy="steps", save_steps=5)
     before = plain_weights(tiny_llama())
     whole = trainer_of(tiny_llama(), tmp_path / "whole", update, **saving)
@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, update, interrup
         part.train()
     except KeyboardInterrupt:
         assert interruption is PowerCut
-    # What an exception in mid-epoch leaves is as untouched as what a whole run leaves.
+    # An exception in mid-epoch leaves the other entries untouched too.
     assert_only_chosen_moved(before, plain_weights(part.model), CHOSEN)
     resumed = trainer_of(tiny_llama(), tmp_path / "parts", update, **saving)
     resumed.train(resume_from_checkpoint=True)
@@ -169,7 +169,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, update, interrup
         trainer_of(tiny_llama(), tmp_path / "parts", update, neurons=NeuronSet({(0, "q"): [0]})).train(True)
 
 
-def test_a_checkpoint_without_an_optimizer_is_told(tmp_path, caplog):
+def test_resuming_without_an_optimizer_state_is_reported(tmp_path, caplog):
     saving = dict(save_strategy="steps", save_steps=2, save_only_model=True)
     trainer_of(tiny_llama(), tmp_path, "compact", max_steps=2, **saving).train()
     guarded.logger.addHandler(caplog.handler)
@@ -178,7 +178,7 @@ def test_a_checkpoint_without_an_optimizer_is_told(tmp_path, caplog):
     assert "checkpoint-2: has no optimizer (save_only_model); training continues with a new one" in caplog.text
 
 
-def test_a_checkpoint_without_a_state_is_refused(tmp_path):
+def test_checkpoint_without_a_trainer_state_is_refused(tmp_path):
     saving = dict(save_strategy="steps", save_steps=2)
     trainer_of(tiny_llama(), tmp_path, "compact", max_steps=2, **saving).train()
     (tmp_path / "checkpoint-2/trainer_state.json").unlink()
@@ -187,8 +187,8 @@ def test_a_checkpoint_without_a_state_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [torch.nan, torch.inf, -torch.inf])
-def test_a_batch_may_be_a_list_of_rows(tmp_path, monkeypatch, loss):
-    """As TRL's GRPOTrainer has it. Any loss that isn't finite stops the training."""
+def test_nonfinite_loss_of_a_list_batch_stops_training(tmp_path, monkeypatch, loss):
+    """TRL's GRPOTrainer passes a batch as a list of rows."""
     trainer = trainer_of(tiny_llama(), tmp_path, "compact")
     monkeypatch.setattr(Trainer, "training_step", lambda self, model, inputs: torch.tensor(loss))
     with pytest.raises(NonFiniteLossError, match=f"the loss is {loss} at step 1; earlier"):
@@ -196,8 +196,8 @@ def test_a_batch_may_be_a_list_of_rows(tmp_path, monkeypatch, loss):
 
 
 @both_updates
-def test_training_twice_keeps_the_promise(tmp_path, update):
-    """The second time the optimizer is there already, wrapped by accelerate."""
+def test_training_twice_moves_only_the_chosen_entries(tmp_path, update):
+    """The second time, the optimizer already exists, wrapped by accelerate."""
     trainer = trainer_of(tiny_llama(), tmp_path, update, max_steps=3)
     before = plain_weights(tiny_llama())
     trainer.train()
@@ -209,7 +209,7 @@ def test_training_twice_keeps_the_promise(tmp_path, update):
 
 
 @both_updates
-def test_a_model_made_inside_train(tmp_path, update):
+def test_model_created_by_model_init(tmp_path, update):
     trainer = NeuronTrainer(
         None,
         arguments(tmp_path),
@@ -225,8 +225,8 @@ def test_a_model_made_inside_train(tmp_path, update):
 
 
 @both_updates
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, update):
-    """What is learnt by heart makes other random sentences less likely: the first checkpoint is the best."""
+def test_best_checkpoint_is_loaded_at_the_end(tmp_path, update):
+    """Memorising the training text makes other random sentences less likely, so the first checkpoint is the best."""
     trainer = NeuronTrainer(
         tiny_llama(),
         arguments(
@@ -242,12 +242,12 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, update):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
     best = plain_weights(trainer.model)
     assert_only_chosen_moved(before, best, CHOSEN)
-    trainer.train()  # PEFT froze the adapter when it loaded it
+    trainer.train()  # although PEFT froze the adapter when it loaded it
     assert_only_chosen_moved(best, plain_weights(trainer.model), CHOSEN)
 
 
-def test_bfloat16_weights_stagnate_in_mask_and_move_in_compact(tmp_path):
-    """A rate of 1e-5 is below half the distance of neighbouring bfloat16 numbers around 0.3."""
+def test_bfloat16_weights_stagnate_with_mask_and_move_with_compact(tmp_path):
+    """A step of 1e-5 is below half the distance between neighbouring bfloat16 numbers around 0.3."""
     moved = {}
     for update in UPDATES:
         base = tiny_llama().bfloat16()
@@ -268,7 +268,7 @@ def test_bfloat16_weights_stagnate_in_mask_and_move_in_compact(tmp_path):
     assert moved["compact"] == 1.0 and moved["mask"] < 0.25
 
 
-def test_neurons_or_a_callback_are_needed(tmp_path):
+def test_missing_neurons_and_unknown_updates_are_refused(tmp_path):
     with pytest.raises(UserError, match="NeuronSet"):
         NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences()).train()
     for update in UPDATES:
@@ -278,7 +278,7 @@ def test_neurons_or_a_callback_are_needed(tmp_path):
         trainer_of(tiny_llama(), tmp_path, "rows")
 
 
-def test_other_adapters_are_refused_by_name(tmp_path):
+def test_other_adapters_are_refused(tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     for update in UPDATES:
         with pytest.raises(UserError, match="has adapters"):
@@ -293,7 +293,7 @@ def test_other_adapters_are_refused_by_name(tmp_path):
         trainer_of(ours, tmp_path, "compact", neurons=None)
 
 
-def test_an_adapter_goes_on_training(tmp_path):
+def test_existing_adapter_continues_training(tmp_path):
     ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     trainer = trainer_of(ours, tmp_path, None, neurons=None)
     trainer.train()
@@ -301,8 +301,8 @@ def test_an_adapter_goes_on_training(tmp_path):
     assert_only_chosen_moved(plain_weights(tiny_llama()), plain_weights(trainer.model), CHOSEN)
 
 
-def test_detection_runs_on_the_adapted_model_in_training(tmp_path):
-    """Every few steps, of the sum of base and adapter, and without a trace in what is learnt."""
+def test_detection_during_training_does_not_change_the_result(tmp_path):
+    """Detection runs every few steps on base plus adapter, and leaves no trace in the trained weights."""
     corpora = {language: [padded_batch([5, 9, 7], seed=seed)] for seed, language in enumerate(("en", "sw"))}
     ends = []
     for every_n_steps in (None, 4):
@@ -315,20 +315,20 @@ def test_detection_runs_on_the_adapted_model_in_training(tmp_path):
     assert find_decoder(trainer.model).sizes == find_decoder(tiny_llama()).sizes
 
 
-def test_a_mask_does_not_outlive_its_training(tmp_path):
-    """Another set afterwards, then everything: each training moves what it is told to move."""
-    model, quiet = tiny_llama(), dict(max_steps=3, weight_decay=0.0)
+def test_mask_ends_with_its_training(tmp_path):
+    """Train one set, then another, then all weights: each training moves exactly the entries it should."""
+    model, settings = tiny_llama(), dict(max_steps=3, weight_decay=0.0)
     for neurons in (NeuronSet({(0, "q"): [1]}), NeuronSet({(0, "q"): [5]})):
         before = plain_weights(model)
-        trainer_of(model, tmp_path, "mask", neurons=neurons, **quiet).train()
+        trainer_of(model, tmp_path, "mask", neurons=neurons, **settings).train()
         assert_only_chosen_moved(before, plain_weights(model), neurons)
     assert model.trained_neurons == NeuronSet({(0, "q"): [1, 5]})
     before = plain_weights(model)
-    Trainer(model, arguments(tmp_path, **quiet), train_dataset=sentences()).train()
+    Trainer(model, arguments(tmp_path, **settings), train_dataset=sentences()).train()
     assert all(not torch.equal(value, before[name]) for name, value in plain_weights(model).items())
 
 
-def test_a_thawed_base_is_frozen_again(tmp_path):
+def test_unfrozen_base_is_frozen_again(tmp_path):
     ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     ours.requires_grad_(True)
     trainer = trainer_of(ours, tmp_path, "compact", neurons=None)
@@ -336,7 +336,7 @@ def test_a_thawed_base_is_frozen_again(tmp_path):
     assert_only_chosen_moved(plain_weights(tiny_llama()), plain_weights(trainer.model), CHOSEN)
 
 
-def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
+def test_setups_that_would_train_nothing_or_too_much_are_refused(tmp_path):
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     trainer = NeuronTrainer(
@@ -361,7 +361,7 @@ def test_what_would_train_nothing_or_too_much_is_refused(tmp_path):
 
 
 @both_updates
-def test_neurons_may_be_a_file_or_a_dict_and_the_model_come_later(tmp_path, update):
+def test_neurons_can_be_a_file_or_a_dict_and_the_model_come_from_model_init(tmp_path, update):
     CHOSEN.save(tmp_path / "n.safetensors")
     settings = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     for resume in (None, True):
@@ -374,7 +374,7 @@ def test_neurons_may_be_a_file_or_a_dict_and_the_model_come_later(tmp_path, upda
     assert trainer_of(tiny_llama(), tmp_path, update, neurons={(0, "q"): [1]}).neurons == NeuronSet({(0, "q"): [1]})
 
 
-def test_before_training_too_a_trainer_saves_its_neurons(tmp_path):
+def test_neurons_are_saved_before_training_too(tmp_path):
     CHOSEN.save(tmp_path / "n.safetensors")
     trainer = NeuronTrainer(
         args=arguments(tmp_path), neurons=tmp_path / "n.safetensors", model_init=lambda: tiny_llama()
@@ -383,8 +383,8 @@ def test_before_training_too_a_trainer_saves_its_neurons(tmp_path):
     assert NeuronSet.load(tmp_path / "untrained" / NEURONS_FILE) == CHOSEN
 
 
-def test_arguments_may_stand_in_any_place(tmp_path):
-    """Trainers for preferences have a reference model before them."""
+def test_arguments_are_found_in_any_position(tmp_path):
+    """Preference trainers have a reference model before the arguments."""
 
     class WithReference(Trainer):
         def __init__(self, model, reference=None, args=None, **kwargs):

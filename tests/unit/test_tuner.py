@@ -1,4 +1,4 @@
-"""The PEFT tuner of chosen rows and columns, put to what PEFT's own test matrix asks of every tuner."""
+"""The PEFT tuner of chosen rows and columns passes what PEFT's own test matrix requires of every tuner."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ BATCH = padded_batch([5, 9])
 
 
 def some_neurons(model, offset=0):
-    """A few neurons at every other site, the last one of each among them."""
+    """Return a few neurons, the last included, at every other site."""
     sizes = find_decoder(model).sizes
     return NeuronSet({site: [offset, size // 2, size - 1] for site, size in list(sizes.items())[offset::2]}, sizes)
 
@@ -53,7 +53,7 @@ def assert_same(actual, expected):
 
 
 def brute_force(model, neurons, seed=5):
-    """The same change made to a plain copy's weights, entry by entry, from the definition."""
+    """Apply the adapter's change to a plain copy's weights, entry by entry, as it is defined."""
     changed = copy.deepcopy(model)
     wrapped = get_peft_model(copy.deepcopy(model), NeuronConfig(neurons=neurons))
     fill(wrapped, seed=seed)
@@ -71,7 +71,7 @@ def brute_force(model, neurons, seed=5):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_fresh_adapter_changes_no_logit_and_a_filled_one_what_its_weights_say(name):
+def test_fresh_adapter_changes_no_logit_and_filled_adapter_equals_changed_weights(name):
     model = family_model(name)
     neurons, before = some_neurons(model), logits(model)
     expected = logits(brute_force(model, neurons))
@@ -88,7 +88,7 @@ def test_a_fresh_adapter_changes_no_logit_and_a_filled_one_what_its_weights_say(
 
 
 @pytest.mark.parametrize("name", ["Llama with biases", "Phi-3", "GPT-NeoX"])
-def test_merging_and_back(name):
+def test_merging_and_unmerging(name):
     model = family_model(name)
     weights = copy.deepcopy(model.state_dict())
     before, wrapped = logits(model), adapted(model)
@@ -101,7 +101,7 @@ def test_merging_and_back(name):
     wrapped.unmerge_adapter()
     assert_same(logits(wrapped), expected)
     unloaded = wrapped.unload()
-    # The bits, not nearly: unmerging puts back what merging took out.
+    # Bit for bit: unmerging restores the weights that merging replaced.
     assert all(torch.equal(value, weights[name]) for name, value in unloaded.state_dict().items())
     merged = adapted(unloaded).merge_and_unload(safe_merge=True)
     assert type(merged) is type(model) and not any(isinstance(it, NeuronLinear) for it in merged.modules())
@@ -119,8 +119,8 @@ def test_safe_merge_refuses_nan_and_changes_nothing():
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_the_saved_file_is_what_others_will_look_for(tmp_path):
-    """Hard-coded names: a change of them orphans every adapter on people's disks."""
+def test_names_and_shapes_in_the_saved_adapter(tmp_path):
+    """The names are hard-coded here: changing one would make every saved adapter unreadable."""
     neurons = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 7, 52]})
     wrapped = adapted(neurons=neurons)
     wrapped.save_pretrained(tmp_path)
@@ -140,7 +140,7 @@ def test_the_saved_file_is_what_others_will_look_for(tmp_path):
     assert "neurons" not in config
 
 
-def test_the_file_is_the_chosen_entries_and_their_indices(tmp_path):
+def test_saved_file_is_as_large_as_the_chosen_entries_and_their_indices(tmp_path):
     model = tiny_llama(hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64, num_hidden_layers=4)
     sizes = find_decoder(model).sizes
     neurons = NeuronSet({site: range(size // 20) for site, size in sizes.items()}, sizes)
@@ -152,7 +152,7 @@ def test_the_file_is_the_chosen_entries_and_their_indices(tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_saved_and_loaded_by_peft(tmp_path, low_cpu_mem_usage):
+def test_peft_saves_and_loads_the_adapter(tmp_path, low_cpu_mem_usage):
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     plain = logits(base)
@@ -174,7 +174,7 @@ def test_saved_and_loaded_by_peft(tmp_path, low_cpu_mem_usage):
     for name in ("adapter_model.safetensors",):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
-    # Into a model that has another adapter already.
+    # Load into a model that already has another adapter.
     other = get_peft_model(tiny_llama(), NeuronConfig(neurons=NeuronSet({(0, "k"): [1]}))).eval()
     other.load_adapter(tmp_path / "adapter", "second", low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(other), plain)
@@ -183,25 +183,25 @@ def test_saved_and_loaded_by_peft(tmp_path, low_cpu_mem_usage):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_loading_beside_a_half_precision_base_rounds_nothing(tmp_path, low_cpu_mem_usage):
+def test_loading_onto_a_half_precision_base_does_not_round_the_delta(tmp_path, low_cpu_mem_usage):
     wrapped = adapted(tiny_llama().bfloat16())
     wrapped.save_pretrained(tmp_path)
     base = tiny_llama().bfloat16()
     loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    saved, found = (
+    saved_deltas, loaded_deltas = (
         {name: it for name, it in model.named_parameters() if "neuron_delta" in name} for model in (wrapped, loaded)
     )
-    assert saved.keys() == found.keys()
-    for name, delta in found.items():
-        assert torch.equal(delta, saved[name]) and not delta.requires_grad
+    assert saved_deltas.keys() == loaded_deltas.keys()
+    for name, delta in loaded_deltas.items():
+        assert torch.equal(delta, saved_deltas[name]) and not delta.requires_grad
 
 
-def test_several_adapters():
+def test_switching_combining_and_deleting_several_adapters():
     base = tiny_llama()
     plain = logits(base)
     first = logits(brute_force(base, some_neurons(base), seed=5))
     second = logits(brute_force(base, some_neurons(base, offset=1), seed=6))
-    both = brute_force(brute_force(base, some_neurons(base), seed=5), some_neurons(base, offset=1), seed=6)
+    changed_by_both = brute_force(brute_force(base, some_neurons(base), seed=5), some_neurons(base, offset=1), seed=6)
     wrapped = adapted(base)
     wrapped.add_adapter("second", NeuronConfig(neurons=some_neurons(base, offset=1)))
     fill(wrapped, "second", seed=6)
@@ -213,9 +213,9 @@ def test_several_adapters():
     assert all(".second" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
     assert adapter_neurons(wrapped) == some_neurons(base, offset=1)
     wrapped.base_model.set_adapter(["default", "second"])
-    assert_same(logits(wrapped), logits(both))
+    assert_same(logits(wrapped), logits(changed_by_both))
     wrapped.merge_adapter()
-    assert_same(logits(wrapped), logits(both))
+    assert_same(logits(wrapped), logits(changed_by_both))
     wrapped.unmerge_adapter()
     wrapped.base_model.set_adapter("second")
     wrapped.delete_adapter("default")
@@ -224,8 +224,8 @@ def test_several_adapters():
         assert torch.equal(logits(wrapped), plain)
 
 
-def test_an_adapter_is_no_reference_for_a_copy_of_it():
-    """TRL makes a reference for preferences by a second adapter of the same configuration, and copies no delta into it."""
+def test_second_adapter_of_a_trained_configuration_is_refused():
+    """TRL adds such an adapter as the reference for preference training, but copies no delta into it."""
     wrapped = get_peft_model(tiny_llama(), NeuronConfig(neurons=NeuronSet({(0, "q"): [1]}), task_type="CAUSAL_LM"))
     wrapped.add_adapter("ref", wrapped.peft_config["default"])  # both are the base model
     fill(wrapped)
@@ -235,13 +235,13 @@ def test_an_adapter_is_no_reference_for_a_copy_of_it():
     assert not any("other" in name for name, _ in wrapped.named_parameters())
 
 
-def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
+def test_different_adapters_within_a_batch_are_refused():
     with pytest.raises(ValueError, match="adapter_names: neuron adapters can't be mixed"):
         adapted()(**BATCH, adapter_names=["default", "__base__"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_base_gets_a_float32_delta(dtype):
+def test_half_precision_base_gets_a_float32_delta(dtype):
     base = tiny_llama().to(dtype)
     plain = logits(base)
     wrapped = get_peft_model(base, NeuronConfig(neurons=some_neurons(base)), autocast_adapter_dtype=False).eval()
@@ -258,7 +258,7 @@ def test_a_half_precision_base_gets_a_float32_delta(dtype):
     assert torch.equal(merged, (layer.base_layer.weight.float() + layer.get_delta_weight("default")).to(dtype))
 
 
-def test_a_copy_and_a_state_dict_are_whole():
+def test_deepcopy_and_state_dict_carry_the_adapter():
     wrapped = adapted()
     expected = logits(wrapped)
     duplicate = copy.deepcopy(wrapped)
@@ -268,7 +268,7 @@ def test_a_copy_and_a_state_dict_are_whole():
     assert torch.equal(logits(wrapped), expected)
 
 
-def test_neurons_may_be_a_file(tmp_path):
+def test_neurons_can_be_given_as_a_file(tmp_path):
     model = tiny_llama()
     neurons = some_neurons(model)
     neurons.save(tmp_path / "set.safetensors")
@@ -278,7 +278,7 @@ def test_neurons_may_be_a_file(tmp_path):
         assert adapter_neurons(wrapped) == neurons
 
 
-def test_mistakes_are_named(tmp_path):
+def test_errors_name_the_mistake(tmp_path):
     for config, message in (
         (NeuronConfig(), "give NeuronConfig a NeuronSet"),
         (NeuronConfig(neurons=NeuronSet({})), "the set is empty, there is nothing to train"),
@@ -292,7 +292,7 @@ def test_mistakes_are_named(tmp_path):
         get_peft_model(lora.base_model.model, NeuronConfig(neurons=NeuronSet({(0, "q"): [0]})))
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path):
+def test_adapter_of_another_model_is_refused(tmp_path):
     adapted(neurons=NeuronSet({(0, "q"): [1, 59]})).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trained on another model"):
         PeftModel.from_pretrained(tiny_llama(num_attention_heads=3, num_key_value_heads=1), tmp_path)
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
-def test_without_the_import_peft_says_that_it_does_not_know_the_type(tmp_path):
+def test_peft_without_this_package_names_the_unknown_type(tmp_path):
     adapted().save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).peft_type == "NEURON"
     load = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
@@ -314,7 +314,7 @@ def test_without_the_import_peft_says_that_it_does_not_know_the_type(tmp_path):
     assert done.returncode and "NEURON" in done.stderr.splitlines()[-1]
 
 
-def test_a_configuration_without_weights_trains_nothing_by_mistake(tmp_path):
+def test_adapter_without_loaded_weights_fails_instead_of_training_nothing(tmp_path):
     adapted().save_pretrained(tmp_path)
     empty = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(tmp_path))
     with pytest.raises(UserError, match="weren't loaded"):
@@ -323,14 +323,14 @@ def test_a_configuration_without_weights_trains_nothing_by_mistake(tmp_path):
         logits(empty)
 
 
-def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
+def test_adapter_of_a_deeper_model_is_refused(tmp_path):
     deep = tiny_llama(num_hidden_layers=4)
     adapted(deep, NeuronSet({(0, "q"): [1], (3, "up"): [2]})).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj, which this model lacks"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
-def test_unmerging_a_model_that_was_cast_in_between():
+def test_unmerging_after_a_cast_restores_the_cast_weights():
     wrapped = adapted()
     wrapped.merge_adapter()
     wrapped.to(torch.bfloat16).unmerge_adapter()
@@ -338,19 +338,19 @@ def test_unmerging_a_model_that_was_cast_in_between():
     assert torch.equal(weight, tiny_llama().model.layers[0].self_attn.q_proj.weight.bfloat16())
 
 
-def test_a_wrapped_model_is_not_wrapped_again():
+def test_wrapping_a_peft_model_is_refused():
     with pytest.raises(UserError, match="PeftModel already"):
         get_peft_model(adapted(), NeuronConfig(neurons=NeuronSet({(0, "q"): [0]})))
 
 
-def test_several_active_adapters_are_read_together():
+def test_adapter_neurons_unites_all_active_adapters():
     wrapped = adapted(neurons=NeuronSet({(0, "q"): [1, 4]}))
     wrapped.add_adapter("second", NeuronConfig(neurons=NeuronSet({(0, "q"): [4, 7], (1, "up"): [2]})))
     wrapped.base_model.set_adapter(["default", "second"])
     assert adapter_neurons(wrapped) == NeuronSet({(0, "q"): [1, 4, 7], (1, "up"): [2]})
 
 
-def test_a_frozen_delta_that_is_moved_stays_frozen():
+def test_frozen_delta_stays_frozen_when_moved():
     layer = NeuronLinear(torch.nn.Linear(6, 4), 0)
     layer.add("default", torch.tensor([1, 2]))
     layer.neuron_delta["default"].requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The search for a learning rate."""
+"""The learning rate search."""
 
 import math
 
@@ -8,7 +8,7 @@ from agnostic_train.evaluation.tuning import default_rates, num_trainings, tune
 
 
 def around(best, diverges_above=math.inf):
-    """Trains best at a rate: the change is the distance to it, in powers of three."""
+    """Return a measurement that worsens with the rate's distance to `best` in powers of three, and the rates tried."""
     tried = []
 
     def measure(rate):
@@ -21,7 +21,7 @@ def around(best, diverges_above=math.inf):
     return measure, tried
 
 
-def test_the_best_of_the_grid_when_it_lies_within():
+def test_best_rate_within_the_grid_is_taken():
     measure, tried = around(1e-3)
     tuning = tune(measure, default_rates(1e-3), ["sw"])
     assert tuning.learning_rate == pytest.approx(1e-3) and not tuning.at_end and len(tried) == 3
@@ -29,7 +29,7 @@ def test_the_best_of_the_grid_when_it_lies_within():
 
 
 @pytest.mark.parametrize("best, num_tried, at_end", [(3e-3, 4, False), (9e-3, 5, False), (1, 5, True), (1e-6, 5, True)])
-def test_the_grid_is_extended_while_the_best_is_at_its_end(best, num_tried, at_end):
+def test_grid_is_extended_while_the_best_rate_is_at_its_end(best, num_tried, at_end):
     measure, tried = around(best)
     tuning = tune(measure, default_rates(1e-3), ["sw"])
     assert len(tried) == num_tried and tuning.at_end is at_end
@@ -37,18 +37,18 @@ def test_the_grid_is_extended_while_the_best_is_at_its_end(best, num_tried, at_e
     assert tuning.learning_rate == nearest
 
 
-def test_the_languages_that_count():
+def test_only_the_named_languages_count():
     measure, _ = around(3e-3)
     assert tune(measure, [1e-3, 3e-3], ["sw", "en"]).learning_rate != tune(measure, [1e-3, 3e-3], ["en"]).learning_rate
 
 
-def test_a_single_rate_is_taken():
+def test_single_rate_is_taken():
     measure, tried = around(1.0)
     tuning = tune(measure, [1e-3], ["sw"])
     assert tuning.learning_rate == 1e-3 and tried == [1e-3] and not tuning.at_end
 
 
-def test_divergence():
+def test_diverging_rates_are_passed_over():
     measure, tried = around(1e-3, diverges_above=5e-4)
     tuning = tune(measure, [1e-3, 3e-3], ["sw"])
     assert tuning.learning_rate == pytest.approx(1e-3 / 3) and tuning.tried[1e-3] is None and min(tried) < 2e-4
@@ -57,12 +57,12 @@ def test_divergence():
 
 
 @pytest.mark.parametrize("rates", [[1e-3], [1e-3, 3e-3], default_rates(1e-3)])
-def test_the_number_of_trainings(rates):
-    """As many as are tried: the fewest where the best rate lies within, the most where it lies far beyond."""
+def test_num_trainings_bounds_the_rates_tried(rates):
+    """The fewest trainings occur with the best rate within the grid, the most with it far beyond."""
     within, beyond = (len(tune(around(best)[0], rates, ["sw"]).tried) for best in (1e-3, 1.0))
     least, most = num_trainings(num_strategies=7, num_rates=len(rates), num_seeds=3)
     assert most == 7 * (beyond + 3) and least == 7 * (within + 3)
 
 
-def test_the_number_of_trainings_of_the_default():
+def test_num_trainings_of_the_default():
     assert num_trainings(7, 3, 3) == (42, 56)

@@ -1,4 +1,4 @@
-"""The package runs from a folder, too, where nothing was installed."""
+"""The package also runs from a source folder, without being installed."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ print(agnostic_train.__version__, package_versions()["agnostic_train"], package_
 """
 
 
-def test_a_package_that_is_not_installed():
+def test_package_that_is_not_installed_has_an_unknown_version():
     done = subprocess.run([sys.executable, "-c", NOT_INSTALLED], capture_output=True, text=True)
     assert done.stdout.split() == ["0+unknown", "0+unknown", installed_version("torch")], done.stderr
     assert installed_version("torch").startswith("2.")

@@ -1,4 +1,4 @@
-"""A decoder beside a vision tower (Gemma 3 as the hub has it): only the decoder is looked at, and everything is exported."""
+"""A decoder with a vision tower (Gemma 3 as on the Hub): only the decoder is examined, and everything is exported."""
 
 import pytest
 import torch
@@ -27,15 +27,15 @@ def gemma_with_images():
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens)).eval()
 
 
-def test_its_impacts_are_those_of_its_text_decoder():
+def test_impacts_of_the_text_decoder_are_verified():
     model = gemma_with_images()
     assert len(find_decoder(model).layers) == 2
     verify_impacts(model, padded_batch([5, 9, 12], vocab_size=50))
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_it_trains_and_is_exported_whole(tmp_path, update):
-    """Its checkpoint has other names than its modules; what is read back is what was trained."""
+def test_training_and_export_keep_the_whole_model(tmp_path, update):
+    """The names in the checkpoint differ from those of the modules; what is loaded is what was trained."""
     base, model = gemma_with_images(), gemma_with_images()
     settings = arguments(tmp_path / "run", update=update, max_steps=3)
     trainer = NeuronTrainer(model, settings, train_dataset=sentences(), neurons=CHOSEN)
@@ -53,7 +53,7 @@ def test_it_trains_and_is_exported_whole(tmp_path, update):
     assert all(torch.equal(value, vision[name]) for name, value in loaded.model.vision_tower.state_dict().items())
 
 
-def test_a_weight_that_was_not_written_as_it_was_is_noticed(tmp_path, monkeypatch):
+def test_weight_that_differs_after_writing_is_an_error(tmp_path, monkeypatch):
     original = Gemma3ForConditionalGeneration.from_pretrained.__func__
 
     def with_a_changed_weight(cls, *args, **kwargs):
