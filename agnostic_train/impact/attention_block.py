@@ -87,6 +87,7 @@ class AttentionBlock:
             *others, last = growths
             for growth in others:
                 changed = changed * growth
+            # The last product and the shift in one pass.
             changed = torch.addcmul(self.shift.unsqueeze(1), changed, last)
         return torch.addcmul(changed, a, b, value=-self.scale).addcmul_(c, d, value=-self.scale)
 

@@ -53,53 +53,29 @@ def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generato
     free = torch.ones(len(activation), dtype=torch.bool, device="cpu")
     if 2 * len(members) <= len(activation):
         free[members] = False
-    candidates = free.nonzero().flatten()
-    ordered, upward = activation.double()[candidates].sort(stable=True)
-    downward = activation.double()[candidates].argsort(stable=True, descending=True)
-    as_active, less_active = (_Line(candidates[order].tolist()) for order in (upward, downward))
     move = torch.arange(len(activation), device="cpu")
-    levels, sorted_levels = activation.double().tolist(), ordered.tolist()
+    levels = activation.double().tolist()
+    candidates = sorted((levels[index], index) for index in free.nonzero().flatten().tolist())
     # In random order, so that no member always has the first choice.
     for member in members[torch.randperm(len(members), generator=generator, device="cpu")].tolist():
         level = levels[member]
-        num_less = bisect_left(sorted_levels, level)
-        nearby = as_active.first(num_less, NUM_NEAREST)
-        nearby += less_active.first(len(sorted_levels) - num_less, NUM_NEAREST)
-        nearest = sorted(nearby, key=lambda index: (abs(levels[index] - level), index))[:NUM_NEAREST]
+        place = bisect_left(candidates, (level, -1))
+        nearby = candidates[place : place + NUM_NEAREST] + _below(candidates, place)
+        nearest = sorted(nearby, key=lambda it: (abs(it[0] - level), it[1]))[:NUM_NEAREST]
         choice = nearest[int(torch.randint(len(nearest), (), generator=generator, device="cpu"))]
-        move[member] = choice
-        as_active.take(choice)
-        less_active.take(choice)
+        move[member] = choice[1]
+        candidates.pop(bisect_left(candidates, choice))
     return move
 
 
-class _Line:
-    """Indices in a fixed order, some of them taken; free ones are found without visiting every taken one."""
-
-    def __init__(self, order: list[int]):
-        self._order = order
-        self._place = {index: place for place, index in enumerate(order)}
-        # The place at which to continue the search from each place; a free place points to itself.
-        self._next = list(range(len(order) + 1))
-
-    def first(self, place: int, count: int) -> list[int]:
-        """Returns the first `count` free indices at or after a place, or all if there are fewer."""
-        free: list[int] = []
-        while len(free) < count and (place := self._left_from(place)) < len(self._order):
-            free.append(self._order[place])
-            place += 1
-        return free
-
-    def take(self, index: int) -> None:
-        place = self._place[index]
-        self._next[place] = place + 1
-
-    def _left_from(self, place: int) -> int:
-        while self._next[place] != place:
-            # Path halving: it makes the next search shorter.
-            self._next[place] = self._next[self._next[place]]
-            place = self._next[place]
-        return place
+def _below(candidates: list[tuple[float, int]], place: int) -> list[tuple[float, int]]:
+    """The last `NUM_NEAREST` candidates before a place; of those with equal activation, the lowest indices."""
+    below: list[tuple[float, int]] = []
+    while place > 0 and len(below) < NUM_NEAREST:
+        start = bisect_left(candidates, (candidates[place - 1][0], -1))
+        below += candidates[start : min(place, start + NUM_NEAREST)]
+        place = start
+    return below[:NUM_NEAREST]
 
 
 def channels_read(layer: Layer) -> Tensor:

@@ -159,6 +159,23 @@ def test_dry_run_of_detection_does_not_check_training(root, capsys):
     assert_mistake(root, "train", flags, "an epoch's 180 sequences don't fill a batch of 999", capsys)
 
 
+def test_detect_and_score_need_no_training_section(root, capsys):
+    recipe = root / "recipe.yaml"
+    recipe.write_text(re.sub(r"training:\n(  .*\n)+", "", recipe.read_text()))
+    assert "training" not in recipe.read_text()
+    for stage in ("detect", "score"):
+        assert run(root, stage, "--dry-run") == 0
+    assert run(root, "score") == 0
+    written = sorted(it.name for it in (root / "out").iterdir() if not it.name.startswith("."))
+    assert written == ["manifest.json", "neurons", "score.json"]
+    for stage in ("train", "compare", "run"):
+        for flags in ([], ["--dry-run"]):
+            assert_mistake(root, stage, flags, "training.languages: missing; name the languages to enhance", capsys)
+    capsys.readouterr()
+    assert run(root, "train", "--training.languages=sw", "--training.max_steps=1") == 0
+    assert "detect: unchanged, kept" in capsys.readouterr().out
+
+
 def test_training_on_a_mixture(root, capsys):
     """An epoch of four parts of the enhanced language and one part of another; the dry run counts its steps."""
     flags = ["--training.mixture={sw: 4, en: 1}", "--training.max_steps=-1", "--training.num_train_epochs=1"]
