@@ -8,7 +8,7 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
     """Draws with replacement; returns how often each item is drawn: (count, num_items), float64."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_items, (count, num_items), generator=generator, device="cpu")
-    one = torch.ones((), dtype=torch.float64)
+    one = drawn.new_ones((), dtype=torch.float64)
     return torch.zeros_like(drawn, dtype=torch.float64).scatter_add_(1, drawn, one.expand_as(drawn))
 
 

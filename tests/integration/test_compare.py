@@ -370,7 +370,7 @@ def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
         (["--comparison.learning_rates=[-1e-2]"], "comparison.learning_rates"),
         (["--detection.consistency=1", "--detection.top_ratio=0.01"], "has no neuron to train"),
         (["--training.strategy=full", "--training.update=mask", "--training.optim=adafactor"], "training.optim"),
-        (["--evaluation.checkpoints=before"], "evaluation.checkpoints: 'before' is what"),
+        (["--evaluation.checkpoints=before"], "evaluation.checkpoints: 'before' is a name of this run's own"),
         (["--comparison.seds=1"], "did you mean --comparison.seeds?"),
         (["--evaluation.parallel=nowhere"], "evaluation.parallel: nowhere isn't a folder"),
         (["--evaluation.languages=xx"], "evaluation.languages: 'xx' has no file"),

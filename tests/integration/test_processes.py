@@ -9,7 +9,7 @@ from conftest import padded_batch, tiny_llama
 from launched import launched
 from safetensors import safe_open
 
-from agnostic_train.detection import detect as detection
+from agnostic_train.detection import counting
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.perplexity import perplexity
@@ -58,7 +58,7 @@ def test_two_processes_give_the_results_of_one(tmp_path):
 def test_interrupted_detection_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop_after):
     model = tiny_llama()
     whole = detect(model)
-    original, measured = detection.ImpactMeter.measure, []
+    original, measured = counting.ImpactMeter.measure, []
 
     def interrupted(self, batch):
         if sum(measured) == stop_after and len(self.projections) > 1:
@@ -66,11 +66,11 @@ def test_interrupted_detection_equals_an_uninterrupted_one(tmp_path, monkeypatch
         measured.append(len(self.projections) > 1)
         return original(self, batch)
 
-    monkeypatch.setattr(detection.ImpactMeter, "measure", interrupted)
+    monkeypatch.setattr(counting.ImpactMeter, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detect(model, resume_dir=tmp_path)
     measured.clear()
-    monkeypatch.setattr(detection.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args))[1])
+    monkeypatch.setattr(counting.ImpactMeter, "measure", lambda *args: (measured.append(1), original(*args))[1])
     assert detect(model, resume_dir=tmp_path, verify=False) == LanguageNeurons(
         whole.related, whole.shared, whole.exclusive, {**whole.settings, "verified": False}
     )
