@@ -129,7 +129,7 @@ def test_powers_are_accurate_for_values_of_any_size(size):
 
 @pytest.mark.parametrize("common", [30, 3000])
 def test_powers_and_softmax_agree_where_large_logits_are_rounded(common):
-    """With or without pruning, either form may compute a neuron: they must differ by less than the bounds' margin."""
+    """Either form may compute a neuron, so they must differ by less than the margin that pruning adds to its bounds."""
     logits, value, weight, factors, growths = random_case(2.0)
     case = logits * (1 + common / 30), value, weight, factors, growths
     powers, softmax = squares("powers", *case).sqrt(), squares("softmax", *case).sqrt()
