@@ -87,8 +87,8 @@ def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
     for entry in sorted(path.iterdir()) if path.exists() else []:
         if not is_own(entry):
             raise UserError(
-                f"{path}: would be replaced, but holds {entry.name}, which this package didn't write; move that away, or "
-                "use another folder"
+                f"{path}: would be replaced, but holds {entry.name}, which this package didn't write; move that away, "
+                "or use another folder"
             )
 
 

@@ -99,8 +99,8 @@ class CorpusSection:
 
     path: LocalPath | None = Field(
         default=None,
-        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, compressed or "
-        f"not, or .parquet); or {EMBEDDED}.",
+        description="A folder of {lang}.train, {lang}.valid and optionally {lang}.test files (.txt or .jsonl, "
+        f"compressed or not, or .parquet); or {EMBEDDED}.",
     )
     dataset: LocalPath | None = Field(
         default=None,
@@ -223,8 +223,8 @@ class TrainingSection:
     )
     strategy: Literal[Trainable, "auto", "pilot"] = Field(
         default="shared+exclusive",
-        description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: 'full' trains "
-        "all weights, 'lora' a LoRA of equal size.",
+        description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: "
+        "'full' trains all weights, 'lora' a LoRA of equal size.",
     )
     update: Update = Field(
         default="compact",
@@ -289,8 +289,8 @@ class EvaluationSection:
     max_forgetting: float = Field(
         default=0.03,
         ge=0,
-        description="Sweeps penalise runs in which the bits per byte of another of corpus.languages rise by more than this "
-        "fraction.",
+        description="Sweeps penalise runs in which the bits per byte of another of corpus.languages rise by more than "
+        "this fraction.",
     )
     parallel: LocalPath | None = Field(
         default=None,
@@ -341,7 +341,8 @@ class ComparisonSection:
     )
     select_by: Literal["target", "all"] = Field(
         default="target",
-        description="Choose the rate with the lowest bits per byte on validation text, of the enhanced languages or of all.",
+        description="Choose the rate with the lowest bits per byte on validation text, of the enhanced languages or of "
+        "all.",
     )
 
     @model_validator(mode="after")

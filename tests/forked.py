@@ -34,7 +34,8 @@ def in_two_processes(module, function, *arguments, **environment):
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             started(
-                "forked", "_in_group", module, function, arguments, stdout=f"{folder}/{rank}.out", stderr=f"{folder}/{rank}.err",
+                "forked", "_in_group", module, function, arguments,
+                stdout=f"{folder}/{rank}.out", stderr=f"{folder}/{rank}.err",
                 environment=group | {"RANK": rank, "LOCAL_RANK": rank} | environment,
             )
             for rank in "01"

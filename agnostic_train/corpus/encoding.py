@@ -90,8 +90,8 @@ class Encoder:
                     ids = [*ids, tokenizer.eos_token_id]
                 if not ids:
                     raise UserError(
-                        f"{purpose}: the tokenizer makes no tokens for sentence {start + place + 1}, {sentence[:60]!r}; "
-                        "take it out"
+                        f"{purpose}: the tokenizer makes no tokens for sentence {start + place + 1}, "
+                        f"{sentence[:60]!r}; take it out"
                     )
                 kept = ids[: self.max_length]
                 num_cut += len(kept) < len(ids)
@@ -117,10 +117,12 @@ class Encoder:
     ) -> tuple[list[int], list[int], list[tuple[int, int]] | None]:
         """Adds or removes the beginning-of-sequence token of an encoded sentence, as `add_bos` says."""
         bos = self.tokenizer.bos_token_id
+        if len(special) != len(ids):  # the mask of some slow tokenizers leaves out the tokens that they add
+            special = [int(token in self.tokenizer.all_special_ids) for token in ids]
         if self.add_bos and ids[:1] != [bos]:
             return [bos, *ids], [1, *special], None if offsets is None else [(0, 0), *offsets]
         # If the text itself spells out the token, it isn't marked as special, and is kept.
-        if self.add_bos is False and ids[:1] == [bos] and special[0]:
+        if self.add_bos is False and ids[:1] == [bos] and special[:1] == [1]:
             return ids[1:], special[1:], None if offsets is None else offsets[1:]
         return ids, special, offsets
 

@@ -107,8 +107,8 @@ def parallel_text(
         first = next(iter(lines))
         if len(own_lines) != len(lines[first]):
             raise UserError(
-                f"{key}: {files[language]} has {len(own_lines)} lines, {files[first].name} {len(lines[first])}; aligned "
-                "text has as many in every language"
+                f"{key}: {files[language]} has {len(own_lines)} lines, {files[first].name} {len(lines[first])}; "
+                "aligned text has as many in every language"
             )
     kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
     if not kept:

@@ -75,8 +75,8 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
     for split in ("train", "valid"):
         if files[split] is None:
             raise UserError(
-                f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'} (nor .jsonl, .parquet); "
-                "add it or take the language out"
+                f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'} (nor .jsonl, "
+                ".parquet); add it or take the language out"
             )
     splits = {split: local_sentences(section, file) for split, file in files.items() if file is not None}
     if "test" not in splits:
@@ -125,6 +125,6 @@ def check_training_text(language: str, sentences: Sequence[str]) -> None:
     """Raises `UserError` if a language has no sentence to train on."""
     if not sentences:
         raise UserError(
-            f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none to train "
-            "on; lower it or add text"
+            f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none to "
+            "train on; lower it or add text"
         )

@@ -30,13 +30,13 @@ def wanted_sentences(section: CorpusSection, with_training: bool) -> dict[str, i
     Raises:
         UserError: the recipe doesn't say how many to train on.
     """
-    if section.training_sentences is None:
+    if with_training and section.training_sentences is None:
         raise UserError("corpus.training_sentences: a streamed dataset has no end; say how many to train on")
     return {
         "test": section.test_sentences or STREAMED_DEFAULT,
         "validation": section.validation_sentences or STREAMED_DEFAULT,
         "detection": section.detection_sentences,
-        "training": section.training_sentences if with_training else 0,
+        "training": (section.training_sentences or 0) if with_training else 0,
     }
 
 
@@ -120,8 +120,8 @@ def _fill(
                 key = f"{purpose}_sentences"
                 by_default = " by default" if getattr(section, key) is None else ""
                 raise UserError(
-                    f"corpus.{key}: {count} asked for{by_default}, {section.dataset} has only {len(taken[purpose])} more "
-                    f"of {language!r}; lower it"
+                    f"corpus.{key}: {count} asked for{by_default}, {section.dataset} has only {len(taken[purpose])} "
+                    f"more of {language!r}; lower it"
                 )
     return {"sentences": taken, "documents": num_documents}
 

@@ -142,8 +142,8 @@ def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, mem
         before = excerpt.output(name)
         if not before.isfinite().all():
             raise UserError(
-                f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}; some weight up to there is "
-                "broken, or model.dtype overflows (try float32)"
+                f"model.name: the model computes NaN or Inf, in layer {layer.index} at {name}; some weight up to there "
+                "is broken, or model.dtype overflows (try float32)"
             )
         norms = before.flatten(1).norm(dim=1).tolist()
         for neuron in neurons:

@@ -187,8 +187,8 @@ if triton is not None:
     @triton.jit
     def _squared_changes(
         parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, heads_per_sentence, neurons_per_head, length,
-        padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-        GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
+        padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
     ):  # fmt: skip
         head, rows, row_weight, first, last, start, stop = program_part(
             weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP

@@ -20,8 +20,8 @@ def check_complete(info: dict[str, Any], name: str | Path, key: str = "model.nam
     if info["mismatched_keys"]:
         weight, shape, expected_shape = min(info["mismatched_keys"])
         raise UserError(
-            f"{key}: {name} has weights of other shapes than its config.json says, such as {weight}: {tuple(shape)}, not "
-            f"{tuple(expected_shape)}; one of the two is another model's"
+            f"{key}: {name} has weights of other shapes than its config.json says, such as {weight}: {tuple(shape)}, "
+            f"not {tuple(expected_shape)}; one of the two is another model's"
         )
     if info["missing_keys"]:
         absent = sorted(info["missing_keys"])

@@ -165,7 +165,7 @@ class Layer:
         return self.num_query_heads // self.num_kv_heads
 
     def kv_channels(self, query_channels: Tensor) -> Tensor:
-        """The rows of k or v that channels of the query heads read: query head h reads KV head `h // queries_per_kv`."""
+        """The rows of k or v that channels of query heads read; query head h reads KV head `h // queries_per_kv`."""
         head, channel = query_channels // self.head_dim, query_channels % self.head_dim
         return head // self.queries_per_kv * self.head_dim + channel
 

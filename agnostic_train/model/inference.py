@@ -131,8 +131,8 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
     for name, value in (("input_ids", ids), ("attention_mask", mask)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
-                f"{name}: expected a tensor, got {type(value).__name__}; tokenizers give them with return_tensors='pt', and "
-                "batches_of makes batches"
+                f"{name}: expected a tensor, got {type(value).__name__}; tokenizers give them with "
+                "return_tensors='pt', and batches_of makes batches"
             )
     shape = tuple(ids.shape)
     if len(shape) != 2 or not ids.numel() or ids.is_floating_point():

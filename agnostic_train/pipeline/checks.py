@@ -179,6 +179,6 @@ def _check_mask(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: 
     masked = recipe.training.update == "mask" and not set(strategies) <= set(BASELINES)
     if masked and optimizer not in OPTIMIZERS:
         raise UserError(
-            f"training.optim: {optimizer} isn't known to treat each weight on its own, so update='mask' can't "
-            f"promise that nothing else moves; use {', '.join(OPTIMIZERS)}, or update='compact'"
+            f"training.optim: {optimizer} isn't known to update each weight independently, so update='mask' can't "
+            f"keep all other weights fixed; use {', '.join(OPTIMIZERS)}, or update='compact'"
         )

@@ -333,7 +333,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         rates = len(section.learning_rates or default_rates(1.0))
         least, most = num_trainings(len(section.strategies), rates, len(section.seeds))
         how_many = f"{least} to {most}" if most > least else str(least)
-        rows["trainings"] = f"{how_many}, each with these optimizer steps"
+        rows["trainings"] = f"{how_many}, each with these optimizer steps; fewer if strategies choose the same neurons"
         rows["strategy"] = ", ".join(section.strategies)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -26,7 +26,7 @@ def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: M
     if not checkpoints or not same or earlier == launch:
         return
     # The number of processes changes the batch size, so the steps done so far would have read other text.
-    then, now = f"{earlier['processes']} processes", f"{launch['processes']}"
+    then, now = (f"{it['processes']} process{'' if it['processes'] == 1 else 'es'}" for it in (earlier, launch))
     if earlier["processes"] == launch["processes"]:
         then, now = f"mixed_precision {earlier['precision']}", f"mixed_precision {launch['precision']}"
     raise UserError(

@@ -272,11 +272,7 @@ def draw_trade(compared: dict) -> Figure:
     figure, (axis,) = _grid(height=5)
     axis.axhline(0, color="0.6", linewidth=0.8)
     costly = "others" if "others" in compared["best"] else "all"
-    names_of: dict[str, list[str]] = {}  # strategies that choose the same neurons lie on one point
-    for name, row in compared["strategies"].items():
-        names_of.setdefault(str(row), []).append(name)
-    for index, names in enumerate(names_of.values()):
-        row = compared["strategies"][names[0]]
+    for index, (name, row) in enumerate(compared["strategies"].items()):
         gain, cost = row["groups"]["enhanced"], row["groups"][costly]
         x, y = -100 * gain["mean"], 100 * cost["mean"]
         errors = [
@@ -286,7 +282,7 @@ def draw_trade(compared: dict) -> Figure:
         axis.errorbar(
             x, y, np.abs(errors[1]), np.abs(errors[0]), marker=_MARKERS[index % len(_MARKERS)], linestyle="none",
             color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7,
-            label=" = ".join(names),
+            label=name,
         )  # fmt: skip
     scale = ""
     if max(map(abs, axis.get_ylim())) > 2:

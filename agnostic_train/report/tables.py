@@ -100,8 +100,9 @@ def evaluation_table(evaluation: dict) -> Table:
             low, high = it["interval"]
             rows.append(
                 {
-                    "text": text, "language": language, "perplexity_before": it["before"]["perplexity"],
-                    "perplexity_after": it["after"]["perplexity"], "bits_per_byte_before": it["before"]["bits_per_byte"],
+                    "text": text, "language": language,
+                    "perplexity_before": it["before"]["perplexity"], "perplexity_after": it["after"]["perplexity"],
+                    "bits_per_byte_before": it["before"]["bits_per_byte"],
                     "bits_per_byte_after": it["after"]["bits_per_byte"], "change": it["bits_per_byte_change"],
                     "low": low, "high": high, "sentences": it["num_sentences"],
                 }

@@ -128,6 +128,6 @@ def _perplexity(model: nn.Module, batches: Sequence[Batch], off: str, language: 
         if off == NOTHING:
             raise
         raise NonFiniteLossError(
-            f"model.dtype: with the {off} neurons off, the loss of {language!r} is NaN, infinite, or hundreds of nats a "
-            "token; half precision may overflow, try float32"
+            f"model.dtype: with the {off} neurons off, the loss of {language!r} is NaN, infinite, or hundreds of nats "
+            "a token; half precision may overflow, try float32"
         ) from None

@@ -64,7 +64,7 @@ class Perplexity:
         return None if self.num_bytes is None else self.nats / math.log(2) / self.num_bytes
 
 
-def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "corpus") -> Perplexity:
+def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text") -> Perplexity:
     """Token-weighted perplexity of a causal language model, each token scored once.
 
     A sentence's first real token isn't scored, since nothing real predicts it; padding is excluded. Several processes
@@ -87,7 +87,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "corpu
         torch.cat([getattr(it, name) for it in parts]) if parts else torch.zeros(0) for name in ("nats", "tokens")
     )
     if not tokens.sum():
-        raise UserError(f"{name}: no token to score; a sentence needs two tokens")
+        raise UserError(f"corpus: no token to score in the {name}; a sentence needs two tokens")
     places = [it.places for it in parts if it.places is not None]
     if len(places) == len(parts):
         order = torch.cat(places).argsort(stable=True)

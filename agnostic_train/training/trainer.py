@@ -64,8 +64,8 @@ class NeuronTrainer(GuardedTrainer):
     Args:
         model: a causal language model, either plain or with one neuron adapter whose training continues.
         neurons: the neurons to train: a `NeuronSet`, a mapping to build one from, or the path of its file. If None,
-            those of the model's adapter; without an adapter, a `DetectionCallback` detects them inside
-            `train()`, on the training device, before the optimizer is created.
+            those of the model's adapter; without an adapter, a `DetectionCallback` detects them inside `train()`, on
+            the training device, before the optimizer is created.
         update: overrides the arguments' `update`.
         Other arguments: as for `Trainer`.
 
@@ -74,9 +74,9 @@ class NeuronTrainer(GuardedTrainer):
             records them, together with those trained earlier, for `export_checkpoint`.
 
     Raises:
-        UserError: if the neurons belong to another model, the model has other adapters, the callback's strategy trains no
-            neurons, or the engine or optimizer can't keep all other weights fixed. `train` also raises if there are neither
-            neurons nor a `DetectionCallback`, a loss isn't finite or a checkpoint is damaged.
+        UserError: if the neurons belong to another model, the model has other adapters, the callback's strategy trains
+            no neurons, or the engine or optimizer can't keep all other weights fixed. `train` also raises if there are
+            neither neurons nor a `DetectionCallback`, a loss isn't finite or a checkpoint is damaged.
     """
 
     model: nn.Module  # declared because the type checker doesn't read Trainer

@@ -205,18 +205,20 @@ def growth_by_sentences(model: PreTrainedModel, options: argparse.Namespace) -> 
     return memory
 
 
-def growth_by_ratio_and_length(model: PreTrainedModel, options: argparse.Namespace) -> dict:
-    """Cost against the top ratio and the length."""
-    length = options.length[0]
-    batches = random_batches(model, options.batches * options.batch_size, length, options.batch_size)
-    by_ratio = {ratio: measure(model, batches, options, ratio) for ratio in GROWTH_RATIOS}
+def growth_by_ratio(model: PreTrainedModel, options: argparse.Namespace) -> dict:
+    """Cost against the top ratio."""
+    batches = random_batches(model, options.batches * options.batch_size, options.length[0], options.batch_size)
+    return {ratio: measure(model, batches, options, ratio) for ratio in GROWTH_RATIOS}
+
+
+def growth_by_length(model: PreTrainedModel, options: argparse.Namespace) -> dict:
+    """Cost against the number of tokens in a sentence."""
     by_length = {}
     for length in GROWTH_LENGTHS:
         size = max(1, TOKENS_PER_GROWTH_BATCH // length)
-        by_length[length] = measure(
-            model, random_batches(model, options.batches * size, length, size), options, options.top_ratio
-        )
-    return {"by_ratio": by_ratio, "by_length": by_length}
+        batches = random_batches(model, options.batches * size, length, size)
+        by_length[length] = measure(model, batches, options, options.top_ratio)
+    return by_length
 
 
 def draw(report: dict, file: Path) -> None:
@@ -292,12 +294,14 @@ def main() -> None:
 
     if options.growth:
         report["growth"] = {"by_sentences": growth_by_sentences(model, options)}
+        write()
     for length, batches in inputs.items():
         report["by_length"][str(length)] = measure(model, batches, options, options.top_ratio)
         write()
     if options.growth:
-        report["growth"] |= growth_by_ratio_and_length(model, options)
-        write()
+        for name, grow in (("by_ratio", growth_by_ratio), ("by_length", growth_by_length)):
+            report["growth"][name] = grow(model, options)
+            write()
     if options.output is None:
         print(json.dumps(report, indent=1))
     if options.figure is not None:

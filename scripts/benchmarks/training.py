@@ -308,10 +308,11 @@ def main(arguments: list[str] | None = None) -> None:
                 }
             write()
         for method, row in rows.items():
+            saved, state = row["saved_for_backward_bytes"] / 2**20, row["optimizer_bytes"] / 2**20
             print(
-                f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  "
-                f"{row['step_seconds']:.3f} s  {row['times']}  saved {row['saved_for_backward_bytes'] / 2**20:.1f} MiB  "
-                f"optimizer {row['optimizer_bytes'] / 2**20:.1f} MiB  adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
+                f"{name:>6} {method:>8} {row['trainable_parameters']:>12,} trainable  {row['step_seconds']:.3f} s  "
+                f"{row['times']}  saved {saved:.1f} MiB  optimizer {state:.1f} MiB  "
+                f"adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
             )
         if options.figure:
             draw(record, options.figure)

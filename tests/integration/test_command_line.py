@@ -472,8 +472,8 @@ MISTAKES = [
     (["--training.resume_from_checkpoint=x"], "training.resume_from_checkpoint: "),
     (
         ["--training.adam_beta1=2"],
-        "training.optim: adamw_torch_fused can't be made of learning_rate, weight_decay, adam_* and optim_* (ValueError: "
-        "Invalid beta parameter",
+        "training.optim: adamw_torch_fused can't be made of learning_rate, weight_decay, adam_* and optim_* "
+        "(ValueError: Invalid beta parameter",
     ),
     (["--training.optim=lomo"], "training.optim: lomo"),
     (["--training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_type: cosine_with_min_lr"),

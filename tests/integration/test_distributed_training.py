@@ -83,7 +83,8 @@ def checkpointing(use_reentrant):
 
 
 BY_DDP = {
-    "compact": {}, "mask": {}, "compact, reentrant": checkpointing(True), "compact, not reentrant": checkpointing(False),
+    "compact": {}, "mask": {},
+    "compact, reentrant": checkpointing(True), "compact, not reentrant": checkpointing(False),
 }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def test_manifest_names_all_text_that_was_read(root):
     [
         (
             {"processes": 2},
-            "from a training with 2 processes, but this run has 1; resume with the same launch settings, or",
+            "from a training with 2 processes, but this run has 1 process; resume with the same launch settings, or",
         ),
         (
             {"precision": "bf16"},

@@ -124,7 +124,10 @@ def without_change(case):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_small_changes_and_no_change(softcap):
-    """Changes of a few ten-thousandths keep the digits that float32 leaves; no change gives exactly zero, and intervals within rounding."""
+    """Changes of a few ten-thousandths keep the digits that float32 leaves; no change gives exactly zero.
+
+    The intervals of no change end within rounding.
+    """
     assert_equals_the_reference(random_case(42, 42, change=0.02, softcap=softcap), rtol=1e-3)
     case = without_change(random_case(70, 42, softcap=softcap))
     assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS * NEURONS))

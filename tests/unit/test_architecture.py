@@ -4,8 +4,8 @@ import ast
 
 ORDER = {
     "": [
-        "errors", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file", "corpus", "model",
-        "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
+        "errors", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file",
+        "corpus", "model", "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
         "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "judging", "encoding"],
@@ -13,7 +13,8 @@ ORDER = {
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
-        "angles", "attention", "attention_block", "layer_attention", "bounds", "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "angles", "attention", "attention_block", "layer_attention", "bounds", "layout", "norm_over_heads",
+        "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],
@@ -26,8 +27,8 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "fitting", "trials", "pilot", "stage_inputs", "stages",
-        "stage_table", "run", "dry_run",
+        "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "fitting", "trials", "pilot",
+        "stage_inputs", "stages", "stage_table", "run", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip

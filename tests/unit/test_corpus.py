@@ -15,7 +15,7 @@ import zstandard
 from conftest import tiny_llama
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, PythonBackend
 
 from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus import streaming
@@ -498,7 +498,7 @@ def test_only_trained_languages_stream_training_text(hub, tmp_path):
     shutil.rmtree(hub)
     # Text that was read before stays, even if the Hub's dataset has changed or gone.
     assert load_corpus(streamed(hub, training_sentences=500), keep=keep, trained=["sw"]) == corpus
-    assert load_corpus(streamed(hub, training_sentences=20), keep=keep, trained=[]).texts == {
+    assert load_corpus(streamed(hub, training_sentences=None), keep=keep, trained=[]).texts == {
         language: replace(text, training=[]) for language, text in whole.texts.items()
     }
 
@@ -601,6 +601,44 @@ def test_batches_of_refuses_wrong_arguments(tokenizer):
     without_special_tokens.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(UserError, match=r"texts: the tokenizer makes no tokens for sentence \d, ''"):
         batches_of([""], without_special_tokens)
+
+
+class SlowTokenizer(PythonBackend):
+    """A token per letter; like some remote tokenizers, its special-token mask lacks the token that it adds."""
+
+    def __init__(self, **options):
+        self.letters = ["<s>", "</s>", "<pad>", *"abc"]
+        super().__init__(bos_token="<s>", eos_token="</s>", pad_token="<pad>", **options)
+
+    @property
+    def vocab_size(self):
+        return len(self.letters)
+
+    def get_vocab(self):
+        return {letter: index for index, letter in enumerate(self.letters)}
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.letters[index]
+
+    def build_inputs_with_special_tokens(self, first, second=None):
+        return [self.bos_token_id, *first]
+
+
+def test_add_bos_with_a_mask_that_lacks_added_tokens():
+    slow = SlowTokenizer()
+    rows = {
+        it: Encoder.of(slow, section(add_bos=it), config()).encode(["abc"], "text")[0] for it in (None, True, False)
+    }
+    assert rows[None] == rows[True] == {"input_ids": [0, 3, 4, 5], "special_tokens_mask": [1, 0, 0, 0], "num_bytes": 3}
+    assert rows[False] == {"input_ids": [3, 4, 5], "special_tokens_mask": [0, 0, 0], "num_bytes": 3}
+    with pytest.raises(UserError, match="the tokenizer makes no tokens for sentence 1"):
+        Encoder.of(slow, section(add_bos=False), config()).encode([""], "text")
 
 
 def test_kept_text_without_offsets_is_decoded_without_special_tokens(tokenizer):
