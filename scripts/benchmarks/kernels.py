@@ -1,8 +1,8 @@
 """Times the Triton kernels of q and k impacts under other launch options than their own.
 
 One layer of random attention in the shapes of Llama 3.2 1B (heads of 64) and 3.1 8B (heads of 128): the intervals of
-all neurons, and a tenth of the exact impacts. Each option's results are compared with those of the kernels' own options.
-Writes a JSON file with the machine, the versions and the date.
+all neurons, and a tenth of the exact impacts. Each option's results are compared with those of the kernels' own
+options. Writes a JSON file with the machine, the versions and the date.
 """
 
 import argparse

@@ -5,8 +5,8 @@ import ast
 ORDER = {
     "": [
         "errors", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_file",
-        "corpus", "model", "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report", "quickstart",
-        "pipeline", "cli", "__main__",
+        "corpus", "model", "neurons", "impact", "detection", "scores", "training", "export", "evaluation", "report",
+        "quickstart", "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "judging", "encoding"],
     "model": ["completeness", "decoder", "memory", "weights", "inference", "loading"],
