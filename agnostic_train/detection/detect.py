@@ -187,8 +187,8 @@ def detect_neurons(
             num_layers = len(find_decoder(model).layers)
             logger.warning(
                 f"detection.pruning: {len(unpruned)} of {num_layers} layers cap their logits, normalise queries or "
-                "keys other than by their mean square, or have heads dominated by a single entry; pruning doesn't cover "
-                "these layers, so all their neurons were computed"
+                "keys other than by their mean square, or have heads dominated by a single entry; pruning doesn't "
+                "cover these layers, so all their neurons were computed"
             )
         work = {name: reduce(add, (it.work[name] for it in counts.values())) for name in ("q", "k")}
         neurons.exact_share = {name: it.neurons / it.all_neurons for name, it in work.items() if it.all_neurons}
