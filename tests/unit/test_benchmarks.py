@@ -23,7 +23,7 @@ LEAST = {
 
 IS_COMPLETE = {
     "detection": lambda found: len(found["by_length"]["9"]["times_forward"]) == 3,
-    "kernels": lambda found: len(found["results"]["heads of 16, 20 tokens"]) == 2,
+    "kernels": lambda found: len(found["results"]["heads of 6, 9 tokens"]) == 2,
     "training": lambda found: len(found["results"]["0.05"]) == 2,
 }
 
