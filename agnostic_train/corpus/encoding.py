@@ -118,7 +118,8 @@ class Encoder:
         """Adds or removes the beginning-of-sequence token of an encoded sentence, as `add_bos` says."""
         bos = self.tokenizer.bos_token_id
         if len(special) != len(ids):  # the mask of some slow tokenizers leaves out the tokens that they add
-            special = [int(token in self.tokenizer.all_special_ids) for token in ids]
+            all_special = set(self.tokenizer.all_special_ids)
+            special = [int(token in all_special) for token in ids]
         if self.add_bos and ids[:1] != [bos]:
             return [bos, *ids], [1, *special], None if offsets is None else [(0, 0), *offsets]
         # If the text itself spells out the token, it isn't marked as special, and is kept.

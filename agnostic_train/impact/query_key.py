@@ -190,6 +190,7 @@ class QueryKeyImpacts:
         """
         states: dict[str, Tensor] = {}
         growths: dict[str, Tensor] = {}
+        over_heads: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         for name, output in projected.items():
             norm, states[name] = self.layer.norms.get(name), output
@@ -206,7 +207,7 @@ class QueryKeyImpacts:
                 continue
             states[name] = normalised
             if spans_heads:
-                growths[name] = growth_without(entries.double(), eps)
+                growths[name] = over_heads[name] = growth_without(entries.double(), eps)
             else:
                 growths[name] = growth_without(entries, eps).flatten(2)
                 largest[name] = growths[name].max()
@@ -220,7 +221,7 @@ class QueryKeyImpacts:
             growth = growths.get(name)
             by_head = None if growth is None else inputs.per_query_head(growth.to(output.dtype))
             change = rotated_change(inputs, name, inputs.per_query_head(output), angles, by_head)
-            forms[name] = _Form(change, None if growth is None or name in largest else growth)
+            forms[name] = _Form(change, over_heads.get(name))
         return inputs, forms
 
     def _eps_of(self, name: str, norm: nn.Module, entries: Tensor) -> float | None:

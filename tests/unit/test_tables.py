@@ -3,6 +3,8 @@
 import pytest
 
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks
+from agnostic_train.files import read_json
+from agnostic_train.report.page import comparison_text
 from agnostic_train.report.tables import ablation_table, evaluation_table
 
 
@@ -38,3 +40,11 @@ def test_metric_without_a_direction_is_better_when_higher(higher_is_better, wins
 
     tasks = compare_tasks({"one": {"t": result(0.0)}, "two": {"t": result(1.0)}})
     assert tasks["t"]["comparisons"][0]["num_second_better"] == wins
+
+
+def test_comparison_text_names_strategies_that_choose_the_same_neurons(pytestconfig):
+    """Files of earlier versions, which compared them apart, are rendered too."""
+    comparison = read_json(pytestconfig.rootpath / "recipes/real_text/comparison.json")
+    assert "same" not in comparison and "the same neurons" not in comparison_text(comparison)
+    text = comparison_text(comparison | {"same": {"related": "shared"}})
+    assert "related chooses the same neurons as shared, and isn't listed separately." in text
