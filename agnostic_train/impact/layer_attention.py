@@ -121,7 +121,7 @@ class LayerAttention:
         for block in self.blocks:
             attention = self.in_block(block, change.grows)
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
-                factors, growths = _in_block(by_neuron, heads, neurons, block)
+                factors, growths = _factors_in_block(by_neuron, heads, neurons, block)
                 result[heads, neurons] += attention.squares(heads, factors, growths, bits[heads, neurons])
         return without_noise(result, bits)
 
@@ -134,7 +134,7 @@ class LayerAttention:
             attention = self.plainly_in_block(block)
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
                 some = attention.of_heads(heads)
-                changed = some.changed(*_in_block(by_neuron, heads, neurons, block))
+                changed = some.changed(*_factors_in_block(by_neuron, heads, neurons, block))
                 changed = self.inputs.finish(changed, visible[heads, None, block.rows, block.keys])
                 result[heads, neurons] += some.squares(changed)
         return without_noise(result, bits)
@@ -234,7 +234,9 @@ def _by_neuron(change: LogitChange) -> LogitChange:
     )
 
 
-def _in_block(by_neuron: LogitChange, heads: slice, neurons: slice, block: Block) -> tuple[list[Tensor], list[Tensor]]:
+def _factors_in_block(
+    by_neuron: LogitChange, heads: slice, neurons: slice, block: Block
+) -> tuple[list[Tensor], list[Tensor]]:
     """Factors and growths of some neurons in a block, shaped as `AttentionBlock.changed` takes them."""
     by_row, by_key = (heads, neurons, block.rows, None), (heads, neurons, None, block.keys)
     factors = [by_neuron.a[by_row], by_neuron.b[by_key], by_neuron.c[by_row], by_neuron.d[by_key]]
