@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 from typing import get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agnostic_train.choices import Update
@@ -29,6 +31,13 @@ def pytest_collection_finish():
     """Exclude imported objects from garbage collection: each Trainer collects, which would take 0.3 s with them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def unrendered_figures(request, monkeypatch):
+    """Leave files of figures empty, except in tests marked `figures`: rendering would take a seventh of all time."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

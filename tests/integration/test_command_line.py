@@ -50,6 +50,7 @@ def finished(finished_template):
     backup.rename(finished_template)
 
 
+@pytest.mark.figures
 def test_run_executes_all_stages_and_keeps_unchanged_ones(root, capsys):
     assert run(root, "run") == 0
     out = root / "out"

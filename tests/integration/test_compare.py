@@ -41,6 +41,7 @@ def test_lora_of_equal_size_is_trained_and_merged(root, capsys):
     assert "export.to: 'lora' needs neurons" in capsys.readouterr().err
 
 
+@pytest.mark.figures
 def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
     assert run(root, "compare", "--dry-run", *SMALL) == 0
     least, most = map(
@@ -201,6 +202,7 @@ def test_masked_training_counts_only_trainable_entries(root):
     assert trainable[0] == trainable[1]
 
 
+@pytest.mark.figures
 def test_report_leaves_out_results_of_another_recipe(root):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags) == 0 and run(root, "run", *flags) == 0

@@ -49,6 +49,7 @@ def test_every_point_of_a_sweep_is_a_valid_recipe(pytestconfig, name, monkeypatc
     assert all(recipe.tracking.wandb and recipe.output_dir == f"runs/sweeps/{name}/abc" for recipe in recipes)
 
 
+@pytest.mark.figures
 def test_two_points_of_a_sweep_run(pytestconfig, root, monkeypatch):
     """Run the sweep's commands on the small recipe: the first as an agent would, the last in this process."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -37,6 +37,7 @@ def runs(monkeypatch):
     return finished
 
 
+@pytest.mark.figures
 def test_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     assert run(root, "run", "--tracking.wandb=true", "--tracking.run_name=mine", "--tracking.project=p") == 0
     (only,) = runs
@@ -78,6 +79,7 @@ def test_objective_of_a_sweep_penalises_forgetting():
     assert objectives(evaluation, ["sw"], max_forgetting=0.0)["largest_forgetting"] == 0
 
 
+@pytest.mark.figures
 def test_comparison_is_a_group_of_runs(root, runs):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     assert run(root, "compare", *flags, "--tracking.wandb=true", "--tracking.run_name=mine") == 0

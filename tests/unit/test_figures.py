@@ -74,6 +74,7 @@ def test_percent_keeps_the_sign_of_small_changes(change, text):
     assert percent(change) == text
 
 
+@pytest.mark.figures
 def test_both_files_are_written_and_svg_keeps_text(tmp_path):
     def draw():
         figure = Figure()
