@@ -63,6 +63,9 @@ def _of_language(value: str) -> str:
 
 # A shell doesn't expand the ~ in --output_dir=~/runs.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+# An empty path would name the current folder.
+Item = Annotated[str, Field(min_length=1)]
+PathItem = Annotated[Item, AfterValidator(os.path.expanduser)]
 OfLanguage = Annotated[str, AfterValidator(_of_language)]
 Language = Annotated[str, AfterValidator(_language)]
 Languages = Annotated[list[Language], BeforeValidator(_as_list), AfterValidator(_distinct)]
@@ -82,7 +85,7 @@ class ModelSection:
 
     name: LocalPath = Field(description=f"A local folder or a hub name; {EMBEDDED} trains the package's tiny model.")
     revision: str | None = Field(default=None, description="A hub revision.")
-    checkpoints: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    checkpoints: Annotated[list[Item], BeforeValidator(_as_list)] = Field(
         default_factory=list,
         description="Earlier checkpoints to score as well: folders or hub revisions, as STEP=NAME if NAME contains no "
         "step.",
@@ -299,13 +302,13 @@ class EvaluationSection:
     parallel_sentences: int | None = Field(
         default=None, ge=1, description="Number of parallel lines, drawn with corpus.seed; default: all."
     )
-    checkpoints: Annotated[list[LocalPath], BeforeValidator(_as_list)] = Field(
+    checkpoints: Annotated[list[PathItem], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Other checkpoints to measure besides the base and the enhanced one."
     )
-    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    tasks: Annotated[list[Item], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Tasks of lm-evaluation-harness, by name (needs the extra 'eval')."
     )
-    task_paths: Annotated[list[LocalPath], BeforeValidator(_as_list)] = Field(
+    task_paths: Annotated[list[PathItem], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Folders with further task files for the harness."
     )
     mgsm: LocalPath | None = Field(

@@ -31,11 +31,12 @@ _SMALL_FILE = 1 << 20
 _PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
 
 
-def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
+def load_model(section: ModelSection, name: str | Path, key: str = "model.name") -> PreTrainedModel:
     """Loads a causal language model in `model.dtype` onto the accelerator, if there is one.
 
     Args:
         name: a local checkpoint folder or a hub name.
+        key: the recipe key that names it, for error messages.
 
     Raises:
         UserError: the model doesn't exist, can't be loaded, or its checkpoint isn't complete.
@@ -43,13 +44,19 @@ def load_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     with _without_report():
         model, info = _load(
-            AutoModelForCausalLM, section, name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            AutoModelForCausalLM,
+            section,
+            name,
+            key,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    check_complete(info, name)
+    check_complete(info, name, key)
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         logger.warning_once(
-            f"model.name: {name} has {len(unused)} weights that its config has no use for, such as {unused[0]}"
+            f"{key}: {name} has {len(unused)} weights that its config has no use for, such as {unused[0]}"
         )
     return model.to(find_accelerator() or "cpu").eval()
 
@@ -101,8 +108,8 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
     """
     check_checkpoint(section, source, key)
     if Path(source).is_dir():
-        return load_model(section, source)
-    return load_model(replace(section, revision=source), section.name)
+        return load_model(section, source, key)
+    return load_model(replace(section, revision=source), section.name, key)
 
 
 def checkpoint_identity(section: ModelSection, source: str) -> dict:
@@ -113,8 +120,10 @@ def checkpoint_identity(section: ModelSection, source: str) -> dict:
 
 
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
-    """Raises `UserError` that names `key` if `source` isn't a folder and can't be a revision."""
-    if not Path(source).is_dir() and Path(section.name).exists():
+    """Raises `UserError` that names `key` if `source` is neither a checkpoint's folder nor possibly a revision."""
+    if Path(source).is_dir():
+        _check_folder(source, key)
+    elif Path(section.name).exists():
         raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
@@ -142,12 +151,12 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
     return {"name": str(name), "files": files}
 
 
-def _load(auto_class, section: ModelSection, name: str | Path, **settings):
+def _load(auto_class, section: ModelSection, name: str | Path, key: str = "model.name", **settings):
     if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
         # This can't be a hub name; without the check, the hub would be asked for it repeatedly.
-        raise UserError(f"model.name: no such folder {name}")
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise UserError(f"model.name: {name} has no config.json; name the folder of a checkpoint")
+        raise UserError(f"{key}: no such folder {name}")
+    if Path(name).is_dir():
+        _check_folder(name, key)
     try:
         return auto_class.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
@@ -156,7 +165,12 @@ def _load(auto_class, section: ModelSection, name: str | Path, **settings):
         problem = shorten(str(error), 400)
         if not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
-        raise UserError(f"model.name: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
+        raise UserError(f"{key}: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
+
+
+def _check_folder(folder: str | Path, key: str) -> None:
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(f"{key}: {folder} has no config.json; name the folder of a checkpoint")
 
 
 @contextmanager

@@ -72,10 +72,7 @@ def _refused(what: str) -> Iterator[None]:
 
 def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` for a recipe that would fail after hours of work, or overwrite what it reads."""
-    output = Path(recipe.output_dir).resolve()
-    for key, name in (("model.name", recipe.model.name), ("corpus.path", recipe.corpus.path)):
-        if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
-            raise UserError(f"output_dir: {key} lies in it, and would be overwritten; use another folder")
+    _check_not_overwritten(recipe)
     name = recipe.training.strategy
     if name in BASELINES and recipe.export.to != "merged":
         reason = "trains all weights" if name == "full" else "writes adapter/, which is a LoRA already"
@@ -128,6 +125,21 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])
     check_trainer_arguments(arguments)
+
+
+def _check_not_overwritten(recipe: Recipe) -> None:
+    output = Path(recipe.output_dir).resolve()
+    read = [
+        ("model.name", recipe.model.name),
+        *(("model.checkpoints", it.source) for it in parse_checkpoints(recipe.model.checkpoints)),
+        ("corpus.path", recipe.corpus.path),
+        ("corpus.dataset", recipe.corpus.dataset),
+        ("training.neurons", recipe.training.neurons),
+        *(("evaluation.checkpoints", it) for it in recipe.evaluation.checkpoints),
+    ]
+    for key, name in read:
+        if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):
+            raise UserError(f"output_dir: {key} lies in it ({name}), and could be overwritten; use another folder")
 
 
 def check_stage(recipe: Recipe, arguments: NeuronTrainingArguments, stage: str) -> None:

@@ -265,10 +265,9 @@ def _phases(
     trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
     # Models are evaluated one at a time: the base, the enhanced one and others.
     widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
-    scored = layout.weights * (2 if recipe.model.checkpoints else 1)
     phases = [
         detection,
-        Phase("score", scored, 0, layer, layout.scored_logits(tokens, length)),
+        Phase("score", layout.weights, 0, layer, layout.scored_logits(tokens, length)),
         train,
         Phase("export", layout.weights + trained + enhanced.weights),
         Phase(

@@ -62,6 +62,7 @@ class Pipeline:
         check_inputs(recipe, self.training_arguments)
         _make_writable("output_dir", self.directory)
         if recipe.tracking.results_dir is not None:
+            self._check_results_folder(Path(recipe.tracking.results_dir))
             _make_writable("tracking.results_dir", Path(recipe.tracking.results_dir))
         self.manifest = Manifest(self.directory)
         self.inputs = StageInputs(recipe, self.training_arguments, self.materials, self.manifest)
@@ -195,6 +196,14 @@ class Pipeline:
 
         for folder, is_own in STAGE_TABLE[stage].folders(self.recipe).items():
             check(folder, is_own)
+
+    def _check_results_folder(self, results: Path) -> None:
+        """Refuses to publish into a folder that a stage replaces: there, the tables would pass for a user's files."""
+        for stage, row in STAGE_TABLE.items():
+            for folder in row.folders(self.recipe):
+                replaced = (self.directory / folder).resolve()
+                if replaced in (results.resolve(), *results.resolve().parents):
+                    raise UserError(f"tracking.results_dir: {stage} replaces {replaced}; name another folder")
 
     @contextmanager
     def _enough_memory(self, stage: str) -> Iterator[None]:

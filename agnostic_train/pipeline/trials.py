@@ -14,6 +14,7 @@ from transformers import PrinterCallback, set_seed
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
+from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
@@ -21,7 +22,7 @@ from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
 from agnostic_train.training.chosen import num_weights
-from agnostic_train.training.strategy import Choice
+from agnostic_train.training.strategy import SET_STRATEGIES, Choice
 
 SET_BY_TRIALS = {
     "data_seed": None,
@@ -175,6 +176,23 @@ class Trials:
             }
             for kind, of_kind in self.texts.items()
         }
+
+
+def twins(strategies: Sequence[str], choose: Callable[[Trial], Choice]) -> dict[str, str]:
+    """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
+    twin_of: dict[str, str] = {}
+    earlier: dict[str, NeuronSet] = {}
+    for name in strategies:
+        if name not in SET_STRATEGIES:
+            continue
+        neurons = choose(Trial(name)).neurons
+        assert neurons is not None
+        twin = next((it for it, others in earlier.items() if others == neurons), None)
+        if twin is None:
+            earlier[name] = neurons
+        else:
+            twin_of[name] = twin
+    return twin_of
 
 
 def _what_learns(choice: Choice | None) -> object:

@@ -31,7 +31,7 @@ class Checkpoint:
         Without `STEP=`, the step is the last number that follows `step` in the name, or else the last number in it.
         """
         step, equals, source = entry.partition("=")
-        if equals and step.isdigit():
+        if equals and step.isdecimal():
             return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
         # A name may contain other numbers too: stage1-step596057-tokens2500B.

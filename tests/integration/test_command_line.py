@@ -374,9 +374,16 @@ def test_forced_stage_makes_its_dependents_stale(finished, capsys):
 
 def test_inputs_and_foreign_files_are_not_overwritten(finished, capsys):
     out = finished / "out"
-    for flag in (f"--model.name={out / 'enhanced'}", f"--corpus.path={out}"):
-        assert run(finished, "run", flag) == 2
-        assert "would be overwritten" in capsys.readouterr().err
+    for key, path in (
+        ("model.name", out / "enhanced"), ("corpus.path", out), ("evaluation.checkpoints", out / "enhanced"),
+        ("model.checkpoints", out / "enhanced"), ("training.neurons", out / "neurons/shared.safetensors"),
+    ):  # fmt: skip
+        message = f"output_dir: {key} lies in it ({path}), and could be overwritten; use another folder"
+        assert_mistake(finished, "run", [f"--{key}={path}"], message, capsys)
+    for folder, stage in (("neurons", "detect"), ("figures/mine", "report")):
+        message = f"tracking.results_dir: {stage} replaces {out / folder.split('/')[0]}; name another folder"
+        assert_mistake(finished, "run", [f"--tracking.results_dir={out / folder}"], message, capsys)
+        assert not (out / "figures/mine").exists()
     foreign = finished / "foreign"
     shutil.copytree(out / "checkpoint-6", foreign / "checkpoint-900")
     assert run(finished, "train", f"--output_dir={foreign}") == 2
@@ -498,6 +505,10 @@ MISTAKES = [
     (["--export.to=onnx"], "export.to"),
     (["--model.checkpoints=nowhere"], "model.checkpoints: no such folder nowhere"),
     (["--model.checkpoints=7=a,7=a"], "model.checkpoints: a is listed twice"),
+    (["--model.checkpoints=7=/proc"], "model.checkpoints: /proc has no config.json; name the folder of a checkpoint"),
+    (["--model.checkpoints=a,"], "--model.checkpoints: string should have at least 1 character"),
+    (["--evaluation.checkpoints=a,"], "--evaluation.checkpoints: string should have at least 1 character"),
+    (["--evaluation.tasks=a,"], "--evaluation.tasks: string should have at least 1 character"),
     (["--training.strategy=full", "--export.to=lora"], "export.to"),
     (["--training.learning_rate=1e30", "--training.max_grad_norm=0"], "training.learning_rate: "),
     (["--training.metric_for_best_model=eval_loss"], "training.metric_for_best_model"),

@@ -219,7 +219,7 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     flags = [
         "--training.strategy=pilot",
         "--training.pilot_steps=3",
-        "--training.pilot_strategies=shared,exclusive,related",
+        "--training.pilot_strategies=shared,exclusive,related,shared+exclusive",
     ]
     assert run(root, "train", *flags) == 0
     printed = capsys.readouterr().out
@@ -228,6 +228,7 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert [row["change"] for row in ranking] == sorted(row["change"] for row in ranking)
     assert all(row["change"] == row["languages"]["sw"] for row in ranking) and ranking[0]["change"] < 0
     assert f"pilot 1. {ranking[0]['strategy']}:" in printed
+    assert "pilot: shared+exclusive chooses the same neurons as related, and isn't listed separately" in printed
     record = json.loads((root / "out/manifest.json").read_text())["stages"]["train"]
     assert record["strategy"] == ranking[0]["strategy"] and "pilot.json" in record["files"]
     neurons = LanguageNeurons.load(root / "out/neurons")
@@ -379,6 +380,7 @@ def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
         (["--evaluation.parallel=nowhere"], "evaluation.parallel: nowhere isn't a folder"),
         (["--evaluation.languages=xx"], "evaluation.languages: 'xx' has no file"),
         (["--evaluation.checkpoints=nowhere"], "evaluation.checkpoints: no such folder nowhere"),
+        (["--evaluation.checkpoints=/proc"], "evaluation.checkpoints: /proc has no config.json"),
     ],
 )
 def test_mistakes_of_compare_are_one_line(root, capsys, flags, message):

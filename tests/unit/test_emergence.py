@@ -20,6 +20,7 @@ from agnostic_train.scores.result import AgnosticScore
         ("5=stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 5),
         ("4373=runs/final", "runs/final", 4373),
         ("runs/final", "runs/final", None),
+        ("²=runs/final", "²=runs/final", None),
         ("runs-7/final", "runs-7/final", None),
     ],
 )

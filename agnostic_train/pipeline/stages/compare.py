@@ -10,12 +10,11 @@ from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
-from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials
+from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials, twins
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
     COMPARISON_TABLE,
@@ -26,7 +25,7 @@ from agnostic_train.report.page import (
     is_comparison_file,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
-from agnostic_train.training.strategy import SET_STRATEGIES, Choice
+from agnostic_train.training.strategy import Choice
 
 COMPARISON = "comparison"
 
@@ -42,13 +41,13 @@ def check_strategies(context: Context) -> None:
 
 
 def compare(context: Context) -> dict:
-    recipe, detected = context.recipe, context.load_neurons()
-    texts = context.materials.corpus.texts
-    same = _same(context, detected)
+    recipe, texts = context.recipe, context.materials.corpus.texts
+    choose = partial(_choose, context, context.load_neurons())
+    same = twins(recipe.comparison.strategies, choose)
     strategies = [it for it in recipe.comparison.strategies if it not in same]
     trials = Trials(
         context.materials,
-        partial(_choose, context, detected),
+        choose,
         {language: texts[language].training for language in recipe.training.text_languages},
         {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
         context.work,
@@ -85,23 +84,6 @@ def _group(context: Context) -> str:
 
 def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
     return make_strategy(context.recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
-
-
-def _same(context: Context, found: LanguageNeurons) -> dict[str, str]:
-    """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
-    same: dict[str, str] = {}
-    earlier: dict[str, NeuronSet] = {}
-    for name in context.recipe.comparison.strategies:
-        if name not in SET_STRATEGIES:
-            continue
-        neurons = _choose(context, found, Trial(name)).neurons
-        assert neurons is not None
-        twin = next((it for it, others in earlier.items() if others == neurons), None)
-        if twin is None:
-            earlier[name] = neurons
-        else:
-            same[name] = twin
-    return same
 
 
 def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> tuple[dict[str, Tuning], Results]:

@@ -86,6 +86,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
     checkpoints = parse_checkpoints(section.checkpoints)
     if not checkpoints:
         return []
+    context.materials.forget_model()  # a checkpoint may not fit in memory beside it
     sample = {language: text.detection for language, text in context.materials.corpus.texts.items()}
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:

@@ -16,7 +16,7 @@ from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
 from agnostic_train.pipeline.settings import launch_inputs, make_strategy, reads_held_out_text
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.trials import Trials
+from agnostic_train.pipeline.trials import Trial, Trials, twins
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
@@ -110,9 +110,13 @@ def _run_pilot(context: Context, text: Sentences) -> str:
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
+
+    def choose(trial: Trial) -> Choice:
+        return make_strategy(recipe, trial.strategy, trial.seed).choose(detected, None, context.materials.model)
+
     trials = Trials(
         context.materials,
-        lambda trial: make_strategy(recipe, trial.strategy, trial.seed).choose(detected, None, context.materials.model),
+        choose,
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
@@ -121,11 +125,15 @@ def _run_pilot(context: Context, text: Sentences) -> str:
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )
     seed, rate = context.arguments.seed, context.arguments.learning_rate
-    rows = rank_candidates(trials, recipe.training.pilot_strategies, recipe.training.languages, seed, rate)
+    same = twins(recipe.training.pilot_strategies, choose)
+    candidates = [it for it in recipe.training.pilot_strategies if it not in same]
+    rows = rank_candidates(trials, candidates, recipe.training.languages, seed, rate)
     for place, row in enumerate(rows, 1):
         context.say(f"train: pilot {place}. {row['strategy']}: {_describe(row, recipe.training.languages)}")
+    for name, twin in same.items():
+        context.say(f"train: pilot: {name} chooses the same neurons as {twin}, and isn't listed separately")
     if context.processes.is_main_process:
-        write_json(context.directory / PILOT, {"steps": steps, "ranking": rows})
+        write_json(context.directory / PILOT, {"steps": steps, "ranking": rows, "same": same})
     return rows[0]["strategy"]
 
 
