@@ -10,6 +10,8 @@ Method = Literal["impact", "lape"]
 Update = Literal["compact", "mask"]
 ExportTarget = Literal["merged", "lora", "delta"]
 SetStrategy = Literal["shared", "exclusive", "shared+exclusive", "related"]
+Baseline = Literal["lora", "full"]
+Trainable = Literal[SetStrategy, "random", Baseline]
 
 
 def check_choice(key: str, value: Any, choices: Any) -> None:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from agnostic_train import __version__
 from agnostic_train.errors import UserError
-from agnostic_train.pipeline import STAGE_HELP, OutOfMemory
-from agnostic_train.recipe import OWN_KEYS, recipe_keys, training_argument_types
+from agnostic_train.pipeline import STAGE_HELP, OutOfMemoryError
 from agnostic_train.recipe_file import load_recipe
+from agnostic_train.recipe_keys import OWN_KEYS, recipe_keys, training_argument_types
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, these errors name no file
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             pipeline.say(f"report: {pipeline.directory / 'report.html'}")
     except UserError as error:
         return _fail(str(error))
-    except OutOfMemory as error:
+    except OutOfMemoryError as error:
         return _fail(str(error), 1)
     except SafetensorError as error:  # also raised when the disk is full
         return _fail(f"a weight file can't be read or written ({error}); is the disk of output_dir full?")

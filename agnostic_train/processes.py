@@ -61,7 +61,7 @@ def check_whole(model: nn.Module, what: str) -> None:
             )
 
 
-def in_order(own: list[T]) -> list[T]:
+def gather_in_order(own: list[T]) -> list[T]:
     """Gathers the results of every process's `own_share` and returns them on each process, in the items' order."""
     if num_processes() == 1:
         return own

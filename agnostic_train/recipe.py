@@ -3,15 +3,14 @@
 import math
 import os
 import re
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field
 from string import Formatter
-from typing import Annotated, Any, Literal, NamedTuple, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, dataclass_transform, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic.fields import FieldInfo
 
-from agnostic_train.choices import Attention, Exclusive, ExportTarget, Method, SetStrategy, Update
+from agnostic_train.choices import Attention, Exclusive, ExportTarget, Method, SetStrategy, Trainable, Update
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -76,7 +75,6 @@ EMBEDDED = "embedded:quickstart"
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0)]
-Trainable = Literal["shared", "exclusive", "shared+exclusive", "related", "random", "lora", "full"]
 
 
 @_section
@@ -409,76 +407,3 @@ class Recipe:
         values = asdict(self)
         values["training"]["arguments"].pop("hub_token", None)
         return values
-
-
-SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}
-OWN_KEYS = {"output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name"}
-"""TrainingArguments that a recipe sets by other keys of its own."""
-
-
-def training_argument_types() -> dict[str, Any]:
-    """Every key of transformers' `TrainingArguments` that a recipe may set, with its type."""
-    from transformers import TrainingArguments  # slow to import, and not needed to read a recipe's own keys
-
-    hints = get_type_hints(TrainingArguments)
-    return {it.name: hints[it.name] for it in fields(TrainingArguments) if it.init and it.name not in OWN_KEYS}
-
-
-class KeyRow(NamedTuple):
-    """One key of a recipe: its description, choices, and default or `required`; a field without a value is empty."""
-
-    key: str
-    description: str
-    choices: str
-    default: str
-
-
-def own_types() -> dict[str, Any]:
-    """Every key that isn't a TrainingArgument, as `section.key` or `output_dir`, with its type."""
-    return {key: info.annotation for key, info in _own_infos().items()}
-
-
-def key_table() -> list[KeyRow]:
-    """Every key that isn't a TrainingArgument, as `section.key` or `output_dir`, in the order of the recipe."""
-    rows = _own_infos().items()
-    return [KeyRow(key, info.description or "", _choices(info), _default(info)) for key, info in rows]
-
-
-def recipe_keys() -> dict[str, str]:
-    """Every key that isn't a TrainingArgument, with its help text."""
-    texts = {}
-    for row in key_table():
-        parts = [f"one of {row.choices}"] if row.choices else []
-        if row.default:
-            parts.append(row.default if row.default == "required" else f"default {row.default}")
-        texts[row.key] = row.description + (f" ({'; '.join(parts)})" if parts else "")
-    return texts
-
-
-def _own_infos() -> dict[str, FieldInfo]:
-    infos = {"output_dir": _infos(Recipe)["output_dir"]}
-    for name, section in SECTIONS.items():
-        infos |= {f"{name}.{key}": info for key, info in _infos(section).items() if info.description}
-    return infos
-
-
-def _infos(section: Any) -> dict[str, FieldInfo]:
-    """Pydantic's field information of a section; the attribute is added at run time, so type checkers don't know it."""
-    return section.__pydantic_fields__
-
-
-def _choices(info: FieldInfo) -> str:
-    kinds = [info.annotation, *get_args(info.annotation)]
-    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    return ", ".join(choices)
-
-
-def _default(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    default = info.get_default(call_default_factory=True)
-    if default is None:
-        return ""
-    if isinstance(default, list):
-        return ", ".join(map(str, default))
-    return f"{default:.4g}" if isinstance(default, float) else str(default)

@@ -15,15 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from agnostic_train.errors import UserError
-from agnostic_train.recipe import (
-    OWN_KEYS,
-    SECTIONS,
-    Recipe,
-    TrainingSection,
-    own_types,
-    recipe_keys,
-    training_argument_types,
-)
+from agnostic_train.recipe import Recipe, TrainingSection
+from agnostic_train.recipe_keys import OWN_KEYS, SECTIONS, own_types, recipe_keys, training_argument_types
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MOST_VALUES = 10_000

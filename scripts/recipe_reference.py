@@ -6,7 +6,7 @@ A test checks that the file is current.
 import argparse
 from pathlib import Path
 
-from agnostic_train.recipe import SECTIONS, key_table
+from agnostic_train.recipe_keys import SECTIONS, key_table
 
 HEAD = """# Every key of a recipe
 

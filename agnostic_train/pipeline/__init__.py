@@ -17,5 +17,5 @@ STAGE_HELP = {
 }
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemoryError(RuntimeError):
     """A stage needs more memory than the device has; the message is one line that names the keys to lower."""

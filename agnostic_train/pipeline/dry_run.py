@@ -1,175 +1,15 @@
-"""The dry run: reports a recipe's model, text, steps and memory before any weight is loaded or any file written."""
+"""The dry run: prints a recipe's plan as tables."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, floor
-from statistics import fmean
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from agnostic_train.corpus.encoding import SAMPLE, Encoder
-from agnostic_train.corpus.hub import check_dataset
-from agnostic_train.corpus.judging import judging_text
-from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
-from agnostic_train.corpus.streaming import wanted_sentences
-from agnostic_train.errors import UserError
-from agnostic_train.evaluation.task_evaluation import find_tasks
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
-from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
-from agnostic_train.model.loading import load_empty_model, load_tokenizer
-from agnostic_train.model.memory import GIB, SLACK, Layout
-from agnostic_train.pipeline.checks import check_inputs, check_stage
-from agnostic_train.pipeline.fitting import check_batches, epoch_sizes
-from agnostic_train.pipeline.materials import kept_text
-from agnostic_train.pipeline.pilot import split_pilot_text
-from agnostic_train.pipeline.settings import training_arguments
-from agnostic_train.pipeline.stages.train import read_neurons
-from agnostic_train.quickstart.tiny_model import cache_directory
-from agnostic_train.recipe import EMBEDDED, Recipe
-from agnostic_train.training.chosen import num_weights
-from agnostic_train.training.strategy import BASELINES
-from agnostic_train.training.trainer import NeuronTrainingArguments
-
-_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_PURPOSES = ("detection", "training", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stage's memory on one GPU, in bytes, by the formulas in `model/memory.py`; only `total` includes the slack."""
-
-    name: str
-    weights: int
-    learnt: int = 0
-    activations: int = 0
-    logits: int = 0
-
-    @property
-    def total(self) -> float:
-        return SLACK * (self.weights + self.learnt + self.activations + self.logits)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The sizes that a recipe resolves to.
-
-    num_sentences: per language and purpose. mean_tokens: mean length of the first detection sentences, per language;
-    empty for streamed text, which a dry run doesn't read. num_entries: the largest number of weights that can learn.
-    batch: sequences per optimizer step, over all processes. num_steps: optimizer steps.
-    """
-
-    layout: Layout
-    decoder: Decoder
-    model_class: str
-    dtype: str
-    length: int
-    num_sentences: dict[str, dict[str, int]]
-    mean_tokens: dict[str, float]
-    num_entries: int
-    batch: int
-    num_steps: int
-    num_processes: int
-    phases: list[Phase]
-
-
-def make_plan(recipe: Recipe, stage: str) -> Plan:
-    """Resolves a recipe without loading a weight or writing a file.
-
-    Args:
-        stage: the last stage to plan for; `run` plans all.
-
-    Raises:
-        UserError: the recipe has a mistake that shows without loading the weights.
-    """
-    arguments = training_arguments(recipe)
-    check_inputs(recipe, arguments)
-    check_stage(recipe, arguments, stage)
-    if recipe.evaluation.tasks and stage in ("run", "evaluate", "report"):
-        find_tasks(recipe.evaluation.tasks, recipe.evaluation.task_paths)
-    model_path, corpus_path = _local_paths(recipe)
-    texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
-    num_sentences = _count_sentences(recipe, texts)
-    model = load_empty_model(recipe.model, model_path)
-    decoder = find_decoder(model)
-    layout = Layout.of(model, decoder)
-    tokenizer = load_tokenizer(recipe.model, model_path)
-    encoder = Encoder.of(tokenizer, recipe.corpus, model.config)
-    if recipe.training.packing:
-        encoder.check_packing()
-    mean_tokens = {
-        language: fmean(
-            len(row["input_ids"]) for row in encoder.encode(text.detection[:SAMPLE], f"detection text of {language}")
-        )
-        for language, text in texts.items()
-    }
-    length = encoder.max_length or tokenizer.model_max_length
-    strategies: list[str] = [*recipe.comparison.strategies] if stage == "compare" else [recipe.training.strategy]
-    entries = {it: _most_entries(recipe, it, decoder, layout) for it in strategies}
-    if stage != "compare" and recipe.training.neurons is not None:
-        entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
-    num_processes = arguments.world_size  # initialises the processes as the recipe asks
-    micro_batch = arguments.per_device_train_batch_size
-    # Streamed sentences aren't read here; only their number is known.
-    training: dict[str, Sequence] = {
-        language: texts[language].training if texts else range(num_sentences[language]["training"])
-        for language in recipe.training.text_languages
-    }
-    num_batches = _num_batches(recipe, arguments, encoder, training, is_read=bool(texts), stage=stage)
-    steps_per_epoch = ceil(num_batches / arguments.gradient_accumulation_steps)
-    return Plan(
-        layout=layout,
-        decoder=decoder,
-        model_class=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
-        length=length,
-        num_sentences=num_sentences,
-        mean_tokens=mean_tokens,
-        num_entries=max(entries.values()),
-        batch=micro_batch * arguments.gradient_accumulation_steps * num_processes,
-        num_steps=arguments.max_steps
-        if arguments.max_steps > 0
-        else ceil(arguments.num_train_epochs * steps_per_epoch),
-        num_processes=num_processes,
-        phases=_up_to(stage, _phases(recipe, layout, arguments, length, entries, num_processes, stage)),
-    )
-
-
-def _num_batches(
-    recipe: Recipe,
-    arguments: NeuronTrainingArguments,
-    encoder: Encoder,
-    training: Mapping[str, Sequence],
-    is_read: bool,
-    stage: str,
-) -> int:
-    """The number of batches per process in an epoch.
-
-    training: per language, the sentences to train on; without `is_read`, any sequence of that length.
-
-    Raises:
-        UserError: the stage trains, and has too little text for that.
-    """
-    section = recipe.training
-    trains = stage not in ("detect", "score")
-    if trains:
-        for language, sentences in training.items():
-            check_training_text(language, sentences)
-        if stage != "compare" and section.has_pilot and (is_read or not section.packing):
-            training, _ = split_pilot_text(recipe, arguments, encoder, training)
-    examples = {language: len(sentences) for language, sentences in training.items()}
-    if section.packing and is_read:
-        for language, sentences in training.items():
-            if len(sentences):
-                packed = encoder.sentences_packed(sentences, f"training text of {language}")
-                examples[language] = ceil(len(sentences) / packed)
-    num_examples = sum(epoch_sizes(examples, section).values())
-    if trains:
-        check_batches(num_examples, arguments)
-    whole = floor if arguments.dataloader_drop_last else ceil
-    return whole(num_examples / (arguments.per_device_train_batch_size * arguments.world_size))
+from agnostic_train.model.memory import GIB, SLACK
+from agnostic_train.pipeline.plan import PURPOSES, Plan, make_plan
+from agnostic_train.recipe import Recipe
 
 
 def print_plan(recipe: Recipe, stage: str) -> None:
@@ -181,135 +21,6 @@ def print_plan(recipe: Recipe, stage: str) -> None:
     for table in (_model_table(recipe, plan, stage), _text_table(recipe, plan), _memory_table(plan)):
         if table.row_count:
             console.print(table)
-
-
-def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
-    """The paths of model and text; raises `UserError` for embedded ones not made yet: a dry run writes nothing."""
-    corpus = recipe.corpus.path
-    return (
-        _local_path("model.name", recipe.model.name, "model"),
-        None if corpus is None else _local_path("corpus.path", corpus, "corpus"),
-    )
-
-
-def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
-    """The text of every language; test and parallel text is read too, so that mistakes in it show."""
-    corpus = load_corpus(recipe.corpus, path)
-    judging_text(corpus, recipe.corpus, recipe.evaluation, path)
-    return corpus.texts
-
-
-def _local_path(key: str, name: str, folder: str) -> str:
-    if name != EMBEDDED:
-        return name
-    directory = cache_directory() / folder
-    if not directory.exists():
-        raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
-    return str(directory)
-
-
-def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
-    if texts:
-        return {language: {it: len(getattr(text, it)) for it in _PURPOSES} for language, text in texts.items()}
-    if not kept_text(recipe).exists():
-        check_dataset(recipe.corpus)
-    trained = recipe.languages_with_training_text
-    return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
-
-
-def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
-    """The largest number of weights that a strategy can choose.
-
-    Over S sentences a site has n * S top places, and a related neuron takes at least consistency * S of them, so at
-    most n / consistency neurons are related to a language. Shared neurons are among these, unless `min_languages` is
-    lower than the number of languages.
-    """
-    training, detection = recipe.training, recipe.detection
-    if strategy == "full":
-        return layout.num_parameters
-    num_languages = len(recipe.corpus.languages)
-    least = detection.min_languages or num_languages
-    languages = len(training.languages) + (num_languages / least if least < num_languages else 0)
-    ratio, sites = languages * detection.top_ratio / detection.consistency, decoder.sizes
-    if detection.method == "lape":
-        # LAPE selects among the feed-forward units of all layers, for all languages together.
-        ratio, sites = detection.lape_ratio, {it: sites[it] for it in sites if it[1] in FEED_FORWARD_PROJECTIONS}
-    return sum(min(size, max(1, floor(ratio * size))) * layout.entry_sizes[site] for site, size in sites.items())
-
-
-def _phases(
-    recipe: Recipe,
-    layout: Layout,
-    arguments: NeuronTrainingArguments,
-    length: int,
-    entries: Mapping[str, int],
-    num_processes: int,
-    stage: str,
-) -> list[Phase]:
-    """The phases in order.
-
-    entries: by strategy, the largest number of weights that can learn.
-    """
-    tokens = recipe.corpus.batch_size * length
-    layer = layout.layer_activations(tokens, length)
-    judged = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
-    detection = Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB))
-    training = {it: _training_phase(recipe, layout, arguments, length, it, number) for it, number in entries.items()}
-    if stage == "compare":
-        return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
-    ((strategy, train),) = training.items()
-    all_weights = _trains_all_weights(recipe, strategy)
-    itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
-    enhanced = replace(layout, weight_bytes=itemsize)
-    # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers.
-    trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
-    # Models are evaluated one at a time: the base, the enhanced one and others.
-    widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
-    phases = [
-        detection,
-        Phase("score", layout.weights, 0, layer, layout.scored_logits(tokens, length)),
-        train,
-        Phase("export", layout.weights + trained + enhanced.weights),
-        Phase(
-            "evaluate",
-            widest.weights,
-            0,
-            widest.layer_activations(judged, length),
-            widest.scored_logits(judged, length),
-        ),
-    ]
-    if num_processes > 1:
-        split = replace(
-            train,
-            name=f"train, split over {num_processes} (FSDP2, ZeRO-3)",
-            # A layer's weights are gathered while it runs, and the next layer's are prefetched.
-            weights=layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
-            learnt=train.learnt // num_processes,
-        )
-        phases.insert(3, split)
-    return phases
-
-
-def _trains_all_weights(recipe: Recipe, strategy: str) -> bool:
-    return strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
-
-
-def _training_phase(
-    recipe: Recipe, layout: Layout, arguments: NeuronTrainingArguments, length: int, strategy: str, num_entries: int
-) -> Phase:
-    tokens, all_weights = arguments.per_device_train_batch_size * length, _trains_all_weights(recipe, strategy)
-    return Phase(
-        "train",
-        layout.weights,
-        layout.learnt(None if all_weights else num_entries),
-        layout.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
-        layout.trained_logits(tokens),
-    )
-
-
-def _up_to(stage: str, phases: list[Phase]) -> list[Phase]:
-    last = [index for index, phase in enumerate(phases) if phase.name.startswith(stage)]
-    return phases[: last[-1] + 1] if last else phases
 
 
 def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
@@ -352,13 +63,13 @@ def _text_table(recipe: Recipe, plan: Plan) -> Table:
         or f"{recipe.corpus.dataset}, streamed: as many as requested, since a dry run doesn't read them"
     )
     table = Table("language", title=f"Sentences of {source}")
-    for purpose in _PURPOSES:
+    for purpose in PURPOSES:
         table.add_column(purpose, justify="right")
     table.add_column("tokens each", justify="right")
     for language, counts in plan.num_sentences.items():
         mark = " *" if language in recipe.training.text_languages else ""
         tokens = f"{plan.mean_tokens[language]:.0f}" if language in plan.mean_tokens else "?"
-        table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in _PURPOSES), tokens)
+        table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in PURPOSES), tokens)
     table.caption = "* its training text is trained on"
     return table
 

@@ -21,13 +21,13 @@ def make_trainer(
     arguments: NeuronTrainingArguments,
     choice: Choice,
     training: Mapping[str, Sequence[str]],
-    held_out: Mapping[str, Sequence[str]] | None = None,
+    validation: Mapping[str, Sequence[str]] | None = None,
 ) -> GuardedTrainer:
     """Returns a trainer for the recipe's model, in which the chosen weights learn.
 
     Args:
         training: per language, the sentences to train on.
-        held_out: per language, sentences to evaluate during training, as `eval_strategy` says.
+        validation: per language, sentences to evaluate during training, as `eval_strategy` says.
 
     Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
 
@@ -39,9 +39,10 @@ def make_trainer(
     examples = training_examples(encoder, training, section)
     check_batches(len(examples), arguments)
     settings = dict(args=arguments, train_dataset=examples, data_collator=encoder.collate)
-    if held_out is not None:
+    if validation is not None:
         settings["eval_dataset"] = {
-            language: encoder.examples(lines, f"validation text of {language}") for language, lines in held_out.items()
+            language: encoder.examples(lines, f"validation text of {language}")
+            for language, lines in validation.items()
         }
     model = materials.model
     if choice.neurons is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from agnostic_train.corpus.encoding import Encoder
-from agnostic_train.corpus.judging import judging_text
+from agnostic_train.corpus.evaluation_text import read_evaluation_text
 from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
@@ -72,26 +72,26 @@ class Materials:
         return corpus
 
     @property
-    def judged_texts(self) -> dict[str, dict[str, list[str]]]:
+    def evaluation_texts(self) -> dict[str, dict[str, list[str]]]:
         """The sentences used only to measure, per kind (`test`, `parallel`) and language."""
-        return self._judged[0]
+        return self._evaluation_texts[0]
 
     @property
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of each text file read so far."""
-        return self.corpus.hashes | (self._judged[1] if "_judged" in vars(self) else {})
+        return self.corpus.hashes | (self._evaluation_texts[1] if "_evaluation_texts" in vars(self) else {})
 
     @cached_property
-    def _judged(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    def _evaluation_texts(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
         with self._streamed_once():
-            return judging_text(
+            return read_evaluation_text(
                 self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
             )
 
-    def judging_batches(self) -> dict[str, dict[str, list]]:
-        """The batches of `judged_texts`, per kind and language."""
+    def evaluation_batches(self) -> dict[str, dict[str, list]]:
+        """The batches of `evaluation_texts`, per kind and language."""
         size = self.recipe.evaluation.batch_size
-        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.judged_texts.items()}
+        return {kind: self.batches(kind, sentences, size) for kind, sentences in self.evaluation_texts.items()}
 
     @cached_property
     def task_suite(self) -> TaskSuite | None:

@@ -17,7 +17,7 @@ from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, sole_user, whole_file
 from agnostic_train.model.loading import load_empty_model
-from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemory
+from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
@@ -43,7 +43,7 @@ class Pipeline:
 
     Raises:
         UserError: a folder can't be written to, or the recipe's keys don't fit together.
-        OutOfMemory: a stage needs more memory than the device has (raised by `run`).
+        OutOfMemoryError: a stage needs more memory than the device has (raised by `run`).
     """
 
     def __init__(self, recipe: Recipe, force: bool = False, say: Callable[[str], None] = print):
@@ -218,7 +218,7 @@ class Pipeline:
             if self.recipe.model.dtype == "float32":
                 remedies.append("set model.dtype to bfloat16, which halves the weights")
             remedy = ", or ".join(remedies) or "use a device with more memory"
-            raise OutOfMemory(f"{stage}: {shortage}; {remedy}") from error
+            raise OutOfMemoryError(f"{stage}: {shortage}; {remedy}") from error
 
     @cached_property
     def _tracking_id(self) -> str | None:

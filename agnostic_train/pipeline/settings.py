@@ -90,6 +90,6 @@ def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
     return {"processes": arguments.world_size, "precision": arguments.mixed_precision}
 
 
-def reads_held_out_text(arguments: NeuronTrainingArguments) -> bool:
-    """Whether a training evaluates its loss on held-out text."""
+def evaluates_during_training(arguments: NeuronTrainingArguments) -> bool:
+    """Whether a training evaluates its loss on validation text."""
     return arguments.eval_strategy != IntervalStrategy.NO or bool(arguments.eval_on_start)

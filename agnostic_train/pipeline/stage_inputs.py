@@ -12,7 +12,7 @@ from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline import STAGES
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.settings import launch_inputs, reads_held_out_text
+from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs
 from agnostic_train.pipeline.trials import SET_BY_TRIALS
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
@@ -165,7 +165,7 @@ class StageInputs:
     def _training_text(self) -> dict:
         section = self._recipe.training
         text = self._text("training", languages=section.text_languages)
-        if section.has_pilot or reads_held_out_text(self._arguments):
+        if section.has_pilot or evaluates_during_training(self._arguments):
             text["text"] |= self._text("validation")["text"]
         return text
 
@@ -175,17 +175,17 @@ class StageInputs:
         tasks = {name: suite.identity(name) for name in suite.names} if suite else None
         return {
             "evaluation": self._recipe.to_dict()["evaluation"] | {"tasks": tasks, "checkpoints": checkpoints},
-            **self._judging_text,
+            **self._evaluation_text,
         }
 
     @property
-    def _judging_text(self) -> dict:
+    def _evaluation_text(self) -> dict:
         text = self._text("validation")
-        text["text"]["test"] = fingerprint(self._materials.judged_texts)
+        text["text"]["test"] = fingerprint(self._materials.evaluation_texts)
         return text
 
     def _comparison_inputs(self) -> dict:
-        recipe, text = self._recipe.to_dict(), self._judging_text
+        recipe, text = self._recipe.to_dict(), self._evaluation_text
         text["text"] |= self._text("training", languages=self._recipe.training.text_languages)["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {

@@ -61,7 +61,7 @@ STAGE_TABLE = {
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
         replaces=("train",),
         memory_keys="training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
-        check=train.check_choice,
+        check=train.check_strategy,
     ),
     "export": Stage(
         export.export,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agnostic_train.errors import UserError
 from agnostic_train.files import whole_file
 from agnostic_train.model.inference import Batch, left_as_found, model_inputs
-from agnostic_train.processes import in_order, own_share
+from agnostic_train.processes import gather_in_order, own_share
 
 
 class NonFiniteLossError(UserError):
@@ -82,7 +82,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text"
         ValueError: a batch of wrong shapes or tokens, or without exactly one number per sentence.
     """
     with left_as_found(model):
-        parts = in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
+        parts = gather_in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
     nats, tokens = (
         torch.cat([getattr(it, name) for it in parts]) if parts else torch.zeros(0) for name in ("nats", "tokens")
     )

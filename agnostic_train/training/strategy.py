@@ -10,7 +10,7 @@ from typing import get_args
 from peft import LoraConfig
 from torch import nn
 
-from agnostic_train.choices import SetStrategy
+from agnostic_train.choices import Baseline, SetStrategy
 from agnostic_train.errors import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -20,7 +20,7 @@ from agnostic_train.training.equal_lora import equal_lora
 
 SET_STRATEGIES = get_args(SetStrategy)
 STRATEGIES = (*SET_STRATEGIES, "random", "auto")
-BASELINES = ("full", "lora")
+BASELINES = get_args(Baseline)
 
 
 @dataclass(frozen=True)

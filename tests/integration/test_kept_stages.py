@@ -15,8 +15,8 @@ from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_inputs import learning_arguments
 from agnostic_train.pipeline.stages import evaluate as evaluate_stage
-from agnostic_train.recipe import own_types
 from agnostic_train.recipe_file import load_recipe
+from agnostic_train.recipe_keys import own_types
 from agnostic_train.report import figures
 
 ALL = {*STAGES, "compare"}

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from agnostic_train.cli import main
 from agnostic_train.model.memory import GIB
-from agnostic_train.pipeline.dry_run import make_plan
+from agnostic_train.pipeline.plan import make_plan
 from agnostic_train.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

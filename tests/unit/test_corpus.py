@@ -21,7 +21,7 @@ from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus import streaming
 from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.encoding import Encoder
-from agnostic_train.corpus.judging import held_out_text
+from agnostic_train.corpus.evaluation_text import read_test_text
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline.fitting import training_examples
@@ -527,14 +527,14 @@ def test_streamed_text_is_kept(hub, tmp_path):
     """Kept text is read without the dataset; another choice of text is streamed again."""
     keep = tmp_path / "out/.corpus"
     corpus = load_corpus(streamed(hub), keep=keep)
-    held_out = held_out_text(streamed(hub, languages=["sw"]), "en", keep=keep)
+    held_out = read_test_text(streamed(hub, languages=["sw"]), "en", keep=keep)
     assert len(list(keep.iterdir())) == 5
     shutil.rmtree(hub)
     same = streamed(hub, languages=["en"], max_length=5, batch_size=3)
     assert load_corpus(same, keep=keep).texts == {"en": corpus.texts["en"]}
     assert load_corpus(streamed(hub), keep=keep) == corpus
     other_counts = streamed(hub, languages=["sw"], detection_sentences=3, training_sentences=7, validation_sentences=2)
-    assert held_out_text(other_counts, "en", keep=keep) == held_out
+    assert read_test_text(other_counts, "en", keep=keep) == held_out
     for changes in ({"seed": 1}, {"training_sentences": 21}, {"revision": "v2"}, {"text_column": "content"}):
         with pytest.raises(UserError, match="no such folder"):
             load_corpus(streamed(hub, **changes), keep=keep)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from agnostic_train.training.compact import NeuronLinear
-from agnostic_train.training.compact.product import fits
+from agnostic_train.training.compact.product import can_fuse
 
 SHAPES = [(1, 1, [0]), (6, 42, [0, 5]), (123, 7, [6])]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -51,7 +51,7 @@ def test_output_and_gradients_equal_the_definition(in_features, out_features, in
     sizes = (in_features, out_features) if dim == 0 else (out_features, in_features)
     layer = neuron_linear(*sizes, index if dim == 1 else [i % out_features for i in index[:1]], dim, dtype, bool(batch))
     x = torch.randn(*batch, sizes[0], dtype=dtype, requires_grad=True)
-    assert fits(layer.base_layer, delta_of(layer), x)
+    assert can_fuse(layer.base_layer, delta_of(layer), x)
     y = layer(x)
     y.square().sum().backward()
     expected = by_definition(layer, x)
@@ -127,19 +127,19 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_fits_leaves_other_modes_and_types_to_the_plain_form():
+def test_fusing_leaves_other_modes_and_types_to_the_plain_form():
     x = torch.randn(4, 6)
     layer = neuron_linear()
-    assert fits(layer.base_layer, delta_of(layer), x)
+    assert can_fuse(layer.base_layer, delta_of(layer), x)
     with torch.no_grad():
-        assert not fits(layer.base_layer, delta_of(layer), x)
+        assert not can_fuse(layer.base_layer, delta_of(layer), x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fits(layer.base_layer, delta_of(layer), x)
+        assert not can_fuse(layer.base_layer, delta_of(layer), x)
         half = neuron_linear(dtype=torch.bfloat16)
-        assert fits(half.base_layer, delta_of(half), x)
-    assert not fits(layer.base_layer, delta_of(layer), x.double())
-    assert not fits(neuron_linear().base_layer.requires_grad_(), delta_of(layer), x)
-    assert not fits(nn.Bilinear(6, 6, 5), delta_of(layer), x)
+        assert can_fuse(half.base_layer, delta_of(half), x)
+    assert not can_fuse(layer.base_layer, delta_of(layer), x.double())
+    assert not can_fuse(neuron_linear().base_layer.requires_grad_(), delta_of(layer), x)
+    assert not can_fuse(nn.Bilinear(6, 6, 5), delta_of(layer), x)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -243,10 +243,10 @@ def test_concurrent_threads_do_not_disturb_the_weight(learns):
 def test_frozen_deltas_shared_memory_and_meta_tensors_take_the_plain_form():
     x, layer = torch.randn(4, 6), neuron_linear()
     delta_of(layer).requires_grad_(False)
-    assert not fits(layer.base_layer, delta_of(layer), x)
+    assert not can_fuse(layer.base_layer, delta_of(layer), x)
     shared = neuron_linear()
     shared.base_layer.share_memory()
-    assert not fits(shared.base_layer, delta_of(shared), x)
+    assert not can_fuse(shared.base_layer, delta_of(shared), x)
     assert neuron_linear().to("meta")(x.to("meta")).shape == (4, 5)
 
 
@@ -263,6 +263,6 @@ def test_bias_of_another_dtype_than_the_weight_under_autocast():
 def test_weight_that_also_learns_takes_the_plain_form(bias):
     layer, x = nn.Linear(6, 4, bias=bias).requires_grad_(False), torch.zeros(2, 6)
     delta = torch.zeros(2, 6, requires_grad=True)
-    assert fits(layer, delta, x)
+    assert can_fuse(layer, delta, x)
     layer.weight.requires_grad_()
-    assert not fits(layer, delta, x)
+    assert not can_fuse(layer, delta, x)

@@ -3,8 +3,8 @@
 import pytest
 
 from agnostic_train.errors import UserError
-from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe, make_recipe
+from agnostic_train.recipe_keys import recipe_keys, training_argument_types
 
 BASE = """
 model: {name: some/model}

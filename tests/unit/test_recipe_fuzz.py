@@ -10,8 +10,8 @@ from agnostic_train.cli import main
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline.checks import check_inputs
 from agnostic_train.pipeline.settings import training_arguments
-from agnostic_train.recipe import recipe_keys, training_argument_types
 from agnostic_train.recipe_file import load_recipe
+from agnostic_train.recipe_keys import recipe_keys, training_argument_types
 
 BASE = "model: {name: m}\ncorpus: {path: text, languages: [en, sw]}\ntraining: {languages: [sw]}\noutput_dir: out\n"
 ALIASES = ", ".join(f"a{i}: &a{i} [{', '.join(['x' if i == 0 else f'*a{i - 1}'] * 10)}]" for i in range(9))

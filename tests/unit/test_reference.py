@@ -2,7 +2,7 @@
 
 import sys
 
-from agnostic_train.recipe import recipe_keys
+from agnostic_train.recipe_keys import recipe_keys
 
 
 def test_reference_is_current(pytestconfig, monkeypatch):

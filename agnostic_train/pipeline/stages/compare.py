@@ -49,7 +49,7 @@ def compare(context: Context) -> dict:
         context.materials,
         choose,
         {language: texts[language].training for language in recipe.training.text_languages},
-        {"validation": context.materials.batches("validation"), **context.materials.judging_batches()},
+        {"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
         context.work,
         [_key(context), context.set_hashes],
         group=_group(context),
@@ -75,7 +75,7 @@ def publish(context: Context) -> None:
     run_id = context.manifest.record("compare")["run"][:8]
     with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
         tracker.log_figures(context.directory / COMPARISON)
-        replace(context, tracker=tracker).publish({"comparison": comparison_table(read_json(file))}, files)
+        replace(context, tracker=tracker).publish_tables({"comparison": comparison_table(read_json(file))}, files)
 
 
 def _group(context: Context) -> str:

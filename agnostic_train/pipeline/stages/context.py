@@ -62,7 +62,7 @@ class Context:
         file = self.directory / "neurons" / ACTIVATIONS_FILE
         return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
-    def publish(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
+    def publish_tables(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
         """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only."""
         self.tracker.log_tables(tables)
         if self.recipe.tracking.results_dir is None:

@@ -71,7 +71,7 @@ def publish(context: Context) -> None:
         | {f"neurons/related/{language}": len(neurons) for language, neurons in detected.related.items()}
         | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in detected.exclusive.items()}
     )
-    context.publish({"neurons": neuron_table(detected)})
+    context.publish_tables({"neurons": neuron_table(detected)})
 
 
 def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:

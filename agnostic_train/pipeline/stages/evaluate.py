@@ -39,7 +39,7 @@ def evaluate(context: Context) -> dict:
     """Measures the base, the exported enhanced checkpoint and the checkpoints of the recipe, on text and on tasks."""
     recipe = context.recipe
     # Validation text is measured too, because sweeps select by it.
-    batches = {**context.materials.judging_batches(), "validation": context.materials.batches("validation")}
+    batches = {**context.materials.evaluation_batches(), "validation": context.materials.batches("validation")}
     checkpoints = _checkpoints(context)
     measured = {name: _measure(context, name, checkpoint, batches) for name, checkpoint in checkpoints.items()}
     before, after = measured["before"], measured["after"]
@@ -84,7 +84,7 @@ def publish(context: Context) -> None:
         tables["tasks"], tables["task_comparisons"] = (
             make_table(evaluation["tasks"]) for make_table in (task_table, task_comparison_table)
         )
-    context.publish(tables)
+    context.publish_tables(tables)
 
 
 def _checkpoints(context: Context) -> dict[str, _Checkpoint]:

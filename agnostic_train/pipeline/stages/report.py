@@ -19,4 +19,4 @@ def report(context: Context) -> dict:
 
 def publish(context: Context) -> None:
     context.tracker.log_figures(context.directory / "figures")
-    context.publish({}, {file.name: file for file in (context.directory / "figures").iterdir()})
+    context.publish_tables({}, {file.name: file for file in (context.directory / "figures").iterdir()})

@@ -60,11 +60,11 @@ def publish(context: Context) -> None:
         | {f"agnostic_score/random/{seed}": value for seed, value in result["controls"]["values"].items()}
         | {f"agnostic_score/matched/{seed}": value for seed, value in result["matched_controls"]["values"].items()}
     )
-    context.publish({"score": score_table(result), "ablation": ablation_table(result["ablation"])})
+    context.publish_tables({"score": score_table(result), "ablation": ablation_table(result["ablation"])})
     if context.recipe.model.checkpoints:
         rows = read_json(context.directory / "emergence.json")
         figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
-        context.publish({"emergence": emergence_table(rows)}, figures)
+        context.publish_tables({"emergence": emergence_table(rows)}, figures)
 
 
 def _score_of(

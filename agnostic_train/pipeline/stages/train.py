@@ -14,7 +14,7 @@ from agnostic_train.files import public_name, read_json, whole_directory, write_
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
-from agnostic_train.pipeline.settings import launch_inputs, make_strategy, reads_held_out_text
+from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs, make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.trials import Trial, Trials, twins
 from agnostic_train.scores.result import AgnosticScore
@@ -38,10 +38,10 @@ def train(context: Context) -> dict:
     choice = _choose(context, strategy)
     context.say(f"train: {choice.reason}")
     set_seed(arguments.seed)
-    held_out = None
-    if reads_held_out_text(arguments):
-        held_out = {language: text.validation for language, text in texts.items()}
-    trainer = make_trainer(context.materials, arguments, choice, training, held_out)
+    validation = None
+    if evaluates_during_training(arguments):
+        validation = {language: text.validation for language, text in texts.items()}
+    trainer = make_trainer(context.materials, arguments, choice, training, validation)
     checkpoints = saved_checkpoints(context.directory)
     if checkpoints:
         context.say(f"train: resumed from {checkpoints[-1].name}")
@@ -81,7 +81,7 @@ def train(context: Context) -> dict:
 def publish(context: Context) -> None:
     if context.recipe.training.has_pilot:
         rows = read_json(context.directory / PILOT)["ranking"]
-        context.publish({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
+        context.publish_tables({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
 
 
 def read_neurons(file: str, model: nn.Module) -> NeuronSet:
@@ -92,7 +92,7 @@ def read_neurons(file: str, model: nn.Module) -> NeuronSet:
     return neurons
 
 
-def check_choice(context: Context) -> None:
+def check_strategy(context: Context) -> None:
     """Raises `UserError` for a strategy that chooses nothing to train, before an earlier training is replaced."""
     section = context.recipe.training
     for name in section.pilot_strategies if section.has_pilot else [section.strategy]:

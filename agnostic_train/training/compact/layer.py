@@ -11,7 +11,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agnostic_train.training.compact.product import fits, neuron_product
+from agnostic_train.training.compact.product import can_fuse, neuron_product
 
 
 class NeuronLinear(nn.Module, BaseTunerLayer):
@@ -58,7 +58,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         adding = not (self.disable_adapters or self.merged)
         names = [name for name in self.active_adapters if name in self.neuron_delta] if adding else []
         plain = not args and not kwargs and len(names) == 1
-        if plain and fits(self.base_layer, self.neuron_delta[names[0]], x):
+        if plain and can_fuse(self.base_layer, self.neuron_delta[names[0]], x):
             return neuron_product(
                 x, self.base_layer, self.neuron_delta[names[0]], self.neuron_index[names[0]], self.dim
             )

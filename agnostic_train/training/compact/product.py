@@ -20,7 +20,7 @@ _FULL_PRECISION = (torch.float32, torch.float64)
 _ONE_AT_A_TIME = Lock()
 
 
-def fits(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
+def can_fuse(base_layer: nn.Module, delta: Tensor, x: Tensor) -> bool:
     """Returns whether `neuron_product` can replace the base layer plus the separate product with the delta.
 
     This requires a plain `nn.Linear` without hooks and a trainable delta; frozen adapters are excluded because several

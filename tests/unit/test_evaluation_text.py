@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from agnostic_train.corpus.judging import held_out_text, parallel_text
+from agnostic_train.corpus.evaluation_text import parallel_text, read_test_text
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.recipe import CorpusSection
@@ -28,17 +28,17 @@ def folder(tmp_path):
 
 
 def test_language_that_is_only_measured_needs_no_train_text(folder):
-    sentences, hashes = held_out_text(section(), "th", folder)
+    sentences, hashes = read_test_text(section(), "th", folder)
     assert sentences == ["ข", "ง"] and list(hashes) == ["th.valid.txt"]
     (folder / "th.test.txt").write_text("one\ntwo\nthree")
-    assert held_out_text(section(test_sentences=2), "th", folder)[0] == ["one", "two"]
+    assert read_test_text(section(test_sentences=2), "th", folder)[0] == ["one", "two"]
     with pytest.raises(UserError, match=r"corpus.test_sentences: 4 asked for, .*th.test.txt has 3"):
-        held_out_text(section(test_sentences=4), "th", folder)
+        read_test_text(section(test_sentences=4), "th", folder)
     with pytest.raises(UserError, match=r"evaluation.languages: 'xx' has no file .*xx.test.txt"):
-        held_out_text(section(), "xx", folder)
+        read_test_text(section(), "xx", folder)
     (folder / "xx.valid.txt").write_text("only one\n")  # used as validation text, which leaves none to test on
     with pytest.raises(UserError, match=r"evaluation.languages: .*xx.valid.txt has no sentence of 'xx' to test on"):
-        held_out_text(section(), "xx", folder)
+        read_test_text(section(), "xx", folder)
 
 
 def test_parallel_lines_stay_aligned(folder):

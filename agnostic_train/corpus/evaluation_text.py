@@ -13,7 +13,7 @@ from agnostic_train.files import hash_file
 from agnostic_train.recipe import CorpusSection, EvaluationSection
 
 
-def held_out_text(
+def read_test_text(
     section: CorpusSection, language: str, path: str | Path | None = None, keep: Path | None = None
 ) -> tuple[list[str], dict]:
     """Returns the test sentences of a language that is only evaluated, and the SHA-256 of each file they came from.
@@ -46,7 +46,7 @@ def held_out_text(
     return sentences[:count], hashes
 
 
-def judging_text(
+def read_evaluation_text(
     corpus: Corpus,
     section: CorpusSection,
     evaluation: EvaluationSection,
@@ -59,12 +59,12 @@ def judging_text(
         path, keep: as for `load_corpus`.
 
     Raises:
-        UserError: as by `held_out_text` and `parallel_text`.
+        UserError: as by `read_test_text` and `parallel_text`.
     """
     texts = {"test": {language: text.test for language, text in corpus.texts.items()}}
     hashes: dict[str, str] = {}
     for language in evaluation.languages:
-        texts["test"][language], file_hashes = held_out_text(section, language, path, keep)
+        texts["test"][language], file_hashes = read_test_text(section, language, path, keep)
         hashes |= file_hashes
     if evaluation.parallel is not None:
         languages = [*section.languages, *evaluation.languages]
