@@ -135,6 +135,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _explain_unknown(argument: str) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument}; only the recipe has no flag"
     name = argument.partition("=")[0]
     own_key = OWN_KEYS.get(name.removeprefix("--training."))
     if own_key is not None:

@@ -328,7 +328,10 @@ class ComparisonSection:
 
     strategies: Annotated[
         list[Trainable], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
-    ] = Field(default_factory=lambda: list(get_args(Trainable)), description="What to compare.")
+    ] = Field(
+        default_factory=lambda: list(get_args(Trainable)),
+        description="What to compare; random and lora have the size of random_like.",
+    )
     seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] = Field(
         default_factory=lambda: [1, 2, 3], description="Train every strategy once per seed."
     )

@@ -13,7 +13,7 @@ HEAD = """# Every key of a recipe
 Written by `python scripts/recipe_reference.py` from `agnostic_train/recipe.py`: don't edit it here. In a YAML file a
 key belongs in its section; as a flag it is `--section.key=value`, and a flag wins over the file. `training` also takes
 every key of transformers' `TrainingArguments` except `output_dir`, `report_to` and `run_name`, which the recipe sets by
-other keys.
+other keys, and `push_to_hub`. Relative paths, in recipes and flags, start at the folder in which the command runs.
 """
 FILE = Path(__file__).resolve().parent.parent / "recipes/REFERENCE.md"
 

@@ -103,6 +103,7 @@ def verify_impacts(
         ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
     """
     projections = check_projections(projections, model)
+    find_decoder(model).check_on_devices("detection")
     inputs = model_inputs(model, batch)
     check_tokens(model, inputs["input_ids"])
     # Short sentences could hide a wrong rotation or window, so the longest are used.

@@ -13,7 +13,7 @@ from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agnostic_train.choices import ExportTarget, check_choice
@@ -65,12 +65,14 @@ def export_checkpoint(
 
     Raises:
         UserError: if the target or dtype is unknown, the directory contains anything but an export, the base has other
-            shapes, quantised weights would be merged, or trained weights aren't finite in `dtype`.
-        TypeError: if `tokenizer` is a name instead of a tokenizer.
+            shapes, quantised weights would be merged, weights are offloaded, or trained ones aren't finite in `dtype`.
+        TypeError: if `model` is neither a model nor a path, or `tokenizer` is a name instead of a tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
     if isinstance(tokenizer, (str, Path)):
         raise TypeError("tokenizer: expected a tokenizer, such as AutoTokenizer.from_pretrained gives, not its name")
+    if not isinstance(model, (nn.Module, str, Path)):
+        raise TypeError(f"model: expected a model (trainer.model) or a folder, not a {type(model).__name__}")
     dtype = _dtype(dtype)
     check_replaceable(directory, is_exported)
     trained = Trained.of(model, base, neurons)
@@ -140,7 +142,10 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
         with _without_native_adapter(model):
             model.save_pretrained(directory, state_dict=dict(state))  # a copy: it removes what it has written
     except ValueError as error:
-        raise UserError(f"model: transformers can't save it ({shorten(str(error), 300)})") from None
+        problem = shorten(str(error), 500)
+        raise UserError(
+            f"model: its config or generation_config is invalid, so it can't be saved ({problem})"
+        ) from None
     _check_written(directory, type(model), state, dtype)
     # save_pretrained writes the dtype of the model in memory to the config, not that of the given weights.
     config = copy.deepcopy(model.config)

@@ -73,6 +73,7 @@ class Trained:
                 )
             return cls(loaded, adapter, loaded, _all_trained(own, named), loaded.name_or_path or None)
         check_whole(model, "exporting")
+        find_decoder(plain_model(model)).check_on_devices("exporting")
         adapter, plain = adapter_deltas(model), plain_model(model)
         earlier = getattr(plain, "trained_neurons", None)
         if not adapter:

@@ -165,6 +165,8 @@ def _load(auto_class, section: ModelSection, name: str | Path, key: str = "model
         problem = shorten(str(error), 400)
         if not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
+        if "trust_remote_code" in str(error):
+            problem = "it comes with code of its own; if you trust that, set model.trust_remote_code: true"
         raise UserError(f"{key}: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
 
 

@@ -116,10 +116,11 @@ class Manifest:
 
 
 def in_words(changed: list[str]) -> str:
-    """Formats names from `Manifest.changed` for a message: the first three, and how many more."""
-    # `text.PURPOSE` isn't a key of a recipe.
-    names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in changed[:3]]
-    return ", ".join(names) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    """Formats names from `Manifest.changed` for a message: keys first, at most five, and how many more."""
+    # Results and `text.PURPOSE` aren't keys of a recipe.
+    keys_first = sorted(changed, key=lambda it: it.startswith("the result of"))
+    names = [f"{it.removeprefix('text.')} text" if it.startswith("text.") else it for it in keys_first[:5]]
+    return ", ".join(names) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def package_versions() -> dict[str, str]:

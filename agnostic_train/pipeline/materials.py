@@ -42,7 +42,7 @@ class Materials:
             return self.recipe.model.name
         if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
             raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
-        self.say("model: the embedded default (at first use it is trained from scratch, about a minute)")
+        self.say("model: the embedded default (at first use it is trained from scratch, which takes a minute or more)")
         return str(quickstart_model())
 
     @cached_property

@@ -99,7 +99,10 @@ class Pipeline:
         older = [
             name
             for name in stages
-            if self.manifest.record(name).get("finished") and {*self.inputs.needs(name)} & {*ran}
+            if self.manifest.record(name).get("finished")
+            and {*self.inputs.needs(name)} & {*ran}
+            # A command before this one may have removed its files.
+            and (name in self._removed or all((self.directory / it).exists() for it in self.manifest.outputs(name)))
         ]
         removed = [name for name in older if name in self._removed]
         kept = [name for name in older if name not in removed]

@@ -27,7 +27,7 @@ _READ_BY = {
 
 _WITHOUT_EFFECT = (
     # logging and storage
-    "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "push_to_hub", "save_total_limit",
+    "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "save_total_limit",
     # time and memory
     "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor",

@@ -82,7 +82,7 @@ def tracked(
     try:
         run = wandb.init(
             project=recipe.tracking.project, name=name or recipe.tracking.run_name, group=group,
-            config={"recipe": recipe.to_dict()}, dir=recipe.output_dir, **settings,
+            config={"recipe": recipe.to_dict()}, dir=os.environ.get("WANDB_DIR", recipe.output_dir), **settings,
         )  # fmt: skip
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import Projection, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 
@@ -34,10 +35,12 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
     Sites that share a fused weight (q, k and v in Phi-3) are combined into one entry.
 
     Raises:
-        UserError: if the neurons belong to another model.
+        UserError: if the neurons belong to another model, weights are offloaded, or modules are compiled.
     """
     neurons.check(model)
+    check_not_compiled(model)
     decoder = find_decoder(model)
+    decoder.check_on_devices("training or exporting")
     names = {module: name for name, module in model.named_modules()}
     parts: dict[nn.Module, list[tuple[Projection, Tensor]]] = {}
     for site, indices in neurons.items():
@@ -49,6 +52,15 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
         )
         for linear, of_linear in parts.items()
     }
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raises `UserError` if the model or some layers were wrapped by `torch.compile`, which renames their weights."""
+    if any("_orig_mod" in name for name, _ in model.named_modules()):
+        raise UserError(
+            "model: torch.compile has wrapped it, or layers of it, and renamed the weights; pass the plain model, and "
+            "compile with torch_compile=True or in place (model.compile())"
+        )
 
 
 def num_weights(neurons: NeuronSet, model: nn.Module) -> int:

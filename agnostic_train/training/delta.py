@@ -6,16 +6,17 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.training.chosen import chosen_entries
+from agnostic_train.training.chosen import check_not_compiled, chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear
 
 KEY_PREFIX = "base_model.model."
@@ -55,12 +56,15 @@ class Delta:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """Returns the model without the `PeftModel` wrapper; adapter layers remain in it.
+    """Returns the model inside the wrappers of PEFT, `torch.compile` and data parallelism; adapter layers remain.
 
     Raises:
-        UserError: if an adapter isn't a neuron adapter, is merged or disabled, or if several are active.
+        UserError: if an adapter isn't a neuron adapter, is merged or disabled, if several are active, or if single
+            layers are compiled.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_not_compiled(model)
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -123,10 +127,10 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); pass a plain checkpoint as a "
-            "loaded model"
-        ) from None
+        remedy = "pass a plain checkpoint as a loaded model"
+        if file.with_name(WEIGHTS_NAME).exists():
+            remedy = "save it with safe_serialization=True, or pass it loaded"
+        raise UserError(f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); {remedy}") from None
     return deltas, config.base_model_name_or_path
 
 

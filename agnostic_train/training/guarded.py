@@ -82,10 +82,16 @@ class GuardedTrainer(Trainer):
             raise
 
     def resumed_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """Returns the folder to resume from, or None; True means the last checkpoint in `output_dir`."""
+        """Returns the folder to resume from, or None; True means the last checkpoint in `output_dir`.
+
+        Raises:
+            UserError: if there is no such folder.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and not Path(checkpoint).is_dir():
+            raise UserError(f"resume_from_checkpoint: no such folder {checkpoint}")
         return Path(checkpoint) if checkpoint else None
 
     def _run_epoch(self, *args, **kwargs) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import TrainingArguments
 
@@ -16,12 +17,15 @@ from agnostic_train.choices import Update, check_choice
 from agnostic_train.errors import UserError
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.chosen import chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.training.strategy import BASELINES, STRATEGIES, Choice
 
 NEURONS_FILE = "neurons.safetensors"
+DEFAULT_ADAPTER = "default"
+"""The name that PEFT gives to an adapter by default."""
 
 
 @dataclass
@@ -74,9 +78,10 @@ class NeuronTrainer(GuardedTrainer):
             records them, together with those trained earlier, for `export_checkpoint`.
 
     Raises:
-        UserError: if the neurons belong to another model, the model has other adapters, the callback's strategy trains
-            no neurons, or the engine or optimizer can't keep all other weights fixed. `train` also raises if there are
-            neither neurons nor a `DetectionCallback`, a loss isn't finite or a checkpoint is damaged.
+        UserError: if the neurons belong to another model, the model has other adapters or is compiled or offloaded, the
+            callback's strategy trains no neurons, or the engine or optimizer can't keep all other weights fixed.
+            `train` also raises if there are neither neurons nor a `DetectionCallback`, a loss isn't finite or a
+            checkpoint is damaged.
     """
 
     model: nn.Module  # declared because the type checker doesn't read Trainer
@@ -103,6 +108,8 @@ class NeuronTrainer(GuardedTrainer):
         if isinstance(model, nn.Module):
             # Before `super().__init__`, because Trainer accepts quantised models only with an adapter.
             model = self._with_adapter(model)
+            if getattr(arguments, "load_best_model_at_end", False) and isinstance(model, PeftModel):
+                self._check_restorable(model)
         adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
         values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)
@@ -120,6 +127,15 @@ class NeuronTrainer(GuardedTrainer):
                 f"{', '.join(STRATEGIES)}"
             )
 
+    @staticmethod
+    def _check_restorable(model: PeftModel) -> None:
+        """Refuses a name from which `Trainer` can't restore the best checkpoint: it would restore another adapter."""
+        if model.active_adapters != [DEFAULT_ADAPTER]:
+            raise UserError(
+                f"load_best_model_at_end: transformers restores only an adapter named {DEFAULT_ADAPTER!r}, and the "
+                f"active one is {', '.join(map(repr, model.active_adapters))}; set it to False"
+            )
+
     @property
     def _detection(self) -> DetectionCallback | None:
         return next((it for it in self.callback_handler.callbacks if isinstance(it, DetectionCallback)), None)
@@ -128,12 +144,19 @@ class NeuronTrainer(GuardedTrainer):
         """Trains as `Trainer.train` does; a resumed run trains the neurons stored in its checkpoint.
 
         Raises:
-            UserError: if the checkpoint is damaged or trains other neurons, the engine shards weights that `mask` needs
-                whole, detection finds nothing to train, or a checkpoint can't be written.
+            UserError: if the checkpoint is damaged, trains other neurons or was trained with another `update`, the
+                engine shards weights that `mask` needs whole, detection finds nothing to train, or a checkpoint can't
+                be written.
             NonFiniteLossError: if a loss isn't finite.
         """
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
+            if any(checkpoint.rglob(CONFIG_NAME)) != (self.update == "compact"):
+                other = "mask" if self.update == "compact" else "compact"
+                raise UserError(
+                    f"training.update: {checkpoint} was trained with {other!r}; resume with that, or start in another "
+                    "output_dir"
+                )
             self._resumed_neurons = NeuronSet.load(checkpoint / NEURONS_FILE)
             neurons = self._read_neurons(self.model)
             if neurons is not None and neurons != self._resumed_neurons:
@@ -222,7 +245,7 @@ class NeuronTrainer(GuardedTrainer):
             model.set_adapter(model.active_adapters[0])
             self.neurons = trained
         elif neurons is not None:
-            neurons.check(model)
+            chosen_entries(model, neurons)  # refuses other models' neurons, and compiled and offloaded models
             if self.update == "compact":
                 model = get_peft_model(model, NeuronConfig(task_type=TaskType.CAUSAL_LM, neurons=neurons))
         return model

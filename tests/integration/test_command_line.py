@@ -401,6 +401,11 @@ def test_changing_the_update_removes_the_adapter(root):
     assert not (root / "out/adapter").exists() and (root / "out/enhanced/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("flag", ["lr_scheduler_type=reduce_lr_on_plateau", "save_strategy=best"])
+def test_keys_that_need_a_metric_take_the_first_enhanced_language(root, flag):
+    assert run(root, "train", f"--training.{flag}", "--training.eval_strategy=steps", "--training.eval_steps=2") == 0
+
+
 def test_best_checkpoint_by_the_loss_of_the_first_enhanced_language(root):
     flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps"]
     assert run(root, "train", *flags, "--training.eval_steps=3", "--training.learning_rate=3") == 0
@@ -522,6 +527,8 @@ MISTAKES = [
     (["--model.checkpoints=5=/tmp,5=/proc"], "model.checkpoints: two have step 5 (one is /proc); write STEP="),
     (["--training.neurons=x", "--training.strategy=random"], "training.neurons: takes the place of a strategy"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
+    (["--training.push_to_hub=true"], "training.push_to_hub: would upload all of output_dir, the text included"),
+    (["other.yaml"], "unexpected argument other.yaml"),
     (["--training.max_steps=0"], "training.max_steps: must be above 0"),
     (["--corpus.languages=sw"], "corpus.languages: one language shares nothing"),
     (["--detection.min_languages=3"], "detection.min_languages: 3 is more than the 2"),

@@ -342,6 +342,9 @@ def test_measurements_of_the_same_weights_are_reused(root, monkeypatch, capsys):
         "report: the existing result comes from an earlier run" in printed
         and not (root / "out/evaluation.json").exists()
     )
+    assert run(root, "export", "--export.to=delta") == 0
+    assert "evaluate" not in capsys.readouterr().out  # it was already removed
+    assert run(root, "export", "--export.to=lora") == 0
     measured = []
     monkeypatch.setattr(evaluate_stage, "evaluate_languages", lambda model, its, name, progress: measured.append(name))
     monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))

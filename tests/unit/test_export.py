@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -129,6 +130,32 @@ def test_invalid_arguments_leave_no_files(tmp_path):
         with pytest.raises(UserError, match=message):
             export_checkpoint(model, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrapped", [lambda it: torch.compile(it, backend="eager"), torch.nn.DataParallel])
+def test_wrapped_model_is_exported_as_the_model_inside(tmp_path, wrapped):
+    model = adapted(tiny_llama(), CHOSEN)
+    for inner, to in ((model, "a"), (model.get_base_model(), "b")):
+        assert export_checkpoint(wrapped(inner), tmp_path / to).status == "identical"
+        batch = padded_batch([5])
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        torch.testing.assert_close(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_models_that_cannot_be_exported_are_refused(tmp_path):
+    model = adapted(tiny_llama(), CHOSEN)
+    model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(UserError, match="save it with safe_serialization=True"):
+        export_checkpoint(tmp_path / "pickled", tmp_path / "out", base=tiny_llama())
+    with pytest.raises(TypeError, match="expected a model .* not a NoneType"):
+        export_checkpoint(None, tmp_path / "out")
+    with pytest.raises(UserError, match="weights are offloaded"):
+        export_checkpoint(cpu_offload(tiny_llama()), tmp_path / "out", base=tiny_llama())
+    layers = tiny_llama()
+    layers.model.layers[0] = torch.compile(layers.model.layers[0], backend="eager")
+    with pytest.raises(UserError, match="torch.compile has wrapped it, or layers of it"):
+        export_checkpoint(layers, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_error_names_a_base_that_does_not_fit_its_config(tmp_path):
@@ -368,7 +395,7 @@ def test_errors_name_invalid_models_bases_and_dtypes(tmp_path):
     nameless = copy.deepcopy(tiny_llama())
     for model, settings, message in (
         (disabled, {}, "disabled"),
-        (invalid, {}, "transformers can't save it"),
+        (invalid, {}, "its config or generation_config is invalid, so"),
         (nameless, {"to": "delta", "base": tiny_llama()}, "neurons: which were trained isn't known"),
         (adapted(tiny_llama(), CHOSEN), {"base": adapted(tiny_llama(), CHOSEN)}, "base: it has adapters"),
         (adapted(tiny_llama(), CHOSEN), {"dtype": 32}, "export.dtype"),

@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_llama
 
 from agnostic_train.errors import UserError
-from agnostic_train.model.loading import find_accelerator, load_model, model_identity
+from agnostic_train.files import write_json
+from agnostic_train.model.loading import find_accelerator, load_config, load_model, model_identity
 from agnostic_train.recipe import ModelSection
 
 
@@ -58,3 +59,16 @@ def test_weights_that_do_not_fit_are_reported_in_one_line(tmp_path, capfd, caplo
     reports += caplog.messages
     assert len(reports) == 1 and f"model.name: {tmp_path} {message}" in reports[0]
     assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_code_that_comes_with_a_model_is_refused_by_its_key(tmp_path):
+    config = {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    write_json(tmp_path / "config.json", config)
+    (tmp_path / "code.py").write_text("raise SystemExit")
+    with pytest.raises(
+        UserError, match="it comes with code of its own; if you trust that, set model.trust_remote_code"
+    ):
+        load_config(ModelSection(name=str(tmp_path)), tmp_path)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import UPDATES, padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
@@ -291,6 +292,46 @@ def test_other_adapters_are_refused(tmp_path):
     ours.requires_grad_(False)
     with pytest.raises(UserError, match="is_trainable"):
         trainer_of(ours, tmp_path, "compact", neurons=None)
+
+
+@both_updates
+def test_compiled_models_are_refused(tmp_path, update):
+    """Their weights have other names, under which neither an adapter nor a checkpoint could be loaded."""
+    by_layer = tiny_llama()
+    by_layer.model.layers[1] = torch.compile(by_layer.model.layers[1], backend="eager")
+    for model in (torch.compile(tiny_llama(), backend="eager"), by_layer):
+        with pytest.raises(UserError, match="model: torch.compile has wrapped it"):
+            trainer_of(model, tmp_path, update).train()
+
+
+@both_updates
+def test_offloaded_models_are_refused(tmp_path, update):
+    with pytest.raises(UserError, match="weights are offloaded or empty; training or exporting needs them"):
+        trainer_of(cpu_offload(tiny_llama()), tmp_path, update).train()
+
+
+@both_updates
+def test_resuming_with_another_update_is_refused(tmp_path, update):
+    """Else the trained weights would be lost without a word."""
+    trainer_of(tiny_llama(), tmp_path, update, save_strategy="steps", save_steps=4).train()
+    (other,) = {*UPDATES} - {update}
+    with pytest.raises(UserError, match=f"training.update: .*checkpoint-4 was trained with '{update}'"):
+        trainer_of(tiny_llama(), tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(UserError, match="resume_from_checkpoint: no such folder nowhere"):
+        trainer_of(tiny_llama(), tmp_path, update).train(resume_from_checkpoint="nowhere")
+
+
+def test_best_checkpoint_of_a_named_adapter_is_refused(tmp_path):
+    """`Trainer` would load the default adapter into it, or nothing."""
+    best = dict(load_best_model_at_end=True, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+    named = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN), adapter_name="sw")
+    two = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
+    two.add_adapter("sw", NeuronConfig(neurons=CHOSEN))
+    two.set_adapter("sw")
+    for model in (named, two):
+        with pytest.raises(UserError, match="only an adapter named 'default', and the active one is 'sw'"):
+            trainer_of(model, tmp_path, "compact", neurons=None, **best)
+        trainer_of(model, tmp_path, "compact", neurons=None)
 
 
 def test_existing_adapter_continues_training(tmp_path):

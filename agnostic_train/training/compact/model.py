@@ -60,6 +60,10 @@ class NeuronModel(BaseTuner):
             raise ValueError("adapter_names: neuron adapters can't be mixed in a batch; use set_adapter")
         yield
 
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Raises `NotImplementedError`, where PEFT would report a missing attribute."""
+        raise NotImplementedError("neuron adapters have no weighted sums; merge one after the other (merge_and_unload)")
+
     @staticmethod
     def _check_target_module_exists(peft_config: NeuronConfig, key: str) -> bool:
         return key in peft_config.rows or key in peft_config.columns
