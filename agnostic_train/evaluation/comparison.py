@@ -16,12 +16,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from agnostic_train.scores.bootstrap import interval, resample_counts
+from agnostic_train.scores.bootstrap import interval, resampled_sums
 from agnostic_train.scores.perplexity import Perplexity
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
-_AT_ONCE = 500
 _SEED = 1
 
 
@@ -42,14 +41,9 @@ def resampled_changes(
 
     Returns: (runs,) and (resamples, runs), float64.
     """
-    base = before.sentence_nats.double()
-    runs = torch.stack([it.sentence_nats.double() for it in after], 1)  # (sentences, runs)
-    drawn = []
-    # In chunks, because each resample has a count for every sentence: all at once could take gigabytes.
-    for start in range(0, num_resamples, _AT_ONCE):
-        counts = resample_counts(len(base), min(_AT_ONCE, num_resamples - start), draw_seed + start)
-        drawn.append(counts @ runs / (counts @ base).unsqueeze(1) - 1)
-    return runs.sum(0) / base.sum() - 1, torch.cat(drawn)
+    nats = torch.stack([it.sentence_nats.double() for it in (before, *after)], 1)  # (sentences, 1 + runs)
+    total, drawn = nats.sum(0), resampled_sums(nats, num_resamples, draw_seed)
+    return total[1:] / total[0] - 1, drawn[:, 1:] / drawn[:, :1] - 1
 
 
 def compare_strategies(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from agnostic_train.scores.bootstrap import interval
+from agnostic_train.scores.bootstrap import interval, resampled_sums
 
 _NUM_RESAMPLES = 2000
 _SEED = 0
@@ -25,7 +25,7 @@ def compare_scores(first: Sequence[float], second: Sequence[float], higher_is_be
         `p_value`: of the exact two-sided McNemar test (McNemar 1947); None unless every score is 0 or 1.
 
     Raises:
-        ValueError: if there are no items, or the numbers of scores differ.
+        ValueError: there are no items, or the numbers of scores differ.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"{len(first)} scores can't be paired with {len(second)}")
@@ -34,7 +34,7 @@ def compare_scores(first: Sequence[float], second: Sequence[float], higher_is_be
     num_first, num_second = int((gains < 0).sum()), int((gains > 0).sum())
     return {
         "difference": float(changes.mean()),
-        "interval": _interval_of_mean(changes),
+        "interval": list(interval(resampled_sums(changes.unsqueeze(1), _NUM_RESAMPLES, _SEED) / len(changes))),
         "num_first_better": num_first,
         "num_second_better": num_second,
         "p_value": mcnemar_p_value(num_first, num_second) if {*first, *second} <= {0, 1} else None,
@@ -49,12 +49,3 @@ def mcnemar_p_value(num_first: int, num_second: int) -> float:
         term = term * (tosses - heads) // (heads + 1)
     # `tail` is an arbitrary-size integer: thousands of items neither overflow nor round.
     return min(1.0, 2 * tail / 2**tosses)
-
-
-def _interval_of_mean(values: torch.Tensor) -> list[float]:
-    generator = torch.Generator().manual_seed(_SEED)
-    # One resample at a time: for a task of 100k items, all of them together would take gigabytes.
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(_NUM_RESAMPLES)]
-    )
-    return list(interval(means))

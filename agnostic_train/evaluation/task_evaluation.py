@@ -50,7 +50,7 @@ def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "
     Arguments are as for `TaskSuite`.
 
     Raises:
-        UserError: if lm-eval isn't installed, or a task or folder doesn't exist.
+        UserError: lm-eval isn't installed, or a task or folder doesn't exist.
     """
     if find_spec("lm_eval") is None:
         raise UserError("evaluation.tasks: needs lm-eval; pip install 'agnostic_train[eval]'")
@@ -85,7 +85,7 @@ class TaskSuite:
         batch_size: number of items, or of an item's choices, per forward pass.
 
     Raises:
-        UserError: if lm-eval isn't installed, a task doesn't exist, can't run, or its data can't be loaded.
+        UserError: lm-eval isn't installed, a task doesn't exist, can't run, or its data can't be loaded.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class TaskSuite:
         Returns: the results by task, and each group's aggregates under the group's name.
 
         Raises:
-            UserError: if the model's maximum length leaves no room for questions.
+            UserError: the model's maximum length leaves no room for questions.
         """
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -216,7 +216,7 @@ def evaluate_tasks(
     Returns: `tasks`, the result of `compare_tasks`, with the harness's version and the limit.
 
     Raises:
-        UserError: if a model's maximum length leaves no room for questions.
+        UserError: a model's maximum length leaves no room for questions.
     """
     results: dict[str, dict[str, TaskResult]] = {}
     task_identities = {name: suite.identity(name) for name in suite.names} if directory is not None else {}

@@ -30,7 +30,7 @@ def load_task(manager: "TaskManager", name: str) -> dict:
     Tasks are third-party code: their templates, functions and data can raise any exception.
 
     Raises:
-        UserError: if the data or the task can't be loaded, or the task needs a metric from the hub.
+        UserError: the data or the task can't be loaded, or the task needs a metric from the hub.
     """
     try:
         with no_remote_metrics() as refused:

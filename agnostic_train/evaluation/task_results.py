@@ -48,7 +48,7 @@ def compare_tasks(results: Mapping[str, Mapping[str, TaskResult]]) -> dict:
         `comparisons`, with the result of `compare_scores` for every pair and every metric that is a mean over items.
 
     Raises:
-        ValueError: if the results are of different tasks or items.
+        ValueError: the results are of different tasks or items.
     """
     tables = list(results.values())
     tasks = {}

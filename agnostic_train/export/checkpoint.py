@@ -64,9 +64,9 @@ def export_checkpoint(
     Returns: the result of the comparison with the base; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        UserError: if the target or dtype is unknown, the directory contains anything but an export, the base has other
+        UserError: the target or dtype is unknown, the directory contains anything but an export, the base has other
             shapes, quantised weights would be merged, weights are offloaded, or trained ones aren't finite in `dtype`.
-        TypeError: if `model` is neither a model nor a path, or `tokenizer` is a name instead of a tokenizer.
+        TypeError: `model` is neither a model nor a path, or `tokenizer` is a name instead of a tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
     if isinstance(tokenizer, (str, Path)):

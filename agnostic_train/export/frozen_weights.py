@@ -47,7 +47,7 @@ def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> 
         dtype: the dtype in which to compare; the model's own by default.
 
     Raises:
-        UserError: if the base lacks a parameter, or has one of another shape.
+        UserError: the base lacks a parameter, or has one of another shape.
     """
     if trained.chosen is None or trained.is_quantised or (trained.base is None and not trained.adapter):
         return FrozenWeightCheck("unverified")

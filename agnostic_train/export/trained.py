@@ -55,7 +55,7 @@ class Trained:
             neurons: the trained neurons; by default those of the adapter and the model's `trained_neurons`.
 
         Raises:
-            UserError: if an adapter isn't a neuron adapter, several are active, the folder has no adapter or not the
+            UserError: an adapter isn't a neuron adapter, several are active, the folder has no adapter or not the
                 one that its neurons file describes, `neurons` lacks some of the adapter's, neurons were trained before
                 the adapter and no base is given, weights are sharded over processes, or the base is the trained model.
         """
@@ -122,7 +122,7 @@ class Trained:
         """Returns the changes made by training, as rows and columns to add to the base's weights.
 
         Raises:
-            UserError: if neurons were trained before the adapter, or a model without an adapter has no known base or
+            UserError: neurons were trained before the adapter, or a model without an adapter has no known base or
                 neurons.
         """
         if self.adapter:

@@ -50,9 +50,13 @@ class Phase:
 class Plan:
     """The sizes that a recipe resolves to.
 
-    num_sentences: per language and purpose. mean_tokens: mean length of the first detection sentences, per language;
-    empty for streamed text, which a dry run doesn't read. num_entries: the largest number of weights that can learn.
-    batch: sequences per optimizer step, over all processes. num_steps: optimizer steps.
+    Attributes:
+        num_sentences: per language and purpose.
+        mean_tokens: per language, the mean length of the first detection sentences; empty for streamed text, which
+            a dry run doesn't read.
+        num_entries: the largest number of weights that can learn.
+        batch: sequences per optimizer step, over all processes.
+        num_steps: optimizer steps.
     """
 
     layout: Layout

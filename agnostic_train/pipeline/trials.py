@@ -60,8 +60,10 @@ class Trial:
 class TrialResult:
     """What a trial measured.
 
-    record: the training's record, plain JSON. measured: None if the training diverged to a loss that isn't finite.
-    kept: whether the result comes from an earlier run's files.
+    Attributes:
+        record: the training's record, plain JSON.
+        measured: None if the training diverged to a loss that isn't finite.
+        kept: whether the result comes from an earlier run's files.
     """
 
     trial: Trial
@@ -81,7 +83,7 @@ class TrialResult:
 class Trials:
     """Trains and measures on demand, and keeps each result: an interrupted series continues with the next trial.
 
-    Args:
+    Attributes:
         materials: model and text.
         choose: returns what learns in a trial.
         training: per language, the sentences to train on.

@@ -85,7 +85,7 @@ def phrasebook(
 
 
 def write_phrasebook(directory: Path, seed: int = 0) -> None:
-    """Write the phrasebook as `{language}.{split}.txt`, one sentence per line."""
+    """Writes the phrasebook as `{language}.{split}.txt`, one sentence per line."""
     directory.mkdir(parents=True, exist_ok=True)
     for split, languages in phrasebook(seed).items():
         for language, sentences in languages.items():
@@ -94,7 +94,7 @@ def write_phrasebook(directory: Path, seed: int = 0) -> None:
 
 
 def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry]]:
-    """Draw `num_entries` of each split, no two with the same sentence in any language.
+    """Draws `num_entries` of each split, no two with the same sentence in any language.
 
     Every pattern contributes equally until it runs out, so that patterns with few meanings, such as the weather,
     are not lost among those with many, such as shopping.
@@ -124,7 +124,7 @@ def draw_entries(seed: int, num_entries: dict[str, int]) -> dict[str, list[Entry
 
 
 def divide_fillings(rng: random.Random, num_entries: dict[str, int]) -> dict[str, list[tuple[Pattern, list[Filling]]]]:
-    """Divide every pattern's fillings among the splits, in proportion to their sizes.
+    """Divides every pattern's fillings among the splits, in proportion to their sizes.
 
     A filling that introduces a new word goes to training: a word that occurs only in evaluation would measure
     the luck of the draw.

@@ -1,7 +1,9 @@
-"""Percentile bootstrap over sentences: how much a number would vary on other text of the same kind."""
+"""Percentile bootstrap over sentences or items: how much a number would vary on others of the same kind."""
 
 import torch
 from torch import Tensor
+
+_AT_ONCE = 500
 
 
 def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
@@ -10,6 +12,21 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
     drawn = torch.randint(num_items, (count, num_items), generator=generator, device="cpu")
     one = drawn.new_ones((), dtype=torch.float64)
     return torch.zeros_like(drawn, dtype=torch.float64).scatter_add_(1, drawn, one.expand_as(drawn))
+
+
+def resampled_sums(values: Tensor, num_resamples: int, seed: int) -> Tensor:
+    """Sums of values over resampled items.
+
+    values: (items, columns), float64; all columns get the same draw.
+
+    Returns: (resamples, columns), float64.
+    """
+    # In chunks, because each resample has a count for every item: all at once could take gigabytes.
+    chunks = [
+        resample_counts(len(values), min(_AT_ONCE, num_resamples - start), seed + start) @ values
+        for start in range(0, num_resamples, _AT_ONCE)
+    ]
+    return torch.cat(chunks)
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 class Contrast:
     """A shared set, and an exclusive set for each language.
 
-    name: distinguishes it from others in an ablation; empty for the detected sets.
+    Attributes:
+        name: distinguishes it from others in an ablation; empty for the detected sets.
     """
 
     shared: NeuronSet

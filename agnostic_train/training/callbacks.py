@@ -43,9 +43,9 @@ class DetectionCallback(TrainerCallback):
         choice: what a `NeuronTrainer` trains.
 
     Raises:
-        ValueError: if `every_n_steps` is below 1, or `score_corpora` lacks a language.
-        TypeError: if `corpora` aren't batches by language, or `detect_neurons` doesn't accept a keyword.
-        UserError: if the strategy is unknown or names a language that `corpora` lacks.
+        ValueError: `every_n_steps` is below 1, or `score_corpora` lacks a language.
+        TypeError: `corpora` aren't batches by language, or `detect_neurons` doesn't accept a keyword.
+        UserError: the strategy is unknown or names a language that `corpora` lacks.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
     Sites that share a fused weight (q, k and v in Phi-3) are combined into one entry.
 
     Raises:
-        UserError: if the neurons belong to another model, weights are offloaded, or modules are compiled.
+        UserError: the neurons belong to another model, weights are offloaded, or modules are compiled.
     """
     neurons.check(model)
     check_not_compiled(model)

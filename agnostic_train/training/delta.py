@@ -59,8 +59,8 @@ def plain_model(model: nn.Module) -> nn.Module:
     """Returns the model inside the wrappers of PEFT, `torch.compile` and data parallelism; adapter layers remain.
 
     Raises:
-        UserError: if an adapter isn't a neuron adapter, is merged or disabled, if several are active, or if single
-            layers are compiled.
+        UserError: an adapter isn't a neuron adapter, is merged or disabled, several are active, or single layers are
+            compiled.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -109,7 +109,7 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     """Reads a saved adapter: its deltas by module name, and the name or folder of its base model, if recorded.
 
     Raises:
-        UserError: if the folder has no neuron adapter, or a damaged one.
+        UserError: the folder has no neuron adapter, or a damaged one.
     """
     file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     try:
@@ -140,7 +140,7 @@ def add_deltas(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> It
     Each sum is computed on demand and not kept: all the sums of a large model would need more memory than the model.
 
     Raises:
-        UserError: if the deltas belong to another model; raised before the first weight is yielded.
+        UserError: the deltas belong to another model; raised before the first weight is yielded.
     """
     by_name = {f"{module}.weight": delta for module, delta in deltas.items()}
     for name, delta in by_name.items():

@@ -30,7 +30,7 @@ class GuardedTrainer(Trainer):
 
     `train` raises:
         NonFiniteLossError: with the step and the batch; earlier checkpoints are kept.
-        UserError: if a checkpoint can't be resumed from, with the name of the damaged file.
+        UserError: a checkpoint can't be resumed from, with the name of the damaged file.
     """
 
     def __init__(self, *args, **kwargs):
@@ -52,8 +52,8 @@ class GuardedTrainer(Trainer):
         """Trains as `Trainer.train` does, but checks a checkpoint's files before loading any of them.
 
         Raises:
-            NonFiniteLossError: if a loss isn't finite.
-            UserError: if a checkpoint is damaged or can't be written, or FSDP is set to save sharded checkpoints.
+            NonFiniteLossError: a loss isn't finite.
+            UserError: a checkpoint is damaged or can't be written, or FSDP is set to save sharded checkpoints.
         """
         if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise UserError(
@@ -85,7 +85,7 @@ class GuardedTrainer(Trainer):
         """Returns the folder to resume from, or None; True means the last checkpoint in `output_dir`.
 
         Raises:
-            UserError: if there is no such folder.
+            UserError: there is no such folder.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
@@ -105,7 +105,7 @@ class GuardedTrainer(Trainer):
         """Runs `Trainer.training_step`, and before each optimizer step checks that its losses are finite.
 
         Raises:
-            NonFiniteLossError: if one isn't.
+            NonFiniteLossError: one isn't.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         # In trainers that generate, such as TRL's GRPOTrainer, `inputs` is a list of rows.
@@ -147,7 +147,7 @@ class GuardedTrainer(Trainer):
         """Saves as `Trainer.save_model` does, but refuses non-finite weights, which would replace a good checkpoint.
 
         Raises:
-            NonFiniteLossError: if a trained weight isn't finite; nothing is written then.
+            NonFiniteLossError: a trained weight isn't finite; nothing is written then.
         """
         bad = [
             name
@@ -190,7 +190,7 @@ def check_resumable(checkpoint: Path) -> None:
     """Opens every file needed to resume, without reading its tensors.
 
     Raises:
-        UserError: if a file is missing, truncated or invalid; pickles may contain only tensors and plain values.
+        UserError: a file is missing, truncated or invalid; pickles may contain only tensors and plain values.
     """
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         raise UserError(

@@ -56,7 +56,7 @@ class GradientMask:
         neurons: the neurons to train.
 
     Raises:
-        UserError: if `neurons` is empty or belongs to another model.
+        UserError: `neurons` is empty or belongs to another model.
     """
 
     def __init__(self, model: nn.Module, neurons: NeuronSet):
@@ -92,7 +92,7 @@ class GradientMask:
         zero, with the same arithmetic and at the same point of the step as the optimizer would.
 
         Raises:
-            UserError: if the optimizer isn't Adam, AdamW or SGD: it may mix entries or decay weights in another way.
+            UserError: the optimizer isn't Adam, AdamW or SGD: it may mix entries or decay weights in another way.
         """
         if not isinstance(optimizer, (Adam, AdamW, SGD)):
             name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
@@ -169,7 +169,7 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
     """Yields the weights that contain chosen neurons, each with its chosen rows or columns.
 
     Raises:
-        UserError: if the neurons belong to another model, or a chosen weight has adapters or is quantised.
+        UserError: the neurons belong to another model, or a chosen weight has adapters or is quantised.
     """
     for name, chosen in chosen_entries(model, neurons).items():
         if not isinstance(chosen.linear, nn.Linear) or not chosen.linear.weight.is_floating_point():

@@ -57,7 +57,7 @@ class Strategy:
         seed: the random seed of `random`.
 
     Raises:
-        UserError: if a name is unknown, `languages` is a string, or `auto` has no valid thresholds.
+        UserError: a name is unknown, `languages` is a string, or `auto` has no valid thresholds.
     """
 
     name: str = "shared+exclusive"
@@ -89,7 +89,7 @@ class Strategy:
         """Checks that all languages to enhance were detected.
 
         Raises:
-            UserError: if one wasn't.
+            UserError: one wasn't.
         """
         detected = list(detected)
         for language in self.languages or []:
@@ -108,7 +108,7 @@ class Strategy:
             model: provides the sizes for `random` and `lora`.
 
         Raises:
-            UserError: if `found` is missing, a language wasn't detected, the choice is empty, or, for `auto`, the score
+            UserError: `found` is missing, a language wasn't detected, the choice is empty, or, for `auto`, the score
                 is undefined or clipped in every language.
         """
         if self.name == "full":

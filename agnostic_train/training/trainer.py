@@ -39,7 +39,7 @@ class NeuronTrainingArguments(TrainingArguments):
         Other arguments: as for `TrainingArguments`.
 
     Raises:
-        UserError: if `update` is neither.
+        UserError: `update` is neither.
     """
 
     update: Update = field(
@@ -78,7 +78,7 @@ class NeuronTrainer(GuardedTrainer):
             records them, together with those trained earlier, for `export_checkpoint`.
 
     Raises:
-        UserError: if the neurons belong to another model, the model has other adapters or is compiled or offloaded, the
+        UserError: the neurons belong to another model, the model has other adapters or is compiled or offloaded, the
             callback's strategy trains no neurons, or the engine or optimizer can't keep all other weights fixed.
             `train` also raises if there are neither neurons nor a `DetectionCallback`, a loss isn't finite or a
             checkpoint is damaged.
@@ -144,10 +144,10 @@ class NeuronTrainer(GuardedTrainer):
         """Trains as `Trainer.train` does; a resumed run trains the neurons stored in its checkpoint.
 
         Raises:
-            UserError: if the checkpoint is damaged, trains other neurons or was trained with another `update`, the
+            UserError: the checkpoint is damaged, trains other neurons or was trained with another `update`, the
                 engine shards weights that `mask` needs whole, detection finds nothing to train, or a checkpoint can't
                 be written.
-            NonFiniteLossError: if a loss isn't finite.
+            NonFiniteLossError: a loss isn't finite.
         """
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
@@ -254,7 +254,7 @@ class NeuronTrainer(GuardedTrainer):
         """Creates the optimizer as `Trainer` does; with `mask`, prevents it from changing frozen entries.
 
         Raises:
-            UserError: if the optimizer has no trainable parameter, or, with `mask`, mixes the entries of a weight.
+            UserError: the optimizer has no trainable parameter, or, with `mask`, mixes the entries of a weight.
         """
         optimizer = super().create_optimizer(model)
         # On a second call of `train()`, this is the optimizer of the first, now wrapped by accelerate.
@@ -281,7 +281,7 @@ class NeuronTrainer(GuardedTrainer):
         """Saves as `Trainer.save_model` does, plus the neurons.
 
         Raises:
-            NonFiniteLossError: if a trained weight isn't finite; nothing is written then.
+            NonFiniteLossError: a trained weight isn't finite; nothing is written then.
         """
         if self.is_deepspeed_enabled:
             # Gathering needs all processes, and some versions of transformers call `_save` only in the first one.

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from agnostic_train.evaluation.comparison import _AT_ONCE, compare_strategies, relative_change, resampled_changes
+from agnostic_train.evaluation.comparison import compare_strategies, relative_change, resampled_changes
+from agnostic_train.scores.bootstrap import _AT_ONCE
 from agnostic_train.scores.perplexity import Perplexity
 
 

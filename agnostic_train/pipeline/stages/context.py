@@ -21,8 +21,10 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 class Context:
     """One stage of a recipe's run in its `output_dir`.
 
-    arguments: the training arguments. inputs: what every stage's result depends on. say: receives the stage's output,
-    one line at a time.
+    Attributes:
+        arguments: the training arguments.
+        inputs: what every stage's result depends on.
+        say: receives the stage's output, one line at a time.
     """
 
     stage: str

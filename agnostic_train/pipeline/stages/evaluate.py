@@ -28,7 +28,8 @@ from agnostic_train.report.tables import evaluation_table, task_comparison_table
 class _Checkpoint:
     """A checkpoint to evaluate.
 
-    identity: distinguishes its weights, as loaded, from others with the same base; plain JSON values.
+    Attributes:
+        identity: distinguishes its weights, as loaded, from others with the same base; plain JSON values.
     """
 
     identity: dict

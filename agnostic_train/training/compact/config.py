@@ -56,7 +56,7 @@ class NeuronConfig(PeftConfig):
         Returns an empty dict for the configuration of a saved adapter, which has no `neurons`.
 
         Raises:
-            UserError: if there are no neurons, they belong to another model, or the model is a `PeftModel` already.
+            UserError: there are no neurons, they belong to another model, or the model is a `PeftModel` already.
             TypeError, ValueError: as in `NeuronSet.of`.
         """
         if self.neurons is None:

@@ -113,7 +113,7 @@ def adapter_neurons(model: nn.Module) -> NeuronSet:
         model: a model with neuron adapters, wrapped in a `PeftModel` or not.
 
     Raises:
-        UserError: if an adapter was created from a saved configuration and its weights weren't loaded.
+        UserError: an adapter was created from a saved configuration and its weights weren't loaded.
     """
     decoder = find_decoder(model)
     sites = {}
