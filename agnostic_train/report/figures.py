@@ -18,6 +18,7 @@ from agnostic_train.model.decoder import PROJECTIONS
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.scores.ablation import NOTHING
+from agnostic_train.scores.result import CONTROLS
 
 logger = logging.get_logger(__name__)
 
@@ -132,11 +133,10 @@ def draw_score(score: dict) -> Figure:
     axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
     if score["value"] is not None:
         axis.axhline(score["value"], color="black", label=f"score {score['value']:.3f}")
-    kinds = {"controls": ("random sets", "--"), "matched_controls": ("random sets of similar activation", "-.")}
-    for key, (label, line) in kinds.items():
-        values = [value for value in score[key]["values"].values() if value is not None]
+    for (kind, controls), line in zip(score["controls"].items(), ("--", "-."), strict=False):
+        values = [it["value"] for it in controls["scores"].values() if it["value"] is not None]
         for index, value in enumerate(values):
-            axis.axhline(value, color="0.5", linestyle=line, label=None if index else label)
+            axis.axhline(value, color="0.5", linestyle=line, label=None if index else CONTROLS[kind])
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -179,11 +179,11 @@ def draw_emergence(rows: list[dict]) -> Figure:
         draw(axes[0], [row["shared_ratio"][language] for row in rows], language, dict(style))
         draw(axes[1], [row["exclusive"][language] for row in rows], f"exclusive {language}", dict(style))
     draw(axes[1], [row["shared"] for row in rows], "shared", dict(linewidth=3, marker="o"))
-    kinds = {"controls": ("random sets", "--", "."), "matched_controls": ("random, similar activation", ":", "+")}
-    for key, (label, line, marker) in kinds.items():
-        for index in range(len(rows[0][key])):
+    for kind, (line, marker) in zip(rows[0]["controls"], (("--", "."), (":", "+")), strict=False):
+        for index in range(len(rows[0]["controls"][kind])):
+            scores = [row["controls"][kind][index]["score"] for row in rows]
             style = dict(color="0.6", linestyle=line, marker=marker)
-            draw(axes[2], [row[key][index] for row in rows], None if index else label, style)
+            draw(axes[2], scores, None if index else CONTROLS[kind], style)
     for step, row in zip(steps, rows, strict=True):
         if row["interval"]:
             axes[2].plot([step, step], row["interval"], color="black", marker="_")

@@ -33,33 +33,25 @@ def score_table(score: dict) -> Table:
     for which it is defined; `_low` and `_high` are the ends of their 95% intervals. `clipped` says whether the language
     was clipped; in the row `all`, whether any was.
     """
-    table = _score_rows(
-        "detected", None, score["value"], score["interval"], score["importance"],
-        {it["language"]: it["interval"] for it in score["table"]}, score["clipped"],
-    )  # fmt: skip
-    table += _variant_rows("detected", None, score["variants"], score["variant_table"])
-    for kind, key in (("random", "controls"), ("random, matched activation", "matched_controls")):
-        controls = score[key]
-        for seed, value in controls["values"].items():
-            table += _score_rows(
-                kind, seed, value, controls["intervals"][seed], controls["importance"][seed],
-                controls["importance_intervals"][seed], controls["clipped"][seed],
-            )  # fmt: skip
-            table += _variant_rows(kind, seed, controls["variants"][seed], controls["variant_table"][seed])
+    table = _score_rows("detected", None, score)
+    for kind, controls in score["controls"].items():
+        for seed, control in controls["scores"].items():
+            table += _score_rows(kind, seed, control)
     return table
 
 
-def _variant_rows(kind: str, seed: str | None, values: dict, variants: dict) -> Table:
-    return [
-        row
-        for name, it in variants.items()
-        for row in _score_rows(
-            f"{kind}, {name}", seed, values[name], it["interval"], it["importance"], it["intervals"], it["clipped"]
-        )
-    ]
+def _score_rows(kind: str, seed: str | None, score: dict) -> Table:
+    """The rows of one score, then those of its variants."""
+    clipped = score["clipped"]
+    rows = _rows(
+        kind, seed, score["value"], score["interval"], score["importance"], score["importance_intervals"], clipped
+    )
+    for name, it in score["variants"].items():
+        rows += _rows(f"{kind}, {name}", seed, it["value"], it["interval"], it["importance"], it["intervals"], clipped)
+    return rows
 
 
-def _score_rows(
+def _rows(
     kind: str, seed: str | None, value: float | None, interval, importance: dict, intervals: dict, clipped: list[str]
 ) -> Table:
     def row(language: str, ratio: float | None, ratios, score: float | None, scores, clipped: bool) -> dict:
@@ -148,10 +140,10 @@ def emergence_table(rows: list[dict]) -> Table:
         low, high = row["interval"] or (None, None)
         flat = {it: row[it] for it in ("step", "checkpoint", "shared", "score")} | {"low": low, "high": high}
         flat |= {f"score_{name}": value for name, value in row["variants"].items()}
-        flat["clipped"] = ", ".join(row["clipped"]["score"])
-        for kind in ("controls", "matched_controls"):
-            for index, (value, clipped) in enumerate(zip(row[kind], row["clipped"][kind], strict=True), 1):
-                flat |= {f"{kind}_{index}": value, f"{kind}_{index}_clipped": ", ".join(clipped)}
+        flat["clipped"] = ", ".join(row["clipped"])
+        for kind, controls in row["controls"].items():
+            for index, it in enumerate(controls, 1):
+                flat |= {f"{kind}_{index}": it["score"], f"{kind}_{index}_clipped": ", ".join(it["clipped"])}
         for name in ("exclusive", "related", "shared_ratio", "perplexity"):
             flat |= {f"{name}_{language}": value for language, value in row[name].items()}
         table.append(flat)

@@ -14,7 +14,14 @@ from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.ablation import NOTHING, Ablation, ablate
 from agnostic_train.scores.bootstrap import interval, resample_counts
 from agnostic_train.scores.contrast import Contrast, activation_ratios, detected_contrast, random_contrast
-from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore, LanguageScore, ScoreVariant
+from agnostic_train.scores.result import (
+    CONTROLS,
+    SMALLEST_CHANGE,
+    AgnosticScore,
+    Controls,
+    LanguageScore,
+    ScoreVariant,
+)
 
 MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "perplexity": lambda change, before, size: change,
@@ -64,29 +71,30 @@ def language_agnostic_score(
         raise ValueError(f"no corpus for {', '.join(missing)}")
     batches = {language: list(corpora[language]) for language in neurons.languages}
     detected = detected_contrast(neurons)
-    kinds = ("random",) if neurons.activations is None else ("random", "matched")
-    controls = {kind: {seed: random_contrast(neurons, seed, model, kind) for seed in control_seeds} for kind in kinds}
-    contrasts = [detected, *(control for drawn in controls.values() for control in drawn.values())]
+    drawn: dict[str, dict[int, Contrast]] = {
+        kind: {seed: random_contrast(neurons, seed, model, kind) for seed in control_seeds}
+        for kind in CONTROLS
+        if kind == "random" or neurons.activations is not None
+    }
+    contrasts = [detected, *(contrast for by_seed in drawn.values() for contrast in by_seed.values())]
     sets = {name: neuron_set for contrast in contrasts for name, neuron_set in contrast.sets.items()}
     # A language's exclusive control set is measured only on that language.
     only = {contrast.exclusive_name(language): [language] for contrast in contrasts[1:] for language in batches}
     num_passes = sum(len(only.get(name, batches)) for name, it in sets.items() if len(it)) + len(batches)
     with tqdm(total=num_passes, desc="score", unit=" passes", disable=not progress, leave=False) as bar:
         ablation = ablate(model, sets, batches, only, bar.update, resume_dir)
-    scores = _scores(ablation, contrasts, num_resamples)
-    scored = {kind: {seed: scores[it.name] for seed, it in drawn.items()} for kind, drawn in controls.items()}
-    return replace(
-        scores[detected.name],
-        controls=scored["random"],
-        matched_controls=scored.get("matched", {}),
-        activation_ratios={
-            kind: activation_ratios(neurons, [*drawn.values()], model) for kind, drawn in controls.items()
-        },
-        ablation=ablation,
-    )
+    scores = score_contrasts(ablation, contrasts, num_resamples)
+    controls = {
+        kind: Controls(
+            {seed: scores[contrast.name] for seed, contrast in by_seed.items()},
+            activation_ratios(neurons, [*by_seed.values()], model),
+        )
+        for kind, by_seed in drawn.items()
+    }
+    return replace(scores[detected.name], controls=controls, ablation=ablation)
 
 
-def _scores(ablation: Ablation, contrasts: Sequence[Contrast], num_resamples: int) -> dict[str, AgnosticScore]:
+def score_contrasts(ablation: Ablation, contrasts: Sequence[Contrast], num_resamples: int) -> dict[str, AgnosticScore]:
     """Scores each contrast from the measured perplexities, by its name."""
     rows = {it.name: [_row(ablation, it, language) for language in ablation.languages] for it in contrasts}
     defined = {name: [row.language for row in table if row.importance is not None] for name, table in rows.items()}
@@ -108,13 +116,22 @@ def _resampled(
 
 
 def _row(ablation: Ablation, contrast: Contrast, language: str) -> LanguageScore:
-    names = contrast.names(language)
-    shared, exclusive = (ablation.perplexity(name, language) for name in names)
-    numbers = [ablation.num_neurons.get(name, 0) for name in names]
-    return language_score(
-        language, float(_measured(ablation, NOTHING, language)), None if shared is None else float(shared),
-        None if exclusive is None else float(exclusive), num_shared=numbers[0], num_exclusive=numbers[1],
-    )  # fmt: skip
+    shared, exclusive = names = contrast.names(language)
+    before = _measured(ablation, NOTHING, language)
+    afters = {name: ablation.perplexity(name, language) for name in names}
+    changes = {name: None if after is None else float(after - before) for name, after in afters.items()}
+    clipped = {name: change is not None and change < SMALLEST_CHANGE for name, change in changes.items()}
+    is_defined = None not in changes.values()
+    return LanguageScore(
+        language,
+        perplexity=float(before),
+        num_shared=ablation.num_neurons.get(shared, 0),
+        num_exclusive=ablation.num_neurons.get(exclusive, 0),
+        change_shared=changes[shared],
+        change_exclusive=changes[exclusive],
+        importance=float(_importances(ablation, contrast, language)["perplexity"]) if is_defined else None,
+        clipped=tuple(part for part, name in (("shared", shared), ("exclusive", exclusive)) if clipped[name]),
+    )
 
 
 def _score(
@@ -141,7 +158,7 @@ def _score(
         )
     own = variants.pop("perplexity")
     rows = [replace(row, interval=own.intervals[row.language]) for row in rows]
-    return AgnosticScore(own.value, rows, interval=own.interval, variant_table=variants)
+    return AgnosticScore(own.value, rows, interval=own.interval, variants=variants)
 
 
 def _importances(
@@ -165,26 +182,6 @@ def _measured(ablation: Ablation, off: str, language: str, resamples: Tensor | N
     value = ablation.perplexity(off, language, resamples)
     assert value is not None
     return value
-
-
-def language_score(
-    language: str,
-    before: float,
-    shared_off: float | None,
-    exclusive_off: float | None,
-    num_shared: int,
-    num_exclusive: int,
-) -> LanguageScore:
-    """One row of the table from three perplexities; None for one that an empty set leaves undefined."""
-    changes = {"shared": shared_off, "exclusive": exclusive_off}
-    changes = {name: None if after is None else after - before for name, after in changes.items()}
-    clipped = tuple(name for name, change in changes.items() if change is not None and change < SMALLEST_CHANGE)
-    importance = None
-    if changes["shared"] is not None and changes["exclusive"] is not None:
-        importance = max(changes["shared"], SMALLEST_CHANGE) / max(changes["exclusive"], SMALLEST_CHANGE)
-    return LanguageScore(
-        language, before, num_shared, num_exclusive, changes["shared"], changes["exclusive"], importance, clipped
-    )
 
 
 def _mean(importances: Iterable[float | None]) -> float | None:

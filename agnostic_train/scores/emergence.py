@@ -55,13 +55,11 @@ def emergence_row(checkpoint: Checkpoint, found: LanguageNeurons, score: Agnosti
         "perplexity": {row.language: row.perplexity for row in score.table},
         "score": score.value,
         "interval": score.interval,
-        "variants": score.variants,
-        "controls": [control.value for control in score.controls.values()],
-        "matched_controls": [control.value for control in score.matched_controls.values()],
-        "clipped": {
-            "score": score.clipped,
-            "controls": [control.clipped for control in score.controls.values()],
-            "matched_controls": [control.clipped for control in score.matched_controls.values()],
+        "variants": {name: variant.value for name, variant in score.variants.items()},
+        "clipped": score.clipped,
+        "controls": {
+            kind: [{"score": control.value, "clipped": control.clipped} for control in controls.scores.values()]
+            for kind, controls in score.controls.items()
         },
     }
 

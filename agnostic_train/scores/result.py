@@ -1,6 +1,5 @@
 """Results of scoring a model: the language-agnostic score, its table, its controls, and its file."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,10 @@ from agnostic_train.scores.ablation import Ablation
 
 SMALLEST_CHANGE = 1e-6
 """Smaller changes of perplexity are set to this value and reported as clipped."""
+CONTROLS = {"random": "random sets of equal size", "matched": "random sets of similar activation"}
+"""The kinds of control sets. Both have as many neurons at every site as the detected sets. `matched` ones lie
+outside them and have similar mean absolute activations: for the shared set over all languages, for an exclusive one in
+its own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class LanguageScore:
 
 @dataclass(frozen=True)
 class ScoreVariant:
-    """The score by another measure, see `AgnosticScore.variant_table`.
+    """The score by another measure, see `AgnosticScore.variants`.
 
     Changes are clipped exactly where the score's are.
 
@@ -61,36 +64,25 @@ class AgnosticScore:
     Attributes:
         value: mean over defined languages of log(1 + importance); None if no language is defined.
         table: one row per language.
-        controls: the scores with random sets, by seed.
-        matched_controls: the scores with random sets of similar mean absolute activation, by seed: over all languages
-            for the shared set, in its own language for an exclusive one.
+        controls: by kind, see `CONTROLS`; empty for the score of control sets themselves.
         interval: 95% interval of the value, from resampled sentences (percentile bootstrap, the same draw of sentences
             for every set).
-        variant_table: `per_neuron`, with each change divided by its set's size, and `log_perplexity`, with changes of
+        variants: `per_neuron`, with each change divided by its set's size, and `log_perplexity`, with changes of
             the log-perplexity.
         ablation: the measured perplexities.
-        activation_ratios: by kind of control, `random` and `matched`, how active the controls are relative to the
-            `shared` set and each language's `exclusive` one, see `activation_ratio`; None if that wasn't measured.
     """
 
     value: float | None
     table: list[LanguageScore]
-    controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
-    matched_controls: dict[int, "AgnosticScore"] = field(default_factory=dict)
+    controls: dict[str, "Controls"] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
-    variant_table: dict[str, ScoreVariant] = field(default_factory=dict)
+    variants: dict[str, ScoreVariant] = field(default_factory=dict)
     ablation: Ablation | None = None
-    activation_ratios: dict[str, dict | None] = field(default_factory=dict)
 
     @property
     def importance(self) -> dict[str, float | None]:
         """Per language, the shared set's change over that of its exclusive set; None if undefined."""
         return {row.language: row.importance for row in self.table}
-
-    @property
-    def variants(self) -> dict[str, float | None]:
-        """The value of each variant."""
-        return {name: it.value for name, it in self.variant_table.items()}
 
     @property
     def undefined(self) -> list[str]:
@@ -124,52 +116,40 @@ class AgnosticScore:
     def to_json(self) -> dict:
         """Converts to plain JSON values, as in `score.json`."""
         return {
-            "value": self.value,
-            "interval": self.interval,
-            "variants": self.variants,
-            "variant_table": _variants_json(self),
-            "importance": self.importance,
-            "undefined": self.undefined,
-            "clipped": self.clipped,
+            **self._summary(),
             "table": [vars(row) | {"clipped": list(row.clipped)} for row in self.table],
-            "controls": _controls_json(
-                "the score with random sets of the same number of neurons at every site",
-                self.controls,
-                self.activation_ratios.get("random"),
-            ),
-            "matched_controls": _controls_json(
-                "the score with as many random neurons at every site, outside the set and of similar mean absolute "
-                "activation (shared: mean over languages; exclusive: its own language)",
-                self.matched_controls,
-                self.activation_ratios.get("matched"),
-            ),
+            "controls": {
+                kind: {
+                    "description": CONTROLS[kind],
+                    "activation_ratio": controls.activation_ratio,
+                    "scores": {str(seed): score._summary() for seed, score in controls.scores.items()},
+                }
+                for kind, controls in self.controls.items()
+            },
             "ablation": None if self.ablation is None else self.ablation.to_json(),
         }
 
-
-def _variants_json(score: AgnosticScore) -> dict:
-    return {
-        name: {
-            "interval": it.interval,
-            "importance": it.importance,
-            "intervals": it.intervals,
-            "clipped": score.clipped,
+    def _summary(self) -> dict:
+        return {
+            "value": self.value,
+            "interval": self.interval,
+            "importance": self.importance,
+            "importance_intervals": {row.language: row.interval for row in self.table},
+            "undefined": self.undefined,
+            "clipped": self.clipped,
+            "variants": {name: vars(it) for name, it in self.variants.items()},
         }
-        for name, it in score.variant_table.items()
-    }
 
 
-def _controls_json(description: str, controls: Mapping[int, AgnosticScore], activation_ratios: dict | None) -> dict:
-    return {
-        "description": description,
-        "activation_ratio": activation_ratios,
-        "values": {str(seed): control.value for seed, control in controls.items()},
-        "intervals": {str(seed): control.interval for seed, control in controls.items()},
-        "variants": {str(seed): control.variants for seed, control in controls.items()},
-        "variant_table": {str(seed): _variants_json(control) for seed, control in controls.items()},
-        "clipped": {str(seed): control.clipped for seed, control in controls.items()},
-        "importance": {str(seed): control.importance for seed, control in controls.items()},
-        "importance_intervals": {
-            str(seed): {row.language: row.interval for row in control.table} for seed, control in controls.items()
-        },
-    }
+@dataclass(frozen=True)
+class Controls:
+    """The scores of random sets of one kind.
+
+    Attributes:
+        scores: by seed.
+        activation_ratio: how active the sets are relative to the `shared` set and each language's `exclusive` one, see
+            `activity.activation_ratio`; None if that wasn't measured.
+    """
+
+    scores: dict[int, AgnosticScore]
+    activation_ratio: dict | None = None

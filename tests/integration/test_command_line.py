@@ -72,7 +72,7 @@ def test_run_executes_all_stages_and_keeps_unchanged_ones(root, capsys):
     assert set(manifest) >= {"model", "corpus", "recipe", "versions", "seeds", "frozen_weights"}
     assert set(manifest["corpus"]) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
     score = json.loads((out / "score.json").read_text())
-    assert set(score["importance"]) == {"en", "sw"} and set(score["controls"]["values"]) == {"1"}
+    assert set(score["importance"]) == {"en", "sw"} and set(score["controls"]["random"]["scores"]) == {"1"}
     evaluation = json.loads((out / "evaluation.json").read_text())["languages"]
     for row in evaluation.values():
         for moment in ("before", "after"):
@@ -82,9 +82,10 @@ def test_run_executes_all_stages_and_keeps_unchanged_ones(root, capsys):
     assert (
         "<h1>Enhancing sw" in page and 'src="http' not in page and (out / "figures/neurons.png").stat().st_size > 1000
     )
-    ratio = score["matched_controls"]["activation_ratio"]
+    ratio = score["controls"]["matched"]["activation_ratio"]
+    assert "<td>random sets of similar activation, seed 1</td>" in page
     assert f"<td>of similar activation, all</td><td>{ratio['shared']['all']:.2f}</td>" in page
-    low, high = score["variant_table"]["per_neuron"]["intervals"]["sw"]
+    low, high = score["variants"]["per_neuron"]["intervals"]["sw"]
     assert f"({low:.3f} to {high:.3f})" in page
     assert not list(out.rglob("*.tmp"))
 
@@ -422,7 +423,8 @@ def test_followed_checkpoints_are_measured_once(root, capsys):
     assert [(row["step"], row["checkpoint"]) for row in rows] == [(12, "step-00012"), (40, "model")]
     for row in rows:  # both checkpoints are the model itself
         assert row["score"] == score["value"] and row["interval"] == score["interval"]
-        assert row["controls"] == list(score["controls"]["values"].values())
+        for kind, controls in score["controls"].items():
+            assert [it["score"] for it in row["controls"][kind]] == [it["value"] for it in controls["scores"].values()]
         assert row["shared"] == len(LanguageNeurons.load(root / "out/neurons").shared)
     capsys.readouterr()
     assert run(root, "score", entries) == 0 and "score: unchanged" in capsys.readouterr().out

@@ -194,8 +194,8 @@ def test_matched_controls_are_as_active_as_their_set_in_its_language(llama, monk
     monkeypatch.setattr(agnostic_score, "ablate", watched)
     corpora = {name: [padded_batch([9, 12, 7])] for name in "ab"}
     score = language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2], num_resamples=0).to_json()
-    for kind, key in (("matched", "matched_controls"), ("random", "controls")):
-        ratios = score[key]["activation_ratio"]
+    for kind in ("matched", "random"):
+        ratios = score["controls"][kind]["activation_ratio"]
         assert ratios["exclusive"]["b"] == {}
         for name, members, judged, ratio in (
             ("shared", shared, neurons.mean_activations, ratios["shared"]),
@@ -226,7 +226,7 @@ def test_score_with_matched_controls_resumes_where_it_was_interrupted(llama, tmp
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("ab")}
     neurons = detect_neurons(llama, corpora, top_ratio=0.3, consistency=0.6, verify=False, progress=False)
     whole = language_agnostic_score(llama, neurons, corpora, control_seeds=[1, 2])
-    assert whole.matched_controls.keys() == whole.controls.keys() == {1, 2}
+    assert whole.controls["matched"].scores.keys() == whole.controls["random"].scores.keys() == {1, 2}
     matched, free = (whole.ablation.measured[f"{kind} 1 shared"]["a"].nats for kind in ("matched", "random"))
     assert matched != free
     drawn = neurons.shared.random_like(1, llama, neurons.mean_activations)

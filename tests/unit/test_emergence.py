@@ -5,9 +5,8 @@ import pytest
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.report.tables import emergence_table
-from agnostic_train.scores.agnostic_score import language_score
 from agnostic_train.scores.emergence import Checkpoint, emergence_row, follow_checkpoints
-from agnostic_train.scores.result import AgnosticScore
+from agnostic_train.scores.result import AgnosticScore, Controls, LanguageScore
 
 
 @pytest.mark.parametrize(
@@ -59,12 +58,13 @@ def test_interrupted_table_resumes_where_it_stopped(tmp_path):
 
 def test_table_names_clipped_languages():
     neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
-    rows = [language_score(name, 10.0, 9.0, 12.0, 1, 1) for name in "ab"]
-    control = AgnosticScore(0.3, [language_score("a", 10.0, 11.0, 12.0, 1, 1), rows[1]])
-    score = AgnosticScore(0.5, rows, controls={1: control, 2: AgnosticScore(0.1, [])})
+    rows = [LanguageScore(name, 10.0, 1, 1, -1.0, 2.0, 5e-7, ("shared",)) for name in "ab"]
+    control = AgnosticScore(0.3, [LanguageScore("a", 10.0, 1, 1, 1.0, 2.0, 0.5), rows[1]])
+    controls = {"random": Controls({1: control, 2: AgnosticScore(0.1, [])}), "matched": Controls({})}
+    score = AgnosticScore(0.5, rows, controls)
     (row,) = emergence_table([emergence_row(Checkpoint("step-8", 8), neurons, score)])
-    assert row["clipped"] == "a, b" and row["controls_1_clipped"] == "b" and row["controls_2_clipped"] == ""
-    assert row["controls_1"] == 0.3 and row["controls_2"] == 0.1
+    assert row["clipped"] == "a, b" and row["random_1_clipped"] == "b" and row["random_2_clipped"] == ""
+    assert row["random_1"] == 0.3 and row["random_2"] == 0.1
 
 
 def test_step_is_the_last_number_of_the_name():

@@ -22,11 +22,11 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.report.tables import score_table
 from agnostic_train.scores import ablation, agnostic_score
 from agnostic_train.scores.ablation import Ablation
-from agnostic_train.scores.agnostic_score import language_agnostic_score, language_score
+from agnostic_train.scores.agnostic_score import language_agnostic_score, score_contrasts
 from agnostic_train.scores.bootstrap import interval
 from agnostic_train.scores.contrast import Contrast
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
-from agnostic_train.scores.result import AgnosticScore
+from agnostic_train.scores.result import AgnosticScore, LanguageScore
 from agnostic_train.training.strategy import Strategy
 
 EVERY_PROJECTION = NeuronSet({(1, name): [0, 3] for name in ("q", "k", "v", "o", "gate", "up", "down")})
@@ -140,14 +140,36 @@ def test_perplexity_refuses_nan(llama):
         perplexity(llama, [padded_batch([4])])
 
 
-def test_importance_by_hand():
+def ablation_of(before, shared, exclusive):
+    """Return the ablation of one language of one token: its perplexities, None for a set that is empty."""
+    perplexities = {"none": before, "shared": shared, "exclusive a": exclusive}
+    sizes = {"none": 0, "shared": 2, "exclusive a": 8}
+    measured = {
+        name: {"a": Perplexity(torch.tensor([math.log(it)], dtype=torch.float64), torch.tensor([1]), None)}
+        for name, it in perplexities.items()
+        if it is not None
+    }
+    return Ablation(measured, {name: sizes[name] for name in measured})
+
+
+def score_of(*perplexities):
+    (score,) = score_contrasts(ablation_of(*perplexities), [Contrast(NeuronSet(), {})], 0).values()
+    return score
+
+
+@pytest.mark.parametrize(
+    ("shared", "exclusive", "importance", "clipped"),
+    [(14, 12, 2, ()), (9, 12, 5e-7, ("shared",)), (14, 10, 4e6, ("exclusive",)), (14, None, None, ())],
+)
+def test_importance_by_hand(shared, exclusive, importance, clipped):
     """Perplexity 10; 14 without shared, 12 without exclusive: importance 2. With 9 (clipped) and 12: 1e-6 / 2."""
-    one = language_score("one", 10.0, 14.0, 12.0, 3, 4)
-    assert one.importance == pytest.approx(2) and not one.clipped
-    other = language_score("other", 10.0, 9.0, 12.0, 3, 4)
-    assert other.importance == pytest.approx(5e-7) and other.clipped == ("shared",)
-    empty = language_score("empty", 10.0, 14.0, None, 3, 0)
-    assert empty.importance is None and empty.change_exclusive is None
+    score = score_of(10, shared, exclusive)
+    (row,) = score.table
+    assert (row.perplexity, row.change_shared) == pytest.approx((10, shared - 10)) and row.clipped == clipped
+    assert row.change_exclusive == (exclusive and pytest.approx(exclusive - 10))
+    assert (row.num_shared, row.num_exclusive) == (2, 8 if exclusive else 0)
+    assert row.importance == (importance and pytest.approx(importance))
+    assert score.value == (importance and pytest.approx(math.log1p(importance)))
 
 
 def language_neurons():
@@ -176,11 +198,10 @@ def test_score_equals_that_of_deactivated_models(llama):
         logs.append(math.log(1 + score.importance[name]))
     assert score.importance["c"] is None and score.undefined == ["c"]
     assert score.value == pytest.approx(sum(logs) / 2)
-    assert set(score.controls) == {1, 2} and score.controls[1].value != score.value
-    assert score.to_json()["importance"] == score.importance and score.to_json()["controls"]["values"].keys() == {
-        "1",
-        "2",
-    }
+    controls = score.controls["random"].scores
+    assert set(controls) == {1, 2} and controls[1].value != score.value
+    assert score.to_json()["importance"] == score.importance
+    assert score.to_json()["controls"]["random"]["scores"].keys() == {"1", "2"}
 
 
 def test_score_loads_as_it_was_saved(llama, tmp_path):
@@ -261,10 +282,10 @@ def test_variants_and_intervals_equal_brute_force(llama):
         return max(after - before, 1e-6) / size
 
     for name, change in (("per_neuron", by_neuron), ("log_perplexity", by_log)):
-        variant = score.variant_table[name]
+        variant = score.variants[name]
         values = {language: importance(language, range(4), change) for language in "ab"}
         assert {it: variant.importance[it] for it in "ab"} == pytest.approx(values, rel=1e-6)
-        assert score.variants[name] == pytest.approx(sum(map(math.log1p, values.values())) / 2, rel=1e-6)
+        assert variant.value == pytest.approx(sum(map(math.log1p, values.values())) / 2, rel=1e-6)
         drawn = {language: [importance(language, draw, change) for draw in draws[language]] for language in "ab"}
         for language in "ab":
             expected = np.quantile(drawn[language], [0.025, 0.975])
@@ -281,36 +302,23 @@ def test_variants_and_intervals_equal_brute_force(llama):
     means = [(math.log1p(a) + math.log1p(b)) / 2 for a, b in zip(*resampled.values(), strict=True)]
     assert score.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-6)
     assert score.table[2].interval is None
-    controls = language_agnostic_score(llama, neurons, corpora, control_seeds=[5], num_resamples=40).to_json()[
-        "controls"
-    ]
-    assert controls["intervals"]["5"] and None not in [controls["importance_intervals"]["5"][it] for it in "ab"]
-    assert all(it["intervals"]["a"] for it in controls["variant_table"]["5"].values())
+    score = language_agnostic_score(llama, neurons, corpora, control_seeds=[5], num_resamples=40).to_json()
+    control = score["controls"]["random"]["scores"]["5"]
+    assert control["interval"] and None not in [control["importance_intervals"][it] for it in "ab"]
+    assert all(it["intervals"]["a"] for it in control["variants"].values())
     assert language_agnostic_score(llama, neurons, corpora, num_resamples=0).interval is None
-
-
-DETECTED = Contrast(NeuronSet(), {})
-
-
-def ablation_of(*perplexities):
-    """Return the ablation of one language of one token: its perplexities with nothing, shared and exclusive off."""
-    names = "none", "shared", "exclusive a"
-    nats = [torch.tensor([math.log(it)], dtype=torch.float64) for it in perplexities]
-    measured = {name: {"a": Perplexity(it, torch.tensor([1]), None)} for name, it in zip(names, nats, strict=True)}
-    return Ablation(measured, {"none": 0, "shared": 2, "exclusive a": 8})
 
 
 def test_variants_clip_changes_of_perplexity():
     """A change from 1000 to 1000.0005 isn't clipped, although that of the logarithm, 5e-7, is below 1e-6."""
-    (score,) = agnostic_score._scores(ablation_of(1000, 1000.0005, 1001), [DETECTED], 0).values()
+    score = score_of(1000, 1000.0005, 1001)
     expected = math.log1p(5e-7) / math.log1p(1e-3)
-    assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(expected, rel=1e-6)
-    assert score.variant_table["per_neuron"].importance["a"] == pytest.approx(5e-4 * 8 / 2, rel=1e-6)
+    assert score.variants["log_perplexity"].importance["a"] == pytest.approx(expected, rel=1e-6)
+    assert score.variants["per_neuron"].importance["a"] == pytest.approx(5e-4 * 8 / 2, rel=1e-6)
     assert not score.clipped
-    (score,) = agnostic_score._scores(ablation_of(1000, 900, 1001), [DETECTED], 0).values()
-    assert score.variant_table["log_perplexity"].importance["a"] == pytest.approx(1e-9 / math.log1p(1e-3), rel=1e-6)
-    plain = score.to_json()
-    assert {it["clipped"][0] for it in plain["variant_table"].values()} == {"a"} and plain["variants"] == score.variants
+    score = score_of(1000, 900, 1001)
+    assert score.variants["log_perplexity"].importance["a"] == pytest.approx(1e-9 / math.log1p(1e-3), rel=1e-6)
+    assert score.clipped == ["a"] and score.to_json()["variants"]["per_neuron"]["importance"]["a"] < 1
 
 
 def test_resample_counts_of_one_language_are_kept_at_a_time(llama, monkeypatch):
@@ -336,7 +344,7 @@ def test_table_separates_importances_and_scores(llama):
     rows = {(row["sets"], row["seed"], row["language"]): row for row in table}
     assert len(rows) == len(table) == 2 * 3 * 4
     for (kind, seed, language), row in rows.items():
-        clipped = score["controls"]["clipped"][seed] if seed else score["clipped"]
+        clipped = (score["controls"]["random"]["scores"][seed] if seed else score)["clipped"]
         assert row["clipped"] == (bool(clipped) if language == "all" else language in clipped)
         if language == "all":
             others = [rows[kind, seed, it]["score"] for it in "ab"]
@@ -348,9 +356,9 @@ def test_table_separates_importances_and_scores(llama):
             for ending in ("", "_low", "_high"):
                 assert row[f"score{ending}"] == pytest.approx(math.log1p(row[f"importance{ending}"]))
     assert rows["detected", None, "a"]["importance"] == score["importance"]["a"]
-    assert rows["detected, per_neuron", None, "all"]["score"] == score["variants"]["per_neuron"]
+    assert rows["detected, per_neuron", None, "all"]["score"] == score["variants"]["per_neuron"]["value"]
     assert [rows["random", "5", "a"][f"importance_{end}"] for end in ("low", "high")] == list(
-        score["controls"]["importance_intervals"]["5"]["a"]
+        score["controls"]["random"]["scores"]["5"]["importance_intervals"]["a"]
     )
 
 
@@ -397,9 +405,9 @@ def test_strategies_choose_the_sets_they_are_named_after(llama):
 
 def test_auto_names_clipped_languages_and_refuses_an_entirely_clipped_score(llama):
     neurons = language_neurons()
-    measured = language_score("a", 10.0, 14.0, 12.0, 3, 4)
-    clipped = language_score("b", 10.0, 10.5, 10.0, 3, 4)
-    undefined = language_score("c", 10.0, 9.0, None, 3, 0)  # clipped too, but not part of the mean
+    measured = LanguageScore("a", 10.0, 3, 4, 4.0, 2.0, 2.0)
+    clipped = LanguageScore("b", 10.0, 3, 4, 0.5, 0.0, 5e5, ("exclusive",))
+    undefined = LanguageScore("c", 10.0, 3, 0, -1.0, None, None, ("shared",))  # clipped too, but not part of the mean
 
     def choose(value, *rows):
         return Strategy("auto", languages=["a"], high=2.0).choose(neurons, AgnosticScore(value, list(rows)), llama)

@@ -14,7 +14,7 @@ from agnostic_train.report.page import draw_emergence, is_emergence_file
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
-from agnostic_train.scores.result import AgnosticScore
+from agnostic_train.scores.result import CONTROLS, AgnosticScore
 
 EMERGENCE = "emergence"
 
@@ -30,17 +30,14 @@ def score(context: Context) -> dict:
     if result.interval:
         value += " (95% interval {:.3f} to {:.3f})".format(*result.interval)
     context.say(f"score: language-agnostic score {value}")
-    for kind, controls in (
-        ("random sets of equal size", result.controls),
-        ("random sets of similar activation", result.matched_controls),
-    ):
+    for kind, controls in result.controls.items():
         values = ", ".join(
             "undefined" if it.value is None else f"{it.value:.3f}" + (" (clipped)" if it.clipped else "")
-            for it in controls.values()
+            for it in controls.scores.values()
         )
         if values:
-            context.say(f"score: for comparison, {kind}: {values}")
-    if any(it.clipped for it in (*result.controls.values(), *result.matched_controls.values())):
+            context.say(f"score: for comparison, {CONTROLS[kind]}: {values}")
+    if any(it.clipped for controls in result.controls.values() for it in controls.scores.values()):
         context.say("score: (clipped): switching a set off didn't raise perplexity")
     for problem, languages in (
         ("undefined, the shared or exclusive set is empty", result.undefined),
@@ -57,8 +54,11 @@ def publish(context: Context) -> None:
     context.tracker.log_summary(
         {"agnostic_score": result["value"]}
         | {f"agnostic_score/importance/{language}": value for language, value in result["importance"].items()}
-        | {f"agnostic_score/random/{seed}": value for seed, value in result["controls"]["values"].items()}
-        | {f"agnostic_score/matched/{seed}": value for seed, value in result["matched_controls"]["values"].items()}
+        | {
+            f"agnostic_score/{kind}/{seed}": control["value"]
+            for kind, controls in result["controls"].items()
+            for seed, control in controls["scores"].items()
+        }
     )
     context.publish_tables({"score": score_table(result), "ablation": ablation_table(result["ablation"])})
     if context.recipe.model.checkpoints:
