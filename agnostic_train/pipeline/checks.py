@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -36,14 +37,14 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
         raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
     if arguments.learning_rate < 0:
         raise UserError(f"training.learning_rate: must be at least 0, not {arguments.learning_rate}")
-    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    optim = _value(arguments.optim)
     probe = torch.nn.Linear(1, 1)
     with _refused(f"training.optim: {optim} can't be made of learning_rate, weight_decay, adam_* and optim_*"):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, probe)
         # Other optimizers need the model itself, or particular modules of it.
         plain = not settings.keys() & {"params", "model", "optimizer_dict"}
         optimizer = kind([probe.weight], **settings) if plain else torch.optim.SGD([probe.weight], lr=1.0)
-    schedule = str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type))
+    schedule = _value(arguments.lr_scheduler_type)
     with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):
         get_scheduler(
             arguments.lr_scheduler_type,
@@ -59,6 +60,11 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
             prefetch_factor=arguments.dataloader_prefetch_factor,
             persistent_workers=arguments.dataloader_persistent_workers,
         )
+
+
+def _value(choice: Any) -> str:
+    """The text of a choice: transformers makes some an enum."""
+    return str(getattr(choice, "value", choice))
 
 
 @contextmanager
@@ -187,7 +193,7 @@ def _check_mixture(recipe: Recipe, mixture: Mapping[str, float]) -> None:
 
 
 def _check_mask(recipe: Recipe, arguments: NeuronTrainingArguments, strategies: Sequence[str]) -> None:
-    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    optimizer = _value(arguments.optim)
     masked = recipe.training.update == "mask" and not set(strategies) <= set(BASELINES)
     if masked and optimizer not in OPTIMIZERS:
         raise UserError(

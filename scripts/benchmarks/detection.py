@@ -8,18 +8,15 @@ sentences of `--corpus`. Writes a JSON file with the machine, the versions and t
 
 import argparse
 import json
-import platform
 import resource
 import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from measuring import new_report, timed, write_report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -29,7 +26,6 @@ from agnostic_train.impact.hooks import ImpactMeter
 from agnostic_train.impact.pruning import Work
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
-from agnostic_train.versions import installed_version
 
 WITHOUT_SOFTMAX = ("gate", "up", "down", "v", "o")
 SHAPES = {
@@ -72,17 +68,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file of the growth")
     return parser
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds that one call takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def detect(
@@ -267,13 +252,8 @@ def main() -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
         inputs = {"real sentences": real_batches(model, options)}
-    report: dict[str, Any] = {
-        "what": "cost of detection as a multiple of the forward pass with logits, and growth",
-        "machine": torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()}, threads: {torch.get_num_threads()}",
-        "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "transformers")},
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    what = "cost of detection as a multiple of the forward pass with logits, and growth"
+    report = new_report(what, options.device, ["transformers"]) | {
         "model": options.model or {"model_type": options.family} | SHAPES[options.device],
         "batch_size": options.batch_size,
         "batches": None if options.model else options.batches,
@@ -285,23 +265,16 @@ def main() -> None:
         ),
         "by_length": {},
     }
-
-    def write() -> None:
-        """Writes what was measured so far, so that nothing is lost if the machine is returned before the end."""
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
     if options.growth:
         report["growth"] = {"by_sentences": growth_by_sentences(model, options)}
-        write()
+        write_report(report, options.output)
     for length, batches in inputs.items():
         report["by_length"][str(length)] = measure(model, batches, options, options.top_ratio)
-        write()
+        write_report(report, options.output)
     if options.growth:
         for name, grow in (("by_ratio", growth_by_ratio), ("by_length", growth_by_length)):
             report["growth"][name] = grow(model, options)
-            write()
+            write_report(report, options.output)
     if options.output is None:
         print(json.dumps(report, indent=1))
     if options.figure is not None:

@@ -8,18 +8,15 @@ options. Writes a JSON file with the machine, the versions and the date.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
+from measuring import new_report, timed, write_report
 from torch import Tensor
 
 from agnostic_train.impact import intervals, kernels
-from agnostic_train.versions import installed_version
 
 OPTIONS: dict[str, dict[str, int]] = {
     "own": {},
@@ -66,26 +63,14 @@ def calls(head_dim: int, length: int, device: str) -> dict[str, Callable[[], Ten
 
 def milliseconds(call: Callable[[], Tensor], rounds: int, device: str) -> float:
     """The median over rounds, after one to compile."""
-    times = []
-    for turn in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    times = [timed(call, device) for _ in range(rounds + 1)]
+    return 1e3 * statistics.median(times[1:])
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    report: dict[str, Any] = {
-        "what": "milliseconds of the kernels for one layer and 16 sentences, by launch options",
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "triton")},
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "results": {},
-    }
+    what = "milliseconds of the kernels for one layer and 16 sentences, by launch options"
+    report = new_report(what, options.device, ["triton"]) | {"results": {}}
     own = kernels.launch_options
     for head_dim, length in SHAPES[options.device]:
         rows: dict[str, dict] = {}
@@ -106,9 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
                         }
                 except Exception as error:  # options that don't compile, or ask for more than the GPU has
                     rows[kernel][name] = {"error": f"{type(error).__name__}: {error}"}
-                if options.output is not None:
-                    options.output.parent.mkdir(parents=True, exist_ok=True)
-                    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                write_report(report, options.output)
     if options.output is None:
         print(json.dumps(report, indent=1))
 

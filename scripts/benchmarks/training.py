@@ -9,18 +9,15 @@ versions and the date, and a figure of the cost of a step against the chosen fra
 import argparse
 import gc
 import json
-import platform
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from measuring import new_report, timed, write_report
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -29,7 +26,6 @@ from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.mask import GradientMask
-from agnostic_train.versions import installed_version
 
 SHAPES = {
     "cpu": dict(
@@ -170,17 +166,6 @@ def random_mask(base_layer: nn.Module, r: int, **_) -> Tensor:
     )
 
 
-def timed(step: Step, device: str) -> float:
-    """Seconds that one step takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def make_model(shapes: str, device: str) -> nn.Module:
     """A model with the same random weights at every call."""
     torch.manual_seed(0)
@@ -222,11 +207,11 @@ def measure(
     }
 
 
-def draw(record: dict, file: Path) -> None:
+def draw(report: dict, file: Path) -> None:
     """Draws time and memory of a step against the chosen fraction, with a marker and line style for each method."""
-    results = dict(sorted(record["results"].items(), key=lambda it: float(it[0])))
+    results = dict(sorted(report["results"].items(), key=lambda it: float(it[0])))
     fractions = [float(it) for it in results]
-    unit = "peak_bytes" if record["settings"]["device"] == "cuda" else "saved_for_backward_bytes"
+    unit = "peak_bytes" if report["settings"]["device"] == "cuda" else "saved_for_backward_bytes"
     panels = (
         ("step, multiple of the floor", lambda row, rows: row["step_seconds"] / rows["floor"]["step_seconds"]),
         (f"{unit.removesuffix('_bytes').replace('_', ' ')}, MiB", lambda row, rows: row[unit] / 2**20),
@@ -237,7 +222,7 @@ def draw(record: dict, file: Path) -> None:
     }  # fmt: skip
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
-        for method in record["settings"]["methods"]:
+        for method in report["settings"]["methods"]:
             points = [
                 (it, value(rows[method], rows))
                 for it, rows in zip(fractions, results.values(), strict=True)
@@ -249,9 +234,7 @@ def draw(record: dict, file: Path) -> None:
         axis.set_xticks(fractions, [f"{it:.4g}" for it in fractions])
         axis.minorticks_off()
     axes[0].legend(fontsize="small")
-    figure.suptitle(
-        f"A training step ({record['settings']['shapes']}) on {record['machine']['device']}, {record['date'][:10]}"
-    )
+    figure.suptitle(f"A training step ({report['settings']['shapes']}) on {report['machine']}, {report['date']}")
     figure.savefig(file)
 
 
@@ -275,28 +258,15 @@ def main(arguments: list[str] | None = None) -> None:
         for fraction in options.fraction:
             first = {site: range(max(1, int(size * fraction))) for site, size in sizes.items()}
             sets[str(fraction)] = NeuronSet(first, sizes).random_like(0, model)
-    record: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: installed_version(name) for name in ("agnostic_train", "torch", "transformers", "peft")},
+    what = "cost of a training step by method, and what it keeps in memory"
+    report = new_report(what, options.device, ["transformers", "peft"]) | {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "shapes": SHAPES[options.shapes],
         "results": {},
     }
-
-    def write() -> None:
-        """Writes what was measured so far, so that nothing is lost if the machine is returned before the end."""
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
     for name, neurons in sets.items():
         rows: dict[str, dict] = {}
-        record["results"][name] = rows
+        report["results"][name] = rows
         methods = [it for it in options.methods if takes(it, model, neurons)]
         for at_once in [[it] for it in methods] if options.one_at_a_time else [methods]:
             rows |= measure(make, neurons, at_once, batch, options.rounds, options.device)
@@ -306,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
                     for other in ("floor", "lora", "full")
                     if other in rows
                 }
-            write()
+            write_report(report, options.output)
         for method, row in rows.items():
             saved, state = row["saved_for_backward_bytes"] / 2**20, row["optimizer_bytes"] / 2**20
             print(
@@ -315,9 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"adapter {(row['adapter_bytes'] or 0) / 2**20:.2f} MiB"
             )
         if options.figure:
-            draw(record, options.figure)
+            draw(report, options.figure)
     if not options.output:
-        print(json.dumps(record, indent=2))
+        print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 
 ABSENT = {"datasets", "pydantic", "ruamel.yaml", "wandb"}
 PROGRAM = f"""
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as for a script, which may import its neighbours
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("imported:", *sorted({ABSENT} & sys.modules.keys()))
 """
