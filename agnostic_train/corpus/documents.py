@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from agnostic_train.errors import UserError, in_one_line
 
+_MOST_WITHOUT_COLUMN = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 
@@ -21,10 +22,13 @@ def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator
 def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
     """Yields the documents in a column of rows; rows without one are skipped.
 
+    Half of a surrogate pair, which crawls have where a document was cut, becomes U+FFFD: it can't be stored as UTF-8.
+
     Raises:
-        UserError: the source can't be read, lacks the column, or holds something other than text; the message names it.
+        UserError: the source can't be read, lacks the column (in its first thousand rows), or holds something other
+            than text; the message names it.
     """
-    rows, seen = iter(stream), False
+    rows, is_found, num_rows, columns = iter(stream), False, 0, dict[str, None]()
     while True:
         try:
             row = next(rows, None)
@@ -32,22 +36,26 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             raise
         except Exception as error:
             raise UserError(f"{source}: not readable ({in_one_line(error)})") from None
+        if not is_found and num_rows and (row is None or num_rows == _MOST_WITHOUT_COLUMN):
+            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(columns)}")
         if row is None:
             return
-        if column not in row and not seen:
-            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(row)}")
-        seen = True
+        is_found = is_found or column in row
+        if not is_found:
+            num_rows, columns = num_rows + 1, columns | dict.fromkeys(row)
         text = row.get(column)
-        if isinstance(text, list):  # mOSCAR stores a document as a list of its parts
-            parts = (part.get("text") if isinstance(part, dict) else part for part in text)
-            text = "\n".join(str(part) for part in parts if part is not None)
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise UserError(
-                f"{source}: column {column!r} holds {type(text).__name__}, not text; see corpus.text_column"
-            )
-        yield text
+        # mOSCAR stores a document as a list of its parts.
+        parts = []
+        for part in text if isinstance(text, list) else [text]:
+            if isinstance(text, list) and isinstance(part, dict):
+                part = part.get("text")
+            if part is not None and not isinstance(part, str):
+                raise UserError(
+                    f"{source}: column {column!r} holds {type(part).__name__}, not text; see corpus.text_column"
+                )
+            parts += [part] if part is not None else []
+        if parts:
+            yield "\n".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def row_of(line: str, where: str) -> dict:

@@ -1,7 +1,7 @@
 """Text that is used only for evaluation: test sentences of every measured language, and aligned lines."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from agnostic_train.corpus.documents import split_documents
@@ -75,6 +75,27 @@ def read_evaluation_text(
     return texts, hashes
 
 
+def seen_in_training(
+    texts: Mapping[str, Mapping[str, Sequence[str]]], training: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Says of which languages some text for evaluation is trained on, under the name of another language.
+
+    Within a language that is refused; across languages, crawls and close varieties have such text.
+
+    Args:
+        texts: by kind and language, as from `read_evaluation_text`.
+        training: per language that is trained on, its sentences.
+    """
+    trained = {sentence: language for language, sentences in training.items() for sentence in sentences}
+    for kind, of_kind in texts.items():
+        for language, sentences in of_kind.items():
+            if seen := [it for it in sentences if trained.get(it, language) != language]:
+                yield (
+                    f"{kind} text of {language}: {len(seen)} of {len(sentences)} sentences are also in the training "
+                    f"text of {trained[seen[0]]}, such as {seen[0][:60]!r}"
+                )
+
+
 def parallel_text(
     folder: str | Path,
     corpus: Corpus,
@@ -100,16 +121,20 @@ def parallel_text(
     files = {language: file for language in languages if (file := folder / f"{language}.txt").exists()}
     if not files:
         raise UserError(f"{key}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt")
-    lines = {language: [it.strip() for it in read_text(file).split("\n")] for language, file in files.items()}
+    lines = {
+        language: [it.strip() for it in read_text(file).removesuffix("\n").split("\n")]
+        for language, file in files.items()
+    }
+    # Some files end with blank lines, which others lack.
+    lengths = {language: max((n for n, it in enumerate(own, 1) if it), default=0) for language, own in lines.items()}
+    longest = max(lengths, key=lambda language: lengths[language])
     for language, own_lines in lines.items():
-        while own_lines and not own_lines[-1]:
-            own_lines.pop()
-        first = next(iter(lines))
-        if len(own_lines) != len(lines[first]):
+        if len(own_lines) < lengths[longest]:
             raise UserError(
-                f"{key}: {files[language]} has {len(own_lines)} lines, {files[first].name} {len(lines[first])}; "
+                f"{key}: {files[language]} has {len(own_lines)} lines, {files[longest].name} {lengths[longest]}; "
                 "aligned text has as many in every language"
             )
+        del own_lines[lengths[longest] :]
     kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
     if not kept:
         raise UserError(f"{key}: no line of {folder} has text in all of {', '.join(lines)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
+import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from agnostic_train.corpus.documents import row_of, split_documents, texts_of
@@ -71,6 +72,8 @@ def _opened(file: Path) -> IO[bytes]:
 def _rows(file: Path) -> Iterator[dict]:
     if ".parquet" not in file.suffixes:
         yield from _json_lines(file)
+        return
+    if not pq.read_metadata(file).num_rows:  # `datasets` can't read it
         return
     # Streamed, so that nothing is copied into the cache of `datasets`.
     yield from load_dataset("parquet", data_files=str(file), split="train", streaming=True)

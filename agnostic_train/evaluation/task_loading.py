@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict
 
+from agnostic_train.corpus.local_files import read_text
 from agnostic_train.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
@@ -86,15 +87,14 @@ def read_mgsm_from(manager: "TaskManager", folder: Path, task_paths: Sequence[Pa
 
 def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
     """Returns the test questions in the format of the hub's data set: with a number, without a worked answer."""
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"evaluation.mgsm: no file {file}, which {task} needs") from None
+    if not file.exists():
+        raise UserError(f"evaluation.mgsm: no file {file}, which {task} needs")
+    lines = read_text(file).replace("\r\n", "\n").removesuffix("\n").split("\n")
     rows: dict[str, list] = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
     for index, line in enumerate(lines):
         question, _, number = line.partition("\t")
         number = number.replace(",", "")
-        if not re.fullmatch(r"-?\d+", number):
+        if not re.fullmatch(r"-?\d{1,18}", number):
             raise UserError(f"{file}, line {index + 1}: expected a question, a tab and a whole number")
         for key, value in zip(rows, (question, None, int(number), None), strict=True):
             rows[key].append(value)

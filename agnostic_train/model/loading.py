@@ -148,7 +148,7 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
         if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
             stat = file.stat()
             files[file.name] = hash_file(file) if stat.st_size < _SMALL_FILE else [stat.st_size, stat.st_mtime_ns]
-    return {"name": str(name), "files": files}
+    return {"files": files}
 
 
 def _load(auto_class, section: ModelSection, name: str | Path, key: str = "model.name", **settings):

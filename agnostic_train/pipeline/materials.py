@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from agnostic_train.corpus.encoding import Encoder
-from agnostic_train.corpus.evaluation_text import read_evaluation_text
+from agnostic_train.corpus.evaluation_text import read_evaluation_text, seen_in_training
 from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
@@ -84,9 +84,13 @@ class Materials:
     @cached_property
     def _evaluation_texts(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
         with self._streamed_once():
-            return read_evaluation_text(
+            texts, hashes = read_evaluation_text(
                 self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
             )
+        trained = {it: self.corpus.texts[it].training for it in self.recipe.training.text_languages}
+        for line in seen_in_training(texts, trained):
+            self.say(line)
+        return texts, hashes
 
     def evaluation_batches(self) -> dict[str, dict[str, list]]:
         """The batches of `evaluation_texts`, per kind and language."""

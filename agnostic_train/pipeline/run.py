@@ -228,11 +228,14 @@ class Pipeline:
         """The id of the tracked run, the same for every command in this folder; None without tracking."""
         if not self.recipe.tracking.wandb or not self.processes.is_main_process:
             return None
-        file = self.directory / ".tracking"
-        if not file.exists():
-            with whole_file(file) as temporary:
-                temporary.write_text(uuid.uuid4().hex[:8])
-        return file.read_text().strip()
+        file, folder = self.directory / ".tracking", str(self.directory.resolve())
+        run_id, _, made_in = file.read_text().strip().partition("\n") if file.exists() else ("", "", "")
+        # A copy of the folder must not continue the original's run.
+        if not run_id or (made_in not in ("", folder) and Path(made_in).exists()):
+            run_id = uuid.uuid4().hex[:8]
+        with whole_file(file) as temporary:
+            temporary.write_text(f"{run_id}\n{folder}\n")
+        return run_id
 
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
         """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""

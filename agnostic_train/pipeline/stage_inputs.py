@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
+from pathlib import Path
 
 from agnostic_train.evaluation.tuning import default_rates
 from agnostic_train.files import fingerprint, hash_file
@@ -28,14 +29,19 @@ _READ_BY = {
 _WITHOUT_EFFECT = (
     # logging and storage
     "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "save_total_limit",
+    "save_on_each_node",
     # time and memory
     "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "per_device_eval_batch_size",
+    "eval_accumulation_steps", "torch_empty_cache_steps", "skip_memory_metrics", "ddp_",
 )  # fmt: skip
 _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
 """Prefixes of keys without an effect on the last step, for trainings that don't choose their best checkpoint."""
 _WHEN_TO_SAVE = ("save_steps", "save_strategy")
 """Keys with an effect only if the best checkpoint is chosen at the end."""
+_DEFAULTS = {it.name: it.default for it in fields(NeuronTrainingArguments)}
+_FROM_ELSEWHERE = ("bf16", "fp16", "use_cpu")
+"""Keys whose default depends on the launcher or the machine."""
 
 
 class StageInputs:
@@ -99,8 +105,12 @@ class StageInputs:
 
     @cached_property
     def _common_inputs(self) -> dict:
+        model = self._recipe.to_dict()["model"] | {"checkpoints": [], "files": self.model_identity}
+        if Path(self._materials.model_path).is_dir():
+            # A folder is identified by its files, wherever it is, and has no revisions.
+            del model["name"], model["revision"]
         return {
-            "model": self._recipe.to_dict()["model"] | {"checkpoints": [], "files": self.model_identity},
+            "model": model,
             "agnostic_train": installed_version("agnostic_train"),
         }
 
@@ -215,13 +225,20 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """A recipe's TrainingArguments that affect the training's result; a file (an engine's config) becomes its SHA-256.
 
     When to evaluate is among them, because evaluations are logged with the loss. When to save is among them only if the
-    best checkpoint is chosen at the end.
+    best checkpoint is chosen at the end. Defaults aren't, so writing one into the recipe changes nothing.
     """
-    ignored = _WITHOUT_EFFECT if arguments.get("load_best_model_at_end") else (*_WITHOUT_EFFECT, *_WHEN_TO_SAVE)
+    ignored = list(_WITHOUT_EFFECT)
+    if not arguments.get("load_best_model_at_end"):
+        ignored += _WHEN_TO_SAVE
+    if arguments.get("eval_strategy", "no") == "no" and not arguments.get("eval_on_start"):
+        ignored.append("eval_")
+    max_steps = arguments.get("max_steps", -1)
+    if isinstance(max_steps, int) and max_steps > 0:
+        ignored.append("num_train_epochs")
     return {
         key: hash_file(it) if isinstance(it, str) and os.path.isfile(it) else it
         for key, it in arguments.items()
-        if not key.startswith(ignored)
+        if not key.startswith(tuple(ignored)) and (key in _FROM_ELSEWHERE or it != _DEFAULTS.get(key))
     }
 
 

@@ -16,6 +16,7 @@ from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
 from agnostic_train.pipeline.settings import training_arguments
@@ -112,7 +113,8 @@ class Trials:
     def run(self, trial: Trial) -> TrialResult:
         """Returns a trial's result, from its files or by training; strategies with the same choice train once."""
         choice = None if trial.strategy == BASE else self.choose(trial)
-        name = fingerprint([self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice)])[:16]
+        inputs = [self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice), package_versions()]
+        name = fingerprint(inputs)[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
         if not record_file.exists():
             record, measured = self._measure(trial, choice, self.directory / f".{name}")

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,8 @@ logger = logging.get_logger(__name__)
 _FIRST_FONT = "DejaVu Sans"  # comes with matplotlib
 _MARKERS = "osv^DxP*hX"
 _LINES = ("-", "--", ":", "-.")
+ENDINGS = (".png", ".svg")
+"""The formats in which each figure is written."""
 
 
 def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], labels: Iterable[str] = ()) -> None:
@@ -35,7 +38,8 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
     """
     # With a fixed salt, equal figures are equal files.
     style = {"svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": _families("".join(labels))}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `_families` has said so, once
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder / f"{name}.png", dpi=150)
@@ -44,7 +48,7 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
 
 def is_figure(path: Path, names: Collection[str]) -> bool:
     """Whether a path is a file that `write_figures` writes for a figure with one of these names."""
-    return path.is_file() and path.suffix in (".png", ".svg") and path.stem in names
+    return path.is_file() and path.suffix in ENDINGS and path.stem in names
 
 
 def _families(text: str) -> list[str]:
@@ -79,6 +83,19 @@ def _grid(rows: int = 1, width: float = 8, height: float = 4, **settings) -> tup
     return figure, figure.subplots(rows, 1, squeeze=False, **settings)[:, 0]
 
 
+def _width(num_columns: int, inches: float) -> float:
+    """The width of a figure whose columns need some inches each."""
+    return max(8.0, 2.0 + inches * num_columns)
+
+
+def _name_columns(axis: Axes, names: Sequence[str], enhanced: Collection[str] = ()) -> None:
+    """Labels the columns; long names are turned, so that they don't overlap."""
+    is_long = max(map(len, names), default=0) > 8 and len(names) > 5
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
+    labels = [name + ((" " if is_long else "\n") + "(enhanced)" if name in enhanced else "") for name in names]
+    axis.set_xticks(range(len(names)), labels, **turned)
+
+
 def draw_neurons(found: LanguageNeurons) -> Figure:
     """Heat maps of neuron counts by layer and projection, for the shared set and each language's exclusive set."""
     sizes = found.shared.sizes or {}
@@ -100,7 +117,7 @@ def draw_neurons(found: LanguageNeurons) -> Figure:
 def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
     languages = list(evaluation)
     positions = np.arange(len(languages))
-    figure, (axis,) = _grid()
+    figure, (axis,) = _grid(width=_width(len(languages), 0.8))
     for offset, (moment, color, hatch) in enumerate((("before", "white", "///"), ("after", "0.45", ""))):
         values = [evaluation[language][moment]["bits_per_byte"] for language in languages]
         axis.bar(
@@ -111,7 +128,7 @@ def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
         row = evaluation[language]
         height = max(row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
         axis.text(position, height + 0.02 * top, percent(row["bits_per_byte_change"]), ha="center", fontsize=10)
-    axis.set_xticks(positions, [name + (" (enhanced)" if name in enhanced else "") for name in languages])
+    _name_columns(axis, languages, enhanced)
     axis.set_ylabel("bits per byte, test text")
     axis.set_ylim(0, top * 1.15)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -120,7 +137,7 @@ def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
 
 def draw_score(score: dict) -> Figure:
     rows = [row for row in score["table"] if row["importance"] is not None]
-    figure, (axis,) = _grid()
+    figure, (axis,) = _grid(width=_width(len(rows), 0.6))
     positions = np.arange(len(rows))
     values = [np.log1p(row["importance"]) for row in rows]
     axis.bar(positions, values, 0.6, color="0.7", edgecolor="black")
@@ -128,7 +145,7 @@ def draw_score(score: dict) -> Figure:
         if row["interval"]:
             low, high = np.log1p(row["interval"])
             axis.plot([position, position], [min(low, value), max(high, value)], color="black", marker="_")
-    axis.set_xticks(positions, [row["language"] for row in rows])
+    _name_columns(axis, [row["language"] for row in rows])
     axis.set_ylabel("log(1 + importance)")
     axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
     if score["value"] is not None:
@@ -155,9 +172,9 @@ def draw_ablation(rows: dict) -> Figure:
             for name in names
         ]
     ).reshape(len(names), len(languages))
-    figure, (axis,) = _grid(height=1.2 + 0.4 * len(names))
+    figure, (axis,) = _grid(width=_width(len(languages), 0.7), height=1.2 + 0.4 * len(names))
     _heat_map(axis, np.log(times.clip(min=1e-3)), np.vectorize(lambda value: f"{value:.3g}\u00d7")(times))
-    axis.set_xticks(range(len(languages)), languages)
+    _name_columns(axis, languages)
     axis.set_yticks(range(len(names)), [f"{name} off ({rows[name]['neurons']})" for name in names])
     return figure
 
@@ -228,7 +245,7 @@ def draw_overlap(found: LanguageNeurons) -> Figure:
     )
     figure, (axis,) = _grid(width=1.5 + 0.9 * len(languages), height=1.2 + 0.6 * len(languages))
     _heat_map(axis, values, np.vectorize(lambda value: f"{value:.2f}")(values), vmax=1.0)
-    axis.set_xticks(range(len(languages)), languages)
+    _name_columns(axis, languages)
     axis.set_yticks(range(len(languages)), languages)
     return figure
 
@@ -256,13 +273,13 @@ def draw_forgetting(compared: dict) -> Figure:
     strategies = compared["strategies"]
     languages = list(next(iter(strategies.values()))["languages"])
     changes = np.array([[100 * row["languages"][it]["mean"] for it in languages] for row in strategies.values()])
-    figure, (axis,) = _grid(height=1.2 + 0.45 * len(strategies))
+    figure, (axis,) = _grid(width=_width(len(languages), 0.7), height=1.2 + 0.45 * len(strategies))
     # Training all weights may cost a hundred times what other strategies do: the scale is logarithmic beyond 1%.
     shades = np.log1p(changes.clip(min=0))
     # The scale reaches at least 1%, so that tiny changes stay light even if they are the largest.
     darkest = max(np.log1p(1.0), shades.max(initial=0))
     _heat_map(axis, shades, np.vectorize(lambda value: percent(value / 100))(changes), vmax=darkest)
-    axis.set_xticks(range(len(languages)), languages)
+    _name_columns(axis, languages)
     axis.set_yticks(range(len(strategies)), list(strategies))
     return figure
 

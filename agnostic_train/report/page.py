@@ -27,6 +27,9 @@ _COMPARISON_FIGURES = frozenset(["trade", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
     "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
 }  # fmt: skip
+EMERGENCE_FILES = [f"{name}{ending}" for name in _EMERGENCE_FIGURES for ending in draw.ENDINGS]
+RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in draw.ENDINGS]
+"""The figures that a run may write."""
 
 
 def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
@@ -118,7 +121,9 @@ def comparison_text(comparison: dict) -> str:
 
 def in_terminal(text: str) -> str:
     """Renders Markdown for the terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 140, file=StringIO())
+    # A file has room for the widest table.
+    widest = max((len(line) for line in text.splitlines() if line.startswith("|")), default=0)
+    console = Console(width=None if sys.stdout.isatty() else max(140, widest), file=StringIO())
     console.print(Markdown(text))
     return console.file.getvalue()
 

@@ -204,15 +204,25 @@ def test_masked_training_counts_only_trainable_entries(root):
 
 @pytest.mark.figures
 def test_report_leaves_out_results_of_another_recipe(root):
+    """So do the copies in `tracking.results_dir`; a user's own files there are left alone."""
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
+    flags.append(f"--tracking.results_dir={root / 'results'}")
     assert run(root, "compare", *flags) == 0 and run(root, "run", *flags) == 0
     assert "Strategies compared" in (root / "out/report.html").read_text()
+    (root / "results/mine.csv").touch()
+    compared = {f"comparison.{ending}" for ending in ("csv", "json", "md")} | {"trade.png", "forgetting.svg"}
+    assert compared < {it.name for it in (root / "results").iterdir()}
     assert run(root, "run", "--detection.top_ratio=0.3", *flags) == 0
     assert "Strategies compared" not in (root / "out/report.html").read_text()
+    left = {it.name for it in (root / "results").iterdir()}
+    assert not compared & left and {"mine.csv", "evaluation.csv", "score.png"} < left
     checkpoints = f"--model.checkpoints=7={root / 'model'}"
-    assert run(root, "run", checkpoints) == 0 and "training step" in (root / "out/figures/emergence.svg").read_text()
-    assert run(root, "run") == 0
+    assert run(root, "run", checkpoints, *flags) == 0
+    assert "training step" in (root / "out/figures/emergence.svg").read_text()
+    assert {"emergence.csv", "emergence.png"} < {it.name for it in (root / "results").iterdir()}
+    assert run(root, "run", *flags) == 0
     assert not (root / "out/emergence.json").exists() and not (root / "out/figures/emergence.svg").exists()
+    assert not [it for it in (root / "results").iterdir() if it.name.startswith("emergence")]
 
 
 def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):

@@ -76,7 +76,9 @@ CHANGES = [
     ({"training.gradient_checkpointing": "true", "training.save_total_limit": "1"}, set()),
     ({"training.dataloader_num_workers": "1", "training.hub_strategy": "end"}, set()),
     ({"model.dtype": "bfloat16"}, ALL),
-    ({"model.revision": "main"}, ALL),
+    ({"model.revision": "main"}, set()),  # the model is a folder
+    ({"training.max_grad_norm": "1.0", "training.seed": "42", "training.num_train_epochs": "5"}, set()),
+    ({"training.ddp_timeout": "60", "training.per_device_eval_batch_size": "2", "training.eval_steps": "3"}, set()),
 ]
 
 

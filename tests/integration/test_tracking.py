@@ -1,6 +1,7 @@
 """Weights & Biases, offline: one run per command, and one run for each training of a comparison."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,10 @@ def test_run_logs_numbers_tables_and_figures_under_fixed_names(root, runs):
     # The same command continues the same run.
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0
     assert {it["id"] for it in runs} == {only["id"]}
+    # A copy is another run.
+    shutil.copytree(root / "out", root / "copy")
+    assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4", f"--output_dir={root / 'copy'}") == 0
+    assert runs[-1]["id"] != only["id"]
     # Kept results are logged too, because tracking may have been turned on after they were made.
     (root / "out/.tracking").unlink()
     assert run(root, "run", "--tracking.wandb=true", "--training.max_steps=4") == 0

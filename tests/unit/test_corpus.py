@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import shutil
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, PythonBackend
 
 from agnostic_train import batches_of, detect_neurons, perplexity
 from agnostic_train.corpus import streaming
-from agnostic_train.corpus.documents import split_documents
+from agnostic_train.corpus.documents import split_documents, texts_of
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.evaluation_text import read_test_text
 from agnostic_train.corpus.purposes import load_corpus
@@ -448,6 +449,40 @@ def test_rows_without_text_are_skipped(folder, ending):
     (folder / f"en.train.{ending}").unlink()
     table(folder, f"en.train.{ending}", [{"text": 5}])
     with pytest.raises(UserError, match="column 'text' holds int, not text"):
+        load_corpus(section(), folder)
+
+
+@pytest.mark.parametrize("value", [[["one", "two"]], [1, "two"], [{"text": {"a": "b"}}], {"text": "one"}])
+def test_nested_values_are_refused(folder, value):
+    """Rather than trained on as Python's text of them."""
+    (folder / "en.train.txt").unlink()
+    (folder / "en.train.jsonl").write_text(json.dumps({"text": value}))
+    with pytest.raises(UserError, match=r"column 'text' holds (list|int|dict), not text"):
+        load_corpus(section(), folder)
+
+
+def test_half_a_surrogate_pair_is_replaced(folder):
+    (folder / "en.train.txt").unlink()
+    lines = [json.dumps({"text": sentence}) for sentence in SENTENCES[:29]] + [r'{"text": "cut \ud83d"}']
+    (folder / "en.train.jsonl").write_text("\n".join(lines))
+    text = load_corpus(section(), folder).texts["en"]
+    assert "cut \ufffd" in [*text.detection, *text.training]
+
+
+def test_column_may_be_missing_in_some_rows_or_all(folder):
+    (folder / "en.train.txt").unlink()
+    rows = [{"id": 1}, *({"text": sentence} for sentence in SENTENCES[:30]), {"id": 2}]
+    (folder / "en.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    endless = ({"id": 1, f"key {it}": 2} for it in itertools.count())
+    with pytest.raises(UserError, match="there: no column 'text'; corpus.text_column is one of id, key 0, key 1,"):
+        next(texts_of(endless, "text", "there"))
+
+
+def test_empty_parquet_file_has_no_sentence(folder):
+    (folder / "en.train.txt").unlink()
+    Dataset.from_dict({"text": []}).to_parquet(str(folder / "en.train.parquet"))
+    with pytest.raises(UserError, match=r"en\.train\.parquet: has no sentence"):
         load_corpus(section(), folder)
 
 

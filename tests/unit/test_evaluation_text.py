@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from agnostic_train.corpus.evaluation_text import parallel_text, read_test_text
+from agnostic_train.corpus.evaluation_text import parallel_text, read_test_text, seen_in_training
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.recipe import CorpusSection
@@ -88,6 +88,20 @@ def test_errors_of_parallel_text(folder):
     (folder / "parallel/sw.txt").write_text("\n".join(["sw train 3", "b", "c", "d", "e"]))
     with pytest.raises(UserError, match=r"1 lines of .*sw.txt are in the train or valid text, such as 'sw train 3'"):
         read()
+    for blank in ("\n", "\n\n\n"):  # some files end with blank lines
+        (folder / "parallel/sw.txt").write_text("\n".join("abcde") + blank)
+        assert read()["sw"] == list("abcde")
+    (folder / "parallel/en.txt").write_text("a line\n\n")
+    (folder / "parallel/sw.txt").write_text("mstari\nmwingine\n")
+    assert read() == {"en": ["a line"], "sw": ["mstari"]}
+    (folder / "parallel/en.txt").write_text("\n".join(f"en line {it}" for it in range(5)))
     (folder / "parallel/sw.txt").write_text("a\nb")
     with pytest.raises(UserError, match=r"sw.txt has 2 lines, en.txt 5"):
         read()
+
+
+def test_text_that_is_trained_on_under_another_language_is_named():
+    texts = {"test": {"en": ["one", "moja", "two", "mbili"], "sw": ["moja"]}, "parallel": {"th": ["หนึ่ง"]}}
+    assert list(seen_in_training(texts, {"sw": ["mbili", "moja", "tatu"]})) == [
+        "test text of en: 2 of 4 sentences are also in the training text of sw, such as 'moja'"
+    ]

@@ -64,14 +64,29 @@ class Context:
         file = self.directory / "neurons" / ACTIVATIONS_FILE
         return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
 
-    def publish_tables(self, tables: Mapping[str, Table], files: Mapping[str, Path] | None = None) -> None:
-        """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only."""
-        self.tracker.log_tables(tables)
+    def publish_tables(
+        self, tables: Mapping[str, Table | None], files: Mapping[str, Path | None] | None = None
+    ) -> None:
+        """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only.
+
+        None stands for a result that this run doesn't have: its file there, from an earlier run, is deleted.
+        """
+        self.tracker.log_tables({name: table for name, table in tables.items() if table is not None})
         if self.recipe.tracking.results_dir is None:
             return
         folder = Path(self.recipe.tracking.results_dir)
-        for name, table in tables.items():
-            write_csv(table, folder / f"{name}.csv")
-        for name, file in (files or {}).items():
-            with whole_file(folder / name) as temporary:
-                temporary.write_bytes(file.read_bytes())
+        try:
+            for name, table in tables.items():
+                if table is None:
+                    (folder / f"{name}.csv").unlink(missing_ok=True)
+                else:
+                    write_csv(table, folder / f"{name}.csv")
+            for name, file in (files or {}).items():
+                if file is None:
+                    (folder / name).unlink(missing_ok=True)
+                else:
+                    with whole_file(folder / name) as temporary:
+                        temporary.write_bytes(file.read_bytes())
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk's error names no file
+            raise

@@ -22,6 +22,7 @@ from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kin
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
+from agnostic_train.scores.perplexity import NonFiniteLossError
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def evaluate(context: Context) -> dict:
 def publish(context: Context) -> None:
     evaluation = read_json(context.directory / "evaluation.json")
     context.tracker.log_summary(evaluation["objectives"])
-    tables = {"evaluation": evaluation_table(evaluation)}
-    if evaluation["tasks"] is not None:
-        tables["tasks"], tables["task_comparisons"] = (
-            make_table(evaluation["tasks"]) for make_table in (task_table, task_comparison_table)
-        )
-    context.publish_tables(tables)
+    tasks = evaluation["tasks"]
+    context.publish_tables(
+        {
+            "evaluation": evaluation_table(evaluation),
+            "tasks": None if tasks is None else task_table(tasks),
+            "task_comparisons": None if tasks is None else task_comparison_table(tasks),
+        }
+    )
 
 
 def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
@@ -138,7 +141,13 @@ def _measure(
         context.materials.forget_model()  # the next model may not fit in memory beside it
         return load_by_kind(file)
     model, progress = checkpoint.load(), context.processes.is_local_main_process
-    measured = {kind: evaluate_languages(model, of_kind, name, progress) for kind, of_kind in batches.items()}
+    try:
+        measured = {kind: evaluate_languages(model, of_kind, name, progress) for kind, of_kind in batches.items()}
+    except NonFiniteLossError as error:
+        if name == "before":
+            raise
+        where = "enhanced" if name == "after" else f"evaluation.checkpoints: {name}"
+        raise NonFiniteLossError(f"{where}: {str(error).removeprefix('model.name: ')}") from None
     if context.processes.is_main_process:
         save_by_kind(measured, file)
     context.processes.wait_for_everyone()

@@ -1,8 +1,10 @@
 """`report`: presents the results of the other stages as a page with figures."""
 
+from pathlib import Path
+
 from agnostic_train.pipeline.manifest import in_words
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.report.page import write_report
+from agnostic_train.report.page import COMPARISON_TEXT, RUN_FILES, write_report
 
 
 def report(context: Context) -> dict:
@@ -19,4 +21,9 @@ def report(context: Context) -> dict:
 
 def publish(context: Context) -> None:
     context.tracker.log_figures(context.directory / "figures")
-    context.publish_tables({}, {file.name: file for file in (context.directory / "figures").iterdir()})
+    files: dict[str, Path | None] = dict.fromkeys(RUN_FILES)
+    files |= {file.name: file for file in (context.directory / "figures").iterdir()}
+    if context.inputs.has_comparison:
+        context.publish_tables({}, files)
+    else:
+        context.publish_tables({"comparison": None}, files | {"comparison.json": None, COMPARISON_TEXT: None})

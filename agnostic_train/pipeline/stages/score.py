@@ -10,7 +10,7 @@ from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect_in
-from agnostic_train.report.page import draw_emergence, is_emergence_file
+from agnostic_train.report.page import EMERGENCE_FILES, draw_emergence, is_emergence_file
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
@@ -61,10 +61,11 @@ def publish(context: Context) -> None:
         }
     )
     context.publish_tables({"score": score_table(result), "ablation": ablation_table(result["ablation"])})
+    table, figures = None, dict[str, Path | None].fromkeys(EMERGENCE_FILES)
     if context.recipe.model.checkpoints:
-        rows = read_json(context.directory / "emergence.json")
-        figures = {file.name: file for file in (context.directory / EMERGENCE).iterdir()}
-        context.publish_tables({"emergence": emergence_table(rows)}, figures)
+        table = emergence_table(read_json(context.directory / "emergence.json"))
+        figures = {name: context.directory / EMERGENCE / name for name in EMERGENCE_FILES}
+    context.publish_tables({"emergence": table}, figures)
 
 
 def _score_of(

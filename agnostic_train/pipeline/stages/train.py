@@ -79,9 +79,11 @@ def train(context: Context) -> dict:
 
 
 def publish(context: Context) -> None:
+    table = None
     if context.recipe.training.has_pilot:
         rows = read_json(context.directory / PILOT)["ranking"]
-        context.publish_tables({"pilot": [{**row, "languages": str(row["languages"])} for row in rows]})
+        table = [{**row, "languages": str(row["languages"])} for row in rows]
+    context.publish_tables({"pilot": table})
 
 
 def read_neurons(file: str, model: nn.Module) -> NeuronSet:
