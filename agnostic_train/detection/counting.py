@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from agnostic_train.choices import Attention
 from agnostic_train.detection.top_counts import TopCounts
+from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import ImpactMeter
@@ -36,7 +37,7 @@ class CountingOptions:
 
     def key(self, weights: str, first: Batch) -> str:
         """Distinguishes counts from those of other weights, settings or first batches."""
-        tokens = [first[name].tolist() for name in _OF_TOKENS if name in first]
+        tokens = [first[name].tolist() for name in _OF_TOKENS if first.get(name) is not None]
         return fingerprint([weights, self.top_ratio, self.attention, [*self.projections], self.activations, tokens])
 
 
@@ -61,6 +62,9 @@ def count_top_neurons(
         key: see `TopCounts.load`.
 
     Returns: the counts, and the indices of the layers that pruning doesn't cover.
+
+    Raises:
+        UserError: the file counts more batches than there are.
     """
     top_ratio = options.top_ratio
     counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model), key)
@@ -86,7 +90,10 @@ def count_top_neurons(
 
         saved, is_whole = time.monotonic(), counts.num_batches > 0
         try:
-            for batch in islice(batches, counts.num_batches, None):
+            remaining = iter(batches)
+            if sum(1 for _ in islice(remaining, counts.num_batches)) < counts.num_batches:
+                raise UserError(f"{file}: counts {counts.num_batches} batches, more than were given; delete it")
+            for batch in remaining:
                 if active is not None:
                     active.begin(batch)
                 impacts = meter.measure(batch)

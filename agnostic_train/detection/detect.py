@@ -22,7 +22,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
 from agnostic_train.model.inference import Batch, check_batch, check_corpora, find_device, left_as_found, own_sentences
-from agnostic_train.model.weights import weights_checksum
+from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import num_processes, own_share, process_index
@@ -149,7 +149,7 @@ def detect_neurons(
     counts: dict[str, TopCounts] = {}
     related: dict[str, NeuronSet] = {}
     unpruned: set[int] = set()
-    weights = None if resume_dir is None else weights_checksum(model)
+    weights = None if resume_dir is None else model_checksum(model)
     with left_as_found(model):
         for language, corpus in corpora.items():
             batches = iter(corpus)

@@ -43,7 +43,7 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
     `up`'s in a family without a gate. Several processes share the batches.
 
     Raises:
-        UserError: a unit's input isn't finite.
+        UserError: a unit's input isn't finite, or no token counts.
     """
     decoder = find_decoder(model)
     counts: dict[int, Tensor] = {}
@@ -82,6 +82,8 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
             num_sentences += len(counted)
             bar.update(len(counted))
     totals = sum_over_processes(torch.stack([num_tokens, torch.tensor(num_sentences, device=device)]))
+    if totals[1] and not totals[0]:
+        raise UserError(f"corpus: no token of {language!r} counts; its text consists of special tokens")
     none = torch.zeros((), dtype=torch.int64)
     units = [layer.projections["down"].num_neurons for layer in decoder.layers]
     bad = sum_over_processes(torch.stack([not_finite.get(it, none).to(device) for it in range(len(units))])).nonzero()

@@ -48,8 +48,9 @@ class Projection:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the linear applies its weight as stored: it has no adapters and isn't quantised."""
-        return isinstance(self.linear, nn.Linear) and self.linear.weight.is_floating_point()
+        """Whether the linear applies its weight as stored: not adapted, quantised, pruned or reparametrised."""
+        is_stored = isinstance(self.linear, nn.Linear) and "weight" in self.linear._parameters
+        return is_stored and not _is_quantised(self.linear.weight)
 
     @property
     def neuron_dim(self) -> int:
@@ -235,21 +236,30 @@ def find_decoder(model: nn.Module) -> Decoder:
     (`query_key_value`, interleaved by head, and no gate).
 
     Raises:
-        UserError: a projection can't be found; the message names it and the class.
+        UserError: a projection can't be found, the message names it and the class; layers share a projection; or the
+            model is inside a wrapper for data parallelism or has a prompt or prefix adapter.
     """
+    if not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
+        raise UserError(f"model: it is inside a {type(model).__name__}; pass the model inside (model.module)")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError("model: its prompt or prefix adapter adds to the input, which isn't supported; unload it")
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
     blocks = getattr(backbone, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(f"model.name: {type(model).__name__} has no list of decoder layers; it isn't supported")
-    return Decoder(
-        backbone,
-        [
-            _find_layer(
-                index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None)
-            )
-            for index, block in enumerate(blocks)
-        ],
-    )
+    layers = [
+        _find_layer(index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None))
+        for index, block in enumerate(blocks)
+    ]
+    owners: dict[nn.Module, int] = {}
+    for layer in layers:
+        for name, projection in layer.projections.items():
+            if owners.setdefault(projection.linear, layer.index) != layer.index:
+                raise UserError(
+                    f"model.name: layers {owners[projection.linear]} and {layer.index} share their {name} projection, "
+                    "so it has no neurons of its own; it isn't supported"
+                )
+    return Decoder(backbone, layers)
 
 
 def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[str, ...]:
@@ -276,7 +286,7 @@ def float32_copy(layer: Layer) -> Layer:
     for module in (attention, feed_forward):
         for name, linear in list(module.named_modules()):
             # Quantised matrix products add rounding errors that depend on the batch.
-            if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():
+            if isinstance(linear, nn.Linear) and _is_quantised(linear.weight):
                 module.set_submodule(name, _dequantised(linear))
     return _find_layer(layer.index, attention.float(), feed_forward.float())
 
@@ -326,15 +336,22 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
 def _weight_read_through(linear: nn.Module) -> Tensor:
     """Computes the weight that a linear applies, (out, in), by applying it to unit vectors."""
     weight = linear.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # The bias is zeroed instead of subtracted from the output, where it would leave a rounding error.
+    dtype = torch.float32 if _is_quantised(weight) else weight.dtype
+    # Biases are zeroed instead of subtracted from the output, where they would leave a rounding error.
     tensors = chain(linear.named_parameters(), linear.named_buffers())
-    no_bias = {name: torch.zeros_like(it) for name, it in tensors if it is linear.bias}
+    no_bias = {
+        name: torch.zeros_like(it) for name, it in tensors if it is linear.bias or name.rpartition(".")[2] == "bias"
+    }
     columns = [
         functional_call(linear, no_bias, F.one_hot(units, linear.in_features).to(dtype))
         for units in torch.arange(linear.in_features, device=weight.device).split(_UNIT_VECTORS_AT_ONCE)
     ]
     return torch.cat(columns).T
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is stored as packed integers, or as 8-bit floats that need scales."""
+    return not weight.is_floating_point() or weight.element_size() < 2
 
 
 def _dequantised(linear: nn.Linear) -> nn.Linear:

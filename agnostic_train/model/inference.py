@@ -15,8 +15,10 @@ Batch = Mapping[str, Tensor]
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Runs the block in evaluation mode without gradients, then restores training flags and torch's random states.
 
-    The model computes in its weights' own dtype, see `full_precision` and `without_autocast`. A model in training may
-    hold modules that are kept in evaluation mode, so each module's own flag is restored.
+    The model computes in its weights' own dtype, see `full_precision` and `without_autocast`, and compiled parts run
+    uncompiled, see `uncompiled`. A model in training may hold modules that are kept in evaluation mode, so each
+    module's own flag is restored. Rotary embeddings with dynamic scaling keep the frequencies of the longest sentence
+    so far in their buffers, which are restored, too.
 
     Raises:
         UserError: the weights are split over processes. Such a model deadlocks if processes have different numbers of
@@ -24,15 +26,31 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """
     check_whole(model, "running a model to measure it")
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers), _longest_seen(module)) for module, _ in modes if module._buffers]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     forked = torch.random.fork_rng(devices=sorted(devices, key=str))
-    with forked, torch.no_grad(), full_precision(), without_autocast(model):
+    with forked, torch.no_grad(), full_precision(), without_autocast(model), uncompiled():
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
+            for module, own, longest in buffers:
+                module._buffers.update(own)
+                vars(module).update(longest)
+
+
+def _longest_seen(module: nn.Module) -> dict[str, object]:
+    """The length up to which a rotary embedding with dynamic scaling has computed its frequencies."""
+    return {name: value for name, value in vars(module).items() if name.endswith("max_seq_len_cached")}
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs compiled modules uncompiled inside the block: they would ignore hooks registered after compilation."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -120,15 +138,17 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
     """Checks that a batch is valid input for the model.
 
     Raises:
-        ValueError: `input_ids` is empty, not two-dimensional, or not of integers; `attention_mask` has another shape;
-            or, unless the batch is on a GPU already, a token is beyond the model's vocabulary.
+        ValueError: `input_ids` is empty, not two-dimensional, or not of integers; a mask has another shape; or, unless
+            the batch is on a GPU already, a token is beyond the model's vocabulary, `attention_mask` has other values
+            than 0 and 1, or `position_ids` start anew within a row.
         TypeError: `batch` isn't a mapping with `input_ids`, or holds something other than tensors.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         received = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TypeError(f"batch: expected a mapping with input_ids, got {received}; batches_of makes batches")
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    for name, value in (("input_ids", ids), ("attention_mask", mask)):
+    ids = batch["input_ids"]
+    masks = {name: batch.get(name) for name in ("attention_mask", "special_tokens_mask")}
+    for name, value in {"input_ids": ids, **masks}.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
                 f"{name}: expected a tensor, got {type(value).__name__}; tokenizers give them with "
@@ -137,11 +157,17 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
     shape = tuple(ids.shape)
     if len(shape) != 2 or not ids.numel() or ids.is_floating_point():
         raise ValueError(f"input_ids: expected integers of shape (batch, length), not empty, got {ids.dtype} {shape}")
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"attention_mask: expected the shape of input_ids, {shape}, got {tuple(mask.shape)}")
+    for name, mask in masks.items():
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"{name}: expected the shape of input_ids, {shape}, got {tuple(mask.shape)}")
     # Not on a GPU, where reading the values would wait for the device.
     if ids.device.type == "cpu":
         check_tokens(model, ids)
+    mask, positions = masks["attention_mask"], batch.get("position_ids")
+    if mask is not None and mask.device.type == "cpu" and ((mask != 0) & (mask != 1)).any():
+        raise ValueError("attention_mask: expected 0 and 1; put each sentence of a packed row into a row of its own")
+    if isinstance(positions, Tensor) and positions.device.type == "cpu" and (positions.diff(dim=-1) < 0).any():
+        raise ValueError("position_ids: several sentences are packed into one row; put each into a row of its own")
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -161,8 +187,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     # Copied without waiting for a GPU that may still be busy with the last batch.
     non_blocking = device.type == "cuda"
     input_ids = ids.to(device, torch.int64, non_blocking=non_blocking)
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=non_blocking)
-    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(device, non_blocking=non_blocking).bool().long()
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
 
 
@@ -179,6 +205,7 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     if mask is not None and mask.device.type == "cpu" and not mask.any(1).all():
         raise ValueError("attention_mask: a sentence of the batch is padding alone; leave it out")
     real = inputs["attention_mask"].bool()
-    if "special_tokens_mask" not in batch:
+    special = batch.get("special_tokens_mask")
+    if special is None:
         return real, real
-    return real, real & ~batch["special_tokens_mask"].to(real.device, non_blocking=real.is_cuda).bool()
+    return real, real & ~special.to(real.device, non_blocking=real.is_cuda).bool()

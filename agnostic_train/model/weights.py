@@ -1,6 +1,8 @@
 """Bit patterns of a model's weights, for exact comparison, and a checksum of the weights."""
 
+import json
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,14 @@ def weights_checksum(model: nn.Module) -> str:
         if hasattr(module, "base_layer") and hasattr(module, "disable_adapters")
     ]
     return fingerprint([sums, adapters] if adapters else sums)
+
+
+def model_checksum(model: nn.Module) -> str:
+    """Returns a checksum of the weights and of the config, which determines what the model computes with them."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    settings.pop("_name_or_path", None)
+    return fingerprint([weights_checksum(model), json.dumps(settings, sort_keys=True, default=str)])
 
 
 def _sums(values: Tensor) -> list[int]:

@@ -1,13 +1,14 @@
 """Switching neurons off in place, and back on bit for bit."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from agnostic_train.model.decoder import Projection, Site, find_decoder
+from agnostic_train.model.inference import uncompiled
 from agnostic_train.neurons.neuron_set import NeuronSet
 
 
@@ -44,11 +45,14 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
     """Switches off the given neurons of single projections inside the block."""
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     hooks: list[RemovableHandle] = []
+    stack = ExitStack()
     try:
         with torch.no_grad():
             for projection, indices in neurons:
                 index = projection.entries(indices)
                 if not projection.is_plain:
+                    if not hooks:
+                        stack.enter_context(uncompiled())
                     hooks.append(_silence(projection, index))
                     continue
                 for parameter, dim in projection.parts():
@@ -56,6 +60,7 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
                     parameter.index_fill_(dim, index, 0)
         yield
     finally:
+        stack.close()
         for hook in hooks:
             hook.remove()
         with torch.no_grad():

@@ -229,12 +229,14 @@ class NeuronSet:
                     metadata = metadata | {"sizes": json.loads(metadata["sizes"])}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{file}: a safetensors file, but not a neuron set")
+                if str(metadata.get("version")) not in ("1", "2"):
+                    raise UserError(f"{file}: written by another version of agnostic_train; update the package")
                 sites = {_site(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not iterable itself)
             sizes = {_site(key): size for key, size in (metadata.get("sizes") or {}).items()}
             return cls(sites, sizes or None)
         except UserError:
             raise
-        except (SafetensorError, ValueError, OSError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, OSError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: not a readable neuron set ({error})") from None
 
     @classmethod
@@ -286,6 +288,10 @@ class NeuronSet:
                 for key, values in by_layer.items():
                     indices = torch.tensor(values, device="cpu")
                     layer = int(key)
+                    if indices.dtype == torch.bool:
+                        raise UserError(f"{file}: {name} of layer {key} holds true and false, not indices")
+                    if (layer, projection) in sites:
+                        raise UserError(f"{file}: {name} lists layer {layer} twice")
                     if published and projection in ("k", "v") and layer < len(decoder.layers):
                         indices = _kv_rows(indices, decoder.layers[layer], file)
                     sites[(layer, projection)] = indices

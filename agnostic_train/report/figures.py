@@ -117,7 +117,7 @@ def draw_neurons(found: LanguageNeurons) -> Figure:
 def draw_change(evaluation: dict, enhanced: list[str]) -> Figure:
     languages = list(evaluation)
     positions = np.arange(len(languages))
-    figure, (axis,) = _grid(width=_width(len(languages), 0.8))
+    figure, (axis,) = _grid(width=_width(len(languages), 0.95))
     for offset, (moment, color, hatch) in enumerate((("before", "white", "///"), ("after", "0.45", ""))):
         values = [evaluation[language][moment]["bits_per_byte"] for language in languages]
         axis.bar(

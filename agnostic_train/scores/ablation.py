@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from agnostic_train.files import fingerprint
 from agnostic_train.model.inference import Batch
-from agnostic_train.model.weights import weights_checksum
+from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import process_index
@@ -88,7 +88,7 @@ def ablate(
         NonFiniteLossError: with some set off, the loss isn't finite.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
-    kept = None if resume_dir is None else [weights_checksum(model), {it: _text_of(batches[it]) for it in batches}]
+    kept = None if resume_dir is None else [model_checksum(model), {it: _text_of(batches[it]) for it in batches}]
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
     for name, neurons in sets.items():
         wanted = (languages or {}).get(name, batches)

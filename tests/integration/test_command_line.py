@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import padded_batch, tiny_llama
 from killing import run_and_kill
 from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
@@ -412,6 +412,19 @@ def test_best_checkpoint_by_the_loss_of_the_first_enhanced_language(root):
     assert run(root, "train", *flags, "--training.eval_steps=3", "--training.learning_rate=3") == 0
     state = json.loads((root / "out/checkpoint-6/trainer_state.json").read_text())
     assert state["best_metric"] == min(it["eval_sw_loss"] for it in state["log_history"] if "eval_sw_loss" in it)
+
+
+def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsys):
+    small = tiny_llama(vocab_size=50)
+    small.save_pretrained(root / "small")
+    message = "model.checkpoints: small: input_ids: token "
+    assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'small'}"], message, capsys)
+    broken = tiny_llama(vocab_size=400)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    broken.save_pretrained(root / "broken")
+    message = "model.checkpoints: broken: model.name: "
+    assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'broken'}"], message, capsys)
 
 
 def test_followed_checkpoints_are_measured_once(root, capsys):

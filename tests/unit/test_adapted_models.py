@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_families import family_model
 from test_tuner import adapted, some_neurons
+from torch.nn.utils import prune
 
 from agnostic_train import deactivate, detect_neurons, language_agnostic_score, neuron_impacts, perplexity
 from agnostic_train.detection.lape import firing_rates
 from agnostic_train.detection.self_check import verify_impacts
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.weights import weights_checksum
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -119,3 +121,82 @@ def test_large_bias_does_not_round_the_effective_weight():
         find_decoder(it).projection((0, "down")).effective_weight() for it in (model, adapter)
     )
     assert torch.equal(adapted_weight, plain_weight)
+
+
+COMPILED = {
+    "the model": lambda model: torch.compile(model, backend="eager"),
+    "the model in place": lambda model: model.compile(backend="eager") or model,
+    "layers": lambda model: [it.compile(backend="eager") for it in layers_of(model)],
+    "feed-forwards": lambda model: [it.mlp.compile(backend="eager") for it in layers_of(model)],
+}
+
+
+def layers_of(model):
+    return model.get_decoder().layers
+
+
+@pytest.mark.parametrize("part", COMPILED)
+@pytest.mark.parametrize("method", ["impact", "lape"])
+def test_compiled_models_are_measured_like_others(part, method):
+    """Compiled modules ignore later hooks: without them, a set that is off would change nothing."""
+    torch._dynamo.reset()
+    wrapped = adapted()
+    corpora = {"en": [BATCH], "sw": [padded_batch([6, 9], seed=4)]}
+    settings = dict(top_ratio=0.2, consistency=0.5, method=method, lape_ratio=0.3, progress=False)
+    expected = detect_neurons(wrapped, corpora, **settings)
+    score = language_agnostic_score(wrapped, expected, corpora, control_seeds=[]).value
+    compiled = copy.deepcopy(wrapped)
+    changed = COMPILED[part](compiled)
+    compiled = changed if isinstance(changed, torch.nn.Module) else compiled
+    with torch.no_grad():
+        compiled(**BATCH)
+    found = detect_neurons(compiled, corpora, **settings)
+    assert found.related == expected.related
+    # LAPE finds no shared units here, so its score is undefined.
+    found_score = language_agnostic_score(compiled, found, corpora, control_seeds=[]).value
+    assert found_score == (score and pytest.approx(score, rel=1e-4)) and (score is None) == (method == "lape")
+    off = expected.related["en"]
+    with torch.no_grad(), deactivate(wrapped, off), deactivate(compiled, off):
+        assert_close(compiled(**BATCH).logits, wrapped(**BATCH).logits)
+
+
+def test_weights_made_anew_in_each_pass_are_switched_off():
+    """Pruned and reparametrised linears compute their weight, so that zeroing it would have no effect."""
+    plain, off = tiny_llama(), {(0, "up"): [3, 7, 11], (1, "o"): [2, 5], (1, "q"): [4]}
+    made = tiny_llama()
+    for layer in layers_of(made):
+        for linear in (layer.mlp.up_proj, layer.self_attn.q_proj):
+            prune.identity(linear, "weight")
+        torch.nn.utils.parametrizations.weight_norm(layer.self_attn.o_proj)
+    with deactivate(plain, off), deactivate(made, off):
+        assert perplexity(made, [BATCH]).value == pytest.approx(perplexity(plain, [BATCH]).value, rel=1e-5)
+    expected = neuron_impacts(plain, BATCH)
+    for site, values in neuron_impacts(made, BATCH).items():
+        assert_close(values, expected[site])
+    verify_impacts(made, BATCH)
+
+
+def test_lora_with_biases_is_measured():
+    torch.manual_seed(7)
+    wrapped = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear", lora_bias=True))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    verify_impacts(wrapped, BATCH)
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_prompt_adapters_are_refused(config):
+    wrapped = get_peft_model(tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UserError, match="its prompt or prefix adapter adds to the input"):
+        neuron_impacts(wrapped, BATCH)
+
+
+def test_shared_and_wrapped_modules_are_refused():
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(UserError, match="layers 0 and 1 share their gate projection"):
+        neuron_impacts(model, BATCH)
+    with pytest.raises(UserError, match=r"it is inside a DataParallel; pass the model inside \(model.module\)"):
+        neuron_impacts(torch.nn.DataParallel(tiny_llama()), BATCH)

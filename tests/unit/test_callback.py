@@ -152,6 +152,9 @@ def test_counts_of_other_settings_or_batches_are_not_resumed(tmp_path):
     for batches, settings in (*changes, (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
         resumed, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
         assert resumed.related == expected.related and resumed.settings == expected.settings
+    detect([*two, *two], tmp_path / "more")
+    with pytest.raises(UserError, match="counts 4 batches, more than were given; delete it"):
+        detect(two, tmp_path / "more")
 
 
 def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):

@@ -93,3 +93,32 @@ def test_random_state_is_restored(llama):
     with left_as_found(llama):
         torch.rand(3)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_dynamic_rotary_scaling_is_restored():
+    """A longer sentence changes the frequencies of all that follow."""
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_llama(max_position_embeddings=8, rope_parameters=dynamic)
+    first = perplexity(model, [padded_batch([10])]).value
+    neuron_impacts(model, padded_batch([40]))
+    assert perplexity(model, [padded_batch([10])]).value == first
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 2, 2]])}, "attention_mask: expected 0 and 1"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "position_ids: several sentences are packed into one row"),
+        ({"special_tokens_mask": torch.zeros(1, 3)}, "special_tokens_mask: expected the shape of input_ids"),
+    ],
+)
+def test_packed_and_misshapen_batches_are_refused(llama, more, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(llama, [{"input_ids": torch.tensor([[5, 6, 7, 8]]), **more}])
+
+
+def test_parts_of_a_batch_may_be_none(llama):
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    expected = neuron_impacts(llama, batch)
+    for site, values in neuron_impacts(llama, batch | {"attention_mask": None, "special_tokens_mask": None}).items():
+        assert torch.equal(values, expected[site])

@@ -83,5 +83,8 @@ def test_lape_as_a_detection_method(llama):
         with torch.no_grad():
             broken.model.layers[1].mlp.gate_proj.weight[3] = torch.nan
         detect_neurons(broken, corpora, method="lape", progress=False)
+    special = padded_batch([4]) | {"special_tokens_mask": torch.ones(1, 4)}
+    with pytest.raises(UserError, match="no token of 'd' counts"):
+        detect_neurons(llama, corpora | {"d": [special]}, method="lape", progress=False)
     with pytest.raises(UserError, match="'d' has no sentence"):
         detect_neurons(llama, corpora | {"d": []}, method="lape", progress=False)

@@ -118,6 +118,7 @@ def test_published_sets_map_query_heads_to_the_kv_heads_that_serve_them(tmp_path
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{", '{"fwd_upp": {}}', '{"fwd_up": []}', '{"fwd_up": {"a": [1]}}', '{"fwd_up": {"0": [99]}}']
+    + ['{"attn_k": {"0": [true]}}', '{"fwd_up": {"0": [1], "00": [2]}}']
     + ['{"attn_k": {"0": [60]}}', '{"fwd_up": {"9": [0]}}', '{"fwd_up": {"0": ["x"]}}', '{"attn_k": {"9": [0]}}'],
 )
 def test_error_of_broken_json_names_the_file(tmp_path, llama, content):

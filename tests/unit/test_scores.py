@@ -473,6 +473,15 @@ def test_kept_results_of_other_text_are_not_reused(llama, tmp_path, name):
         assert resumed.num_bytes == fresh.num_bytes and torch.equal(resumed.sentence_nats, fresh.sentence_nats)
 
 
+def test_kept_results_of_another_config_are_not_reused(tmp_path):
+    """The same weights give other results."""
+    nats = []
+    for eps in (1e-6, 0.5):
+        result = ablation.ablate(tiny_llama(rms_norm_eps=eps), {}, {"a": [padded_batch([9])]}, resume_dir=tmp_path)
+        nats.append(result.measured["none"]["a"].nats)
+    assert nats[0] != nats[1]
+
+
 def test_kept_results_of_another_site_are_not_reused(llama, tmp_path):
     nats = []
     for site in ((0, "up"), (1, "up")):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, read_json, whole_directory, write_json
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
@@ -92,8 +93,11 @@ def _follow_checkpoints(context: Context) -> list[str]:
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
-        detected = detect_in(context, model, sample, verify=False)
-        score = _score_of(context, model, detected)
+        try:
+            detected = detect_in(context, model, sample, verify=context.recipe.detection.verify)
+            score = _score_of(context, model, detected)
+        except ValueError as error:
+            raise UserError(f"model.checkpoints: {checkpoint.name}: {error}") from None
         value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
         context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
         return detected, score
