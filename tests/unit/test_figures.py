@@ -1,6 +1,7 @@
 """Figures in any script: the fonts that draw a text, and the content of the files."""
 
 import logging
+from itertools import pairwise
 
 import pytest
 from matplotlib import font_manager
@@ -56,6 +57,22 @@ def test_small_costs_are_drawn_on_a_linear_scale(cost, scale):
     row = {"groups": {"enhanced": group(-0.01), "others": group(cost)}}
     axis = figures.draw_trade({"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}).axes[0]
     assert axis.get_yscale() == scale and ("logarithmic" in axis.get_ylabel()) is (scale == "symlog")
+
+
+@pytest.mark.parametrize(
+    "names", [["en", "sw"], [f"{name}_Latn" for name in ("eng", "swh", "deu", "fra", "ita", "tha")]]
+)
+@pytest.mark.parametrize("times", [1, 4])
+def test_names_of_languages_do_not_overlap(names, times):
+    languages = [f"{name}{number or ''}" for number in range(times) for name in names]
+    measured = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9}, "bits_per_byte_change": -0.05}
+    figure = figures.draw_change(dict.fromkeys(languages, measured), languages[:2])
+    figure.draw_without_rendering()
+    for texts in (figure.axes[0].get_xticklabels(), figure.axes[0].texts):
+        boxes = [it.get_window_extent() for it in texts]
+        assert len(boxes) == len(languages)
+        if texts[0].get_rotation() == 0:
+            assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
 @pytest.mark.parametrize(
