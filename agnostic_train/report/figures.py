@@ -200,7 +200,7 @@ def draw_emergence(rows: list[dict]) -> Figure:
         for index in range(len(rows[0]["controls"][kind])):
             scores = [row["controls"][kind][index]["score"] for row in rows]
             style = dict(color="0.6", linestyle=line, marker=marker)
-            draw(axes[2], scores, None if index else CONTROLS[kind], style)
+            draw(axes[2], scores, None if index else CONTROLS[kind].replace(" of", "\nof"), style)
     for step, row in zip(steps, rows, strict=True):
         if row["interval"]:
             axes[2].plot([step, step], row["interval"], color="black", marker="_")
