@@ -397,7 +397,7 @@ class Recipe:
     export: ExportSection = Field(default_factory=ExportSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     output_dir: Annotated[LocalPath, AfterValidator(_filled_in)] = Field(
-        description="Folder for all files of the run; $NAME is replaced from the environment."
+        description="Folder for all files of the run; inputs must lie elsewhere. $NAME is taken from the environment."
     )
 
     @property

@@ -37,7 +37,8 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
         except Exception as error:
             raise UserError(f"{source}: not readable ({in_one_line(error)})") from None
         if not is_found and num_rows and (row is None or num_rows == _MOST_WITHOUT_COLUMN):
-            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {', '.join(columns)}")
+            names = ", ".join(columns) or "none"
+            raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {names}")
         if row is None:
             return
         is_found = is_found or column in row

@@ -86,14 +86,15 @@ def seen_in_training(
         texts: by kind and language, as from `read_evaluation_text`.
         training: per language that is trained on, its sentences.
     """
-    trained = {sentence: language for language, sentences in training.items() for sentence in sentences}
+    trained = {language: set(sentences) for language, sentences in training.items()}
     for kind, of_kind in texts.items():
         for language, sentences in of_kind.items():
-            if seen := [it for it in sentences if trained.get(it, language) != language]:
-                yield (
-                    f"{kind} text of {language}: {len(seen)} of {len(sentences)} sentences are also in the training "
-                    f"text of {trained[seen[0]]}, such as {seen[0][:60]!r}"
-                )
+            for other, own in trained.items():
+                if other != language and (seen := [it for it in sentences if it in own]):
+                    yield (
+                        f"{kind} text of {language}: {len(seen)} of {len(sentences)} sentences are also in the "
+                        f"training text of {other}, such as {seen[0][:60]!r}"
+                    )
 
 
 def parallel_text(

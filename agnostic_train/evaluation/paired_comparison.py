@@ -6,7 +6,7 @@ import torch
 
 from agnostic_train.scores.bootstrap import interval, resampled_sums
 
-_NUM_RESAMPLES = 10_000
+_NUM_RESAMPLES = 5_000
 _SEED = 0
 
 

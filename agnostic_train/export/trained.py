@@ -57,7 +57,8 @@ class Trained:
         Raises:
             UserError: an adapter isn't a neuron adapter, several are active, the folder has no adapter or not the
                 one that its neurons file describes, `neurons` lacks some of the adapter's, neurons were trained before
-                the adapter and no base is given, weights are sharded over processes, or the base is the trained model.
+                the adapter and no base is given, weights are sharded over processes or offloaded, single layers are
+                compiled, or the base is the trained model.
         """
         named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
@@ -73,8 +74,9 @@ class Trained:
                 )
             return cls(loaded, adapter, loaded, _all_trained(own, named), loaded.name_or_path or None)
         check_whole(model, "exporting")
-        find_decoder(plain_model(model)).check_on_devices("exporting")
-        adapter, plain = adapter_deltas(model), plain_model(model)
+        plain = plain_model(model)
+        find_decoder(plain).check_on_devices("exporting")
+        adapter = adapter_deltas(plain)
         earlier = getattr(plain, "trained_neurons", None)
         if not adapter:
             trained = earlier if named is None else named

@@ -50,7 +50,7 @@ class Projection:
     def is_plain(self) -> bool:
         """Whether the linear applies its weight as stored: not adapted, quantised, pruned or reparametrised."""
         is_stored = isinstance(self.linear, nn.Linear) and "weight" in self.linear._parameters
-        return is_stored and not _is_quantised(self.linear.weight)
+        return is_stored and not is_quantised(self.linear.weight)
 
     @property
     def neuron_dim(self) -> int:
@@ -236,12 +236,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     (`query_key_value`, interleaved by head, and no gate).
 
     Raises:
-        UserError: a projection can't be found, the message names it and the class; layers share a projection; or the
-            model is inside a wrapper for data parallelism or has a prompt or prefix adapter.
+        UserError: a projection can't be found (the message names it and the class), layers share one, the model is
+            inside a wrapper for data parallelism, or it has a prompt or prefix adapter.
     """
     if not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
         raise UserError(f"model: it is inside a {type(model).__name__}; pass the model inside (model.module)")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    # Not `active_peft_config`, which raises for a deleted adapter.
+    configs, active = getattr(model, "peft_config", None) or {}, getattr(model, "active_adapter", None)
+    if isinstance(active, str) and getattr(configs.get(active), "is_prompt_learning", False):
         raise UserError("model: its prompt or prefix adapter adds to the input, which isn't supported; unload it")
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
     blocks = getattr(backbone, "layers", None)
@@ -286,7 +288,7 @@ def float32_copy(layer: Layer) -> Layer:
     for module in (attention, feed_forward):
         for name, linear in list(module.named_modules()):
             # Quantised matrix products add rounding errors that depend on the batch.
-            if isinstance(linear, nn.Linear) and _is_quantised(linear.weight):
+            if isinstance(linear, nn.Linear) and is_quantised(linear.weight):
                 module.set_submodule(name, _dequantised(linear))
     return _find_layer(layer.index, attention.float(), feed_forward.float())
 
@@ -336,7 +338,7 @@ def _feed_forward_projections(index: int, feed_forward: nn.Module | None) -> dic
 def _weight_read_through(linear: nn.Module) -> Tensor:
     """Computes the weight that a linear applies, (out, in), by applying it to unit vectors."""
     weight = linear.weight
-    dtype = torch.float32 if _is_quantised(weight) else weight.dtype
+    dtype = torch.float32 if is_quantised(weight) else weight.dtype
     # Biases are zeroed instead of subtracted from the output, where they would leave a rounding error.
     tensors = chain(linear.named_parameters(), linear.named_buffers())
     no_bias = {
@@ -349,7 +351,7 @@ def _weight_read_through(linear: nn.Module) -> Tensor:
     return torch.cat(columns).T
 
 
-def _is_quantised(weight: Tensor) -> bool:
+def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is stored as packed integers, or as 8-bit floats that need scales."""
     return not weight.is_floating_point() or weight.element_size() < 2
 

@@ -142,6 +142,9 @@ def _check_not_overwritten(recipe: Recipe) -> None:
         ("corpus.dataset", recipe.corpus.dataset),
         ("training.neurons", recipe.training.neurons),
         *(("evaluation.checkpoints", it) for it in recipe.evaluation.checkpoints),
+        ("evaluation.parallel", recipe.evaluation.parallel),
+        ("evaluation.mgsm", recipe.evaluation.mgsm),
+        *(("evaluation.task_paths", it) for it in recipe.evaluation.task_paths),
     ]
     for key, name in read:
         if name and Path(name).exists() and output in (Path(name).resolve(), *Path(name).resolve().parents):

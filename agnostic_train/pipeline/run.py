@@ -201,7 +201,9 @@ class Pipeline:
             check(folder, is_own)
 
     def _check_results_folder(self, results: Path) -> None:
-        """Refuses to publish into a folder that a stage replaces: there, the tables would pass for a user's files."""
+        """Refuses to publish into `output_dir` itself or a folder that a stage replaces, where copies would be lost."""
+        if results.resolve() == self.directory.resolve():
+            raise UserError("tracking.results_dir: is output_dir, which has the results already; name another folder")
         for stage, row in STAGE_TABLE.items():
             for folder in row.folders(self.recipe):
                 replaced = (self.directory / folder).resolve()
@@ -229,12 +231,12 @@ class Pipeline:
         if not self.recipe.tracking.wandb or not self.processes.is_main_process:
             return None
         file, folder = self.directory / ".tracking", str(self.directory.resolve())
-        run_id, _, made_in = file.read_text().strip().partition("\n") if file.exists() else ("", "", "")
+        run_id, _, made_in = file.read_text(encoding="utf-8").strip().partition("\n") if file.exists() else ("", "", "")
         # A copy of the folder must not continue the original's run.
         if not run_id or (made_in not in ("", folder) and Path(made_in).exists()):
             run_id = uuid.uuid4().hex[:8]
         with whole_file(file) as temporary:
-            temporary.write_text(f"{run_id}\n{folder}\n")
+            temporary.write_text(f"{run_id}\n{folder}\n", encoding="utf-8")
         return run_id
 
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:

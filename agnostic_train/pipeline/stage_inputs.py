@@ -32,10 +32,10 @@ _WITHOUT_EFFECT = (
     "save_on_each_node",
     # time and memory
     "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", "per_device_eval_batch_size",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", 
     "eval_accumulation_steps", "torch_empty_cache_steps", "skip_memory_metrics", "ddp_",
 )  # fmt: skip
-_WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_")
+_WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_", "per_device_eval_batch_size")
 """Prefixes of keys without an effect on the last step, for trainings that don't choose their best checkpoint."""
 _WHEN_TO_SAVE = ("save_steps", "save_strategy")
 """Keys with an effect only if the best checkpoint is chosen at the end."""
@@ -157,7 +157,7 @@ class StageInputs:
 
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
-        identities = [[it.step, checkpoint_identity(self._recipe.model, it.source)] for it in checkpoints]
+        identities = [[it.step, it.name, checkpoint_identity(self._recipe.model, it.source)] for it in checkpoints]
         return {
             "score": self._recipe.to_dict()["score"],
             "model.checkpoints": identities,
@@ -181,7 +181,7 @@ class StageInputs:
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
-        checkpoints = [checkpoint_identity(self._recipe.model, it) for it in named]
+        checkpoints = [[it, checkpoint_identity(self._recipe.model, it)] for it in named]
         tasks = {name: suite.identity(name) for name in suite.names} if suite else None
         return {
             "evaluation": self._recipe.to_dict()["evaluation"] | {"tasks": tasks, "checkpoints": checkpoints},
@@ -231,7 +231,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     if not arguments.get("load_best_model_at_end"):
         ignored += _WHEN_TO_SAVE
     if arguments.get("eval_strategy", "no") == "no" and not arguments.get("eval_on_start"):
-        ignored.append("eval_")
+        ignored += ["eval_", "per_device_eval_batch_size"]
     max_steps = arguments.get("max_steps", -1)
     if isinstance(max_steps, int) and max_steps > 0:
         ignored.append("num_train_epochs")

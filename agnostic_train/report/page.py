@@ -27,9 +27,9 @@ _COMPARISON_FIGURES = frozenset(["trade", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
     "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
 }  # fmt: skip
-EMERGENCE_FILES = [f"{name}{ending}" for name in _EMERGENCE_FIGURES for ending in draw.ENDINGS]
+EMERGENCE_FILES = [f"{name}{ending}" for name in sorted(_EMERGENCE_FIGURES) for ending in draw.ENDINGS]
 RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in draw.ENDINGS]
-"""The figures that a run may write."""
+"""The figures that a run may write; those of `emergence/` are among them."""
 
 
 def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:

@@ -35,7 +35,8 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
     Sites that share a fused weight (q, k and v in Phi-3) are combined into one entry.
 
     Raises:
-        UserError: the neurons belong to another model, weights are offloaded, or modules are compiled.
+        UserError: the neurons belong to another model, weights are offloaded, or modules are compiled,
+            pruned or reparametrised.
     """
     neurons.check(model)
     check_not_compiled(model)
@@ -45,6 +46,11 @@ def chosen_entries(model: nn.Module, neurons: NeuronSet) -> dict[str, ChosenEntr
     parts: dict[nn.Module, list[tuple[Projection, Tensor]]] = {}
     for site, indices in neurons.items():
         projection = decoder.projection(site)
+        if "weight" not in getattr(projection.linear, "base_layer", projection.linear)._parameters:
+            raise UserError(
+                f"model: {names[projection.linear]} is pruned or reparametrised: each pass computes its weight anew; "
+                "make that permanent (prune.remove, remove_parametrizations)"
+            )
         parts.setdefault(projection.linear, []).append((projection, projection.entries(indices)))
     return {
         names[linear]: ChosenEntries(

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from agnostic_train.errors import UserError
+from agnostic_train.model.decoder import is_quantised
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import chosen_entries
 
@@ -172,7 +173,7 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
         UserError: the neurons belong to another model, or a chosen weight has adapters or is quantised.
     """
     for name, chosen in chosen_entries(model, neurons).items():
-        if not isinstance(chosen.linear, nn.Linear) or not chosen.linear.weight.is_floating_point():
+        if not isinstance(chosen.linear, nn.Linear) or is_quantised(chosen.linear.weight):
             raise UserError(
                 f"training.update: 'mask' trains plain weights, and {name} has adapters or is quantised; "
                 "use 'compact', or merge the adapters first"

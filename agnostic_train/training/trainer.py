@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import TrainingArguments
 
 from agnostic_train.choices import Update, check_choice
 from agnostic_train.errors import UserError
+from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
-from agnostic_train.training.chosen import chosen_entries
+from agnostic_train.training.chosen import check_not_compiled, chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.training.strategy import BASELINES, STRATEGIES, Choice
 
 NEURONS_FILE = "neurons.safetensors"
-DEFAULT_ADAPTER = "default"
+_DEFAULT_ADAPTER = "default"
 """The name that PEFT gives to an adapter by default."""
 
 
@@ -129,10 +129,10 @@ class NeuronTrainer(GuardedTrainer):
 
     @staticmethod
     def _check_restorable(model: PeftModel) -> None:
-        """Refuses a name from which `Trainer` can't restore the best checkpoint: it would restore another adapter."""
-        if model.active_adapters != [DEFAULT_ADAPTER]:
+        """Refuses an adapter whose best checkpoint `Trainer` can't restore: it would restore another one, or none."""
+        if model.active_adapters != [_DEFAULT_ADAPTER]:
             raise UserError(
-                f"load_best_model_at_end: transformers restores only an adapter named {DEFAULT_ADAPTER!r}, and the "
+                f"load_best_model_at_end: transformers restores only an adapter named {_DEFAULT_ADAPTER!r}, and the "
                 f"active one is {', '.join(map(repr, model.active_adapters))}; set it to False"
             )
 
@@ -151,7 +151,7 @@ class NeuronTrainer(GuardedTrainer):
         """
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
-            if any(checkpoint.rglob(CONFIG_NAME)) != (self.update == "compact"):
+            if any(checkpoint.rglob("adapter_*")) != (self.update == "compact"):
                 other = "mask" if self.update == "compact" else "compact"
                 raise UserError(
                     f"training.update: {checkpoint} was trained with {other!r}; resume with that, or start in another "
@@ -219,6 +219,7 @@ class NeuronTrainer(GuardedTrainer):
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
         """Returns the model; with `compact` and known neurons, with an adapter of these neurons."""
+        check_not_compiled(model)
         adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         if adapters and (self.update != "compact" or not all(isinstance(it, NeuronLinear) for it in adapters)):
             raise UserError(
@@ -236,6 +237,7 @@ class NeuronTrainer(GuardedTrainer):
                 raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
             if len(model.active_adapters) != 1:
                 raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
+            find_decoder(model).check_on_devices("training")
             trained = adapter_neurons(model)
             if neurons is not None and neurons != trained:
                 raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")

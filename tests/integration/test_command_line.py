@@ -381,6 +381,8 @@ def test_inputs_and_foreign_files_are_not_overwritten(finished, capsys):
     ):  # fmt: skip
         message = f"output_dir: {key} lies in it ({path}), and could be overwritten; use another folder"
         assert_mistake(finished, "run", [f"--{key}={path}"], message, capsys)
+    message = "tracking.results_dir: is output_dir"
+    assert_mistake(finished, "run", [f"--tracking.results_dir={out}"], message, capsys)
     for folder, stage in (("neurons", "detect"), ("figures/mine", "report")):
         message = f"tracking.results_dir: {stage} replaces {out / folder.split('/')[0]}; name another folder"
         assert_mistake(finished, "run", [f"--tracking.results_dir={out / folder}"], message, capsys)

@@ -209,13 +209,14 @@ def test_report_leaves_out_results_of_another_recipe(root):
     flags.append(f"--tracking.results_dir={root / 'results'}")
     assert run(root, "compare", *flags) == 0 and run(root, "run", *flags) == 0
     assert "Strategies compared" in (root / "out/report.html").read_text()
-    (root / "results/mine.csv").touch()
+    for name in ("mine.csv", "tasks.csv"):
+        (root / "results" / name).touch()
     compared = {f"comparison.{ending}" for ending in ("csv", "json", "md")} | {"trade.png", "forgetting.svg"}
     assert compared < {it.name for it in (root / "results").iterdir()}
     assert run(root, "run", "--detection.top_ratio=0.3", *flags) == 0
     assert "Strategies compared" not in (root / "out/report.html").read_text()
     left = {it.name for it in (root / "results").iterdir()}
-    assert not compared & left and {"mine.csv", "evaluation.csv", "score.png"} < left
+    assert not compared & left and {"mine.csv", "tasks.csv", "evaluation.csv", "score.png"} < left
     checkpoints = f"--model.checkpoints=7={root / 'model'}"
     assert run(root, "run", checkpoints, *flags) == 0
     assert "training step" in (root / "out/figures/emergence.svg").read_text()

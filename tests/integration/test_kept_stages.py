@@ -79,6 +79,7 @@ CHANGES = [
     ({"model.revision": "main"}, set()),  # the model is a folder
     ({"training.max_grad_norm": "1.0", "training.seed": "42", "training.num_train_epochs": "5"}, set()),
     ({"training.ddp_timeout": "60", "training.per_device_eval_batch_size": "2", "training.eval_steps": "3"}, set()),
+    ({"training.eval_strategy": "epoch", "training.per_device_eval_batch_size": "2"}, {"train"}),
 ]
 
 

@@ -191,6 +191,8 @@ def test_prompt_adapters_are_refused(config):
     wrapped = get_peft_model(tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UserError, match="its prompt or prefix adapter adds to the input"):
         neuron_impacts(wrapped, BATCH)
+    wrapped.delete_adapter("default")
+    assert neuron_impacts(wrapped, BATCH)
 
 
 def test_shared_and_wrapped_modules_are_refused():

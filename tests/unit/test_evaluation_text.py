@@ -102,6 +102,7 @@ def test_errors_of_parallel_text(folder):
 
 def test_text_that_is_trained_on_under_another_language_is_named():
     texts = {"test": {"en": ["one", "moja", "two", "mbili"], "sw": ["moja"]}, "parallel": {"th": ["หนึ่ง"]}}
-    assert list(seen_in_training(texts, {"sw": ["mbili", "moja", "tatu"]})) == [
-        "test text of en: 2 of 4 sentences are also in the training text of sw, such as 'moja'"
+    assert list(seen_in_training(texts, {"sw": ["mbili", "moja", "tatu"], "th": ["two"]})) == [
+        "test text of en: 2 of 4 sentences are also in the training text of sw, such as 'moja'",
+        "test text of en: 1 of 4 sentences are also in the training text of th, such as 'two'",
     ]

@@ -117,6 +117,16 @@ def test_packed_and_misshapen_batches_are_refused(llama, more, message):
         perplexity(llama, [{"input_ids": torch.tensor([[5, 6, 7, 8]]), **more}])
 
 
+@pytest.mark.parametrize(
+    ("mask", "positions"),
+    [([1, 1, 1, 0], [0, 1, 2, 0]), ([0, 0, 1, 1], [1, 1, 0, 1]), ([0, 1, 1, 1], [3, 0, 1, 2])],
+)
+def test_positions_of_padding_do_not_matter(llama, mask, positions):
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([mask])}
+    expected = perplexity(llama, [batch]).value
+    assert perplexity(llama, [batch | {"position_ids": torch.tensor([positions])}]).value == expected
+
+
 def test_parts_of_a_batch_may_be_none(llama):
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     expected = neuron_impacts(llama, batch)

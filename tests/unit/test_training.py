@@ -8,6 +8,7 @@ from accelerate import cpu_offload
 from conftest import UPDATES, padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
+from torch.nn.utils import prune
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from agnostic_train.errors import UserError
@@ -297,11 +298,21 @@ def test_other_adapters_are_refused(tmp_path):
 @both_updates
 def test_compiled_models_are_refused(tmp_path, update):
     """Their weights have other names, under which neither an adapter nor a checkpoint could be loaded."""
-    by_layer = tiny_llama()
+    by_layer, with_adapter = tiny_llama(), get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     by_layer.model.layers[1] = torch.compile(by_layer.model.layers[1], backend="eager")
-    for model in (torch.compile(tiny_llama(), backend="eager"), by_layer):
+    for model in (*(torch.compile(it, backend="eager") for it in (tiny_llama(), with_adapter)), by_layer):
         with pytest.raises(UserError, match="model: torch.compile has wrapped it"):
             trainer_of(model, tmp_path, update).train()
+
+
+@both_updates
+def test_pruned_models_are_refused(tmp_path, update):
+    """Each pass would overwrite what was trained."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        prune.identity(layer.self_attn.q_proj, "weight")
+    with pytest.raises(UserError, match="q_proj is pruned or reparametrised"):
+        trainer_of(model, tmp_path, update, neurons=NeuronSet({(0, "q"): [1]})).train()
 
 
 @both_updates

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from agnostic_train.files import hash_file, whole_file
+from agnostic_train.files import hash_file, read_json, whole_file, write_json
 from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
@@ -15,6 +15,9 @@ from agnostic_train.pipeline.tracking import Tracker
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table, write_csv
 from agnostic_train.training.trainer import NeuronTrainingArguments
+
+_PUBLISHED = ".published.json"
+"""In `tracking.results_dir`: which `output_dir` each file comes from."""
 
 
 @dataclass(kw_only=True)
@@ -69,24 +72,31 @@ class Context:
     ) -> None:
         """Logs tables, and writes them and `files` (by new name) to `tracking.results_dir`; for one process only.
 
-        None stands for a result that this run doesn't have: its file there, from an earlier run, is deleted.
+        None stands for a result that this run doesn't have: its file there is deleted, if this `output_dir` wrote it.
         """
         self.tracker.log_tables({name: table for name, table in tables.items() if table is not None})
         if self.recipe.tracking.results_dir is None:
             return
-        folder = Path(self.recipe.tracking.results_dir)
+        folder, own = Path(self.recipe.tracking.results_dir), str(self.directory.resolve())
+        record = folder / _PUBLISHED
+        owners: dict[str, str] = read_json(record) if record.exists() else {}
         try:
             for name, table in tables.items():
-                if table is None:
-                    (folder / f"{name}.csv").unlink(missing_ok=True)
-                else:
+                if table is not None:
                     write_csv(table, folder / f"{name}.csv")
             for name, file in (files or {}).items():
-                if file is None:
-                    (folder / name).unlink(missing_ok=True)
-                else:
+                if file is not None:
                     with whole_file(folder / name) as temporary:
                         temporary.write_bytes(file.read_bytes())
+            results = {f"{name}.csv": table is not None for name, table in tables.items()}
+            results |= {name: file is not None for name, file in (files or {}).items()}
+            for name, is_there in results.items():
+                if is_there:
+                    owners[name] = own
+                elif owners.get(name) == own:
+                    (folder / name).unlink(missing_ok=True)
+                    del owners[name]
+            write_json(record, owners)
         except OSError as error:
             error.filename = error.filename or str(folder)  # a full disk's error names no file
             raise
