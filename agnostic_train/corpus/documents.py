@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from agnostic_train.errors import UserError, in_one_line
 
@@ -43,20 +44,23 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             return
         is_found = is_found or column in row
         if not is_found:
-            num_rows, columns = num_rows + 1, columns | dict.fromkeys(row)
-        text = row.get(column)
-        # mOSCAR stores a document as a list of its parts.
-        parts = []
-        for part in text if isinstance(text, list) else [text]:
-            if isinstance(text, list) and isinstance(part, dict):
-                part = part.get("text")
-            if part is not None and not isinstance(part, str):
+            num_rows += 1
+            columns |= dict.fromkeys(row)
+        parts = [part for part in _parts(row.get(column)) if part is not None]
+        for part in parts:
+            if not isinstance(part, str):
                 raise UserError(
                     f"{source}: column {column!r} holds {type(part).__name__}, not text; see corpus.text_column"
                 )
-            parts += [part] if part is not None else []
         if parts:
             yield "\n".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parts(value: Any) -> list[Any]:
+    """The parts of a document: mOSCAR stores it as a list of them, `{"text": part}` each."""
+    if not isinstance(value, list):
+        return [value]
+    return [part.get("text") if isinstance(part, dict) else part for part in value]
 
 
 def row_of(line: str, where: str) -> dict:

@@ -166,14 +166,16 @@ def check_batch(model: nn.Module, batch: Batch) -> None:
     mask, positions = masks["attention_mask"], batch.get("position_ids")
     if mask is not None and mask.device.type == "cpu" and ((mask != 0) & (mask != 1)).any():
         raise ValueError("attention_mask: expected 0 and 1; put each sentence of a packed row into a row of its own")
-    if isinstance(positions, Tensor) and positions.device.type == "cpu" and positions.shape == shape:
-        falls = positions.diff(dim=-1) < 0
-        if mask is not None and mask.device.type == "cpu":  # padding may have any positions
-            falls &= (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    else:
-        falls = None
-    if falls is not None and falls.any():
+    if isinstance(positions, Tensor) and positions.shape == shape and _is_packed(positions, mask):
         raise ValueError("position_ids: several sentences are packed into one row; put each into a row of its own")
+
+
+def _is_packed(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether positions fall from one real token to the next; padding may have any. False for tensors on a GPU."""
+    real = torch.ones_like(positions) if mask is None else mask
+    if {positions.device.type, real.device.type} != {"cpu"}:
+        return False
+    return bool(((positions.diff(dim=-1) < 0) & real[:, 1:].bool() & real[:, :-1].bool()).any())
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -45,25 +45,21 @@ def deactivate(
 def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
     """Switches off the given neurons of single projections inside the block."""
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
-    hooks: list[RemovableHandle] = []
-    stack = ExitStack()
+    hooks = ExitStack()
     try:
         with torch.no_grad():
             for projection, indices in neurons:
                 index = projection.entries(indices)
                 if not projection.is_plain:
-                    if not hooks:
-                        stack.enter_context(uncompiled())
-                    hooks.append(_silence(projection, index))
+                    hooks.callback(_silence(projection, index).remove)
+                    hooks.enter_context(uncompiled())
                     continue
                 for parameter, dim in projection.parts():
                     saved.append((parameter, dim, index, parameter.index_select(dim, index)))
                     parameter.index_fill_(dim, index, 0)
         yield
     finally:
-        stack.close()
-        for hook in hooks:
-            hook.remove()
+        hooks.close()
         with torch.no_grad():
             for parameter, dim, index, values in reversed(saved):
                 parameter.index_copy_(dim, index, values)

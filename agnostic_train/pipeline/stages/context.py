@@ -80,22 +80,20 @@ class Context:
         folder, own = Path(self.recipe.tracking.results_dir), str(self.directory.resolve())
         record = folder / _PUBLISHED
         owners: dict[str, str] = read_json(record) if record.exists() else {}
+        results: dict[str, Table | Path | None] = {f"{name}.csv": table for name, table in tables.items()}
+        results |= files or {}
         try:
-            for name, table in tables.items():
-                if table is not None:
-                    write_csv(table, folder / f"{name}.csv")
-            for name, file in (files or {}).items():
-                if file is not None:
+            for name, result in results.items():
+                if isinstance(result, Path):
                     with whole_file(folder / name) as temporary:
-                        temporary.write_bytes(file.read_bytes())
-            results = {f"{name}.csv": table is not None for name, table in tables.items()}
-            results |= {name: file is not None for name, file in (files or {}).items()}
-            for name, is_there in results.items():
-                if is_there:
-                    owners[name] = own
+                        temporary.write_bytes(result.read_bytes())
+                elif result is not None:
+                    write_csv(result, folder / name)
                 elif owners.get(name) == own:
                     (folder / name).unlink(missing_ok=True)
                     del owners[name]
+                if result is not None:
+                    owners[name] = own
             write_json(record, owners)
         except OSError as error:
             error.filename = error.filename or str(folder)  # a full disk's error names no file
