@@ -55,8 +55,8 @@ class AttentionInputs:
         dtype = torch.promote_types(query.dtype, torch.float32)
         padding = ~real[:, None, :, None]
         queries_per_kv = query.shape[1] // key.shape[1]
-        query = query.to(dtype).masked_fill(padding, 0)
-        key, value = (repeated(heads.to(dtype).masked_fill(padding, 0), queries_per_kv) for heads in (key, value))
+        query = query.masked_fill(padding, 0).to(dtype)
+        key, value = (repeated(heads.masked_fill(padding, 0).to(dtype), queries_per_kv) for heads in (key, value))
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
 
@@ -91,7 +91,7 @@ class AttentionInputs:
 
     def clean_projection(self, projected: Tensor) -> Tensor:
         """Casts a projection's output (batch, length, features) to the queries' dtype and zeroes padding."""
-        return projected.to(self.query.dtype).masked_fill(~self.real.unsqueeze(-1), 0)
+        return projected.masked_fill(~self.real.unsqueeze(-1), 0).to(self.query.dtype)
 
     def per_query_head(self, projected: Tensor) -> Tensor:
         """Converts (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""

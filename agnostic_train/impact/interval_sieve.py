@@ -41,7 +41,7 @@ def interval_impacts(
     Raises:
         UserError: an exact impact lies outside its interval.
     """
-    layout = QueryKeyLayout(attention, logit_changes, num_kv_heads)
+    layout = QueryKeyLayout(attention, logit_changes, num_kv_heads, kernels.padded_length(attention.length))
     ends = squared_intervals(
         attention.logits,
         attention.probabilities,

@@ -43,6 +43,11 @@ def key_spans(visible: Tensor) -> Tensor:
     return torch.stack([seen.argmax(-1), length - seen.flip(-1).argmax(-1)], -1).int()
 
 
+def padded_length(length: int) -> int:
+    """The next multiple of `BLOCK_ROWS`, to which rows are padded for loads without masks."""
+    return -(-length // BLOCK_ROWS) * BLOCK_ROWS
+
+
 def squared_changes(
     logits: Tensor,
     centred_value: Tensor,
@@ -62,7 +67,8 @@ def squared_changes(
             key.
         centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
         weight: (heads, length), float32; rows of weight 0 are skipped, whatever they hold.
-        factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads.
+        factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads. Rows may be
+            longer; `padded_length` of them save a copy.
         spans: `key_spans` of the sentences; the heads of a sentence are consecutive.
         chosen: (heads * neurons of a head,), bool, which neurons to compute; all by default.
         growths: r and s, positive, shaped like the factors; all 1 by default.
@@ -71,44 +77,51 @@ def squared_changes(
     """
     num_heads, length, head_dim = centred_value.shape
     chosen = torch.ones_like(factors[0][:, 0], dtype=torch.bool) if chosen is None else chosen
-    parts = logits.new_zeros(len(chosen), spans.shape[1])
+    num_blocks = spans.shape[1]
+    parts = logits.new_zeros(len(chosen), num_blocks)
     # Rows of whole blocks of keys load in vectors, without a mask; a mask would double the instructions at odd lengths.
     missing = -length % BLOCK_KEYS
     logits = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
     per_head = len(chosen) // num_heads
     with torch.cuda.device_of(logits):
-        _squared_changes[launch_grid(num_heads, per_head, spans)](
+        _squared_changes[launch_grid(num_heads, per_head, num_blocks)](
             parts,
             *(it.contiguous() for it in (logits, centred_value, weight, *factors, *(growths or factors[:2]))),
             spans,
             chosen,
+            num_blocks,
             num_heads // len(spans),
             per_head,
             length,
             length + missing,
+            factors[0].shape[1],
             softcap or 1.0,
             **launch_options(head_dim, bool(growths), softcap is not None),
         )
     return parts.sum(1)
 
 
-def launch_grid(num_heads: int, neurons_per_head: int, spans: Tensor) -> tuple[int, int]:
-    """The kernel's grid: groups of neurons by blocks of rows."""
-    return num_heads * triton.cdiv(neurons_per_head, GROUP), spans.shape[1]
+def launch_grid(num_heads: int, neurons_per_head: int, num_blocks: int, group: int = GROUP) -> tuple[int]:
+    """A kernel's grid: one program for each group of neurons and block of rows."""
+    return (num_heads * triton.cdiv(neurons_per_head, group) * num_blocks,)
+
+
+def block_dim(head_dim: int) -> int:
+    """The size to which heads are padded for the tensor cores."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
     """Compile-time options of the kernel for a head size; `grows` and `capped` say how logits change."""
-    block_dim = max(16, triton.next_power_of_2(head_dim))
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_DIM": block_dim,
+        "BLOCK_DIM": block_dim(head_dim),
         "BLOCK_ROWS": BLOCK_ROWS,
         "BLOCK_KEYS": BLOCK_KEYS,
         "GROUP": GROUP,
         "GROWS": grows,
         "CAPPED": capped,
-        "num_warps": 4 if block_dim <= 64 else 8,
+        "num_warps": 4 if head_dim <= 64 else 8,
         "num_stages": NUM_STAGES,
         # When fused with a subtraction, one of two equal products isn't rounded, so their difference isn't zero.
         "enable_fp_fusion": False,
@@ -119,22 +132,26 @@ if triton is not None:
 
     @triton.jit
     def program_part(
-        weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
+        weight, spans, num_blocks, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
         BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Returns a program's share of `launch_grid`: head, rows and their weights, ranges of keys and of neurons."""
+        """Returns a program's share: head, block, rows and their weights, ranges of keys and of neurons.
+
+        Neighbouring programs compute the same neurons, whose factors they find in the cache.
+        """
+        block = tl.program_id(0) % num_blocks
+        group = tl.program_id(0) // num_blocks
         groups = tl.cdiv(neurons_per_head, GROUP)
         # In 64 bits, as are all offsets derived from it.
-        head = (tl.program_id(0) // groups).to(tl.int64)
-        block = tl.program_id(1)
+        head = (group // groups).to(tl.int64)
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row_weight = tl.load(weight + head * length + rows, mask=rows < length, other=0.0)
-        span = spans + (head // heads_per_sentence * tl.num_programs(1) + block) * 2
+        span = spans + (head // heads_per_sentence * num_blocks + block) * 2
         # The first key is a multiple of the block size, so that loads are aligned.
         first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
         last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
-        start = tl.program_id(0) % groups * GROUP
-        return head, rows, row_weight, first, last, start, tl.minimum(start + GROUP, neurons_per_head)
+        start = group % groups * GROUP
+        return head, block, rows, row_weight, first, last, start, tl.minimum(start + GROUP, neurons_per_head)
 
     @triton.jit
     def tanh(z):
@@ -186,12 +203,13 @@ if triton is not None:
 
     @triton.jit
     def _squared_changes(
-        parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, heads_per_sentence, neurons_per_head, length,
-        padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
+        parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, num_blocks, heads_per_sentence,
+        neurons_per_head, length, padded, factor_length, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr,
+        CAPPED: tl.constexpr,
     ):  # fmt: skip
-        head, rows, row_weight, first, last, start, stop = program_part(
-            weight, spans, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
+        head, block, rows, row_weight, first, last, start, stop = program_part(
+            weight, spans, num_blocks, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
         )
         logits += head * length * padded
         value += head * length * HEAD_DIM
@@ -201,7 +219,7 @@ if triton is not None:
         for place in range(start, stop):
             neuron = head * neurons_per_head + place
             if tl.load(chosen + neuron):
-                offset = neuron * length
+                offset = neuron * factor_length
                 left_a = tl.load(a + offset + rows, mask=row_mask, other=0.0)
                 left_c = tl.load(c + offset + rows, mask=row_mask, other=0.0)
                 left_r = left_a
@@ -229,4 +247,4 @@ if triton is not None:
                     values = tl.load(value + keys[:, None] * HEAD_DIM + columns[None, :], mask=value_mask, other=0.0)
                     moved = tl.dot(change, values, moved, input_precision="tf32x3")
                 squares = tl.sum(moved * moved, 1) * row_weight
-                tl.store(parts + neuron * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+                tl.store(parts + neuron * num_blocks + block, tl.sum(squares))

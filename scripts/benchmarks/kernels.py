@@ -18,15 +18,24 @@ from torch import Tensor
 
 from agnostic_train.impact import intervals, kernels
 
-OPTIONS: dict[str, dict[str, int]] = {
-    "own": {},
-    "1 stage": {"num_stages": 1},
-    "168 registers": {"maxnreg": 168},
-    "1 stage, 168 registers": {"num_stages": 1, "maxnreg": 168},
-    "128 registers": {"maxnreg": 128},
-    "1 stage, 128 registers": {"num_stages": 1, "maxnreg": 128},
-    "8 warps, 128 registers": {"num_warps": 8, "maxnreg": 128},
+OPTIONS: dict[str, dict[str, dict[str, int]]] = {
+    "intervals": {
+        "own": {},
+        "168 registers": {"maxnreg": 168},
+        "no kept keys": {"KEPT": 0},
+        "no kept keys, 1 stage": {"KEPT": 0, "num_stages": 1},
+        "no kept keys, 168 registers": {"KEPT": 0, "maxnreg": 168},
+        "no kept keys, 8 warps": {"KEPT": 0, "num_warps": 8},
+    },
+    "a tenth exactly": {
+        "own": {},
+        "1 stage": {"num_stages": 1},
+        "168 registers": {"maxnreg": 168},
+        "1 stage, 168 registers": {"num_stages": 1, "maxnreg": 168},
+        "8 warps, 128 registers": {"num_warps": 8, "maxnreg": 128},
+    },
 }
+MODULES = {"intervals": intervals, "a tenth exactly": kernels}
 SHAPES = {"cuda": ((64, 128), (64, 256), (64, 250), (128, 128)), "cpu": ((6, 9),)}
 """Head sizes and lengths; a CPU, with Triton's interpreter, only tries whether this file works."""
 NUM_HEADS = {"cuda": 16 * 32, "cpu": 1}
@@ -71,16 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     what = "milliseconds of the kernels for one layer and 16 sentences, by launch options"
     report = new_report(what, options.device, ["triton"]) | {"results": {}}
-    own = kernels.launch_options
     for head_dim, length in SHAPES[options.device]:
         rows: dict[str, dict] = {}
         report["results"][f"heads of {head_dim}, {length} tokens"] = rows
         for kernel, call in calls(head_dim, length, options.device).items():
             rows[kernel] = {}
             expected = call()
-            for name, changes in OPTIONS.items():
-                # Both modules take their options from here.
-                changed = mock.patch.object(kernels, "launch_options", lambda *args, more=changes: own(*args) | more)
+            own = MODULES[kernel].launch_options
+            for name, changes in OPTIONS[kernel].items():
+                changed = mock.patch.object(
+                    MODULES[kernel], "launch_options", lambda *args, own=own, more=changes: own(*args) | more
+                )
                 try:
                     with changed:
                         result = call()

@@ -193,6 +193,12 @@ def test_intervals_hold(length, mask):
     assert_intervals_hold(random_case(length, 42, mask, logits=0.8, change=0.3, growth=0.3))
 
 
+@pytest.mark.parametrize(("length", "mask"), [(130, "causal"), (250, "sliding window"), (260, "causal")])
+def test_intervals_of_long_sentences_hold(length, mask):
+    """The kernel keeps up to 256 keys in registers; some blocks of keys aren't seen or don't exist."""
+    assert assert_intervals_hold(random_case(length, 10, mask, change=0.5)) < 0.03
+
+
 @pytest.mark.parametrize(("logits", "change"), [(0.5, 0.1), (1.0, 1e-3)])
 def test_intervals_of_small_changes_hold(logits, change):
     """Sizes as in early checkpoints, and within rounding noise."""

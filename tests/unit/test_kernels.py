@@ -40,8 +40,9 @@ POINTERS = {
     },
     intervals: {
         "*fp32": (
-            "lows", "highs", "attention", "weight", "a", "b", "c", "d", "centre_b", "centre_d", "logits", "r", "s",
-            "centre_s", "mean_logit", "longest", "largest_logits", "rounding", "change_rounding",
+            "ends", "attention", "weight", "a", "b", "c", "d", "middle_b", "middle_d", "reach_b", "reach_d", "logits",
+            "r", "s", "middle_s", "largest_s", "mean_logit", "longest", "largest_logits", "rounding",
+            "change_rounding",
         ),
         "*fp16": ("value",),
         "*i32": ("spans",),
@@ -54,11 +55,14 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    options = module.launch_options(head_dim, grows, capped)
+    if module is intervals:
+        options = intervals.launch_options(head_dim, length, grows, capped, hopper=capability == 90)
+    else:
+        options = kernels.launch_options(head_dim, grows, capped)
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
     types |= {name: type for type, names in POINTERS[module].items() for name in names}
-    aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
+    aligned = {name for name, type in types.items() if "*" in type or name in ("padded", "factor_length")}
     # Triton specialises on a length of 1, and on one divisible by 16.
     if length == 1:
         constants["length"], types["length"] = 1, "constexpr"
@@ -71,7 +75,7 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
 @needs_triton
 @pytest.mark.parametrize(
     ("head_dim", "length", "more"),
-    [(6, 1, None), (256, 42, "grows"), (256, 64, "capped")],
+    [(6, 1, None), (128, 250, None), (256, 42, "grows"), (256, 64, "capped")],
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, tmp_path, monkeypatch):
