@@ -3,7 +3,7 @@
 import torch
 
 from agnostic_train.impact import kernels
-from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.intervals import Intervals
 
 if kernels.triton is not None:
     import triton.language as tl
@@ -50,11 +50,11 @@ def random_case(
         "logits": scores,
         "centred_value": value - value.mean(-2, keepdim=True),
         "weight": (torch.rand(HEADS, length) - 0.2).clamp(min=0),
-        "factors": [change * torch.randn(HEADS * neurons, length) for _ in range(4)],
+        "factors": [change * torch.randn(HEADS, length, neurons) for _ in range(4)],
         "spans": kernels.key_spans(visible[:, None]),
     }
     if growth:
-        case["growths"] = [1 + growth * torch.rand(HEADS * neurons, length) for _ in range(2)]
+        case["growths"] = [1 + growth * torch.rand(HEADS, length, neurons) for _ in range(2)]
     case = {
         name: [it.to(device) for it in part] if isinstance(part, list) else part.to(device)
         for name, part in case.items()
@@ -68,19 +68,21 @@ def capped(logits, softcap):
 
 
 def reference(logits, centred_value, weight, factors, spans=None, chosen=None, growths=(), softcap=None):
-    """Compute the squared changes in float64, one neuron at a time, over all rows and keys."""
+    """Compute the squared changes in float64, one neuron at a time, over all rows and keys: (heads, neurons)."""
     logits, value, weight = logits.double(), centred_value.double(), weight.double()
-    attention, squares = capped(logits, softcap).softmax(-1), []
-    for neuron in range(len(factors[0])):
-        a, b, c, d = (factor[neuron].double() for factor in factors)
-        head = neuron * len(logits) // len(factors[0])
-        grown = logits[head]
-        if growths:
-            grown = grown * growths[0][neuron].double()[:, None] * growths[1][neuron].double()
-        changed = capped(grown - a[:, None] * b - c[:, None] * d, softcap)
-        change = changed.softmax(-1) - attention[head]
-        squares.append((weight[head] * (change @ value[head]).square().sum(-1)).sum())
-    return torch.stack(squares)
+    attention = capped(logits, softcap).softmax(-1)
+    squares = torch.empty_like(factors[0][:, 0], dtype=torch.float64)
+    for head in range(len(squares)):
+        for neuron in range(squares.shape[1]):
+            a, b, c, d = (factor[head, :, neuron].double() for factor in factors)
+            grown = logits[head]
+            if growths:
+                r, s = (growth[head, :, neuron].double() for growth in growths)
+                grown = grown * r[:, None] * s
+            changed = capped(grown - a[:, None] * b - c[:, None] * d, softcap)
+            change = changed.softmax(-1) - attention[head]
+            squares[head, neuron] = (weight[head] * (change @ value[head]).square().sum(-1)).sum()
+    return squares
 
 
 def assert_equals_the_reference(case, rtol=1e-5):
@@ -94,9 +96,11 @@ def intervals_of(case):
     """Return the lower and upper ends of the intervals for the arguments of `squared_changes`."""
     logits = case["logits"]
     largest = logits.masked_fill(logits == -torch.inf, 0).abs().amax((1, 2))
-    logits = capped(logits, case.get("softcap"))
-    arguments = {name: part for name, part in case.items() if name not in ("centred_value", "logits")}
-    return squared_intervals(logits, logits.softmax(-1), case["centred_value"], largest_logit=largest, **arguments)
+    softcap = case.get("softcap")
+    logits = capped(logits, softcap)
+    attention = logits.softmax(-1)
+    intervals = Intervals(logits, attention, case["centred_value"], case["weight"], case["spans"], largest, softcap)
+    return intervals.around(case["factors"], case.get("growths", ()))
 
 
 def assert_intervals_hold(case):
@@ -125,9 +129,9 @@ def assert_nan_is_not_lost(where, device="cpu"):
     part = {"a": case["factors"][0], "b": case["factors"][1]}.get(where, case.get(where))
     part[0, 70] = part[0, 70].masked_fill(part[0, 70] != -torch.inf, torch.nan)
     squares = kernels.squared_changes(**case)
-    assert squares[0].isnan() and squares[NEURONS:].isfinite().all()
+    assert squares[0].isnan().all() and squares[1:].isfinite().all()
     low, high = intervals_of(case)
-    assert low[0] == 0 and high[0] == torch.inf and (low[NEURONS:] > 0).all() and high[NEURONS:].isfinite().all()
+    assert (low[0] == 0).all() and (high[0] == torch.inf).all() and (low[1:] > 0).all() and high[1:].isfinite().all()
 
 
 def tanh(z, result):

@@ -55,7 +55,7 @@ class AttentionInputs:
         dtype = torch.promote_types(query.dtype, torch.float32)
         padding = ~real[:, None, :, None]
         queries_per_kv = query.shape[1] // key.shape[1]
-        query = query.masked_fill(padding, 0).to(dtype)
+        query = query.masked_fill(padding, 0).to(dtype).contiguous()
         key, value = (repeated(heads.masked_fill(padding, 0).to(dtype), queries_per_kv) for heads in (key, value))
         itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
         return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
@@ -96,7 +96,7 @@ class AttentionInputs:
     def per_query_head(self, projected: Tensor) -> Tensor:
         """Converts (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
         heads = projected.unflatten(-1, (-1, self.query.shape[-1])).transpose(1, 2)
-        return repeated(heads, self.query.shape[1] // heads.shape[1])
+        return repeated(heads, self.query.shape[1] // heads.shape[1]).contiguous()
 
 
 def repeated(heads: Tensor, times: int) -> Tensor:

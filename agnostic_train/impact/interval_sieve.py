@@ -12,9 +12,8 @@ from torch import Tensor
 
 from agnostic_train.impact import kernels
 from agnostic_train.impact.attention import LogitChange
-from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.intervals import Intervals
 from agnostic_train.impact.layer_attention import LayerAttention
-from agnostic_train.impact.layout import QueryKeyLayout
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 
 
@@ -41,46 +40,64 @@ def interval_impacts(
     Raises:
         UserError: an exact impact lies outside its interval.
     """
-    layout = QueryKeyLayout(attention, logit_changes, num_kv_heads, kernels.padded_length(attention.length))
-    ends = squared_intervals(
+    intervals = Intervals(
         attention.logits,
         attention.probabilities,
         attention.value,
         attention.counted,
-        layout.factors,
         attention.key_spans,
         attention.largest_logits,
-        layout.growths,
         attention.softcap,
     )
-    low, high = (layout.by_site(end.view(len(attention.value), -1)) for end in ends)
-    by_site = zip(layout.split(low), layout.split(high), layout.sizes, strict=True)
-    decided = [decide(lower, upper, num_top(top_ratio, size)) for lower, upper, size in by_site]
-    certain, unclear = (torch.cat(parts, 1) for parts in zip(*decided, strict=True))
-    exact = layout.by_site(
+    num_heads = {"q": attention.num_heads, "k": num_kv_heads}
+    return {
+        name: _impacts(attention, intervals, change, num_heads[name], top_ratio, work[name])
+        for name, change in logit_changes.items()
+    }
+
+
+def _impacts(
+    attention: LayerAttention,
+    intervals: Intervals,
+    change: LogitChange,
+    num_heads: int,
+    top_ratio: float,
+    work: Work,
+) -> Tensor:
+    """`interval_impacts` of q or k; `num_heads` is the projection's own number of heads."""
+    # A k neuron acts through all query heads of its group, over which its squared changes are summed.
+    group = attention.batch, num_heads, attention.num_heads // num_heads
+
+    def by_site(by_head: Tensor) -> Tensor:
+        return by_head.unflatten(0, group).sum(2).flatten(1)
+
+    factors = [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)]
+    growths = [part.flatten(0, 1) for part in change.growths()]
+    low, high = map(by_site, intervals.around(factors, growths))
+    certain, unclear = decide(low, high, num_top(top_ratio, low.shape[1]))
+    chosen = unclear.unflatten(1, (num_heads, 1, -1)).expand(-1, -1, group[2], -1).flatten(0, 2)
+    exact = by_site(
         kernels.squared_changes(
             attention.changed_logits,
-            attention.centred_value,
+            intervals.centred_value,
             attention.counted,
-            layout.factors,
+            factors,
             attention.key_spans,
-            layout.by_head(unclear).flatten(),
-            layout.growths,
+            chosen,
+            growths,
             attention.softcap,
-        ).view(len(attention.value), -1)
+        )
     )
     if top_ratio == 1:
         check_enclosed(exact, low, high)
-    squares = settle(low, high, certain, unclear, exact)
     spans = attention.key_spans.diff(dim=-1).squeeze(-1)
     # Computed for all blocks: assigning the last one's number of rows would copy it from the host and synchronise.
     starts = kernels.BLOCK_ROWS * torch.arange(spans.shape[1], device=spans.device)
     rows = (attention.length - starts).clamp(max=kernels.BLOCK_ROWS)
     per_neuron = (spans * rows).sum(1)
-    for name, part in zip(logit_changes, layout.split(unclear), strict=True):
-        work[name].neurons += part.sum()
-        work[name].all_neurons += part.numel()
-        work[name].logits += (part.sum(1) * per_neuron).sum()
-        work[name].all_logits += part.numel() * attention.length**2
-        work[name].rough_logits += part.shape[1] * per_neuron.sum()
-    return dict(zip(logit_changes, layout.split(squares.sqrt().float()), strict=True))
+    work.neurons += unclear.sum()
+    work.all_neurons += unclear.numel()
+    work.logits += (unclear.sum(1) * per_neuron).sum()
+    work.all_logits += unclear.numel() * attention.length**2
+    work.rough_logits += unclear.shape[1] * per_neuron.sum()
+    return settle(low, high, certain, unclear, exact).sqrt().float()

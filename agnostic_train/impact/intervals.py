@@ -29,6 +29,7 @@ attention and values are read again for each neuron.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import e, log2
 
 import torch
@@ -48,101 +49,132 @@ _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
 _SMALLEST_VALUE = 1e-12
-GROUP = 32
+# Number of parts into which a program divides the sums over its rows.
+NUM_PARTS = 4
 # How many blocks of keys a program may keep, and the largest heads for which this is faster: on Hopper, hardly any
 # register spills up to these sizes. Ampere's tensor cores need their operands in another layout than their results.
 _KEPT, _LARGEST_KEPT_HEAD, _LARGEST_KEPT_HEAD_ELSEWHERE = (2, 4, 8), 128, 64
 
 
-def squared_intervals(
-    logits: Tensor,
-    attention: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    factors: Sequence[Tensor],
-    spans: Tensor,
-    largest_logit: Tensor,
-    growths: Sequence[Tensor] = (),
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Lower and upper ends of an interval around each neuron's `kernels.squared_changes`.
+class Intervals:
+    """Intervals around each neuron's `kernels.squared_changes`; what all neurons of a layer share is prepared once.
 
     Args:
         logits: the softmax's input: capped if there is a `softcap`.
         attention: A, the softmax of the logits.
         value: not necessarily centred.
         largest_logit: (heads,), an upper bound on the absolute value of each head's visible logits, before a cap.
-        growths: r and s, here at least 1; not supported together with a `softcap`.
         Other arguments: as for `squared_changes`.
 
-    Returns: lower and upper ends, both (heads * neurons of a head,), float32. The upper ends may be infinite.
+    Attributes:
+        centred_value: the values minus their average under the attention, shaped like `value`.
     """
-    num_heads, length, head_dim = value.shape
-    per_head = len(factors[0]) // num_heads
-    # The mean attention of the counted rows: (heads, 1, length).
-    attended = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1) @ attention
 
-    def centre(part: Tensor) -> Tensor:
-        return (part[:, :length].view(num_heads, per_head, length) @ attended.mT).flatten()
+    def __init__(
+        self,
+        logits: Tensor,
+        attention: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        spans: Tensor,
+        largest_logit: Tensor,
+        softcap: float | None = None,
+    ):
+        self._logits = logits
+        self._attention = _padded(attention).contiguous()
+        self._weight = weight.contiguous()
+        self._spans = spans
+        self._largest_logit = largest_logit
+        self._softcap = softcap
+        # The mean attention of the counted rows: (heads, 1, length).
+        self._attended = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1) @ attention
+        self.centred_value = value - self._attended @ value
+        longest = torch.linalg.vector_norm(self.centred_value, dim=-1).amax(1)
+        self._longest = longest.clamp(min=torch.finfo(value.dtype).tiny)
+        self._value = _padded_values((self.centred_value / self._longest[:, None, None]).half())
 
-    value = value - attended @ value
-    longest = torch.linalg.vector_norm(value, dim=-1).amax(1).clamp(min=torch.finfo(value.dtype).tiny)
-    value = (value / longest[:, None, None]).half()
-    assert not (growths and softcap)
-    # In halves of an epsilon: the attention's layout costs 16 and the exponential a few. How often a logit is rounded,
-    # here and in the exact form together, each time by half an epsilon of its size: a hyperbolic tangent is off by up
-    # to twelve roundings, and each logit passes through three, one of them torch's.
-    num_roundings = 5 if growths else 38 if softcap else 2
-    rounding = _EPS / 2 * (48 + 4 * length**0.5 + length / 8 + num_roundings * largest_logit)
-    change_rounding = torch.full_like(rounding, 8 * _EPS)
-    # Placeholders: without growths or a cap, the kernel doesn't read these arguments.
-    read_logits, growth = attention, [attention] * 5
-    if growths or softcap:
-        visible_logits = logits.masked_fill(logits == -torch.inf, 0)
-        read_logits = _padded(visible_logits)
-    if growths:
-        mean_logit = (attention * visible_logits).sum(-1)
-        r, s = (_padded_rows(growth, length) for growth in growths)
-        growth = [r, s, centre(s), s.amax(1), mean_logit]
-    if softcap:
+    def around(self, factors: Sequence[Tensor], growths: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Computes the lower and upper ends of the intervals.
+
+        Args:
+            factors: as for `squared_changes`.
+            growths: r and s, here at least 1; not supported together with a soft cap.
+
+        Returns: both (heads, neurons of a head), float32. The upper ends may be infinite.
+        """
+        assert not (growths and self._softcap)
+        num_heads, length, num_neurons = factors[0].shape
+        head_dim, num_blocks = self.centred_value.shape[2], self._spans.shape[1]
+        middle_b, middle_d = self._attended @ factors[1], self._attended @ factors[3]
+        # Placeholders: without growths or a cap, the kernel doesn't read these arguments.
+        logits, growth = self._attention, [self._attention] * 5
+        if growths or self._softcap:
+            logits = _padded(self._visible_logits)
+        if growths:
+            growth = [*growths, self._attended @ growths[1], growths[1].amax(1), self._mean_logit]
+        ends = factors[0].new_zeros(num_heads, num_neurons, num_blocks * NUM_PARTS, 2)
+        with torch.cuda.device_of(ends):
+            _squared_intervals[kernels.launch_grid(num_heads, num_neurons, num_blocks)](
+                ends,
+                self._attention,
+                self._value,
+                self._weight,
+                *(it.contiguous() for it in factors),
+                middle_b,
+                middle_d,
+                _reach(factors[1], middle_b),
+                _reach(factors[3], middle_d),
+                *(it.contiguous() for it in (logits, *growth)),
+                self._longest,
+                self._largest_logit,
+                self._rounding(bool(growths)),
+                self._change_rounding,
+                self._spans,
+                num_blocks,
+                num_heads // len(self._spans),
+                length,
+                self._attention.shape[-1],
+                self._softcap or 1.0,
+                **launch_options(
+                    head_dim, num_neurons, length, bool(growths), self._softcap is not None, _is_hopper(ends.device)
+                ),
+            )
+        low, high = ends.sum(2).unbind(-1)
+        # With tiny values, the squared changes may underflow.
+        unknown = high.isnan() | (self._longest < _SMALLEST_VALUE).unsqueeze(1)
+        return torch.where(low.isnan() | unknown, 0, low), torch.where(unknown, torch.inf, high)
+
+    @cached_property
+    def _visible_logits(self) -> Tensor:
+        return self._logits.masked_fill(self._logits == -torch.inf, 0)
+
+    @cached_property
+    def _mean_logit(self) -> Tensor:
+        """Each row's mean logit under its attention: (heads, length)."""
+        length = self._logits.shape[-1]
+        return (self._attention[:, :length, :length] * self._visible_logits).sum(-1)
+
+    def _rounding(self, grows: bool) -> Tensor:
+        """The relative error of the weights `A_ij w_j` that doesn't depend on the change: (heads,)."""
+        length = self._logits.shape[-1]
+        # In halves of an epsilon: the attention's layout costs 16, the exponential a few, a sum the rest. Each rounding
+        # of a logit, here and in the exact form together, costs its size: a hyperbolic tangent is off by up to twelve
+        # roundings, and each logit passes through three, one of them torch's.
+        num_roundings = 5 if grows else 38 if self._softcap else 2
+        return _EPS / 2 * (56 + 4 * length**0.5 + length / 8 + num_roundings * self._largest_logit)
+
+    @cached_property
+    def _change_rounding(self) -> Tensor:
+        """The same for each unit of an upper bound on the change of the logits: (heads,)."""
+        if not self._softcap:
+            return torch.full_like(self._largest_logit, 8 * _EPS)
         # The cancellation in `1 - T t` (see the kernel) at the largest T.
-        change_rounding = 44 * _EPS / (1 - visible_logits.abs().amax((1, 2)) / softcap).clamp(min=0)
-    attention = _padded(attention)
-    factors = [_padded_rows(factor, length) for factor in factors]
-    middle_b, middle_d = centre(factors[1]), centre(factors[3])
-    num_blocks = spans.shape[1]
-    ends = logits.new_zeros(len(factors[0]), num_blocks, 2)
-    with torch.cuda.device_of(logits):
-        _squared_intervals[kernels.launch_grid(num_heads, per_head, num_blocks, GROUP)](
-            ends,
-            *(it.contiguous() for it in (attention, _padded_values(value), weight, *factors)),
-            middle_b,
-            middle_d,
-            _reach(factors[1], middle_b),
-            _reach(factors[3], middle_d),
-            *(it.contiguous() for it in (read_logits, *growth)),
-            longest,
-            largest_logit,
-            rounding,
-            change_rounding,
-            spans,
-            num_blocks,
-            num_heads // len(spans),
-            per_head,
-            length,
-            attention.shape[-1],
-            softcap or 1.0,
-            **launch_options(head_dim, length, bool(growths), softcap is not None, _is_hopper(logits.device)),
-        )
-    low, high = ends.sum(1).view(num_heads, per_head, 2).unbind(-1)
-    # With tiny values, the squared changes may underflow.
-    unknown = high.isnan() | (longest < _SMALLEST_VALUE).unsqueeze(1)
-    return torch.where(low.isnan() | unknown, 0, low).flatten(), torch.where(unknown, torch.inf, high).flatten()
+        return 44 * _EPS / (1 - self._visible_logits.abs().amax((1, 2)) / self._softcap).clamp(min=0)
 
 
 def _reach(part: Tensor, middle: Tensor) -> Tensor:
-    """How far a factor's entries get from its middle."""
-    lowest, highest = part.aminmax(dim=1)
+    """How far a factor, (heads, length, neurons), gets from its middle: (heads, 1, neurons)."""
+    lowest, highest = part.aminmax(dim=1, keepdim=True)
     return torch.maximum(highest - middle, middle - lowest)
 
 
@@ -152,16 +184,11 @@ def _padded(matrices: Tensor) -> Tensor:
     return functional.pad(matrices, (0, missing, 0, missing)) if missing else matrices
 
 
-def _padded_rows(rows: Tensor, length: int) -> Tensor:
-    """Pads each of the rows with zeros to `padded_length`, unless that is done already."""
-    missing = padded_length(length) - rows.shape[1]
-    return functional.pad(rows, (0, missing)) if missing else rows
-
-
 def _padded_values(value: Tensor) -> Tensor:
     """Pads the tokens with zeros to `padded_length`, and each head to a size that tensor cores multiply."""
     _, length, head_dim = value.shape
-    return functional.pad(value, (0, kernels.block_dim(head_dim) - head_dim, 0, padded_length(length) - length))
+    missing = 0, kernels.block_dim(head_dim) - head_dim, 0, padded_length(length) - length
+    return functional.pad(value, missing) if any(missing) else value
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -170,15 +197,18 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def launch_options(
-    head_dim: int, length: int, grows: bool = False, capped: bool = False, hopper: bool = True
+    head_dim: int, num_neurons: int, length: int, grows: bool = False, capped: bool = False, hopper: bool = True
 ) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size and a length; `grows` and `capped` say how logits change."""
-    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e)}
-    options = kernels.launch_options(head_dim, grows, capped) | constants | {"enable_fp_fusion": True}
+    """Compile-time options of the kernel for a head's size and number of neurons and a sentence's length.
+
+    grows, capped: how logits change.
+    """
+    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e), "NUM_PARTS": NUM_PARTS}
+    options = kernels.launch_options(head_dim, num_neurons, grows, capped) | constants | {"enable_fp_fusion": True}
     num_kept = 0
     if head_dim <= (_LARGEST_KEPT_HEAD if hopper else _LARGEST_KEPT_HEAD_ELSEWHERE) and not (grows or capped):
         num_kept = next((it for it in _KEPT if it * kernels.BLOCK_KEYS >= length), 0)
-    return options | {"KEPT": num_kept, "GROUP": GROUP, "num_warps": 4 if num_kept else options["num_warps"]}
+    return options | {"KEPT": num_kept, "num_warps": 4 if num_kept else options["num_warps"]}
 
 
 if triton is not None:
@@ -215,13 +245,13 @@ if triton is not None:
     def _squared_intervals(
         ends, attention, value, weight, a, b, c, d, middle_b, middle_d, reach_b, reach_d, logits, r, s, middle_s,
         largest_s, mean_logit, longest, largest_logits, rounding, change_rounding, spans, num_blocks,
-        heads_per_sentence, neurons_per_head, length, padded, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-        BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, KEPT: tl.constexpr,
-        GROWS: tl.constexpr, CAPPED: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-        LOG2_E: tl.constexpr,
+        heads_per_sentence, length, padded, softcap, HEAD_DIM: tl.constexpr, NUM_NEURONS: tl.constexpr,
+        BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
+        KEPT: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
+        EPS: tl.constexpr, LOG2_E: tl.constexpr, NUM_PARTS: tl.constexpr,
     ):  # fmt: skip
         head, block, rows, row_weight, first, last, start, stop = program_part(
-            weight, spans, num_blocks, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
+            weight, spans, num_blocks, heads_per_sentence, length, NUM_NEURONS, BLOCK_ROWS, BLOCK_KEYS, GROUP
         )
         attention += head * padded * padded
         logits += head * padded * padded
@@ -263,14 +293,13 @@ if triton is not None:
                 outputs = tl.dot(seen.to(tl.float16), values, outputs)
         outputs *= 1 / SCALE
         by_half = HALF + (last - first) * EPS
-        least = (last - first + HEAD_DIM) * (EPS / 4 / SCALE)
-        # What comes next is loaded while the present is computed.
-        offset = (head * neurons_per_head + start) * padded
-        next_b, next_d = _pair(b, d, offset + block_keys, start < stop)
+        least = (last - first + HEAD_DIM) * (EPS / 4)
         for place in range(start, stop):
-            neuron = head * neurons_per_head + place
-            offset = neuron * padded
-            left_a, left_c = _pair(a, c, offset + rows, row_mask)
+            neuron = head * NUM_NEURONS + place
+            # A neuron's factors are a column of (length, neurons).
+            offset = head * length * NUM_NEURONS + place
+            row_factors = offset + rows * NUM_NEURONS
+            left_a, left_c = _pair(a, c, row_factors, row_mask)
             centre_b = tl.load(middle_b + neuron)
             centre_d = tl.load(middle_d + neuron)
             # All as powers of two, so that the exponential is one instruction.
@@ -279,7 +308,7 @@ if triton is not None:
             row_shift = left_a * centre_b + left_c * centre_d
             left_r = left_a
             if GROWS:
-                left_r = tl.load(r + offset + rows, mask=row_mask, other=1.0)
+                left_r = tl.load(r + row_factors, mask=row_mask, other=1.0)
                 row_shift -= row_mean * (left_r * tl.load(middle_s + neuron) - 1)
             if CAPPED:
                 row_shift = softcap * tanh(row_shift / softcap)
@@ -304,15 +333,9 @@ if triton is not None:
             moved = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
             if KEPT:
                 for part in tl.static_range(KEPT):
-                    right_b, right_d = next_b, next_d
-                    if part + 1 < KEPT:
-                        following = offset + (part + 1) * BLOCK_KEYS
-                        more = (part + 1) * BLOCK_KEYS < last
-                    else:
-                        following = offset + padded
-                        more = place + 1 < stop
-                    next_b, next_d = _pair(b, d, following + block_keys, more)
                     if (part * BLOCK_KEYS < last) & ((part + 1) * BLOCK_KEYS > first):
+                        keys = part * BLOCK_KEYS + block_keys
+                        right_b, right_d = _pair(b, d, offset + keys * NUM_NEURONS, keys < length)
                         power = _power(power_a, power_c, row_shift, right_b, right_d)
                         moved, totals, sizes = _added(
                             power, kept_seen[part], kept_values[part], moved, totals, sizes, NUM_SUMS
@@ -321,8 +344,8 @@ if triton is not None:
                 for key in range(first, last, BLOCK_KEYS):
                     keys = key + block_keys
                     seen = tl.load(attention + row_places + keys[None, :]) * SCALE
-                    right_b = tl.load(b + offset + keys)
-                    right_d = tl.load(d + offset + keys)
+                    key_factors, key_mask = offset + keys * NUM_NEURONS, keys < length
+                    right_b, right_d = _pair(b, d, key_factors, key_mask)
                     if CAPPED:
                         # tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t), with T = tanh(u) and t = tanh(y).
                         before = tl.load(logits + row_places + keys[None, :]) / softcap
@@ -333,25 +356,29 @@ if triton is not None:
                         power = _power(power_a, power_c, row_shift, right_b, right_d)
                     if GROWS:
                         before = tl.load(logits + row_places + keys[None, :])
-                        power += before * (left_r[:, None] * tl.load(s + offset + keys)[None, :] - 1) * LOG2_E
+                        right_s = tl.load(s + key_factors, mask=key_mask, other=1.0)
+                        power += before * (left_r[:, None] * right_s[None, :] - 1) * LOG2_E
                     values = tl.load(value + keys[:, None] * BLOCK_DIM + columns[None, :])
                     moved, totals, sizes = _added(power, seen, values, moved, totals, sizes, NUM_SUMS)
-            total = tl.sum(totals, 1)
-            spread = tl.sum(sizes, 1) * (1 / SCALE)
+            # From here on, sums are `SCALE` times what they stand for.
+            total, spread = tl.sum(totals, 1), tl.sum(sizes, 1)
             moved -= total[:, None] * outputs
-            distance = tl.sqrt(tl.sum(moved * moved, 1)) * (1 / SCALE)
-            error *= 1 + spread
-            narrow = error + (spread + tl.abs(total) * (1 / SCALE)) * by_half + least
-            inverse = 1 / (1 + total * (1 / SCALE))
+            distance = tl.sqrt(tl.sum(moved * moved, 1))
+            error *= SCALE + spread
+            narrow = error + (spread + tl.abs(total)) * by_half + least
+            # Of the sum of the changed weights; NaN if that is negative.
+            root = tl.rsqrt(SCALE + total)
+            inverse = root * root
             error *= inverse
             # Sums may have overflowed.
-            certain = (inverse > 0) & (error < 0.5) & (distance < float("inf"))
+            certain = (error < 0.5) & (distance < float("inf"))
             low = tl.maximum(distance - narrow, 0) * inverse * (1 - error)
             high = (distance + narrow) * inverse * (1 + 2 * error)
             # An uncertain row must not raise the lower end, whatever its sums are.
             low = tl.where(certain, low * low * scale, 0)
             high = tl.where(certain, high * high, float("inf"))
             high = tl.where(row_mask, high * scale, 0)
-            # Both ends in one exchange between warps.
-            both = tl.sum(tl.join(low, high), 0)
-            tl.store(ends + (neuron * num_blocks + block) * 2 + tl.arange(0, 2), both)
+            # Only summed over the rows of each warp, because exchanges between warps take long.
+            both = tl.sum(tl.reshape(tl.join(low, high), (NUM_PARTS, BLOCK_ROWS // NUM_PARTS, 2)), 1)
+            parts = (neuron * num_blocks + block) * NUM_PARTS + tl.arange(0, NUM_PARTS)
+            tl.store(ends + parts[:, None] * 2 + tl.arange(0, 2)[None, :], both)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.intervals import Intervals
 from agnostic_train.impact.kernels import LARGEST_HEAD, key_spans, squared_changes, triton
 
 # Largest accepted relative error of the exact kernel; plain `tf32` instead of `tf32x3` would exceed it.
@@ -59,18 +59,18 @@ def _are_right(device: torch.device, head_dim: int) -> bool:
     visible = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=device).tril()
     products, value = random(_NUM_HEADS, _LENGTH, _LENGTH), random(_NUM_HEADS, _LENGTH, head_dim)
     logits, weight = products.masked_fill(~visible, -torch.inf), torch.ones_like(value[..., 0])
-    factors = [random(_NUM_HEADS * _NUM_NEURONS, _LENGTH) for _ in range(4)]
+    factors = [random(_NUM_HEADS, _LENGTH, _NUM_NEURONS) for _ in range(4)]
     spans = key_spans(visible.expand(1, 1, -1, -1))
 
-    a, b, c, d = (it.double().view(_NUM_HEADS, _NUM_NEURONS, _LENGTH) for it in factors)
+    a, b, c, d = (it.double().mT for it in factors)
     before = logits.double().unsqueeze(1)
     after = before - a.unsqueeze(3) * b.unsqueeze(2) - c.unsqueeze(3) * d.unsqueeze(2)
     moved = (after.softmax(-1) - before.softmax(-1)) @ value.double().unsqueeze(1)
-    expected = moved.square().sum((2, 3)).flatten()
+    expected = moved.square().sum((2, 3))
 
     exact = squared_changes(logits, value, weight, factors, spans)
     largest = products.abs().amax((1, 2))
-    low, high = squared_intervals(logits, logits.softmax(-1), value, weight, factors, spans, largest)
+    low, high = Intervals(logits, logits.softmax(-1), value, weight, spans, largest).around(factors)
     close = (exact - expected).abs() <= _TOLERANCE * expected
     enclosed = (low <= expected * (1 + _TOLERANCE)) & (expected <= high * (1 + _TOLERANCE))
     return bool((close & enclosed).all())

@@ -25,8 +25,9 @@ except ImportError:
 # Two stages of loads are enough, because a block's product takes longer than the next block's loads; the shared memory
 # that they need is available on smaller GPUs too.
 BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
-# Number of neurons of a head that one program handles in turn: they read the same logits from the cache.
-GROUP = 16
+# Number of neurons of a head that one program handles in turn: they read the same logits from the cache, and their
+# factors share cache lines.
+GROUP = 32
 LARGEST_HEAD = 256
 
 
@@ -67,43 +68,39 @@ def squared_changes(
             key.
         centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
         weight: (heads, length), float32; rows of weight 0 are skipped, whatever they hold.
-        factors: a, b, c and d, (heads * neurons of a head, length), float32, in the order of the heads. Rows may be
-            longer; `padded_length` of them save a copy.
+        factors: a, b, c and d, (heads, length, neurons of a head), float32.
         spans: `key_spans` of the sentences; the heads of a sentence are consecutive.
-        chosen: (heads * neurons of a head,), bool, which neurons to compute; all by default.
+        chosen: (heads, neurons of a head), bool, which neurons to compute; all by default.
         growths: r and s, positive, shaped like the factors; all 1 by default.
 
-    Returns: (heads * neurons of a head,), float32, the same in every run; zero where not chosen.
+    Returns: (heads, neurons of a head), float32, the same in every run; zero where not chosen.
     """
     num_heads, length, head_dim = centred_value.shape
+    num_neurons, num_blocks = factors[0].shape[2], spans.shape[1]
     chosen = torch.ones_like(factors[0][:, 0], dtype=torch.bool) if chosen is None else chosen
-    num_blocks = spans.shape[1]
-    parts = logits.new_zeros(len(chosen), num_blocks)
+    parts = logits.new_zeros(num_heads, num_neurons, num_blocks)
     # Rows of whole blocks of keys load in vectors, without a mask; a mask would double the instructions at odd lengths.
     missing = -length % BLOCK_KEYS
     logits = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-    per_head = len(chosen) // num_heads
     with torch.cuda.device_of(logits):
-        _squared_changes[launch_grid(num_heads, per_head, num_blocks)](
+        _squared_changes[launch_grid(num_heads, num_neurons, num_blocks)](
             parts,
             *(it.contiguous() for it in (logits, centred_value, weight, *factors, *(growths or factors[:2]))),
             spans,
-            chosen,
+            chosen.contiguous(),
             num_blocks,
             num_heads // len(spans),
-            per_head,
             length,
             length + missing,
-            factors[0].shape[1],
             softcap or 1.0,
-            **launch_options(head_dim, bool(growths), softcap is not None),
+            **launch_options(head_dim, num_neurons, bool(growths), softcap is not None),
         )
-    return parts.sum(1)
+    return parts.sum(2)
 
 
-def launch_grid(num_heads: int, neurons_per_head: int, num_blocks: int, group: int = GROUP) -> tuple[int]:
-    """A kernel's grid: one program for each group of neurons and block of rows."""
-    return (num_heads * triton.cdiv(neurons_per_head, group) * num_blocks,)
+def launch_grid(num_heads: int, num_neurons: int, num_blocks: int) -> tuple[int]:
+    """A kernel's grid: one program for each group of a head's neurons and block of rows."""
+    return (num_heads * triton.cdiv(num_neurons, GROUP) * num_blocks,)
 
 
 def block_dim(head_dim: int) -> int:
@@ -111,10 +108,16 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def launch_options(head_dim: int, grows: bool = False, capped: bool = False) -> dict[str, int | float | bool]:
-    """Compile-time options of the kernel for a head size; `grows` and `capped` say how logits change."""
+def launch_options(
+    head_dim: int, num_neurons: int, grows: bool = False, capped: bool = False
+) -> dict[str, int | float | bool]:
+    """Compile-time options of the kernel for a head's size and number of neurons.
+
+    grows, capped: how logits change.
+    """
     return {
         "HEAD_DIM": head_dim,
+        "NUM_NEURONS": num_neurons,
         "BLOCK_DIM": block_dim(head_dim),
         "BLOCK_ROWS": BLOCK_ROWS,
         "BLOCK_KEYS": BLOCK_KEYS,
@@ -132,16 +135,13 @@ if triton is not None:
 
     @triton.jit
     def program_part(
-        weight, spans, num_blocks, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS: tl.constexpr,
+        weight, spans, num_blocks, heads_per_sentence, length, NUM_NEURONS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
         BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Returns a program's share: head, block, rows and their weights, ranges of keys and of neurons.
-
-        Neighbouring programs compute the same neurons, whose factors they find in the cache.
-        """
+        """Returns a program's share: head, block, rows and their weights, ranges of keys and of neurons."""
         block = tl.program_id(0) % num_blocks
         group = tl.program_id(0) // num_blocks
-        groups = tl.cdiv(neurons_per_head, GROUP)
+        groups = tl.cdiv(NUM_NEURONS, GROUP)
         # In 64 bits, as are all offsets derived from it.
         head = (group // groups).to(tl.int64)
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -151,7 +151,7 @@ if triton is not None:
         first = tl.load(span) // BLOCK_KEYS * BLOCK_KEYS
         last = tl.where(tl.max(row_weight) > 0, tl.load(span + 1), first)
         start = group % groups * GROUP
-        return head, block, rows, row_weight, first, last, start, tl.minimum(start + GROUP, neurons_per_head)
+        return head, block, rows, row_weight, first, last, start, tl.minimum(start + GROUP, NUM_NEURONS)
 
     @triton.jit
     def tanh(z):
@@ -183,17 +183,18 @@ if triton is not None:
 
     @triton.jit
     def _both_logits(
-        logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, softcap, GROWS: tl.constexpr,
-        CAPPED: tl.constexpr,
+        logits, b, d, s, left_a, left_c, left_r, row_offsets, row_mask, keys, length, softcap,
+        NUM_NEURONS: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
     ):  # fmt: skip
         """A block of logits, unchanged and changed, both as the softmax sees them."""
         key_mask = keys < length
         before = tl.load(logits + row_offsets[:, None] + keys[None, :], mask=row_mask[:, None], other=float("-inf"))
-        right_b = tl.load(b + keys, mask=key_mask, other=0.0)
-        right_d = tl.load(d + keys, mask=key_mask, other=0.0)
+        places = keys * NUM_NEURONS
+        right_b = tl.load(b + places, mask=key_mask, other=0.0)
+        right_d = tl.load(d + places, mask=key_mask, other=0.0)
         after = before
         if GROWS:
-            after = before * left_r[:, None] * tl.load(s + keys, mask=key_mask, other=1.0)[None, :]
+            after = before * left_r[:, None] * tl.load(s + places, mask=key_mask, other=1.0)[None, :]
         after = after - left_a[:, None] * right_b[None, :] - left_c[:, None] * right_d[None, :]
         hidden = before == float("-inf")
         if CAPPED:
@@ -203,13 +204,12 @@ if triton is not None:
 
     @triton.jit
     def _squared_changes(
-        parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, num_blocks, heads_per_sentence,
-        neurons_per_head, length, padded, factor_length, softcap, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-        BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr,
-        CAPPED: tl.constexpr,
+        parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, num_blocks, heads_per_sentence, length, padded,
+        softcap, HEAD_DIM: tl.constexpr, NUM_NEURONS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+        BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr,
     ):  # fmt: skip
         head, block, rows, row_weight, first, last, start, stop = program_part(
-            weight, spans, num_blocks, heads_per_sentence, neurons_per_head, length, BLOCK_ROWS, BLOCK_KEYS, GROUP
+            weight, spans, num_blocks, heads_per_sentence, length, NUM_NEURONS, BLOCK_ROWS, BLOCK_KEYS, GROUP
         )
         logits += head * length * padded
         value += head * length * HEAD_DIM
@@ -217,21 +217,23 @@ if triton is not None:
         row_offsets = rows.to(tl.int64) * padded
         columns = tl.arange(0, BLOCK_DIM)
         for place in range(start, stop):
-            neuron = head * neurons_per_head + place
+            neuron = head * NUM_NEURONS + place
             if tl.load(chosen + neuron):
-                offset = neuron * factor_length
-                left_a = tl.load(a + offset + rows, mask=row_mask, other=0.0)
-                left_c = tl.load(c + offset + rows, mask=row_mask, other=0.0)
+                # A neuron's factors are a column of (length, neurons).
+                offset = head * length * NUM_NEURONS + place
+                places = offset + rows * NUM_NEURONS
+                left_a = tl.load(a + places, mask=row_mask, other=0.0)
+                left_c = tl.load(c + places, mask=row_mask, other=0.0)
                 left_r = left_a
                 if GROWS:
-                    left_r = tl.load(r + offset + rows, mask=row_mask, other=1.0)
+                    left_r = tl.load(r + places, mask=row_mask, other=1.0)
                 highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
                 total = tl.zeros([BLOCK_ROWS], tl.float32)
                 changed_highest, changed_total = highest, total
                 for key in range(first, last, BLOCK_KEYS):
                     before, after = _both_logits(
                         logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
-                        key + tl.arange(0, BLOCK_KEYS), length, softcap, GROWS, CAPPED,
+                        key + tl.arange(0, BLOCK_KEYS), length, softcap, NUM_NEURONS, GROWS, CAPPED,
                     )  # fmt: skip
                     highest, total = _with_keys(before, highest, total)
                     changed_highest, changed_total = _with_keys(after, changed_highest, changed_total)
@@ -240,7 +242,7 @@ if triton is not None:
                     keys = key + tl.arange(0, BLOCK_KEYS)
                     before, after = _both_logits(
                         logits, b + offset, d + offset, s + offset, left_a, left_c, left_r, row_offsets, row_mask,
-                        keys, length, softcap, GROWS, CAPPED,
+                        keys, length, softcap, NUM_NEURONS, GROWS, CAPPED,
                     )  # fmt: skip
                     change = _weights(after, changed_highest, changed_total) - _weights(before, highest, total)
                     value_mask = (keys < length)[:, None] & (columns < HEAD_DIM)[None, :]

@@ -27,7 +27,7 @@ class LayerAttention:
 
     Attributes:
         logits, probabilities: the softmax's input and output, (batch * heads, length, length).
-        value, centred_value, output: (batch * heads, length, head_dim).
+        value, output: (batch * heads, length, head_dim).
         counted: (batch * heads, length), floating point, 1 at counted tokens.
         softcap: the soft cap on changed logits; None without one.
     """
@@ -40,11 +40,14 @@ class LayerAttention:
         self.logits = inputs.logits().flatten(0, 1)
         self.probabilities = self.logits.softmax(-1)
         self.output = self.probabilities @ self.value
-        # A' - A sums to zero over the keys, so the values' common part would add only rounding errors.
-        num_real = inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
-        self.centred_value = self.value - self.value.sum(-2, keepdim=True) / num_real
         self.counted = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         self._chunk_bytes = chunk_bytes
+
+    @cached_property
+    def centred_value(self) -> Tensor:
+        """The values minus their mean: A' - A sums to zero over the keys, so it would add only rounding errors."""
+        num_real = self.inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
+        return self.value - self.value.sum(-2, keepdim=True) / num_real
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -98,14 +101,13 @@ class LayerAttention:
     def squared_changes(self, change: LogitChange) -> Tensor:
         """Computes `||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
         if kernel_trial.available(self.value):
-            by_neuron = _by_neuron(change)
             squares = kernels.squared_changes(
                 self.changed_logits,
                 self.centred_value,
                 self.counted,
-                [part.flatten(0, 1) for part in (by_neuron.a, by_neuron.b, by_neuron.c, by_neuron.d)],
+                [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)],
                 self.key_spans,
-                growths=[part.flatten(0, 1) for part in by_neuron.growths()],
+                growths=[part.flatten(0, 1) for part in change.growths()],
                 softcap=self.softcap,
             )
         elif self.softcap is None:

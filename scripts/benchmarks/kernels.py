@@ -50,19 +50,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def calls(head_dim: int, length: int, device: str) -> dict[str, Callable[[], Tensor]]:
-    """Both kernels on the q and k neurons of one layer."""
+    """Both kernels on the q neurons of one layer."""
     torch.manual_seed(0)
     num_heads = NUM_HEADS[device]
     visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
     logits = torch.randn(num_heads, length, length, device=device).masked_fill(~visible[0], -torch.inf)
     value = torch.randn(num_heads, length, head_dim, device=device)
-    factors = [0.3 * torch.randn(num_heads * 2 * head_dim, length, device=device) for _ in range(4)]
+    factors = [0.3 * torch.randn(num_heads, length, head_dim, device=device) for _ in range(4)]
     weight, largest = torch.ones(num_heads, length, device=device), torch.full((num_heads,), 8.0, device=device)
-    chosen = torch.rand(len(factors[0]), device=device) < 0.1
+    chosen = torch.rand(num_heads, head_dim, device=device) < 0.1
     attention, spans = logits.softmax(-1), kernels.key_spans(visible)
 
     def rough() -> Tensor:
-        return torch.stack(intervals.squared_intervals(logits, attention, value, weight, factors, spans, largest))
+        return torch.stack(intervals.Intervals(logits, attention, value, weight, spans, largest).around(factors))
 
     return {
         "intervals": rough,

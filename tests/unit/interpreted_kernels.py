@@ -26,11 +26,11 @@ from test_pruning import pruned_impacts
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.errors import UserError
-from agnostic_train.impact import interval_sieve, kernel_trial, kernels
+from agnostic_train.impact import kernel_trial, kernels
 from agnostic_train.impact.attention import AttentionInputs, LogitChange
 from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import unverified_impacts
-from agnostic_train.impact.intervals import squared_intervals
+from agnostic_train.impact.intervals import Intervals
 from agnostic_train.impact.kernels import squared_changes
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import num_top
@@ -59,9 +59,9 @@ def test_kernels_are_tried_before_use(monkeypatch):
     for part in (0.5, 2.0):
         with monkeypatch.context() as patch:
             patch.setattr(
-                kernel_trial,
-                "squared_intervals",
-                lambda *args, part=part: [it * part for it in squared_intervals(*args)],
+                Intervals,
+                "around",
+                lambda *args, part=part, around=Intervals.around: [it * part for it in around(*args)],
             )
             assert not works()
 
@@ -130,7 +130,7 @@ def test_small_changes_and_no_change(softcap):
     """
     assert_equals_the_reference(random_case(42, 42, change=0.02, softcap=softcap), rtol=1e-3)
     case = without_change(random_case(70, 42, softcap=softcap))
-    assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS * NEURONS))
+    assert torch.equal(kernels.squared_changes(**case), torch.zeros(HEADS, NEURONS))
     low, high = intervals_of(case)
     assert not low.any() and (high < (2e-6 if softcap else 1e-6)).all()
 
@@ -173,7 +173,7 @@ def test_some_of_many_neurons():
     whole = kernels.squared_changes(**case)
     torch.testing.assert_close(whole.double(), reference(**case), rtol=1e-5, atol=0)
     assert_intervals_hold(case)
-    chosen = torch.rand(len(whole)) < 0.3
+    chosen = torch.rand(whole.shape) < 0.3
     strided = {
         name: [it.mT.contiguous().mT for it in part] if isinstance(part, list) else part.mT.contiguous().mT
         for name, part in case.items()
@@ -261,9 +261,9 @@ def two_keys(logits, factors, growths=()):
         "logits": torch.tensor([[[0.0, 0.0], logits]]).masked_fill(~visible[0], -torch.inf),
         "centred_value": torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]),
         "weight": torch.tensor([[0.0, 1.0]]),
-        "factors": [torch.tensor(factor) for factor in factors],
+        "factors": [torch.tensor(factor).unsqueeze(2) for factor in factors],
         "spans": kernels.key_spans(visible),
-    } | ({"growths": [torch.tensor(growth) for growth in growths]} if growths else {})
+    } | ({"growths": [torch.tensor(growth).unsqueeze(2) for growth in growths]} if growths else {})
 
 
 @pytest.mark.parametrize("logit", [30.0, 257.0, 2000.0])
@@ -422,11 +422,11 @@ def test_neuron_in_the_top_by_its_lower_end_has_a_finite_impact(monkeypatch):
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     expected = pruned_impacts(model, batch, 0.1)[0]
 
-    def without_upper_end(*args):
-        low, high = squared_intervals(*args)
+    def without_upper_end(*args, around=Intervals.around):
+        low, high = around(*args)
         return low, torch.where(low == low.max(), torch.inf, high)
 
-    monkeypatch.setattr(interval_sieve, "squared_intervals", without_upper_end)
+    monkeypatch.setattr(Intervals, "around", without_upper_end)
     for site, values in pruned_impacts(model, batch, 0.1)[0].items():
         assert values.isfinite().all()
         assert torch.equal(values > 0, expected[site] > 0)
@@ -437,11 +437,11 @@ def test_self_check_finds_intervals_that_do_not_hold(monkeypatch):
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)
     assert verify_impacts(model, batch)
 
-    def too_low(*args):
-        low, high = squared_intervals(*args)
+    def too_low(*args, around=Intervals.around):
+        low, high = around(*args)
         return low / 2, high / 2
 
-    monkeypatch.setattr(interval_sieve, "squared_intervals", too_low)
+    monkeypatch.setattr(Intervals, "around", too_low)
     with pytest.raises(UserError, match="detection.pruning"):
         verify_impacts(model, batch)
     assert verify_impacts(model, batch, pruning=False)

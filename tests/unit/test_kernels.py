@@ -56,13 +56,13 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     from triton.compiler import ASTSource, compile
 
     if module is intervals:
-        options = intervals.launch_options(head_dim, length, grows, capped, hopper=capability == 90)
+        options = intervals.launch_options(head_dim, head_dim, length, grows, capped, hopper=capability == 90)
     else:
-        options = kernels.launch_options(head_dim, grows, capped)
+        options = kernels.launch_options(head_dim, head_dim, grows, capped)
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
     types |= {name: type for type, names in POINTERS[module].items() for name in names}
-    aligned = {name for name, type in types.items() if "*" in type or name in ("padded", "factor_length")}
+    aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
     # Triton specialises on a length of 1, and on one divisible by 16.
     if length == 1:
         constants["length"], types["length"] = 1, "constexpr"
