@@ -51,9 +51,10 @@ _EPS = torch.finfo(torch.float32).eps
 _SMALLEST_VALUE = 1e-12
 # Number of parts into which a program divides the sums over its rows.
 NUM_PARTS = 4
-# How many blocks of keys a program may keep, and the largest heads for which this is faster: on Hopper, hardly any
-# register spills up to these sizes. Ampere's tensor cores need their operands in another layout than their results.
-_KEPT, _LARGEST_KEPT_HEAD, _LARGEST_KEPT_HEAD_ELSEWHERE = (2, 4, 8), 128, 64
+# Up to which lengths a program keeps all keys (the kernel is compiled for each), and up to which head sizes: on Hopper,
+# hardly any register spills then. Ampere's tensor cores need their operands in another layout than their results.
+KEPT_LENGTHS = 64, 128, 256
+_LARGEST_KEPT_HEAD, _LARGEST_KEPT_HEAD_ELSEWHERE = 128, 64
 
 
 class Intervals:
@@ -207,7 +208,7 @@ def launch_options(
     options = kernels.launch_options(head_dim, num_neurons, grows, capped) | constants | {"enable_fp_fusion": True}
     num_kept = 0
     if head_dim <= (_LARGEST_KEPT_HEAD if hopper else _LARGEST_KEPT_HEAD_ELSEWHERE) and not (grows or capped):
-        num_kept = next((it for it in _KEPT if it * kernels.BLOCK_KEYS >= length), 0)
+        num_kept = next((it // kernels.BLOCK_KEYS for it in KEPT_LENGTHS if length <= it), 0)
     return options | {"KEPT": num_kept, "num_warps": 4 if num_kept else options["num_warps"]}
 
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from agnostic_train.impact.intervals import Intervals
+from agnostic_train.impact.intervals import KEPT_LENGTHS, Intervals
 from agnostic_train.impact.kernels import LARGEST_HEAD, key_spans, squared_changes, triton
 
 # Largest accepted relative error of the exact kernel; plain `tf32` instead of `tf32x3` would exceed it.
 _TOLERANCE = 1e-4
-# The length gives two blocks of rows, the second one short, and isn't a multiple of a warp.
-_NUM_HEADS, _NUM_NEURONS, _LENGTH = 2, 3, 70
+_NUM_HEADS = 2
+# How much shorter than the longest sentences of a kind the trial's are: not a multiple of a warp.
+_SHORTER = 26
 
 logger = logging.get_logger(__name__)
 
@@ -26,19 +27,25 @@ def available(value: Tensor) -> bool:
         and value.shape[-1] <= LARGEST_HEAD
         and torch.version.hip is None
         and torch.cuda.get_device_capability(value.device) >= (8, 0)
-        and _work_on(value.device, value.shape[-1])
+        and _work_on(value.device, value.shape[2], _trial_length(value.shape[1]))
     )
 
 
+def _trial_length(length: int) -> int:
+    """A length for which the kernels are compiled as for `length`."""
+    longest = next((it for it in KEPT_LENGTHS if length <= it), KEPT_LENGTHS[-1] + 64)
+    return longest - _SHORTER
+
+
 @cache
-def _work_on(device: torch.device, head_dim: int) -> bool:
+def _work_on(device: torch.device, head_dim: int, length: int) -> bool:
     """Tries both kernels on the device; if they can't be used, a log line says why.
 
     Triton needs a C compiler, Python's headers and CUDA's library, which some machines lack, and it may not support a
     GPU that is newer than itself.
     """
     try:
-        problem = None if _are_right(device, head_dim) else "their results are wrong there"
+        problem = None if _are_right(device, head_dim, length) else "their results are wrong there"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # these say nothing about the kernels
     # Missing parts cause many kinds of errors, including AssertionError; the torch form needs none of these parts.
@@ -49,24 +56,26 @@ def _work_on(device: torch.device, head_dim: int) -> bool:
     return problem is None
 
 
-def _are_right(device: torch.device, head_dim: int) -> bool:
+def _are_right(device: torch.device, head_dim: int, length: int) -> bool:
     """Compares both kernels with float64 on random attention; synchronises with the device."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
 
-    visible = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool, device=device).tril()
-    products, value = random(_NUM_HEADS, _LENGTH, _LENGTH), random(_NUM_HEADS, _LENGTH, head_dim)
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    products, value = random(_NUM_HEADS, length, length), random(_NUM_HEADS, length, head_dim)
     logits, weight = products.masked_fill(~visible, -torch.inf), torch.ones_like(value[..., 0])
-    factors = [random(_NUM_HEADS, _LENGTH, _NUM_NEURONS) for _ in range(4)]
+    factors = [random(_NUM_HEADS, length, head_dim) for _ in range(4)]
     spans = key_spans(visible.expand(1, 1, -1, -1))
 
-    a, b, c, d = (it.double().mT for it in factors)
-    before = logits.double().unsqueeze(1)
-    after = before - a.unsqueeze(3) * b.unsqueeze(2) - c.unsqueeze(3) * d.unsqueeze(2)
-    moved = (after.softmax(-1) - before.softmax(-1)) @ value.double().unsqueeze(1)
-    expected = moved.square().sum((2, 3))
+    before = logits.double()
+    squares = []
+    for a, b, c, d in zip(*(it.double().unbind(2) for it in factors), strict=True):
+        after = before - a.unsqueeze(2) * b.unsqueeze(1) - c.unsqueeze(2) * d.unsqueeze(1)
+        moved = (after.softmax(-1) - before.softmax(-1)) @ value.double()
+        squares.append(moved.square().sum((1, 2)))
+    expected = torch.stack(squares, 1)
 
     exact = squared_changes(logits, value, weight, factors, spans)
     largest = products.abs().amax((1, 2))

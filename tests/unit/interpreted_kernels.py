@@ -51,7 +51,7 @@ def test_odd_sizes(length, head_dim):
 
 def test_kernels_are_tried_before_use(monkeypatch):
     """Kernels that a device computes wrongly aren't used there, even if they are off by little."""
-    works = partial(kernel_trial._work_on.__wrapped__, torch.device("cpu"), 10)
+    works = partial(kernel_trial._work_on.__wrapped__, torch.device("cpu"), 10, 38)
     assert works()
     with monkeypatch.context() as patch:
         patch.setattr(kernel_trial, "squared_changes", lambda *args: squared_changes(*args) * 1.001)

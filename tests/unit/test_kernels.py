@@ -94,6 +94,13 @@ def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, t
     assert "f32.f16.f16" in rough.asm["ptx"]
 
 
+@needs_triton
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 256, 257, 5000])
+def test_kernels_are_tried_as_they_are_used(length):
+    tried = kernel_trial._trial_length(length)
+    assert intervals.launch_options(64, 64, tried) == intervals.launch_options(64, 64, length)
+
+
 def test_kernels_are_unavailable_on_a_cpu():
     assert not kernel_trial.available(torch.zeros(1, 4, 8))
 
@@ -106,7 +113,7 @@ def test_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
     warnings = []
     monkeypatch.setattr(kernel_trial.logger, "warning", lambda text, *args: warnings.append(text % args))
     monkeypatch.setattr(kernels._squared_changes, "run", fail)
-    assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8)
+    assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8, 38)
     assert warnings == [
         "the Triton kernels can't be used on cpu (RuntimeError: Failed to find C compiler): q and k impacts take longer"
     ]
