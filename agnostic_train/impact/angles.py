@@ -1,11 +1,10 @@
 """The angles by which rotary embeddings rotate the queries and keys of a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from agnostic_train.model.decoder import Layer, Rotation
+from agnostic_train.model.decoder import Rotation
 
 
 @dataclass(frozen=True)
@@ -23,28 +22,14 @@ class Angles:
     sin: Tensor
     own: Tensor
     other: Tensor
+    _scaled: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """`own` and `other` times `scaling`, computed once."""
+        if scaling not in self._scaled:
+            self._scaled[scaling] = self.own * scaling, self.other * scaling
+        return self._scaled[scaling]
 
     def sentences(self, part: slice) -> "Angles":
         """The angles of the sentences in `part`."""
         return Angles(self.rotation, self.cos[part], self.sin[part], self.own[part], self.other[part])
-
-
-class SharedAngles:
-    """The angles of a forward pass, computed once for all layers of a kind that receive the same tensors."""
-
-    def __init__(self) -> None:
-        # The tensor is kept beside its angles: while it lives, no other tensor can have its id.
-        self._by_tensor: dict[tuple[int, type], tuple[Tensor, Angles]] = {}
-
-    def clear(self) -> None:
-        """Discards the angles of the previous pass."""
-        self._by_tensor.clear()
-
-    def get(self, layer: Layer, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
-        """Returns the angles in `dtype`, expanded to every sentence of the batch."""
-        key = id(cos_sin[0]), type(layer.attention)
-        if key not in self._by_tensor:
-            cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
-            rotation = layer.rotation(cos, sin)
-            self._by_tensor[key] = cos_sin[0], Angles(rotation, cos, sin, *rotation.coefficients(cos, sin))
-        return self._by_tensor[key][1]

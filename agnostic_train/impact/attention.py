@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.angles import Angles
+from agnostic_train.impact.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class AttentionInputs:
 
     Attributes:
         query, key, value: (batch, query heads, length, head_dim); each KV head is repeated for its query heads.
-        visible: (batch, 1, length, length), bool, which keys each query sees.
-        real: (batch, length), bool, False at padding.
+        visibility: which keys each query sees, and which tokens are real.
         scaling: the factor on the logits.
         softcap: the soft cap on the logits; None without one.
     """
@@ -31,10 +31,17 @@ class AttentionInputs:
     query: Tensor
     key: Tensor
     value: Tensor
-    visible: Tensor
-    real: Tensor
+    visibility: Visibility
     scaling: float
     softcap: float | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        return self.visibility.visible
+
+    @property
+    def real(self) -> Tensor:
+        return self.visibility.real
 
     @classmethod
     def clean(
@@ -42,23 +49,21 @@ class AttentionInputs:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        visible: Tensor,
-        real: Tensor,
+        visibility: Visibility,
         scaling: float,
         softcap: float | None = None,
     ) -> "AttentionInputs":
-        """Casts to at least float32, repeats KV heads per query head and zeroes padding, whose tokens see themselves.
+        """Casts to at least float32, repeats KV heads per query head and zeroes padding.
 
         Args:
             As the class's attributes, but key and value are (batch, KV heads, length, head_dim), of any floating dtype.
         """
         dtype = torch.promote_types(query.dtype, torch.float32)
-        padding = ~real[:, None, :, None]
+        padding = visibility.padding
         queries_per_kv = query.shape[1] // key.shape[1]
         query = query.masked_fill(padding, 0).to(dtype).contiguous()
         key, value = (repeated(heads.masked_fill(padding, 0).to(dtype), queries_per_kv) for heads in (key, value))
-        itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-        return cls(query, key, value, visible | (itself & padding), real, scaling, softcap)
+        return cls(query, key, value, visibility, scaling, softcap)
 
     def sentences(self, part: slice) -> "AttentionInputs":
         """The inputs of the sentences in `part`."""
@@ -67,8 +72,7 @@ class AttentionInputs:
             query=self.query[part],
             key=self.key[part],
             value=self.value[part],
-            visible=self.visible[part],
-            real=self.real[part],
+            visibility=self.visibility.sentences(part),
         )
 
     def products(self) -> Tensor:
@@ -77,21 +81,21 @@ class AttentionInputs:
 
     def logits(self) -> Tensor:
         """Computes the softmax's input: the capped logits, -inf where a query doesn't see a key."""
-        return self.finish(self.products(), self.visible)
+        return self.finish(self.products(), self.visibility.hidden)
 
     def output(self) -> Tensor:
         """Computes the attention's output: (batch, query heads, length, head_dim)."""
         return self.logits().softmax(-1) @ self.value
 
-    def finish(self, products: Tensor, visible: Tensor) -> Tensor:
-        """Caps and masks `products`, in place."""
+    def finish(self, products: Tensor, hidden: Tensor) -> Tensor:
+        """Caps `products` and masks those of hidden keys, in place."""
         if self.softcap is not None:
             products = products.div_(self.softcap).tanh_().mul_(self.softcap)
-        return products.masked_fill_(~visible, -torch.inf)
+        return products.masked_fill_(hidden, -torch.inf)
 
     def clean_projection(self, projected: Tensor) -> Tensor:
         """Casts a projection's output (batch, length, features) to the queries' dtype and zeroes padding."""
-        return projected.masked_fill(~self.real.unsqueeze(-1), 0).to(self.query.dtype)
+        return projected.masked_fill(self.visibility.padding.squeeze(1), 0).to(self.query.dtype)
 
     def per_query_head(self, projected: Tensor) -> Tensor:
         """Converts (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
@@ -175,7 +179,7 @@ def rotated_change(
     """
     if growth is not None:
         states = states * growth
-    own, other = (states * (part * inputs.scaling).unsqueeze(1) for part in (angles.own, angles.other))
+    own, other = (states * part.unsqueeze(1) for part in angles.scaled(inputs.scaling))
     partner = angles.rotation.partner
     if name == "q":
         return LogitChange(own, inputs.key, other, inputs.key[..., partner], row_growth=growth)

@@ -7,7 +7,6 @@ computed exactly. Nothing here synchronises the host with the device.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from agnostic_train.impact import kernels
@@ -45,7 +44,7 @@ def interval_impacts(
         attention.probabilities,
         attention.value,
         attention.counted,
-        attention.key_spans,
+        attention.inputs.visibility.key_spans,
         attention.largest_logits,
         attention.softcap,
     )
@@ -69,7 +68,8 @@ def _impacts(
     group = attention.batch, num_heads, attention.num_heads // num_heads
 
     def by_site(by_head: Tensor) -> Tensor:
-        return by_head.unflatten(0, group).sum(2).flatten(1)
+        by_group = by_head.unflatten(0, group)
+        return (by_group.sum(2) if group[2] > 1 else by_group.squeeze(2)).flatten(1)
 
     factors = [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)]
     growths = [part.flatten(0, 1) for part in change.growths()]
@@ -82,7 +82,7 @@ def _impacts(
             intervals.centred_value,
             attention.counted,
             factors,
-            attention.key_spans,
+            attention.inputs.visibility.key_spans,
             chosen,
             growths,
             attention.softcap,
@@ -90,14 +90,10 @@ def _impacts(
     )
     if top_ratio == 1:
         check_enclosed(exact, low, high)
-    spans = attention.key_spans.diff(dim=-1).squeeze(-1)
-    # Computed for all blocks: assigning the last one's number of rows would copy it from the host and synchronise.
-    starts = kernels.BLOCK_ROWS * torch.arange(spans.shape[1], device=spans.device)
-    rows = (attention.length - starts).clamp(max=kernels.BLOCK_ROWS)
-    per_neuron = (spans * rows).sum(1)
-    work.neurons += unclear.sum()
+    num_unclear, num_spanned = unclear.sum(1), attention.inputs.visibility.num_spanned
+    work.neurons += num_unclear.sum()
     work.all_neurons += unclear.numel()
-    work.logits += (unclear.sum(1) * per_neuron).sum()
+    work.logits += (num_unclear * num_spanned).sum()
     work.all_logits += unclear.numel() * attention.length**2
-    work.rough_logits += unclear.shape[1] * per_neuron.sum()
-    return settle(low, high, certain, unclear, exact).sqrt().float()
+    work.rough_logits += unclear.shape[1] * num_spanned.sum()
+    return settle(low, high, certain, exact).sqrt().float()

@@ -49,12 +49,13 @@ _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
 _SMALLEST_VALUE = 1e-12
-# Number of parts into which a program divides the sums over its rows.
+# Number of parts into which a program divides the sums over its rows: one per warp, if there are four.
 NUM_PARTS = 4
-# Up to which lengths a program keeps all keys (the kernel is compiled for each), and up to which head sizes: on Hopper,
-# hardly any register spills then. Ampere's tensor cores need their operands in another layout than their results.
+# Up to which lengths a program keeps all keys (the kernel is compiled for each), and up to which head size. On Hopper,
+# few registers spill then; elsewhere more would, and Triton lays out products of different shapes differently.
 KEPT_LENGTHS = 64, 128, 256
-_LARGEST_KEPT_HEAD, _LARGEST_KEPT_HEAD_ELSEWHERE = 128, 64
+_LARGEST_KEPT_HEAD = 128
+_LARGEST_KEPT_LENGTH_ELSEWHERE, _LARGEST_KEPT_HEAD_ELSEWHERE = 128, 64
 
 
 class Intervals:
@@ -92,7 +93,7 @@ class Intervals:
         self.centred_value = value - self._attended @ value
         longest = torch.linalg.vector_norm(self.centred_value, dim=-1).amax(1)
         self._longest = longest.clamp(min=torch.finfo(value.dtype).tiny)
-        self._value = _padded_values((self.centred_value / self._longest[:, None, None]).half())
+        self._value = _padded_values((self.centred_value / self._longest[:, None, None]).half()).contiguous()
 
     def around(self, factors: Sequence[Tensor], growths: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Computes the lower and upper ends of the intervals.
@@ -106,14 +107,14 @@ class Intervals:
         assert not (growths and self._softcap)
         num_heads, length, num_neurons = factors[0].shape
         head_dim, num_blocks = self.centred_value.shape[2], self._spans.shape[1]
-        middle_b, middle_d = self._attended @ factors[1], self._attended @ factors[3]
+        b, d = factors[1], factors[3]
         # Placeholders: without growths or a cap, the kernel doesn't read these arguments.
         logits, growth = self._attention, [self._attention] * 5
         if growths or self._softcap:
             logits = _padded(self._visible_logits)
         if growths:
             growth = [*growths, self._attended @ growths[1], growths[1].amax(1), self._mean_logit]
-        ends = factors[0].new_zeros(num_heads, num_neurons, num_blocks * NUM_PARTS, 2)
+        ends = b.new_empty(num_heads, num_neurons, num_blocks * NUM_PARTS, 2)
         with torch.cuda.device_of(ends):
             _squared_intervals[kernels.launch_grid(num_heads, num_neurons, num_blocks)](
                 ends,
@@ -121,29 +122,27 @@ class Intervals:
                 self._value,
                 self._weight,
                 *(it.contiguous() for it in factors),
-                middle_b,
-                middle_d,
-                _reach(factors[1], middle_b),
-                _reach(factors[3], middle_d),
+                self._attended @ b,
+                self._attended @ d,
+                *b.aminmax(dim=1),
+                *d.aminmax(dim=1),
                 *(it.contiguous() for it in (logits, *growth)),
                 self._longest,
                 self._largest_logit,
-                self._rounding(bool(growths)),
                 self._change_rounding,
                 self._spans,
                 num_blocks,
                 num_heads // len(self._spans),
                 length,
                 self._attention.shape[-1],
+                *self._rounding(bool(growths)),
                 self._softcap or 1.0,
                 **launch_options(
                     head_dim, num_neurons, length, bool(growths), self._softcap is not None, _is_hopper(ends.device)
                 ),
             )
         low, high = ends.sum(2).unbind(-1)
-        # With tiny values, the squared changes may underflow.
-        unknown = high.isnan() | (self._longest < _SMALLEST_VALUE).unsqueeze(1)
-        return torch.where(low.isnan() | unknown, 0, low), torch.where(unknown, torch.inf, high)
+        return low, high
 
     @cached_property
     def _visible_logits(self) -> Tensor:
@@ -155,28 +154,22 @@ class Intervals:
         length = self._logits.shape[-1]
         return (self._attention[:, :length, :length] * self._visible_logits).sum(-1)
 
-    def _rounding(self, grows: bool) -> Tensor:
-        """The relative error of the weights `A_ij w_j` that doesn't depend on the change: (heads,)."""
+    def _rounding(self, grows: bool) -> tuple[float, float]:
+        """The relative error of the weights `A_ij w_j`, apart from the change's, and what each unit of a logit adds."""
         length = self._logits.shape[-1]
-        # In halves of an epsilon: the attention's layout costs 16, the exponential a few, a sum the rest. Each rounding
+        # In halves of an epsilon: the attention's layout costs 18, the exponential a few, a sum the rest. Each rounding
         # of a logit, here and in the exact form together, costs its size: a hyperbolic tangent is off by up to twelve
         # roundings, and each logit passes through three, one of them torch's.
         num_roundings = 5 if grows else 38 if self._softcap else 2
-        return _EPS / 2 * (56 + 4 * length**0.5 + length / 8 + num_roundings * self._largest_logit)
+        return _EPS / 2 * (56 + 4 * length**0.5 + length / 8), _EPS / 2 * num_roundings
 
     @cached_property
     def _change_rounding(self) -> Tensor:
-        """The same for each unit of an upper bound on the change of the logits: (heads,)."""
+        """The same per unit of an upper bound on the change of the logits: (heads,)."""
         if not self._softcap:
             return torch.full_like(self._largest_logit, 8 * _EPS)
         # The cancellation in `1 - T t` (see the kernel) at the largest T.
         return 44 * _EPS / (1 - self._visible_logits.abs().amax((1, 2)) / self._softcap).clamp(min=0)
-
-
-def _reach(part: Tensor, middle: Tensor) -> Tensor:
-    """How far a factor, (heads, length, neurons), gets from its middle: (heads, 1, neurons)."""
-    lowest, highest = part.aminmax(dim=1, keepdim=True)
-    return torch.maximum(highest - middle, middle - lowest)
 
 
 def _padded(matrices: Tensor) -> Tensor:
@@ -204,19 +197,17 @@ def launch_options(
 
     grows, capped: how logits change.
     """
-    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e), "NUM_PARTS": NUM_PARTS}
+    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e), "SMALLEST": _SMALLEST_VALUE}
+    constants |= {"NUM_PARTS": NUM_PARTS}
     options = kernels.launch_options(head_dim, num_neurons, grows, capped) | constants | {"enable_fp_fusion": True}
-    num_kept = 0
-    if head_dim <= (_LARGEST_KEPT_HEAD if hopper else _LARGEST_KEPT_HEAD_ELSEWHERE) and not (grows or capped):
-        num_kept = next((it // kernels.BLOCK_KEYS for it in KEPT_LENGTHS if length <= it), 0)
+    keeps = head_dim <= _LARGEST_KEPT_HEAD and length <= KEPT_LENGTHS[-1] and not (grows or capped)
+    if not hopper:
+        keeps &= head_dim <= _LARGEST_KEPT_HEAD_ELSEWHERE and length <= _LARGEST_KEPT_LENGTH_ELSEWHERE
+    num_kept = next(it for it in KEPT_LENGTHS if length <= it) // kernels.BLOCK_KEYS if keeps else 0
     return options | {"KEPT": num_kept, "num_warps": 4 if num_kept else options["num_warps"]}
 
 
 if triton is not None:
-
-    @triton.jit
-    def _pair(first, second, places, mask):
-        return tl.load(first + places, mask=mask, other=0.0), tl.load(second + places, mask=mask, other=0.0)
 
     @triton.jit
     def _in_product_layout(matrix, identity):
@@ -228,6 +219,12 @@ if triton is not None:
         coarse = (matrix.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
         product = tl.dot(coarse, identity, input_precision="tf32")
         return tl.dot(matrix - coarse, identity, product, input_precision="tf32")
+
+    @triton.jit
+    def _right(b, d, offset, keys, length, centre_b, centre_d, NUM_NEURONS: tl.constexpr):
+        """A neuron's factors of a block of keys; of keys that don't exist, those that change nothing."""
+        places, exists = offset + keys * NUM_NEURONS, keys < length
+        return tl.load(b + places, mask=exists, other=centre_b), tl.load(d + places, mask=exists, other=centre_d)
 
     @triton.jit
     def _power(power_a, power_c, row_shift, right_b, right_d):
@@ -244,12 +241,12 @@ if triton is not None:
 
     @triton.jit
     def _squared_intervals(
-        ends, attention, value, weight, a, b, c, d, middle_b, middle_d, reach_b, reach_d, logits, r, s, middle_s,
-        largest_s, mean_logit, longest, largest_logits, rounding, change_rounding, spans, num_blocks,
-        heads_per_sentence, length, padded, softcap, HEAD_DIM: tl.constexpr, NUM_NEURONS: tl.constexpr,
-        BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, GROUP: tl.constexpr,
-        KEPT: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
-        EPS: tl.constexpr, LOG2_E: tl.constexpr, NUM_PARTS: tl.constexpr,
+        ends, attention, value, weight, a, b, c, d, middle_b, middle_d, lowest_b, highest_b, lowest_d, highest_d,
+        logits, r, s, middle_s, largest_s, mean_logit, longest, largest_logits, change_rounding, spans, num_blocks,
+        heads_per_sentence, length, padded, rounding, logit_rounding, softcap, HEAD_DIM: tl.constexpr,
+        NUM_NEURONS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+        GROUP: tl.constexpr, KEPT: tl.constexpr, GROWS: tl.constexpr, CAPPED: tl.constexpr, SCALE: tl.constexpr,
+        HALF: tl.constexpr, EPS: tl.constexpr, LOG2_E: tl.constexpr, NUM_PARTS: tl.constexpr, SMALLEST: tl.constexpr,
     ):  # fmt: skip
         head, block, rows, row_weight, first, last, start, stop = program_part(
             weight, spans, num_blocks, heads_per_sentence, length, NUM_NEURONS, BLOCK_ROWS, BLOCK_KEYS, GROUP
@@ -263,7 +260,9 @@ if triton is not None:
         block_keys = tl.arange(0, BLOCK_KEYS)
         largest_value = tl.load(longest + head)
         largest_logit = tl.load(largest_logits + head)
-        own_rounding = tl.load(rounding + head)
+        own_rounding = rounding + logit_rounding * largest_logit
+        # With tiny values, the squared changes may underflow.
+        own_rounding = tl.where(largest_value < SMALLEST, float("inf"), own_rounding)
         by_change = tl.load(change_rounding + head)
         row_mean = row_weight
         if GROWS:
@@ -271,7 +270,7 @@ if triton is not None:
         scale = row_weight * largest_value * largest_value
         # The unchanged output, by the same kind of product as `moved`, so that both have the same register layout.
         outputs = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-        # Number of partial sums of a row that need no exchange between threads.
+        # Number of partial sums of a row: those of a thread, so that threads needn't exchange theirs for each block.
         NUM_SUMS: tl.constexpr = 8 if KEPT else BLOCK_KEYS
         # If few enough, all keys stay in registers and shared memory for all neurons of the program.
         kept_seen = ()
@@ -300,7 +299,8 @@ if triton is not None:
             # A neuron's factors are a column of (length, neurons).
             offset = head * length * NUM_NEURONS + place
             row_factors = offset + rows * NUM_NEURONS
-            left_a, left_c = _pair(a, c, row_factors, row_mask)
+            left_a = tl.load(a + row_factors, mask=row_mask, other=0.0)
+            left_c = tl.load(c + row_factors, mask=row_mask, other=0.0)
             centre_b = tl.load(middle_b + neuron)
             centre_d = tl.load(middle_d + neuron)
             # All as powers of two, so that the exponential is one instruction.
@@ -316,7 +316,9 @@ if triton is not None:
             # Upper bounds on the change of the logits: centred, as here, and uncentred, as in the exact form.
             size_a = tl.abs(left_a)
             size_c = tl.abs(left_c)
-            centred = size_a * tl.load(reach_b + neuron) + size_c * tl.load(reach_d + neuron)
+            reach_b = tl.maximum(tl.load(highest_b + neuron) - centre_b, centre_b - tl.load(lowest_b + neuron))
+            reach_d = tl.maximum(tl.load(highest_d + neuron) - centre_d, centre_d - tl.load(lowest_d + neuron))
+            centred = size_a * reach_b + size_c * reach_d
             common = size_a * tl.abs(centre_b) + size_c * tl.abs(centre_d)
             reach = centred + common
             if GROWS:
@@ -336,7 +338,7 @@ if triton is not None:
                 for part in tl.static_range(KEPT):
                     if (part * BLOCK_KEYS < last) & ((part + 1) * BLOCK_KEYS > first):
                         keys = part * BLOCK_KEYS + block_keys
-                        right_b, right_d = _pair(b, d, offset + keys * NUM_NEURONS, keys < length)
+                        right_b, right_d = _right(b, d, offset, keys, length, centre_b, centre_d, NUM_NEURONS)
                         power = _power(power_a, power_c, row_shift, right_b, right_d)
                         moved, totals, sizes = _added(
                             power, kept_seen[part], kept_values[part], moved, totals, sizes, NUM_SUMS
@@ -345,8 +347,7 @@ if triton is not None:
                 for key in range(first, last, BLOCK_KEYS):
                     keys = key + block_keys
                     seen = tl.load(attention + row_places + keys[None, :]) * SCALE
-                    key_factors, key_mask = offset + keys * NUM_NEURONS, keys < length
-                    right_b, right_d = _pair(b, d, key_factors, key_mask)
+                    right_b, right_d = _right(b, d, offset, keys, length, centre_b, centre_d, NUM_NEURONS)
                     if CAPPED:
                         # tanh(u) - tanh(u - y) = t (1 - T^2) / (1 - T t), with T = tanh(u) and t = tanh(y).
                         before = tl.load(logits + row_places + keys[None, :]) / softcap
@@ -357,7 +358,7 @@ if triton is not None:
                         power = _power(power_a, power_c, row_shift, right_b, right_d)
                     if GROWS:
                         before = tl.load(logits + row_places + keys[None, :])
-                        right_s = tl.load(s + key_factors, mask=key_mask, other=1.0)
+                        right_s = tl.load(s + offset + keys * NUM_NEURONS, mask=keys < length, other=1.0)
                         power += before * (left_r[:, None] * right_s[None, :] - 1) * LOG2_E
                     values = tl.load(value + keys[:, None] * BLOCK_DIM + columns[None, :])
                     moved, totals, sizes = _added(power, seen, values, moved, totals, sizes, NUM_SUMS)
@@ -376,10 +377,10 @@ if triton is not None:
             low = tl.maximum(distance - narrow, 0) * inverse * (1 - error)
             high = (distance + narrow) * inverse * (1 + 2 * error)
             # An uncertain row must not raise the lower end, whatever its sums are.
-            low = tl.where(certain, low * low * scale, 0)
-            high = tl.where(certain, high * high, float("inf"))
-            high = tl.where(row_mask, high * scale, 0)
-            # Only summed over the rows of each warp, because exchanges between warps take long.
+            low = tl.where(certain & row_mask, low * low * scale, 0)
+            high = tl.where(certain, high * high * scale, float("inf"))
+            high = tl.where(row_mask, high, 0)
+            # Not summed over all rows, because exchanges between warps take long.
             both = tl.sum(tl.reshape(tl.join(low, high), (NUM_PARTS, BLOCK_ROWS // NUM_PARTS, 2)), 1)
             parts = (neuron * num_blocks + block) * NUM_PARTS + tl.arange(0, NUM_PARTS)
             tl.store(ends + parts[:, None] * 2 + tl.arange(0, 2)[None, :], both)

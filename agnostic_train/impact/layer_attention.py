@@ -11,7 +11,7 @@ from agnostic_train.impact import kernel_trial, kernels
 from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.attention import AttentionInputs, LogitChange, repeated
 from agnostic_train.impact.attention_block import AttentionBlock, BlockForms, bits_moved, plain_block
-from agnostic_train.impact.row_blocks import Block, row_blocks
+from agnostic_train.impact.row_blocks import Block
 
 
 class LayerAttention:
@@ -49,10 +49,10 @@ class LayerAttention:
         num_real = self.inputs.real.sum(-1).clamp(min=1).repeat_interleave(self.num_heads)[:, None, None]
         return self.value - self.value.sum(-2, keepdim=True) / num_real
 
-    @cached_property
+    @property
     def blocks(self) -> list[Block]:
         """The query rows in blocks, each with the keys that its rows see."""
-        return row_blocks(self.inputs.visible)
+        return self.inputs.visibility.blocks
 
     def in_block(self, block: Block, grows: bool = False) -> BlockForms:
         """The attention of a block's rows to its keys, for all heads and changes in closed form; without a cap."""
@@ -69,11 +69,6 @@ class LayerAttention:
     def bits_moved(self, change: LogitChange) -> Tensor:
         """An upper bound on how far each neuron moves a logit, in bits: (batch * heads, head_dim)."""
         return bits_moved(change, self.largest_logits.view(self.batch, self.num_heads)).flatten(0, 1)
-
-    @cached_property
-    def key_spans(self) -> Tensor:
-        """The keys that each block of rows sees, for the kernels: (batch, blocks, 2), int32."""
-        return kernels.key_spans(self.inputs.visible)
 
     @cached_property
     def largest_logits(self) -> Tensor:
@@ -96,7 +91,7 @@ class LayerAttention:
         """The logits that a neuron's deactivation changes: before the `softcap`, if any; -inf at unseen keys."""
         if self.softcap is None:
             return self.logits
-        return self.inputs.products().masked_fill_(~self.inputs.visible, -torch.inf).flatten(0, 1)
+        return self.inputs.products().masked_fill_(self.inputs.visibility.hidden, -torch.inf).flatten(0, 1)
 
     def squared_changes(self, change: LogitChange) -> Tensor:
         """Computes `||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
@@ -106,7 +101,7 @@ class LayerAttention:
                 self.centred_value,
                 self.counted,
                 [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)],
-                self.key_spans,
+                self.inputs.visibility.key_spans,
                 growths=[part.flatten(0, 1) for part in change.growths()],
                 softcap=self.softcap,
             )
@@ -130,14 +125,14 @@ class LayerAttention:
     def _squared_changes_before_cap(self, change: LogitChange) -> Tensor:
         """`squared_changes` of logits that are capped afterwards: (batch * heads, head_dim)."""
         bits, by_neuron = self.bits_moved(change), _by_neuron(change)
-        visible = self._visible_by_head()
+        hidden = self._hidden_by_head()
         result = torch.zeros_like(bits)
         for block in self.blocks:
             attention = self.plainly_in_block(block)
             for heads, neurons in self._chunks(block.num_rows, block.num_keys):
                 some = attention.of_heads(heads)
                 changed = some.changed(*_factors_in_block(by_neuron, heads, neurons, block))
-                changed = self.inputs.finish(changed, visible[heads, None, block.rows, block.keys])
+                changed = self.inputs.finish(changed, hidden[heads, None, block.rows, block.keys])
                 result[heads, neurons] += some.squares(changed)
         return without_noise(result, bits)
 
@@ -152,7 +147,7 @@ class LayerAttention:
         """
         heads_of = self.inputs.per_query_head(projected).flatten(0, 1)
         query, key = self.inputs.query.flatten(0, 1), self.inputs.key.flatten(0, 1)
-        visible = self._visible_by_head()
+        hidden = self._hidden_by_head()
         attentions = [self.plainly_in_block(block) for block in self.blocks]
         result = query.new_zeros(len(query), self.head_dim)
         for heads, neurons in self._chunks(self.length, self.length):
@@ -164,7 +159,7 @@ class LayerAttention:
             for block, attention in zip(self.blocks, attentions, strict=True):
                 rows, keys = block.rows, block.keys
                 products = (left[:, :, rows] @ right[:, :, keys].mT).mul_(self.inputs.scaling)
-                changed = self.inputs.finish(products, visible[heads, None, rows, keys])
+                changed = self.inputs.finish(products, hidden[heads, None, rows, keys])
                 result[heads, neurons] += attention.of_heads(heads).squares(changed)
         return result.view(self.batch, self.num_heads, self.head_dim)
 
@@ -195,13 +190,13 @@ class LayerAttention:
                 (states, self.inputs.key[sentences]) if name == "q" else (self.inputs.query[sentences], states)
             )
             products = (left @ right.mT).mul_(self.inputs.scaling)
-            changed = self.inputs.finish(products, self.inputs.visible[sentences])
+            changed = self.inputs.finish(products, self.inputs.visibility.hidden[sentences])
             change = changed.softmax(-1).sub_(probabilities[sentences]) @ value[sentences]
             result[sentences, neurons] = (change.square_().sum(-1) * counted[sentences]).sum((1, 2))
         return result
 
-    def _visible_by_head(self) -> Tensor:
-        return self.inputs.visible.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
+    def _hidden_by_head(self) -> Tensor:
+        return self.inputs.visibility.hidden.expand(-1, self.num_heads, -1, -1).flatten(0, 1)
 
     def _num_at_once(self, num_rows: int, num_keys: int) -> int:
         """How many neurons to compute at once: at the peak each has its change, logits, attention and two outputs.

@@ -18,27 +18,20 @@ class QueryKeyLayout:
         attention: the layer's attention for a batch.
         logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
         num_kv_heads: number of KV heads.
-        row_length: length to which factors and growths are padded with zeros; the sentences' by default.
 
     Attributes:
         sizes: number of neurons of each site in `logit_changes`.
-        factors: a, b, c and d of all neurons, by head: each (batch * heads * neurons, row length).
+        factors: a, b, c and d of all neurons, by head: each (batch * heads * neurons, length).
         growths: both growths likewise; an empty list if nothing grows.
     """
 
-    def __init__(
-        self,
-        attention: LayerAttention,
-        logit_changes: Mapping[str, LogitChange],
-        num_kv_heads: int,
-        row_length: int | None = None,
-    ):
+    def __init__(self, attention: LayerAttention, logit_changes: Mapping[str, LogitChange], num_kv_heads: int):
         self._names = tuple(logit_changes)
         self._batch, self._num_heads, self._head_dim = attention.batch, attention.num_heads, attention.head_dim
         self._num_kv_heads = num_kv_heads
-        self._row_length = row_length or attention.length
         rows = {"q": self._num_heads * self._head_dim, "k": num_kv_heads * self._head_dim}
         self.sizes = [rows[name] for name in logit_changes]
+        # (batch * heads * neurons, length) each.
         self.factors = [self._stacked([getattr(x, part) for x in logit_changes.values()]) for part in "abcd"]
         # Both sites get growths, ones where nothing grows, because they are computed together.
         self.growths: list[Tensor] = []
@@ -46,14 +39,9 @@ class QueryKeyLayout:
             pairs = [x.growths() or [torch.ones_like(x.a)] * 2 for x in logit_changes.values()]
             self.growths = [self._stacked(list(parts)) for parts in zip(*pairs, strict=True)]
 
-    def _stacked(self, parts: list[Tensor]) -> Tensor:
-        """Copies each part, (batch, heads, length, neurons), once, whatever its layout in memory."""
-        length = parts[0].shape[2]
-        shape = self._batch, self._num_heads, len(parts) * self._head_dim, self._row_length
-        stacked = parts[0].new_empty(shape)
-        stacked[..., length:] = 0
-        torch.cat([part.mT for part in parts], 2, out=stacked[..., :length])
-        return stacked.flatten(0, 2)
+    @staticmethod
+    def _stacked(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.flatten(0, 1).transpose(1, 2) for part in parts], 1).flatten(0, 1)
 
     def split(self, by_site: Tensor) -> tuple[Tensor, ...]:
         """Splits a tensor by site into one tensor per site."""

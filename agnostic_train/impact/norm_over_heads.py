@@ -86,7 +86,7 @@ def pruned_impacts(
     work.all_neurons += unclear.numel()
     work.logits += (num_replayed * num_groups + (unclear.numel() - num_replayed)) * per_neuron
     work.all_logits += unclear.numel() * num_groups * per_neuron
-    return settle(low, high, certain, unclear, exact).sqrt().float()
+    return settle(low, high, certain, exact).sqrt().float()
 
 
 def _intervals(attention: LayerAttention, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,16 +33,19 @@ def decide(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
     beyond = high.topk(count + 1, 1).values[:, -1:]
     threshold = low.topk(count, 1).values[:, -1:]
     certain = low > beyond * (1 + ROUNDING_MARGIN)
-    return certain, (high * (1 + ROUNDING_MARGIN) >= threshold) & ~certain
+    # Of two bools, `a > b` is `a and not b` in one operation.
+    return certain, (high >= threshold * (1 - ROUNDING_MARGIN)) > certain
 
 
-def settle(low: Tensor, high: Tensor, certain: Tensor, unclear: Tensor, exact: Tensor) -> Tensor:
-    """The middle of the interval for certain neurons, the exact impact for undecided ones, zero for the others.
+def settle(low: Tensor, high: Tensor, certain: Tensor, exact: Tensor) -> Tensor:
+    """The middle of the interval for certain neurons, the exact impact for the others.
 
     The lower end replaces the middle if the upper end is far off or infinite: the lower end alone decided.
+
+    exact: zero for neurons that are neither certain nor undecided.
     """
-    middle = torch.where(high <= 2 * low, (low + high) / 2, low)
-    return torch.where(certain, middle, torch.where(unclear, exact, 0))
+    middle = torch.where(high <= 2 * low, low.lerp(high, 0.5), low)
+    return torch.where(certain, middle, exact)
 
 
 def check_enclosed(exact: Tensor, low: Tensor, high: Tensor) -> None:

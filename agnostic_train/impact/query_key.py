@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
 from agnostic_train.impact import kernel_trial, norm_over_heads
-from agnostic_train.impact.angles import Angles, SharedAngles
+from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
@@ -24,6 +24,7 @@ from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
+from agnostic_train.impact.shared import Shared
 from agnostic_train.model.decoder import Layer
 
 # Temporaries that fit into a CPU's cache are several times faster than the largest that memory allows. If a layer's
@@ -41,7 +42,7 @@ class QueryKeyImpacts:
     Args:
         names: `q` and `k`, or one of them.
         attention, memory_gb, top_ratio: as for `ImpactMeter`.
-        angles: shared with the other layers.
+        shared: by all layers.
 
     Attributes:
         work: by `q` and `k`, how much has been computed so far.
@@ -55,7 +56,7 @@ class QueryKeyImpacts:
         attention: Attention,
         memory_gb: float,
         top_ratio: float | None,
-        angles: SharedAngles,
+        shared: Shared,
     ):
         self.layer = layer
         self.names = tuple(names)
@@ -64,7 +65,7 @@ class QueryKeyImpacts:
         self._exact = attention == "exact"
         self._half_bytes = int(memory_gb * 2**29)
         self._top_ratio = top_ratio
-        self._angles = angles
+        self._shared = shared
         self._eps: dict[str, float | None] = {}
         self._fruitless_length: int | None = None
 
@@ -84,16 +85,19 @@ class QueryKeyImpacts:
 
         Returns: the impacts by name, (batch, neurons), float32; the output, (batch, query heads, length, head_dim).
         """
-        angles = self._angles.get(self.layer, cos_sin, len(counted), inputs.query.dtype)
+        angles = self._shared.angles(self.layer, cos_sin, len(counted), inputs.query.dtype)
+        projected = {name: projected[name] for name in self.names}
+        at_once = self._sentences_at_once(inputs)
+        if at_once == len(counted):
+            return self._measure_part(inputs, counted, projected, angles)
         impacts: dict[str, list[Tensor]] = {name: [] for name in self.names}
         outputs = []
-        at_once = self._sentences_at_once(inputs)
         for start in range(0, len(counted), at_once):
             part = slice(start, start + at_once)
             found, output = self._measure_part(
                 inputs.sentences(part),
                 counted[part],
-                {name: projected[name][part] for name in self.names},
+                {name: output[part] for name, output in projected.items()},
                 angles.sentences(part),
             )
             for name, values in found.items():

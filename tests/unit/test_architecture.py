@@ -13,8 +13,8 @@ ORDER = {
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
-        "angles", "attention", "attention_block", "layer_attention", "bounds", "layout", "norm_over_heads",
-        "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "visibility", "angles", "shared", "attention", "attention_block", "layer_attention", "bounds", "layout",
+        "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],

@@ -13,6 +13,7 @@ from agnostic_train.impact.attention import AttentionInputs, LogitChange
 from agnostic_train.impact.attention_block import AttentionBlock, BlockForms
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.impact.layer_attention import LayerAttention
+from agnostic_train.impact.visibility import Visibility
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -215,7 +216,7 @@ def test_centring_ignores_padding(side):
 def test_common_part_of_keys_does_not_change_the_result(monkeypatch):
     monkeypatch.setattr(BlockForms, "softmax", None)
     real, visible = torch.ones(2, 13, dtype=torch.bool), torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
-    inputs = AttentionInputs.clean(*torch.randn(3, 2, 3, 13, 4), visible, real, scaling=0.5)
+    inputs = AttentionInputs.clean(*torch.randn(3, 2, 3, 13, 4), Visibility.of(visible, real), scaling=0.5)
     change = LogitChange(*torch.randn(4, 2, 3, 13, 4))
     shifted = replace(change, b=change.b + 1000, d=change.d - 1000)
     expected, actual = (LayerAttention(inputs, real, 1 << 20).squared_changes(it) for it in (change, shifted))

@@ -32,20 +32,22 @@ def test_kernels_pass_their_tests_in_the_interpreter(pytestconfig):
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-POINTERS = {
+TYPES = {
     kernels: {
         "*fp32": ("parts", "logits", "value", "weight", "a", "b", "c", "d", "r", "s"),
         "*i32": ("spans",),
         "*i1": ("chosen",),
+        "fp32": ("softcap",),
     },
     intervals: {
         "*fp32": (
-            "ends", "attention", "weight", "a", "b", "c", "d", "middle_b", "middle_d", "reach_b", "reach_d", "logits",
-            "r", "s", "middle_s", "largest_s", "mean_logit", "longest", "largest_logits", "rounding",
-            "change_rounding",
+            "ends", "attention", "weight", "a", "b", "c", "d", "middle_b", "middle_d", "lowest_b", "highest_b",
+            "lowest_d", "highest_d", "logits", "r", "s", "middle_s", "largest_s", "mean_logit", "longest",
+            "largest_logits", "change_rounding",
         ),
         "*fp16": ("value",),
         "*i32": ("spans",),
+        "fp32": ("rounding", "logit_rounding", "softcap"),
     },
 }  # fmt: skip
 
@@ -60,8 +62,8 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     else:
         options = kernels.launch_options(head_dim, head_dim, grows, capped)
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr") | {"softcap": "fp32"}
-    types |= {name: type for type, names in POINTERS[module].items() for name in names}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    types |= {name: type for type, names in TYPES[module].items() for name in names}
     aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
     # Triton specialises on a length of 1, and on one divisible by 16.
     if length == 1:

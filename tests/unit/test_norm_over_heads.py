@@ -10,6 +10,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.impact import norm_over_heads
 from agnostic_train.impact.attention import AttentionInputs
 from agnostic_train.impact.layer_attention import LayerAttention
+from agnostic_train.impact.visibility import Visibility
 from agnostic_train.model.decoder import find_decoder
 
 HEADS, LENGTH, HEAD_DIM = 6, 9, 4
@@ -31,7 +32,7 @@ def attention_of(query, key, value, real=None):
     length = query.shape[2]
     real = torch.ones(len(query), length, dtype=torch.bool) if real is None else real
     visible = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None]
-    inputs = AttentionInputs.clean(query, key, value, visible, real, scaling=0.6)
+    inputs = AttentionInputs.clean(query, key, value, Visibility.of(visible, real), scaling=0.6)
     counted = real.clone()
     counted[:, -1] = False
     return LayerAttention(inputs, counted, chunk_bytes=1 << 20)

@@ -308,7 +308,7 @@ def test_settle_reports_the_lower_end_of_a_wide_interval():
     low, high = torch.tensor([[9.0, 8.0, 7.0, 1.0, 0.0]]), torch.tensor([[210.0, torch.inf, 8.0, 2.5, 1.5]])
     certain, unclear = decide(low, high, 3)
     assert certain.tolist() == [[True, True, True, False, False]] and not unclear.any()
-    assert settle(low, high, certain, unclear, torch.zeros_like(low)).tolist() == [[9.0, 8.0, 7.5, 0.0, 0.0]]
+    assert settle(low, high, certain, torch.zeros_like(low)).tolist() == [[9.0, 8.0, 7.5, 0.0, 0.0]]
 
 
 def test_decide_leaves_differences_within_rounding_unclear():

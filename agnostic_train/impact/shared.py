@@ -1,0 +1,37 @@
+"""What the layers of a forward pass compute alike from the tensors that they share, computed once."""
+
+import torch
+from torch import Tensor
+
+from agnostic_train.impact.angles import Angles
+from agnostic_train.impact.visibility import Visibility
+from agnostic_train.model.decoder import Layer
+
+
+class Shared:
+    """The angles and attention masks of a forward pass."""
+
+    def __init__(self) -> None:
+        # Each tensor is kept beside what was made of it: while it lives, no other tensor can have its id.
+        self._angles: dict[tuple[int, type], tuple[Tensor, Angles]] = {}
+        self._visibility: dict[int, tuple[Tensor, Visibility]] = {}
+
+    def clear(self) -> None:
+        """Discards what belongs to the previous pass."""
+        self._angles.clear()
+        self._visibility.clear()
+
+    def angles(self, layer: Layer, cos_sin: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype) -> Angles:
+        """Returns the angles in `dtype`, expanded to every sentence of the batch."""
+        key = id(cos_sin[0]), type(layer.attention)
+        if key not in self._angles:
+            cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
+            rotation = layer.rotation(cos, sin)
+            self._angles[key] = cos_sin[0], Angles(rotation, cos, sin, *rotation.coefficients(cos, sin))
+        return self._angles[key][1]
+
+    def visibility(self, mask: Tensor, real: Tensor) -> Visibility:
+        """Returns `Visibility.of` the arguments, on the same device; `real` belongs to the pass."""
+        if id(mask) not in self._visibility:
+            self._visibility[id(mask)] = mask, Visibility.of(mask, real)
+        return self._visibility[id(mask)][1]
