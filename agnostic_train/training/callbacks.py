@@ -101,7 +101,8 @@ class DetectionCallback(TrainerCallback):
     def reporting_to(self, log: Callable[[dict[str, float]], None]) -> Iterator[None]:
         """Reports one training to a trainer's `log`; by default, the trainer's reporting integrations are called.
 
-        Results stay afterwards, and the next training, of any model or trainer, runs a new detection.
+        Results stay afterwards, and the next training, of any model or trainer, runs a new detection. A trainer that
+        continues with the same model only reports it, and trains the neurons of its first training.
         """
         self._log = log
         try:

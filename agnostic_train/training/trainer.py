@@ -101,6 +101,7 @@ class NeuronTrainer(GuardedTrainer):
         self.neurons: NeuronSet | str | Path | None = (
             neurons if neurons is None or isinstance(neurons, (str, Path)) else NeuronSet.of(neurons)
         )
+        self._given_neurons = self.neurons
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
@@ -149,6 +150,10 @@ class NeuronTrainer(GuardedTrainer):
                 be written.
             NonFiniteLossError: a loss isn't finite.
         """
+        self._resumed_neurons = None
+        if self.model_init is not None:
+            # Each training starts from a new model, whose neurons may be others than those of the previous one.
+            self.neurons = self._given_neurons
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
             if any(checkpoint.rglob("adapter_*")) != (self.update == "compact"):
@@ -180,7 +185,9 @@ class NeuronTrainer(GuardedTrainer):
     def call_model_init(self, trial=None) -> nn.Module:
         """Creates the model as `Trainer` does; inside `train()`, also prepares it for neuron training."""
         model = super().call_model_init(trial)
-        return self._prepared(model.to(self.args.device)) if getattr(self, "is_in_train", False) else model
+        if not getattr(self, "is_in_train", False):
+            return model
+        return self._prepared(self._with_adapter(model.to(self.args.device)))
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         """Returns the model ready for training: chooses the neurons if needed, and freezes everything else."""
@@ -222,9 +229,10 @@ class NeuronTrainer(GuardedTrainer):
         check_not_compiled(model)
         adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         if adapters and (self.update != "compact" or not all(isinstance(it, NeuronLinear) for it in adapters)):
+            kinds = sorted({it.peft_type.value for it in getattr(model, "peft_config", {}).values()})
             raise UserError(
                 f"training.update: {self.update!r} trains a plain model, and this one has adapters "
-                f"({type(adapters[0]).__name__}); merge them first (merge_and_unload)"
+                f"({', '.join(kinds) or type(adapters[0]).__name__}); merge them first (merge_and_unload)"
             )
         neurons = self._read_neurons(model)
         if adapters:

@@ -226,6 +226,35 @@ def test_model_created_by_model_init(tmp_path, update):
     assert_only_chosen_moved(before, plain_weights(trainer.model), CHOSEN)
 
 
+@pytest.mark.parametrize(("update", "detects"), [("compact", True), ("mask", True), ("compact", False)])
+def test_each_training_of_a_model_init_has_its_own_neurons(tmp_path, update, detects):
+    """Those of its own model, which are detected or have an adapter, not those of the previous training."""
+    models = [tiny_llama(), tiny_llama(initializer_range=0.5)]
+    bases, trained = [plain_weights(model) for model in models], []
+    if not detects:
+        others = NeuronSet({(1, "q"): [0, 3]}, find_decoder(models[0]).sizes)
+        models = [
+            get_peft_model(models[0], NeuronConfig(neurons=CHOSEN)),
+            get_peft_model(models[1], NeuronConfig(neurons=others)),
+        ]
+    callback = DetectionCallback(
+        {"en": [padded_batch([5, 9, 7])], "sw": [padded_batch([6, 4], seed=2)]}, "related", top_ratio=0.2,
+        consistency=0.6, progress=False,
+    )  # fmt: skip
+    queue = [models[0], *models]
+    trainer = NeuronTrainer(
+        None, arguments(tmp_path), train_dataset=sentences(), update=update, model_init=lambda: queue.pop(0),
+        callbacks=[callback] if detects else [],
+    )  # fmt: skip
+    for base in bases:
+        trainer.train()
+        trained.append(trainer.neurons)
+        assert_only_chosen_moved(base, plain_weights(trainer.model), trainer.neurons)
+        if detects:
+            assert trainer.neurons == callback.choice.neurons
+    assert trained[0] != trained[1]
+
+
 @both_updates
 def test_best_checkpoint_is_loaded_at_the_end(tmp_path, update):
     """Memorising the training text makes other random sentences less likely, so the first checkpoint is the best."""
