@@ -19,10 +19,10 @@ def deactivate(
     """Sets the neurons' weights, and the bias entries of `q k v gate up`, to zero inside the block.
 
     Only the chosen rows and columns are copied. After the block, also if it raises, every weight is bit-identical to
-    before. Blocks can be nested. With adapters, quantised, pruned or reparametrised weights there is no single weight
-    to set to zero; instead, the linear's output (for `o` and `down`, its input) is zeroed at the neurons, which
-    switches off base and adapters together, and compiled modules run uncompiled. Run a backward pass in the same block
-    as its forward pass.
+    before. Blocks can be nested, but must end in reverse order. With adapters, quantised, pruned or reparametrised
+    weights there is no single weight to set to zero; instead, the linear's output (for `o` and `down`, its input) is
+    zeroed at the neurons, which switches off base and adapters together, and compiled modules run uncompiled. Run a
+    backward pass in the same block as its forward pass.
 
     Args:
         model: a model that `find_decoder` supports, on any device.

@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = (
     "save_on_each_node",
     # time and memory
     "gradient_checkpointing", "activation_checkpointing", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", 
+    "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "eval_accumulation_steps", "torch_empty_cache_steps", "skip_memory_metrics", "ddp_",
 )  # fmt: skip
 _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_", "per_device_eval_batch_size")

@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,12 +14,13 @@ from transformers import PrinterCallback, set_seed
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
+from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
-from agnostic_train.pipeline.settings import training_arguments
+from agnostic_train.pipeline.settings import make_strategy, training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
 from agnostic_train.training.chosen import num_weights
@@ -67,7 +68,6 @@ class TrialResult:
         kept: whether the result comes from an earlier run's files.
     """
 
-    trial: Trial
     record: dict
     measured: Measured | None
     kept: bool
@@ -86,7 +86,7 @@ class Trials:
 
     Attributes:
         materials: model and text.
-        choose: returns what learns in a trial.
+        found: the neurons from which strategies choose.
         training: per language, the sentences to train on.
         texts: per kind of text and language, the batches to measure on.
         directory: keeps the results, two files per trial, and the Trainer's own files while it runs.
@@ -96,13 +96,34 @@ class Trials:
     """
 
     materials: Materials
-    choose: Callable[[Trial], Choice]
+    found: LanguageNeurons
     training: Mapping[str, Sequence[str]]
     texts: Mapping[str, Mapping[str, Sequence[Batch]]]
     directory: Path
     key: object
     changes: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None
+
+    def choose(self, trial: Trial) -> Choice:
+        """Returns what learns in a trial."""
+        strategy = make_strategy(self.materials.recipe, trial.strategy, trial.seed)
+        return strategy.choose(self.found, None, self.materials.model)
+
+    def twins(self, strategies: Sequence[str]) -> dict[str, str]:
+        """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
+        twin_of: dict[str, str] = {}
+        earlier: dict[str, NeuronSet] = {}
+        for name in strategies:
+            if name not in SET_STRATEGIES:
+                continue
+            neurons = self.choose(Trial(name)).neurons
+            assert neurons is not None
+            twin = next((it for it, others in earlier.items() if others == neurons), None)
+            if twin is None:
+                earlier[name] = neurons
+            else:
+                twin_of[name] = twin
+        return twin_of
 
     def base(self) -> Measured:
         """The measurements of the model before any training."""
@@ -124,11 +145,11 @@ class Trials:
                 # Written last: its presence means that the result is complete.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
-            return TrialResult(trial, record, measured, kept=False)
+            return TrialResult(record, measured, kept=False)
         record = read_json(record_file)
         if record["diverged"]:
-            return TrialResult(trial, record, None, kept=True)
-        return TrialResult(trial, record, load_by_kind(file), kept=True)
+            return TrialResult(record, None, kept=True)
+        return TrialResult(record, load_by_kind(file), kept=True)
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:
@@ -180,23 +201,6 @@ class Trials:
             }
             for kind, of_kind in self.texts.items()
         }
-
-
-def twins(strategies: Sequence[str], choose: Callable[[Trial], Choice]) -> dict[str, str]:
-    """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
-    twin_of: dict[str, str] = {}
-    earlier: dict[str, NeuronSet] = {}
-    for name in strategies:
-        if name not in SET_STRATEGIES:
-            continue
-        neurons = choose(Trial(name)).neurons
-        assert neurons is not None
-        twin = next((it for it, others in earlier.items() if others == neurons), None)
-        if twin is None:
-            earlier[name] = neurons
-        else:
-            twin_of[name] = twin
-    return twin_of
 
 
 def _what_learns(choice: Choice | None) -> object:

@@ -62,10 +62,12 @@ def language_agnostic_score(
 
     Raises:
         ValueError: a language without a corpus.
-        TypeError: `corpora` doesn't map languages to batches.
+        TypeError: `neurons` isn't a `LanguageNeurons`, or `corpora` doesn't map languages to batches.
         UserError: the neurons belong to another model.
     """
     check_corpora(corpora)
+    if not isinstance(neurons, LanguageNeurons):
+        raise TypeError(f"neurons: give the LanguageNeurons of a detection, not a {type(neurons).__name__}")
     missing = [language for language in neurons.languages if language not in corpora]
     if missing:
         raise ValueError(f"no corpus for {', '.join(missing)}")

@@ -74,10 +74,10 @@ class AgnosticScore:
 
     value: float | None
     table: list[LanguageScore]
-    controls: dict[str, "Controls"] = field(default_factory=dict)
+    controls: dict[str, "Controls"] = field(default_factory=dict, repr=False)
     interval: tuple[float, float] | None = None
-    variants: dict[str, ScoreVariant] = field(default_factory=dict)
-    ablation: Ablation | None = None
+    variants: dict[str, ScoreVariant] = field(default_factory=dict, repr=False)
+    ablation: Ablation | None = field(default=None, repr=False)
 
     @property
     def importance(self) -> dict[str, float | None]:

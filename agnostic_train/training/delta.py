@@ -112,6 +112,8 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
         UserError: the folder has no neuron adapter, or a damaged one.
     """
     file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not file.parent.is_dir():
+        raise UserError(f"{directory}: no such folder")
     try:
         config = PeftConfig.from_pretrained(str(directory))
         if not isinstance(config, NeuronConfig):

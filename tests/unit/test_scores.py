@@ -202,6 +202,13 @@ def test_score_equals_that_of_deactivated_models(llama):
     assert set(controls) == {1, 2} and controls[1].value != score.value
     assert score.to_json()["importance"] == score.importance
     assert score.to_json()["controls"]["random"]["scores"].keys() == {"1", "2"}
+    # Without the measurements of every sentence.
+    assert len(repr(score)) < 2000
+
+
+def test_score_of_a_single_set_is_refused(llama):
+    with pytest.raises(TypeError, match="neurons: give the LanguageNeurons of a detection, not a NeuronSet"):
+        language_agnostic_score(llama, EVERY_PROJECTION, {"a": [padded_batch([9])]})
 
 
 def test_score_loads_as_it_was_saved(llama, tmp_path):

@@ -9,12 +9,11 @@ from tqdm.auto import tqdm
 from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
-from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
-from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials, twins
+from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
     COMPARISON_TABLE,
@@ -25,7 +24,6 @@ from agnostic_train.report.page import (
     is_comparison_file,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
-from agnostic_train.training.strategy import Choice
 
 COMPARISON = "comparison"
 
@@ -37,23 +35,22 @@ def check_strategies(context: Context) -> None:
     """Raises `UserError` for a strategy that chooses no neuron, before other strategies train for hours."""
     detected = context.load_neurons()
     for name in context.recipe.comparison.strategies:
-        _choose(context, detected, Trial(name))
+        make_strategy(context.recipe, name, Trial(name).seed).choose(detected, None, context.materials.model)
 
 
 def compare(context: Context) -> dict:
     recipe, texts = context.recipe, context.materials.corpus.texts
-    choose = partial(_choose, context, context.load_neurons())
-    same = twins(recipe.comparison.strategies, choose)
-    strategies = [it for it in recipe.comparison.strategies if it not in same]
     trials = Trials(
         context.materials,
-        choose,
+        context.load_neurons(),
         {language: texts[language].training for language in recipe.training.text_languages},
         {"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
         context.work,
         [_key(context), context.set_hashes],
         group=_group(context),
     )
+    same = trials.twins(recipe.comparison.strategies)
+    strategies = [it for it in recipe.comparison.strategies if it not in same]
     tunings, results = _train_all(context, trials, strategies)
     comparison = _comparison_json(recipe, trials.base(), tunings, results, same)
     text = comparison_text(comparison)
@@ -80,10 +77,6 @@ def publish(context: Context) -> None:
 
 def _group(context: Context) -> str:
     return context.recipe.tracking.run_name or context.directory.resolve().name
-
-
-def _choose(context: Context, found: LanguageNeurons, trial: Trial) -> Choice:
-    return make_strategy(context.recipe, trial.strategy, trial.seed).choose(found, None, context.materials.model)
 
 
 def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> tuple[dict[str, Tuning], Results]:

@@ -16,7 +16,7 @@ from agnostic_train.pipeline.fitting import describe_text, make_trainer
 from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
 from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs, make_strategy
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.trials import Trial, Trials, twins
+from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
@@ -108,17 +108,13 @@ def is_adapter_file(path: Path) -> bool:
 
 def _run_pilot(context: Context, text: Sentences) -> str:
     """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
-    recipe, detected, inputs = context.recipe, context.load_neurons(), context.inputs.of("train")
+    recipe, inputs = context.recipe, context.inputs.of("train")
     # One candidate's result doesn't depend on which others there are.
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
-
-    def choose(trial: Trial) -> Choice:
-        return make_strategy(recipe, trial.strategy, trial.seed).choose(detected, None, context.materials.model)
-
     trials = Trials(
         context.materials,
-        choose,
+        context.load_neurons(),
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
@@ -127,7 +123,7 @@ def _run_pilot(context: Context, text: Sentences) -> str:
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )
     seed, rate = context.arguments.seed, context.arguments.learning_rate
-    same = twins(recipe.training.pilot_strategies, choose)
+    same = trials.twins(recipe.training.pilot_strategies)
     candidates = [it for it in recipe.training.pilot_strategies if it not in same]
     rows = rank_candidates(trials, candidates, recipe.training.languages, seed, rate)
     for place, row in enumerate(rows, 1):
