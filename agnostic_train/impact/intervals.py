@@ -239,7 +239,7 @@ if triton is not None:
         terms = tl.reshape(term, (term.shape[0], term.shape[1] // NUM_SUMS, NUM_SUMS))
         return moved, totals + tl.sum(terms, 1), sizes + tl.sum(tl.abs(terms), 1)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=kernels.SIZES)
     def _squared_intervals(
         ends, attention, value, weight, a, b, c, d, middle_b, middle_d, lowest_b, highest_b, lowest_d, highest_d,
         logits, r, s, middle_s, largest_s, mean_logit, longest, largest_logits, change_rounding, spans, num_blocks,

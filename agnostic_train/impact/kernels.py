@@ -29,6 +29,9 @@ BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 # factors share cache lines.
 GROUP = 32
 LARGEST_HEAD = 256
+# Arguments whose values don't matter for the code: otherwise Triton would compile it again for a length of 1, or one
+# divisible by 16.
+SIZES = ["num_blocks", "heads_per_sentence", "length"]
 
 
 def key_spans(visible: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ if triton is not None:
             after = softcap * tanh(after / softcap)
         return before, tl.where(hidden, before, after)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=SIZES)
     def _squared_changes(
         parts, logits, value, weight, a, b, c, d, r, s, spans, chosen, num_blocks, heads_per_sentence, length, padded,
         softcap, HEAD_DIM: tl.constexpr, NUM_NEURONS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,

@@ -65,11 +65,7 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
     types |= {name: type for type, names in TYPES[module].items() for name in names}
     aligned = {name for name, type in types.items() if "*" in type or name == "padded"}
-    # Triton specialises on a length of 1, and on one divisible by 16.
-    if length == 1:
-        constants["length"], types["length"] = 1, "constexpr"
-    elif length % 16 == 0:
-        aligned.add("length")
+    assert {it.name for it in kernel.params if it.do_not_specialize} == set(kernels.SIZES)
     attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name in aligned}
     return compile(ASTSource(kernel, types, constants, attributes), GPUTarget("cuda", capability, 32), options)
 
