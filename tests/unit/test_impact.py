@@ -119,6 +119,24 @@ def test_nan_at_padding_does_not_matter(llama):
         torch.testing.assert_close(poisoned[site], expected[site])
 
 
+def test_layers_share_what_follows_from_their_mask(llama, monkeypatch):
+    """It is computed once per batch, and the parts into which little memory divides a batch are too."""
+    made, init = [], Visibility.__init__
+
+    def counted(self, visible, real):
+        made.append(len(real))
+        init(self, visible, real)
+
+    monkeypatch.setattr(Visibility, "__init__", counted)
+    batches = [padded_batch([5, 9, 7]), padded_batch([4, 6])]
+    for memory_gb, expected in ((1.0, [3, 2]), (1e-6, [3, 1, 1, 1, 2, 1, 1])):
+        made.clear()
+        with torch.no_grad(), ImpactMeter(llama, ["q", "k"], memory_gb=memory_gb) as meter:
+            for batch in batches:
+                meter.measure(batch)
+        assert made == expected
+
+
 def test_chunk_size_does_not_change_the_result(llama):
     batch = padded_batch(LENGTHS)
     expected = unverified_impacts(llama, batch, ["q", "k"])
