@@ -22,7 +22,7 @@ class Angles:
     sin: Tensor
     own: Tensor
     other: Tensor
-    _scaled: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _scaled: dict[float, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict, repr=False)
 
     def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
         """`own` and `other` times `scaling`, computed once."""

@@ -36,10 +36,6 @@ class AttentionInputs:
     softcap: float | None = None
 
     @property
-    def visible(self) -> Tensor:
-        return self.visibility.visible
-
-    @property
     def real(self) -> Tensor:
         return self.visibility.real
 

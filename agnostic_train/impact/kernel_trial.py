@@ -52,7 +52,10 @@ def _work_on(device: torch.device, head_dim: int, length: int) -> bool:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is not None:
-        logger.warning("the Triton kernels can't be used on %s (%s): q and k impacts take longer", device, problem)
+        logger.warning(
+            "the Triton kernels can't be used on %s for heads of %d and sentences like those of %d tokens (%s): "
+            "q and k impacts take longer", device, head_dim, length, problem,
+        )  # fmt: skip
     return problem is None
 
 

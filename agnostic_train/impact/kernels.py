@@ -1,6 +1,6 @@
 """A Triton kernel for exact q and k impacts, without the (neuron, length, length) tensors of the torch form.
 
-A program handles a few neurons of one head and a block of query rows. For each neuron it makes two passes over the
+A program handles some neurons of one head and a block of query rows. For each neuron it makes two passes over the
 keys: the first finds each row's largest logit and sum of exponentials, the second computes the weights. Results are as
 exact as float32: the tensor cores multiply in three parts (`tf32x3`), and the unchanged attention is subtracted before
 the product with the values. The unchanged attention is recomputed here by the same instructions as the changed one, so

@@ -7,6 +7,9 @@ from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.visibility import Visibility
 from agnostic_train.model.decoder import Layer
 
+# Layers alternate between few masks and angles; if each gets copies of its own, on another device, the last ones do.
+_MOST_KEPT = 4
+
 
 class Shared:
     """The angles and attention masks of a forward pass."""
@@ -28,10 +31,17 @@ class Shared:
             cos, sin = (angle.to(dtype).expand(batch, -1, -1) for angle in cos_sin)
             rotation = layer.rotation(cos, sin)
             self._angles[key] = cos_sin[0], Angles(rotation, cos, sin, *rotation.coefficients(cos, sin))
+            _drop_oldest(self._angles)
         return self._angles[key][1]
 
     def visibility(self, mask: Tensor, real: Tensor) -> Visibility:
-        """Returns `Visibility.of` the arguments, on the same device; `real` belongs to the pass."""
+        """Returns `Visibility.of` the arguments, which are on one device; a mask always comes with the same `real`."""
         if id(mask) not in self._visibility:
             self._visibility[id(mask)] = mask, Visibility.of(mask, real)
+            _drop_oldest(self._visibility)
         return self._visibility[id(mask)][1]
+
+
+def _drop_oldest(made: dict) -> None:
+    if len(made) > _MOST_KEPT:
+        del made[next(iter(made))]

@@ -21,7 +21,7 @@ class Visibility:
 
     visible: Tensor
     real: Tensor
-    _parts: dict[tuple[int, int], "Visibility"] = field(default_factory=dict, repr=False)
+    _parts: dict[tuple[int, int], "Visibility"] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, mask: Tensor, real: Tensor) -> "Visibility":

@@ -58,6 +58,16 @@ class Trial:
         )
 
 
+def choice_of(trial: Trial, found: LanguageNeurons, materials: Materials) -> Choice:
+    """Returns what a trial's strategy chooses from the neurons found.
+
+    Raises:
+        UserError: it chooses none.
+    """
+    strategy = make_strategy(materials.recipe, trial.strategy, trial.seed)
+    return strategy.choose(found, None, materials.model)
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial measured.
@@ -106,8 +116,7 @@ class Trials:
 
     def choose(self, trial: Trial) -> Choice:
         """Returns what learns in a trial."""
-        strategy = make_strategy(self.materials.recipe, trial.strategy, trial.seed)
-        return strategy.choose(self.found, None, self.materials.model)
+        return choice_of(trial, self.found, self.materials)
 
     def twins(self, strategies: Sequence[str]) -> dict[str, str]:
         """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""

@@ -102,7 +102,7 @@ class DetectionCallback(TrainerCallback):
         """Reports one training to a trainer's `log`; by default, the trainer's reporting integrations are called.
 
         Results stay afterwards, and the next training, of any model or trainer, runs a new detection. A trainer that
-        continues with the same model only reports it, and trains the neurons of its first training.
+        continues with the same model reports that detection, but trains the neurons of its first training.
         """
         self._log = log
         try:

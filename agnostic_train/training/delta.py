@@ -109,10 +109,10 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
     """Reads a saved adapter: its deltas by module name, and the name or folder of its base model, if recorded.
 
     Raises:
-        UserError: the folder has no neuron adapter, or a damaged one.
+        UserError: the folder is missing, or has no neuron adapter, or a damaged one.
     """
     file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not file.parent.is_dir():
+    if not Path(directory).is_dir():
         raise UserError(f"{directory}: no such folder")
     try:
         config = PeftConfig.from_pretrained(str(directory))

@@ -74,7 +74,8 @@ class NeuronTrainer(GuardedTrainer):
         Other arguments: as for `Trainer`.
 
     Attributes:
-        neurons: the neurons to train; None until detection has run. With `update="mask"`, `model.trained_neurons` also
+        neurons: the neurons to train; None until detection has run. With `model_init`, each training starts anew from
+            those given to the constructor. With `update="mask"`, `model.trained_neurons` also
             records them, together with those trained earlier, for `export_checkpoint`.
 
     Raises:
@@ -150,11 +151,11 @@ class NeuronTrainer(GuardedTrainer):
                 be written.
             NonFiniteLossError: a loss isn't finite.
         """
+        checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         self._resumed_neurons = None
         if self.model_init is not None:
             # Each training starts from a new model, whose neurons may be others than those of the previous one.
             self.neurons = self._given_neurons
-        checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
             if any(checkpoint.rglob("adapter_*")) != (self.update == "compact"):
                 other = "mask" if self.update == "compact" else "compact"

@@ -359,6 +359,7 @@ def test_kernel_equals_the_torch_form(common, grows, softcap, capped, monkeypatc
     [
         ("Llama", "left", "exact"),
         ("Llama", "right", "paper"),
+        ("Llama with two KV heads", "left", "exact"),
         ("Qwen3", "right", "exact"),
         ("Gemma 2", "right", "exact"),
         ("Gemma 2", "left", "paper"),
@@ -366,7 +367,12 @@ def test_kernel_equals_the_torch_form(common, grows, softcap, capped, monkeypatc
 )
 def test_sieve_finds_the_same_top(family, side, attention, monkeypatch):
     """With the kernels, impacts equal the torch form's, and few neurons need the exact form."""
-    model = small_llama(head_dim=10) if family == "Llama" else family_model(family, **SMALL)
+    if family == "Llama":
+        model = small_llama(head_dim=10)
+    elif family == "Llama with two KV heads":
+        model = tiny_llama(head_dim=6, num_hidden_layers=1)
+    else:
+        model = family_model(family, **SMALL)
     batch = padded_batch([1, 17], side)
     expected = unverified_impacts(model, batch, ["q", "k"], attention)
     monkeypatch.setattr(kernel_trial, "available", lambda value: True)

@@ -73,7 +73,7 @@ def compiled(module, kernel, capability, head_dim, length, grows, capped):
 @needs_triton
 @pytest.mark.parametrize(
     ("head_dim", "length", "more"),
-    [(6, 1, None), (128, 250, None), (256, 42, "grows"), (256, 64, "capped")],
+    [(6, 1, None), (64, 128, None), (128, 250, None), (256, 42, "grows"), (256, 64, "capped")],
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, tmp_path, monkeypatch):
@@ -94,9 +94,12 @@ def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, t
 
 @needs_triton
 @pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 256, 257, 5000])
-def test_kernels_are_tried_as_they_are_used(length):
-    tried = kernel_trial._trial_length(length)
-    assert intervals.launch_options(64, 64, tried) == intervals.launch_options(64, 64, length)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_kernels_are_tried_as_they_are_used(length, hopper):
+    tried, used = (
+        intervals.launch_options(64, 64, it, hopper=hopper) for it in (kernel_trial._trial_length(length), length)
+    )
+    assert tried == used
 
 
 def test_kernels_are_unavailable_on_a_cpu():
@@ -113,5 +116,6 @@ def test_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
     monkeypatch.setattr(kernels._squared_changes, "run", fail)
     assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8, 38)
     assert warnings == [
-        "the Triton kernels can't be used on cpu (RuntimeError: Failed to find C compiler): q and k impacts take longer"
+        "the Triton kernels can't be used on cpu for heads of 8 and sentences like those of 38 tokens "
+        "(RuntimeError: Failed to find C compiler): q and k impacts take longer"
     ]

@@ -253,6 +253,28 @@ def test_each_training_of_a_model_init_has_its_own_neurons(tmp_path, update, det
         if detects:
             assert trainer.neurons == callback.choice.neurons
     assert trained[0] != trained[1]
+    with pytest.raises(UserError):
+        trainer.train(resume_from_checkpoint="nowhere")
+    assert trainer.neurons == trained[1]
+
+
+@both_updates
+def test_training_after_a_resumed_one_has_its_own_neurons(tmp_path, update):
+    callback = DetectionCallback(
+        {"en": [padded_batch([5, 9, 7])], "sw": [padded_batch([6, 4], seed=2)]}, "related", top_ratio=0.2,
+        consistency=0.6, progress=False,
+    )  # fmt: skip
+    sizes = [0.3, 0.3, 0.3, 0.5]
+    trainer = NeuronTrainer(
+        None, arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1), train_dataset=sentences(),
+        update=update, model_init=lambda: tiny_llama(initializer_range=sizes.pop(0)), callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    first = trainer.neurons
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.neurons == first
+    trainer.train()
+    assert trainer.neurons == callback.choice.neurons != first
 
 
 @both_updates
@@ -312,7 +334,7 @@ def test_missing_neurons_and_unknown_updates_are_refused(tmp_path):
 def test_other_adapters_are_refused(tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     for update in UPDATES:
-        with pytest.raises(UserError, match="has adapters"):
+        with pytest.raises(UserError, match=r"has adapters \(LORA\)"):
             trainer_of(lora, tmp_path, update)
     ours = get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN))
     with pytest.raises(UserError, match="has adapters"):

@@ -10,10 +10,9 @@ from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.percent import percent
-from agnostic_train.pipeline.settings import make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
-from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials
+from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials, choice_of
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
     COMPARISON_TABLE,
@@ -35,7 +34,7 @@ def check_strategies(context: Context) -> None:
     """Raises `UserError` for a strategy that chooses no neuron, before other strategies train for hours."""
     detected = context.load_neurons()
     for name in context.recipe.comparison.strategies:
-        make_strategy(context.recipe, name, Trial(name).seed).choose(detected, None, context.materials.model)
+        choice_of(Trial(name), detected, context.materials)
 
 
 def compare(context: Context) -> dict:
