@@ -377,7 +377,7 @@ if triton is not None:
             low = tl.maximum(distance - narrow, 0) * inverse * (1 - error)
             high = (distance + narrow) * inverse * (1 + 2 * error)
             # An uncertain row must not raise the lower end, whatever its sums are.
-            low = tl.where(certain & row_mask, low * low * scale, 0)
+            low = tl.where(certain, low * low * scale, 0)
             high = tl.where(certain, high * high * scale, float("inf"))
             high = tl.where(row_mask, high, 0)
             # Not summed over all rows, because exchanges between warps take long.

@@ -7,7 +7,7 @@ from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.visibility import Visibility
 from agnostic_train.model.decoder import Layer
 
-# Layers alternate between few masks and angles; if each gets copies of its own, on another device, the last ones do.
+# Layers share few masks and angles. Layers on another device receive copies of their own, which aren't worth keeping.
 _MOST_KEPT = 4
 
 

@@ -276,6 +276,24 @@ def two_keys(logits, factors, growths=()):
     } | ({"growths": [torch.tensor(growth).unsqueeze(2) for growth in growths]} if growths else {})
 
 
+@pytest.mark.parametrize(
+    ("logits", "lifted_by", "growths"),
+    [([0.0, -88.0], 88.0, ()), ([88.0, 0.1], 0.0, ([[1.0, 1.0]], [[1.0, 880.0]]))],
+)
+def test_intervals_cover_a_key_without_attention_that_becomes_relevant(logits, lifted_by, growths):
+    """A GPU rounds its weight to zero, so that only the bound on the change shows that the output moves."""
+    none = [[0.0, 0.0]]
+    case = two_keys(logits, [[[0.0, -1.0]], [[0.0, lifted_by]], none, none], growths)
+    attention = case["logits"].softmax(-1)
+    attention[attention < torch.finfo(torch.float32).tiny] = 0
+    assert attention[0, 1].tolist() == [1, 0]
+    largest = torch.tensor([max(map(abs, logits))])
+    intervals = Intervals(case["logits"], attention, case["centred_value"], case["weight"], case["spans"], largest)
+    low, high = intervals.around(case["factors"], case.get("growths", ()))
+    truth = reference(**case)
+    assert truth > 0.5 and low <= truth <= high
+
+
 @pytest.mark.parametrize("logit", [30.0, 257.0, 2000.0])
 @pytest.mark.parametrize("part", [0.99, 1.01])
 def test_intervals_cover_the_two_roundings_of_large_logits(logit, part):
