@@ -1,9 +1,10 @@
 """What a training step costs: chosen neurons (compact, mask) compared with full fine-tuning, LoRA and SHiRA.
 
 All methods run in one process, in turns, with the same data and optimizer, and LoRA and SHiRA with about as many
-trainable parameters as compact. Ratios of medians are reported, because absolute times say little on shared machines.
-The floor is a forward pass and the gradients of the activations alone. Writes a JSON file with the machine, the
-versions and the date, and a figure of the cost of a step against the chosen fraction.
+trainable parameters as compact; on a GPU, all run under bfloat16 autocast. Ratios of medians are reported, because
+absolute times say little on shared machines. The floor is a forward pass and the gradients of the activations alone.
+Writes a JSON file with the machine, the versions and the date, and a figure of the cost of a step against the chosen
+fraction.
 """
 
 import argparse
@@ -93,7 +94,10 @@ class Step:
         if self.method == "floor":
             embedded = self.model.get_input_embeddings()(batch.pop("input_ids"))
             batch["inputs_embeds"] = embedded.detach().requires_grad_()
-        self.model(**batch).loss.backward()
+        # As in the Trainer with `bf16`. Without autocast, PEFT computes a LoRA of a bfloat16 model in float32.
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.model.device.type == "cuda"):
+            loss = self.model(**batch).loss
+        loss.backward()
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -83,9 +83,8 @@ class _NeuronProduct(torch.autograd.Function):
         if _in_place(weight, delta):
             with _summed(weight, delta, index, dim):
                 return F.linear(x, weight, bias)
-        y = F.linear(x, weight, bias)
-        moved = F.linear(seen, delta.to(x.dtype))
-        return y.index_add_(-1, index, moved) if dim == 0 else y.add_(moved)
+        y, low = F.linear(x, weight, bias), delta.to(x.dtype)
+        return y.index_add_(-1, index, F.linear(seen, low)) if dim == 0 else _add_product(y, seen, low.T)
 
     @staticmethod
     @once_differentiable
@@ -98,8 +97,11 @@ class _NeuronProduct(torch.autograd.Function):
                 with _summed(weight, delta, index, ctx.dim):
                     grad_x = grad @ weight
             else:
-                grad_x, moved = grad @ weight, grad_chosen @ delta.to(grad.dtype)
-                grad_x = grad_x.add_(moved) if ctx.dim == 0 else grad_x.index_add_(-1, index, moved)
+                grad_x, low = grad @ weight, delta.to(grad.dtype)
+                if ctx.dim == 0:
+                    _add_product(grad_x, grad_chosen, low)
+                else:
+                    grad_x.index_add_(-1, index, grad_chosen @ low)
         if ctx.needs_input_grad[3]:
             grad_delta = (_by_token(grad_chosen).T @ _by_token(seen)).to(delta.dtype)
         return grad_x, None, None, grad_delta, None, None
@@ -108,6 +110,12 @@ class _NeuronProduct(torch.autograd.Function):
 def _columns(values: Tensor, index: Tensor) -> Tensor:
     # On the CPU, `index_select` along the last dimension runs on a single thread.
     return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+
+def _add_product(values: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Adds `left @ right` to values in place; the matrix product itself adds, before it rounds."""
+    values.view(values.shape[:-1].numel(), values.shape[-1]).addmm_(_by_token(left), right)
+    return values
 
 
 def _by_token(values: Tensor) -> Tensor:
