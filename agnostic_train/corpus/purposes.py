@@ -1,7 +1,7 @@
 """Reading text in several languages and dividing its sentences among the purposes that they serve."""
 
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,12 +119,3 @@ def _by_purpose(section: CorpusSection, language: str, splits: dict[str, list[st
         taken[purpose] = sentences[:count]
     training = train[section.detection_sentences :][: section.training_sentences]
     return LanguageText(training=training, **taken)
-
-
-def check_training_text(language: str, sentences: Sequence[str]) -> None:
-    """Raises `UserError` if a language has no sentence to train on."""
-    if not sentences:
-        raise UserError(
-            f"corpus.detection_sentences: detection takes every train sentence of {language!r} and leaves none to "
-            "train on; lower it or add text"
-        )

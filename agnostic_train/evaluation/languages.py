@@ -1,30 +1,11 @@
 """The effect of training on each language, measured on text that was not used for any selection."""
 
 import math
-from collections.abc import Mapping, Sequence
-
-from torch import nn
-from tqdm.auto import tqdm
+from collections.abc import Mapping
 
 from agnostic_train.evaluation.comparison import NUM_RESAMPLES, relative_change, resampled_changes
-from agnostic_train.model.inference import Batch
 from agnostic_train.scores.bootstrap import interval
-from agnostic_train.scores.perplexity import Perplexity, perplexity
-
-
-def evaluate_languages(
-    model: nn.Module, corpora: Mapping[str, Sequence[Batch]], label: str, progress: bool = True
-) -> dict[str, Perplexity]:
-    """Computes the perplexity of each language.
-
-    Args:
-        model: left as found.
-        corpora: per language, batches as for `perplexity`.
-        label: the model's name in the progress bar.
-        progress: show a progress bar.
-    """
-    bar = tqdm(corpora.items(), desc=f"evaluate {label}", unit=" languages", disable=not progress, leave=False)
-    return {language: perplexity(model, batches, name=f"text of {language!r}") for language, batches in bar}
+from agnostic_train.scores.perplexity import Perplexity
 
 
 def compare_languages(before: Mapping[str, Perplexity], after: Mapping[str, Perplexity]) -> dict:

@@ -30,14 +30,17 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         "class": f"{plan.model_class}, {plan.dtype}",
         "parameters": f"{plan.layout.num_parameters:,}",
         "neurons": f"{sum(sizes.values()):,} in {plan.layout.num_layers} layers",
-        "strategy": recipe.training.neurons or recipe.training.strategy,
-        "update": recipe.training.update,
-        "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
         "processes": str(plan.num_processes),
-        "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
-        "optimizer steps": _steps(recipe, plan),
         "output": recipe.output_dir,
     }
+    if plan.num_steps is not None:
+        rows |= {
+            "strategy": recipe.training.neurons or recipe.training.strategy,
+            "update": recipe.training.update,
+            "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
+            "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
+            "optimizer steps": _steps(recipe, plan.num_steps, is_read=bool(plan.mean_tokens)),
+        }
     if stage == "compare":
         section = recipe.comparison
         rates = len(section.learning_rates or default_rates(1.0))
@@ -50,11 +53,11 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     return table
 
 
-def _steps(recipe: Recipe, plan: Plan) -> str:
+def _steps(recipe: Recipe, num_steps: int, is_read: bool) -> str:
     """The number of optimizer steps, in words; for packed text it depends on the sentences' lengths."""
     if not recipe.training.packing or recipe.training.arguments.get("max_steps", -1) > 0:
-        return f"{plan.num_steps:,}"
-    return f"about {plan.num_steps:,}" if plan.mean_tokens else "unknown until the text is read, because it is packed"
+        return f"{num_steps:,}"
+    return f"about {num_steps:,}" if is_read else "unknown until the text is read, because it is packed"
 
 
 def _text_table(recipe: Recipe, plan: Plan) -> Table:

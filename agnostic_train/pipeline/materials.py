@@ -1,6 +1,6 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,11 @@ class Materials:
         return corpus
 
     @property
+    def training_text(self) -> dict[str, Sequence[str]]:
+        """The sentences to train on, per language."""
+        return {language: self.corpus.texts[language].training for language in self.recipe.training.text_languages}
+
+    @property
     def evaluation_texts(self) -> dict[str, dict[str, list[str]]]:
         """The sentences used only to measure, per kind (`test`, `parallel`) and language."""
         return self._evaluation_texts[0]
@@ -87,8 +92,7 @@ class Materials:
             texts, hashes = read_evaluation_text(
                 self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
             )
-        trained = {it: self.corpus.texts[it].training for it in self.recipe.training.text_languages}
-        for line in seen_in_training(texts, trained):
+        for line in seen_in_training(texts, self.training_text):
             self.say(line)
         return texts, hashes
 

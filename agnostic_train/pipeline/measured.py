@@ -1,12 +1,33 @@
 """A model's perplexities on several kinds of text, and the file that keeps them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agnostic_train.scores.perplexity import Perplexity, load_measured, save_measured
+from torch import nn
+from tqdm.auto import tqdm
+
+from agnostic_train.model.inference import Batch
+from agnostic_train.scores.perplexity import Perplexity, load_measured, perplexity, save_measured
 
 Measured = dict[str, dict[str, Perplexity]]
 """Perplexities by kind of text (validation, test, parallel) and language."""
+
+
+def measure(model: nn.Module, texts: Mapping[str, Mapping[str, Sequence[Batch]]], label: str | None = None) -> Measured:
+    """Computes a model's perplexities.
+
+    Args:
+        texts: by kind of text and language, batches as for `perplexity`.
+        label: the model's name in a progress bar; without one, no bar is shown.
+
+    Raises:
+        NonFiniteLossError: a sentence's loss isn't finite; names the text.
+    """
+    measured: Measured = {kind: {} for kind in texts}
+    rows = [(kind, language, batches) for kind, of_kind in texts.items() for language, batches in of_kind.items()]
+    for kind, language, batches in tqdm(rows, f"evaluate {label}", unit=" texts", disable=label is None, leave=False):
+        measured[kind][language] = perplexity(model, batches, name=f"{kind} text of {language!r}")
+    return measured
 
 
 def save_by_kind(measured: Mapping[str, Mapping[str, Perplexity]], file: Path) -> None:

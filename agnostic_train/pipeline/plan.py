@@ -8,7 +8,7 @@ from statistics import fmean
 from agnostic_train.corpus.encoding import SAMPLE, Encoder
 from agnostic_train.corpus.evaluation_text import read_evaluation_text
 from agnostic_train.corpus.hub import check_dataset
-from agnostic_train.corpus.purposes import LanguageText, check_training_text, load_corpus
+from agnostic_train.corpus.purposes import LanguageText, load_corpus
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import find_tasks
@@ -16,11 +16,10 @@ from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
 from agnostic_train.pipeline.checks import check_inputs, check_stage
-from agnostic_train.pipeline.fitting import check_batches, epoch_sizes
 from agnostic_train.pipeline.materials import kept_text
-from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.pipeline.stages.train import read_neurons
+from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe
 from agnostic_train.training.chosen import num_weights
@@ -56,7 +55,7 @@ class Plan:
             a dry run doesn't read.
         num_entries: the largest number of weights that can learn.
         batch: sequences per optimizer step, over all processes.
-        num_steps: optimizer steps.
+        num_steps: optimizer steps; None for a stage before the training.
     """
 
     layout: Layout
@@ -68,7 +67,7 @@ class Plan:
     mean_tokens: dict[str, float]
     num_entries: int
     batch: int
-    num_steps: int
+    num_steps: int | None
     num_processes: int
     phases: list[Phase]
 
@@ -109,14 +108,17 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     if stage != "compare" and recipe.training.neurons is not None:
         entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
     num_processes = arguments.world_size  # initialises the processes as the recipe asks
-    micro_batch = arguments.per_device_train_batch_size
-    # Streamed sentences aren't read here; only their number is known.
-    training: dict[str, Sequence] = {
-        language: texts[language].training if texts else range(num_sentences[language]["training"])
-        for language in recipe.training.text_languages
-    }
-    num_batches = _num_batches(recipe, arguments, encoder, training, is_read=bool(texts), stage=stage)
-    steps_per_epoch = ceil(num_batches / arguments.gradient_accumulation_steps)
+    num_steps = None
+    if stage not in ("detect", "score"):
+        # Streamed sentences aren't read here; only their number is known.
+        training: dict[str, Sequence] = {
+            language: texts[language].training if texts else range(num_sentences[language]["training"])
+            for language in recipe.training.text_languages
+        }
+        has_pilot = stage != "compare" and recipe.training.has_pilot
+        num_batches = count_batches(recipe, arguments, encoder, training, has_pilot, is_read=bool(texts))
+        epochs = arguments.num_train_epochs * ceil(num_batches / arguments.gradient_accumulation_steps)
+        num_steps = arguments.max_steps if arguments.max_steps > 0 else ceil(epochs)
     return Plan(
         layout=layout,
         decoder=decoder,
@@ -126,48 +128,11 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         num_sentences=num_sentences,
         mean_tokens=mean_tokens,
         num_entries=max(entries.values()),
-        batch=micro_batch * arguments.gradient_accumulation_steps * num_processes,
-        num_steps=arguments.max_steps
-        if arguments.max_steps > 0
-        else ceil(arguments.num_train_epochs * steps_per_epoch),
+        batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes,
+        num_steps=num_steps,
         num_processes=num_processes,
         phases=_up_to(stage, _phases(recipe, layout, arguments, length, entries, num_processes, stage)),
     )
-
-
-def _num_batches(
-    recipe: Recipe,
-    arguments: NeuronTrainingArguments,
-    encoder: Encoder,
-    training: Mapping[str, Sequence],
-    is_read: bool,
-    stage: str,
-) -> int:
-    """The number of batches per process in an epoch.
-
-    training: per language, the sentences to train on; without `is_read`, any sequence of that length.
-
-    Raises:
-        UserError: the stage trains, and has too little text for that.
-    """
-    section = recipe.training
-    trains = stage not in ("detect", "score")
-    if trains:
-        for language, sentences in training.items():
-            check_training_text(language, sentences)
-        if stage != "compare" and section.has_pilot and (is_read or not section.packing):
-            training, _ = split_pilot_text(recipe, arguments, encoder, training)
-    examples = {language: len(sentences) for language, sentences in training.items()}
-    if section.packing and is_read:
-        for language, sentences in training.items():
-            if len(sentences):
-                packed = encoder.sentences_packed(sentences, f"training text of {language}")
-                examples[language] = ceil(len(sentences) / packed)
-    num_examples = sum(epoch_sizes(examples, section).values())
-    if trains:
-        check_batches(num_examples, arguments)
-    whole = floor if arguments.dataloader_drop_last else ceil
-    return whole(num_examples / (arguments.per_device_train_batch_size * arguments.world_size))
 
 
 def _local_paths(recipe: Recipe) -> tuple[str, str | None]:

@@ -1,34 +1,28 @@
 """Runs a recipe's stages in order, skipping those whose inputs are unchanged."""
 
-import gc
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 
-from agnostic_train.corpus.purposes import check_training_text
 from agnostic_train.errors import UserError
-from agnostic_train.files import check_replaceable, fingerprint, sole_user, whole_file
-from agnostic_train.model.loading import load_empty_model
+from agnostic_train.files import check_replaceable, fingerprint, sole_user
 from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.pilot import split_pilot_text
 from agnostic_train.pipeline.resuming import check_checkpoints, clear_checkpoints
 from agnostic_train.pipeline.settings import launch_inputs, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.stages.train import read_neurons
-from agnostic_train.pipeline.tracking import Tracker, tracked
+from agnostic_train.pipeline.tracking import Tracker, run_id_of, tracked
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
 
@@ -76,22 +70,18 @@ class Pipeline:
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
-        if "train" in stages:
-            self._check_training()
         forced = {name: self.force and stage in ("run", name) for name in stages}
         for name in stages:
+            STAGE_TABLE[name].check_materials(self.materials, self.training_arguments)
             self.inputs.of(name)
             if forced[name] or self.inputs.state(name) != "finished":
                 self._check_folders(name, forced[name])
-        with sole_user(self.directory) if self.processes.is_main_process else nullcontext():
+        with (
+            sole_user(self.directory) if self.processes.is_main_process else nullcontext(),
             # Each training of a comparison is tracked as a separate run, in one group.
-            tracking = (
-                nullcontext(Tracker(None))
-                if stage == "compare"
-                else tracked(self.recipe, self.processes, run_id=self._tracking_id)
-            )
-            with tracking as tracker:
-                ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
+            nullcontext(Tracker(None)) if stage == "compare" else self._tracked() as tracker,
+        ):
+            ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
         self._tell_of_older_results([name for name in (*STAGES, "compare") if name not in stages], ran)
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
@@ -111,17 +101,6 @@ class Pipeline:
         if kept:
             self.say(f"{', '.join(kept)}: the existing result comes from an earlier run; `run` brings it up to date")
 
-    def _check_training(self) -> None:
-        section = self.recipe.training
-        if section.neurons is not None:
-            read_neurons(section.neurons, load_empty_model(self.recipe.model, self.materials.model_path))
-        training = {language: self.materials.corpus.texts[language].training for language in section.text_languages}
-        for language, sentences in training.items():
-            check_training_text(language, sentences)
-        if section.has_pilot:
-            # Raises if there is too little text.
-            split_pilot_text(self.recipe, self.training_arguments, self.materials.encoder, training)
-
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Runs a stage unless its result is up to date; returns whether it ran."""
         inputs = self.inputs.whole(stage)
@@ -138,20 +117,16 @@ class Pipeline:
         self.processes.wait_for_everyone()
         with self._enough_memory(stage):
             STAGE_TABLE[stage].check(context)
-        replaced = "; this replaces an earlier result" if self.manifest.record(stage).get("finished") else ""
-        if stage == "train" and not replaced and saved_checkpoints(self.directory) and (forced or state != "started"):
-            replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
-        if replaced and (changed := self.manifest.changed(stage, inputs)):
-            replaced += f" (changed: {in_words(changed)})"
-        self.say(f"{stage}: {STAGE_HELP[stage]}{replaced}")
+        resume = state == "started" and not forced
+        self.say(f"{stage}: {STAGE_HELP[stage]}{self._what_is_replaced(stage, inputs, resume)}")
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:
                 if self.manifest.remove_outputs(written):
                     self._removed.add(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
-            if stage == "train":
-                clear_checkpoints(self.directory, resume=state == "started" and not forced)
+            if STAGE_TABLE[stage].resumes:
+                clear_checkpoints(self.directory, resume)
             self.manifest.start(stage, inputs, self._launch, self._head(stage))
         self.processes.wait_for_everyone()
         start = time.monotonic()
@@ -159,9 +134,7 @@ class Pipeline:
             result = STAGE_TABLE[stage].run(context)
         # Under mixed precision, accelerate puts a trained model into a reference cycle, which would keep it in memory
         # during the next stage.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
@@ -177,6 +150,17 @@ class Pipeline:
         self.processes.wait_for_everyone()
         return True
 
+    def _what_is_replaced(self, stage: str, inputs: dict, resume: bool) -> str:
+        """Says whether a stage replaces an earlier result and because of which keys; else an empty string."""
+        if self.manifest.record(stage).get("finished"):
+            replaced = "; this replaces an earlier result"
+        elif STAGE_TABLE[stage].resumes and not resume and saved_checkpoints(self.directory):
+            replaced = "; this deletes the checkpoints of an unfinished training with other keys, text or neurons"
+        else:
+            return ""
+        changed = self.manifest.changed(stage, inputs)
+        return f"{replaced} (changed: {in_words(changed)})" if changed else replaced
+
     def _publish(self, context: Context) -> None:
         """Publishes a stage's result, even if it ran earlier: tracking may have been enabled since."""
         publish, tracking = STAGE_TABLE[context.stage].publish, self.recipe.tracking
@@ -189,7 +173,7 @@ class Pipeline:
 
     def _check_folders(self, stage: str, forced: bool) -> None:
         """Refuses a stage that would delete a user's files, before its record changes or hours are spent."""
-        if stage == "train":
+        if STAGE_TABLE[stage].resumes:
             same = self.manifest.record(stage).get("key") == fingerprint(self.inputs.whole(stage)) and not forced
             check_checkpoints(self.directory, self.manifest, same, self._launch)
         recorded = {self.directory / name for it in STAGES for name in self.manifest.outputs(it)}
@@ -225,19 +209,10 @@ class Pipeline:
             remedy = ", or ".join(remedies) or "use a device with more memory"
             raise OutOfMemoryError(f"{stage}: {shortage}; {remedy}") from error
 
-    @cached_property
-    def _tracking_id(self) -> str | None:
-        """The id of the tracked run, the same for every command in this folder; None without tracking."""
-        if not self.recipe.tracking.wandb or not self.processes.is_main_process:
-            return None
-        file, folder = self.directory / ".tracking", str(self.directory.resolve())
-        run_id, _, made_in = file.read_text(encoding="utf-8").strip().partition("\n") if file.exists() else ("", "", "")
-        # A copy of the folder must not continue the original's run.
-        if not run_id or (made_in not in ("", folder) and Path(made_in).exists()):
-            run_id = uuid.uuid4().hex[:8]
-        with whole_file(file) as temporary:
-            temporary.write_text(f"{run_id}\n{folder}\n", encoding="utf-8")
-        return run_id
+    def _tracked(self) -> AbstractContextManager[Tracker]:
+        """The tracked run, the same for every command in this folder."""
+        tracks = self.recipe.tracking.wandb and self.processes.is_main_process
+        return tracked(self.recipe, self.processes, run_id=run_id_of(self.directory) if tracks else None)
 
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
         """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""

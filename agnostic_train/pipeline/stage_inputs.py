@@ -56,6 +56,7 @@ class StageInputs:
         self._arguments = arguments
         self._materials = materials
         self._manifest = manifest
+        self._read: dict[str, dict] = {}
 
     def depends(self, stage: str) -> list[str]:
         """The stages whose results a stage reads."""
@@ -136,16 +137,20 @@ class StageInputs:
 
     def of(self, stage: str) -> dict:
         """What a stage's result depends on apart from earlier stages: JSON values, under the recipe's own names."""
-        own = {
-            "detect": self._detection_inputs,
-            "score": self._score_inputs,
-            "train": self._training_inputs,
-            "export": lambda: {"export": self._recipe.to_dict()["export"]},
-            "evaluate": self._evaluation_inputs,
-            "report": self._report_inputs,
-            "compare": self._comparison_inputs,
-        }
-        return self._common_inputs | own[stage]()
+        if stage == "report":
+            return self._common_inputs | self._report_inputs()
+        if stage not in self._read:
+            # Text, tasks and checkpoints are hashed once: their number may be large.
+            own = {
+                "detect": self._detection_inputs,
+                "score": self._score_inputs,
+                "train": self._training_inputs,
+                "export": lambda: {"export": self._recipe.to_dict()["export"]},
+                "evaluate": self._evaluation_inputs,
+                "compare": self._comparison_inputs,
+            }
+            self._read[stage] = self._common_inputs | own[stage]()
+        return self._read[stage]
 
     def _detection_inputs(self) -> dict:
         section = self._recipe.detection

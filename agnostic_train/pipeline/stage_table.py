@@ -6,10 +6,12 @@ from pathlib import Path
 
 from agnostic_train.export.checkpoint import is_exported
 from agnostic_train.neurons.language_neurons import is_neuron_file
+from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stages import compare, detect, evaluate, export, report, score, train
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 _Folders = dict[str, Callable[[Path], bool]]
 
@@ -26,7 +28,9 @@ class Stage:
         replaces: stages whose files are deleted before it writes: which files they write depends on their options, and
             none of an earlier run may stay.
         memory_keys: the keys that its memory depends on, apart from the weights.
-        check: refuses what the stage can't do, before anything is replaced.
+        check_materials: refuses text and files with which the stage can't run, before any stage runs.
+        check: refuses what the stage can't do with the results of earlier ones, before anything is replaced.
+        resumes: whether it continues from the Trainer's checkpoints in `output_dir`.
     """
 
     run: Callable[[Context], dict]
@@ -35,7 +39,9 @@ class Stage:
     folders: Callable[[Recipe], _Folders] = lambda recipe: {}
     replaces: tuple[str, ...] = ()
     memory_keys: str | None = None
+    check_materials: Callable[[Materials, NeuronTrainingArguments], None] = lambda materials, arguments: None
     check: Callable[[Context], None] = lambda context: None
+    resumes: bool = False
 
 
 STAGE_TABLE = {
@@ -61,7 +67,9 @@ STAGE_TABLE = {
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
         replaces=("train",),
         memory_keys="training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
+        check_materials=train.check_materials,
         check=train.check_strategy,
+        resumes=True,
     ),
     "export": Stage(
         export.export,
@@ -79,6 +87,7 @@ STAGE_TABLE = {
         folders=lambda recipe: {compare.COMPARISON: is_comparison_file},
         replaces=("compare",),
         memory_keys="training.per_device_train_batch_size or evaluation.batch_size",
+        check_materials=compare.check_materials,
         check=compare.check_strategies,
     ),
 }

@@ -1,6 +1,7 @@
 """Weights & Biases: a run per `output_dir` and per trial of a comparison, with fixed names for what is logged."""
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 from agnostic_train.errors import UserError
+from agnostic_train.files import whole_file
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table
 from agnostic_train.scores.perplexity import Perplexity
@@ -95,3 +97,15 @@ def tracked(
         run.finish(exit_code=1)
         raise
     run.finish()
+
+
+def run_id_of(directory: Path) -> str:
+    """Returns the id of a folder's run, the same for every command in it; the first call makes one up and keeps it."""
+    file, folder = directory / ".tracking", str(directory.resolve())
+    run_id, _, made_in = file.read_text(encoding="utf-8").strip().partition("\n") if file.exists() else ("", "", "")
+    # A copy of the folder must not continue the original's run.
+    if not run_id or (made_in not in ("", folder) and Path(made_in).exists()):
+        run_id = uuid.uuid4().hex[:8]
+    with whole_file(file) as temporary:
+        temporary.write_text(f"{run_id}\n{folder}\n", encoding="utf-8")
+    return run_id

@@ -1,14 +1,12 @@
 """Trials: trainings that keep only their measurements, for `pilot` and `compare`."""
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from torch import nn
+from accelerate.utils.memory import clear_device_cache
 from transformers import PrinterCallback, set_seed
 
 from agnostic_train.evaluation.comparison import relative_change
@@ -19,10 +17,10 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
+from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.settings import make_strategy, training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
-from agnostic_train.scores.perplexity import NonFiniteLossError, perplexity
+from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training.chosen import num_weights
 from agnostic_train.training.strategy import SET_STRATEGIES, Choice
 
@@ -162,7 +160,7 @@ class Trials:
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:
-            return {"diverged": False}, self._perplexities(self.materials.model)
+            return {"diverged": False}, measure(self.materials.model, self.texts)
         arguments = training_arguments(
             self.materials.recipe,
             **SET_BY_TRIALS, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
@@ -179,7 +177,7 @@ class Trials:
             num_trainable = num_with_grad if choice.neurons is None else num_weights(choice.neurons, trainer.model)
             try:
                 trainer.train()
-                measured = self._perplexities(trainer.model)
+                measured = measure(trainer.model, self.texts)
             except NonFiniteLossError:
                 measured = None
             finally:
@@ -197,19 +195,8 @@ class Trials:
             }
             tracker.log_perplexities(measured or {})
         del trainer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         return record, measured
-
-    def _perplexities(self, model: nn.Module) -> Measured:
-        return {
-            kind: {
-                language: perplexity(model, batches, name=f"{kind} text of {language!r}")
-                for language, batches in of_kind.items()
-            }
-            for kind, of_kind in self.texts.items()
-        }
 
 
 def _what_learns(choice: Choice | None) -> object:

@@ -161,6 +161,27 @@ def test_dry_run_of_detection_does_not_check_training(root, capsys):
     assert_mistake(root, "train", flags, "an epoch's 180 sequences don't fill a batch of 999", capsys)
 
 
+@pytest.mark.parametrize("stage", ["run", "train", "compare"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--corpus.detection_sentences=200"], "detection takes every train sentence of 'sw'"),
+        (
+            ["--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=999"],
+            "an epoch's 180 sequences don't fill a batch of 999",
+        ),
+    ],
+)
+def test_too_little_training_text_is_refused_before_anything_runs(root, capsys, stage, flags, message):
+    assert_mistake(root, stage, flags, message, capsys)
+    assert not (root / "out/manifest.json").exists()
+
+
+def test_dry_run_of_detection_ignores_a_mixture_without_enhanced_languages(root, capsys):
+    assert run(root, "detect", "--dry-run", "--training.languages=[]", "--training.mixture={en: 1}") == 0
+    assert "optimizer steps" not in capsys.readouterr().out
+
+
 def test_detect_and_score_need_no_training_section(root, capsys):
     recipe = root / "recipe.yaml"
     recipe.write_text(re.sub(r"training:\n(  .*\n)+", "", recipe.read_text()))

@@ -25,13 +25,13 @@ def weight_phases(recipe, **flags):
 
 def test_after_measures_the_exported_checkpoint_in_its_dtype(root, monkeypatch):
     measured = {}
-    original = evaluate.evaluate_languages
+    original = evaluate.measure
 
-    def watched(model, corpora, label, *rest):
+    def watched(model, texts, label):
         measured[label] = model.dtype
-        return original(model, corpora, label, *rest)
+        return original(model, texts, label)
 
-    monkeypatch.setattr(evaluate, "evaluate_languages", watched)
+    monkeypatch.setattr(evaluate, "measure", watched)
     assert run(root, "evaluate", *HALF) == 0
     assert measured == {"before": torch.bfloat16, "after": torch.float32}
     after = read_json(root / "out/evaluation.json")["languages"]["sw"]["after"]

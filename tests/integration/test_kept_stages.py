@@ -349,7 +349,7 @@ def test_measurements_of_the_same_weights_are_reused(root, monkeypatch, capsys):
     assert "evaluate" not in capsys.readouterr().out  # it was already removed
     assert run(root, "export", "--export.to=lora") == 0
     measured = []
-    monkeypatch.setattr(evaluate_stage, "evaluate_languages", lambda model, its, name, progress: measured.append(name))
+    monkeypatch.setattr(evaluate_stage, "measure", lambda model, texts, label: measured.append(label))
     monkeypatch.setattr("agnostic_train.pipeline.materials.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert run(root, "evaluate", "--export.to=lora", "--evaluation.max_forgetting=0.1") == 0
     after = read_json(root / "out/evaluation.json")

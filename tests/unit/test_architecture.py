@@ -27,8 +27,8 @@ ORDER = {
     "report": ["tables", "figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
-        "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "fitting", "trials", "pilot",
-        "stage_inputs", "stages", "stage_table", "run", "plan", "dry_run",
+        "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "training_text", "fitting",
+        "trials", "pilot", "stage_inputs", "stages", "stage_table", "run", "plan", "dry_run",
     ],
     "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip

@@ -25,7 +25,7 @@ from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.evaluation_text import read_test_text
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
-from agnostic_train.pipeline.fitting import training_examples
+from agnostic_train.pipeline.training_text import training_examples
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.recipe import CorpusSection, TrainingSection
 

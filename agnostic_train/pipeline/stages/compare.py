@@ -10,9 +10,12 @@ from agnostic_train.evaluation.comparison import compare_strategies
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.percent import percent
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.measured import Measured
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
-from agnostic_train.pipeline.trials import Measured, Trial, TrialResult, Trials, choice_of
+from agnostic_train.pipeline.training_text import count_batches
+from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, choice_of
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
     COMPARISON_TABLE,
@@ -23,11 +26,17 @@ from agnostic_train.report.page import (
     is_comparison_file,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 COMPARISON = "comparison"
 
 Results = dict[str, dict[int, TrialResult]]
 """Results of trials by strategy and seed."""
+
+
+def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` if there is too little text to train on."""
+    count_batches(materials.recipe, arguments, materials.encoder, materials.training_text, has_pilot=False)
 
 
 def check_strategies(context: Context) -> None:
@@ -38,11 +47,11 @@ def check_strategies(context: Context) -> None:
 
 
 def compare(context: Context) -> dict:
-    recipe, texts = context.recipe, context.materials.corpus.texts
+    recipe = context.recipe
     trials = Trials(
         context.materials,
         context.load_neurons(),
-        {language: texts[language].training for language in recipe.training.text_languages},
+        context.materials.training_text,
         {"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
         context.work,
         [_key(context), context.set_hashes],

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from agnostic_train.evaluation.languages import compare_languages, describe, evaluate_languages
+from agnostic_train.evaluation.languages import compare_languages, describe
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
@@ -18,7 +18,7 @@ from agnostic_train.files import fingerprint, hash_file, read_json, whole_file, 
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
 from agnostic_train.pipeline.manifest import package_versions
-from agnostic_train.pipeline.measured import Measured, load_by_kind, save_by_kind
+from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
@@ -140,9 +140,9 @@ def _measure(
         context.say(f"evaluate: {name} was measured before (kept)")
         context.materials.forget_model()  # the next model may not fit in memory beside it
         return load_by_kind(file)
-    model, progress = checkpoint.load(), context.processes.is_local_main_process
+    model = checkpoint.load()
     try:
-        measured = {kind: evaluate_languages(model, of_kind, name, progress) for kind, of_kind in batches.items()}
+        measured = measure(model, batches, label=name if context.processes.is_local_main_process else None)
     except NonFiniteLossError as error:
         if name == "before":
             raise

@@ -11,25 +11,35 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import public_name, read_json, whole_directory, write_json
+from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline.fitting import describe_text, make_trainer
-from agnostic_train.pipeline.pilot import Sentences, rank_candidates, split_pilot_text
+from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.materials import Materials
+from agnostic_train.pipeline.pilot import rank_candidates
 from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs, make_strategy
 from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, split_pilot_text
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice
-from agnostic_train.training.trainer import NEURONS_FILE, saved_checkpoints
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments, saved_checkpoints
 
 ADAPTER = "adapter"
 PILOT = "pilot.json"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
+def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` if there is too little text to train on, or the file of neurons isn't for this model."""
+    recipe = materials.recipe
+    count_batches(recipe, arguments, materials.encoder, materials.training_text, recipe.training.has_pilot)
+    if recipe.training.neurons is not None:
+        read_neurons(recipe.training.neurons, load_empty_model(recipe.model, materials.model_path))
+
+
 def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
-    texts = context.materials.corpus.texts
-    training: Sentences = {language: texts[language].training for language in recipe.training.text_languages}
+    training: Sentences = context.materials.training_text
     if recipe.training.has_pilot:
         training, pilot_text = split_pilot_text(recipe, arguments, context.materials.encoder, training)
         strategy = _run_pilot(context, pilot_text)
@@ -40,7 +50,7 @@ def train(context: Context) -> dict:
     set_seed(arguments.seed)
     validation = None
     if evaluates_during_training(arguments):
-        validation = {language: text.validation for language, text in texts.items()}
+        validation = {language: text.validation for language, text in context.materials.corpus.texts.items()}
     trainer = make_trainer(context.materials, arguments, choice, training, validation)
     checkpoints = saved_checkpoints(context.directory)
     if checkpoints:
