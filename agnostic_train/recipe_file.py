@@ -62,7 +62,7 @@ def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe
         return make_recipe(values, source)
     except UserError as error:
         # A mistake in a flag is reported under the flag's name, not the file's.
-        message = str(error).removeprefix(f"{source}: ")
+        message = str(error).removeprefix(str(UserError(f"{source}:"))).lstrip()
         if any(re.match(rf"{re.escape(key)}[.: ]", message) for key in flags or {}):
             raise UserError(f"--{message}") from None
         section_flags = [f"--{key}" for key in flags or {} if message.startswith(f"{key.partition('.')[0]}: ")]

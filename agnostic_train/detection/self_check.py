@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
-from agnostic_train.impact.shared import Shared
+from agnostic_train.impact.pass_cache import PassCache
 from agnostic_train.model.decoder import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS,
@@ -250,8 +250,8 @@ def _excerpts(model: nn.Module, batch: Batch, indices: list[int], projections: S
     real, counted = real_and_counted(inputs, batch)
     with ExitStack() as stack:
         # The observers measure nothing; they make the model materialise its attention masks, including sliding windows.
-        shared = Shared()
-        observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB, shared=shared) for layer in decoder.layers]
+        cache = PassCache()
+        observers = [LayerObserver(layer, [], "exact", DEFAULT_MEMORY_GB, cache=cache) for layer in decoder.layers]
         for observer in observers:
             observer.begin(real, counted)
         stack.enter_context(observed_attention(observers, decoder.backbone))

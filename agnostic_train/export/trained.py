@@ -4,15 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from agnostic_train.errors import UserError
-from agnostic_train.model.completeness import check_complete
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.reading import read_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import check_whole
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
@@ -179,12 +178,6 @@ def _loaded(base: nn.Module | str | Path) -> nn.Module:
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise UserError("base: it has adapters; give the model without them")
         return base
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"base: can't load {base} ({shorten(str(error), 200)})") from None
-    check_complete(info, base, "base")
+    model = read_model(base, "base", dtype="auto")
     check_whole(model, "exporting")
     return model

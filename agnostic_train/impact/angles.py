@@ -23,6 +23,7 @@ class Angles:
     own: Tensor
     other: Tensor
     _scaled: dict[float, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict, repr=False)
+    _parts: dict[tuple[int, int], "Angles"] = field(init=False, default_factory=dict, repr=False)
 
     def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
         """`own` and `other` times `scaling`, computed once."""
@@ -31,5 +32,9 @@ class Angles:
         return self._scaled[scaling]
 
     def sentences(self, part: slice) -> "Angles":
-        """The angles of the sentences in `part`."""
-        return Angles(self.rotation, self.cos[part], self.sin[part], self.own[part], self.other[part])
+        """The angles of the sentences in `part`, made once."""
+        key = part.start, part.stop
+        if key not in self._parts:
+            tensors = (self.cos, self.sin, self.own, self.other)
+            self._parts[key] = Angles(self.rotation, *(it[part] for it in tensors))
+        return self._parts[key]

@@ -18,9 +18,9 @@ from agnostic_train.choices import Attention, check_choice
 from agnostic_train.errors import UserError
 from agnostic_train.impact.attention import AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
+from agnostic_train.impact.pass_cache import PassCache
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.query_key import QueryKeyImpacts
-from agnostic_train.impact.shared import Shared
 from agnostic_train.model.decoder import (
     FEED_FORWARD_PROJECTIONS,
     PROJECTIONS,
@@ -73,9 +73,9 @@ class ImpactMeter:
         self.decoder.check_on_devices("detection")
         self.projections = projections
         self._stack = ExitStack()
-        self._shared = Shared()
+        self._cache = PassCache()
         self._observers = [
-            LayerObserver(layer, projections, attention, memory_gb, top_ratio, self._shared)
+            LayerObserver(layer, projections, attention, memory_gb, top_ratio, self._cache)
             for layer in self.decoder.layers
         ]
 
@@ -108,7 +108,7 @@ class ImpactMeter:
         """
         inputs = model_inputs(self.model, batch)
         real, counted = real_and_counted(inputs, batch)
-        self._shared.clear()
+        self._cache.clear()
         for observer in self._observers:
             observer.begin(real, counted)
         self.decoder.backbone(**inputs)
@@ -124,7 +124,7 @@ class LayerObserver:
     """One layer's hooks, which pass what they observe during a forward pass to the computation of impacts.
 
     Args:
-        shared: by the layers of a model.
+        cache: shared by the layers of a model.
         Other arguments: as for `ImpactMeter`.
     """
 
@@ -135,18 +135,18 @@ class LayerObserver:
         attention: Attention,
         memory_gb: float,
         top_ratio: float | None = None,
-        shared: Shared | None = None,
+        cache: PassCache | None = None,
     ):
         self.layer = layer
         self.projections = set(projections) & set(layer.projections)
-        self._shared = Shared() if shared is None else shared
+        self._cache = PassCache() if cache is None else cache
         self.query_key = QueryKeyImpacts(
             layer,
-            sorted(self.projections & {"q", "k"}),
+            [name for name in ("q", "k") if name in self.projections],
             attention,
             memory_gb,
             top_ratio,
-            self._shared,
+            self._cache,
         )
         # State of one pass: `begin` sets the first three, hooks set the others, before anything reads them.
         self.real = self.counted = torch.empty(0)
@@ -219,7 +219,7 @@ class LayerObserver:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         """Computes the attention's output, (batch, length, query heads, head_dim), and records q and k impacts."""
-        visibility = self._shared.visibility(mask, self.real)
+        visibility = self._cache.visibility(mask, self.real)
         inputs = AttentionInputs.clean(query, key, value, visibility, scaling, softcap)
         if not self.query_key.names:
             return inputs.output().transpose(1, 2).to(query.dtype)

@@ -2,7 +2,7 @@
 
 A neuron whose upper end lies below the n-th largest lower end of its sentence can't be among the n largest impacts. A
 neuron whose lower end lies above the (n + 1)-th largest upper end must be among them. Only the neurons in between are
-computed exactly. Nothing here synchronises the host with the device.
+computed exactly. The host waits for the device only if all neurons are sought, to check the intervals.
 """
 
 from collections.abc import Mapping

@@ -22,9 +22,9 @@ from agnostic_train.impact.attention import (
 from agnostic_train.impact.bound_sieve import BoundSieve
 from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.layer_attention import LayerAttention
+from agnostic_train.impact.pass_cache import PassCache
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
-from agnostic_train.impact.shared import Shared
 from agnostic_train.model.decoder import Layer
 
 # Temporaries that fit into a CPU's cache are several times faster than the largest that memory allows. If a layer's
@@ -42,7 +42,7 @@ class QueryKeyImpacts:
     Args:
         names: `q` and `k`, or one of them.
         attention, memory_gb, top_ratio: as for `ImpactMeter`.
-        shared: by all layers.
+        cache: shared by all layers.
 
     Attributes:
         work: by `q` and `k`, how much has been computed so far.
@@ -56,7 +56,7 @@ class QueryKeyImpacts:
         attention: Attention,
         memory_gb: float,
         top_ratio: float | None,
-        shared: Shared,
+        cache: PassCache,
     ):
         self.layer = layer
         self.names = tuple(names)
@@ -65,7 +65,7 @@ class QueryKeyImpacts:
         self._exact = attention == "exact"
         self._half_bytes = int(memory_gb * 2**29)
         self._top_ratio = top_ratio
-        self._shared = shared
+        self._cache = cache
         self._eps: dict[str, float | None] = {}
         self._fruitless_length: int | None = None
 
@@ -85,7 +85,7 @@ class QueryKeyImpacts:
 
         Returns: the impacts by name, (batch, neurons), float32; the output, (batch, query heads, length, head_dim).
         """
-        angles = self._shared.angles(self.layer, cos_sin, len(counted), inputs.query.dtype)
+        angles = self._cache.angles(self.layer, cos_sin, len(counted), inputs.query.dtype)
         projected = {name: projected[name] for name in self.names}
         at_once = self._sentences_at_once(inputs)
         if at_once == len(counted):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # Where blocks end, in sixteenths of a sentence's length: early rows see few keys, cost least and often change most.
-_BLOCK_ENDS = (4, 6, 8, 12, 16)
+# The last block ends with the sentence.
+_BLOCK_ENDS = (4, 6, 8, 12)
 _LEAST_ROWS = 8
 # Torch's softmax is slow over fewer keys than fit into a vector register.
 _LEAST_KEYS = 16

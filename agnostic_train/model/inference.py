@@ -55,26 +55,20 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Disables TF32 inside the block: it keeps 10 of 23 mantissa bits, too few for impacts and their proven bounds.
+    """Keeps float32 products from being rounded inside the block, on GPUs to TF32, on CPUs to TF32 or bfloat16.
 
-    `tf32: true` and `torch_compile: true` in TrainingArguments enable it for the whole process.
+    TF32 keeps 10 of 23 mantissa bits, too few for impacts and their proven bounds. `tf32: true` and
+    `torch_compile: true` in TrainingArguments enable it for the whole process.
     """
-    matmul = torch.backends.cuda.matmul
-    if matmul.fp32_precision != "tf32":
-        yield
-        return
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the older of torch's two interfaces refuses to read what was set through the newer one
-        precision = None
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    found = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        else:
-            matmul.fp32_precision = "none" if torch.backends.fp32_precision == "tf32" else "tf32"
+        for backend, precision in zip(backends, found, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager
@@ -128,10 +122,13 @@ def check_tokens(model: nn.Module, input_ids: Tensor) -> None:
 
 
 def own_sentences(batches: Iterable[Batch]) -> int | None:
-    """Returns the number of sentences in this process's share of the batches; None if they aren't a sequence."""
+    """Returns the number of sentences in this process's share of the batches; None if they aren't a sequence.
+
+    Batches without `input_ids` aren't counted: the forward pass refuses them by name.
+    """
     if not isinstance(batches, Sequence):
         return None
-    return sum(len(batch["input_ids"]) for batch in own_share(batches) if isinstance(batch, Mapping))
+    return sum(len(batch.get("input_ids", ())) for batch in own_share(batches) if isinstance(batch, Mapping))
 
 
 def check_batch(model: nn.Module, batch: Batch) -> None:

@@ -1,15 +1,12 @@
 """Loading models and tokenizers as the recipe's `model` section says, with one-line errors."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,17 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import get_logger
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import hash_file
-from agnostic_train.model.completeness import check_complete
+from agnostic_train.model.reading import check_folder, read, read_model
 from agnostic_train.recipe import ModelSection
 
-logger = get_logger(__name__)
-
 _SMALL_FILE = 1 << 20
-_PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
 
 
 def load_model(section: ModelSection, name: str | Path, key: str = "model.name") -> PreTrainedModel:
@@ -42,23 +35,7 @@ def load_model(section: ModelSection, name: str | Path, key: str = "model.name")
         UserError: the model doesn't exist, can't be loaded, or its checkpoint isn't complete.
     """
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    with _without_report():
-        model, info = _load(
-            AutoModelForCausalLM,
-            section,
-            name,
-            key,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    check_complete(info, name, key)
-    if info["unexpected_keys"]:
-        unused = sorted(info["unexpected_keys"])
-        logger.warning_once(
-            f"{key}: {name} has {len(unused)} weights that its config has no use for, such as {unused[0]}"
-        )
-    return model.to(find_accelerator() or "cpu").eval()
+    return read_model(name, key, dtype=dtype, **_source(section)).to(find_accelerator() or "cpu").eval()
 
 
 def find_accelerator() -> torch.device | None:
@@ -72,7 +49,7 @@ def find_accelerator() -> torch.device | None:
 
 def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:
     """Reads the model's config; raises `UserError` if it can't."""
-    return _load(AutoConfig, section, name)
+    return read(AutoConfig, name, "model.name", **_source(section))
 
 
 def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
@@ -122,14 +99,14 @@ def checkpoint_identity(section: ModelSection, source: str) -> dict:
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
     """Raises `UserError` that names `key` if `source` is neither a checkpoint's folder nor possibly a revision."""
     if Path(source).is_dir():
-        _check_folder(source, key)
+        check_folder(source, key)
     elif Path(section.name).exists():
         raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
 def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:
     """Loads the model's tokenizer; raises `UserError` if it can't."""
-    return _load(AutoTokenizer, section, name)
+    return read(AutoTokenizer, name, "model.name", **_source(section))
 
 
 def model_identity(section: ModelSection, name: str | Path) -> dict:
@@ -151,47 +128,5 @@ def model_identity(section: ModelSection, name: str | Path) -> dict:
     return {"files": files}
 
 
-def _load(auto_class, section: ModelSection, name: str | Path, key: str = "model.name", **settings):
-    if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
-        # This can't be a hub name; without the check, the hub would be asked for it repeatedly.
-        raise UserError(f"{key}: no such folder {name}")
-    if Path(name).is_dir():
-        _check_folder(name, key)
-    try:
-        return auto_class.from_pretrained(
-            name, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        problem = shorten(str(error), 400)
-        if not Path(name).exists():
-            problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
-        if "trust_remote_code" in str(error):
-            problem = "it comes with code of its own; if you trust that, set model.trust_remote_code: true"
-        raise UserError(f"{key}: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
-
-
-def _check_folder(folder: str | Path, key: str) -> None:
-    if not (Path(folder) / "config.json").exists():
-        raise UserError(f"{key}: {folder} has no config.json; name the folder of a checkpoint")
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Holds back the table in which transformers reports weights that don't fit; it is logged only if loading fails."""
-    reporter, held = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
-
-    def is_no_report(record: logging.LogRecord) -> bool:
-        if is_report := "LOAD REPORT" in record.getMessage():
-            held.append(record)
-        return not is_report
-
-    reporter.addFilter(is_no_report)
-    try:
-        yield
-    except UserError:
-        reporter.removeFilter(is_no_report)
-        for record in held:
-            reporter.handle(record)
-        raise
-    finally:
-        reporter.removeFilter(is_no_report)
+def _source(section: ModelSection) -> dict[str, Any]:
+    return {"revision": section.revision, "trust_remote_code": section.trust_remote_code}

@@ -440,13 +440,13 @@ def test_best_checkpoint_by_the_loss_of_the_first_enhanced_language(root):
 def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsys):
     small = tiny_llama(vocab_size=50)
     small.save_pretrained(root / "small")
-    message = "model.checkpoints: small: input_ids: token "
+    message = "model.checkpoints: small: its vocabulary of 50 is smaller than the model's, "
     assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'small'}"], message, capsys)
     broken = tiny_llama(vocab_size=400)
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
     broken.save_pretrained(root / "broken")
-    message = "model.checkpoints: broken: model.name: "
+    message = "model.checkpoints: broken: the model computes NaN"
     assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'broken'}"], message, capsys)
 
 

@@ -9,11 +9,11 @@ ORDER = {
         "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "evaluation_text", "encoding"],
-    "model": ["completeness", "decoder", "memory", "weights", "inference", "loading"],
+    "model": ["decoder", "memory", "weights", "inference", "reading", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
-        "visibility", "angles", "shared", "attention", "attention_block", "layer_attention", "bounds", "layout",
+        "visibility", "angles", "pass_cache", "attention", "attention_block", "layer_attention", "bounds", "layout",
         "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],

@@ -171,6 +171,10 @@ def test_invalid_batches_are_refused(llama, tmp_path):
             neuron_impacts(llama, batch)
         with pytest.raises(TypeError, match=message):
             detect_neurons(llama, {"a": [batch]}, verify=False, resume_dir=tmp_path)
+        with pytest.raises(TypeError, match=message):
+            detect_neurons(llama, {"a": [{"input_ids": ids}, batch]})
+        with pytest.raises(TypeError, match=message):
+            detect_neurons(llama, {"a": [batch], "b": [batch]}, method="lape")
     for corpora, message in (
         ([{"input_ids": ids}], "expected batches by language, such as .*, got list"),
         ({"sw": {"input_ids": ids}}, "'sw' has one batch where several were expected"),

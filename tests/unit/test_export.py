@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -303,6 +304,8 @@ def test_errors_name_what_cannot_be_exported(tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "ours")
+    tiny_llama().save_pretrained(tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 100)
     inputs = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for model, settings, message in (
         (merged, {}, "unmerge_adapter"),
@@ -313,7 +316,8 @@ def test_errors_name_what_cannot_be_exported(tmp_path):
         (tmp_path / "none", {}, "none: no such folder"),
         (tmp_path, {}, "no readable neuron adapter"),
         (tmp_path / "ours", {}, "give it as base"),
-        (tmp_path / "ours", {"base": tmp_path / "none"}, "base: can't load"),
+        (tmp_path / "ours", {"base": tmp_path / "none"}, "base: no such folder"),
+        (tmp_path / "ours", {"base": tmp_path / "cut"}, "base: can't load the weights of .*/cut"),
         (tmp_path / "ours", {"base": tiny_llama(hidden_size=36)}, "base: model.layers.0.self_attn.q_proj.weight"),
     ):
         with pytest.raises(UserError, match=message):

@@ -135,7 +135,7 @@ def test_layers_share_what_follows_from_their_mask(llama, monkeypatch):
             for batch in batches:
                 meter.measure(batch)
         assert made == expected
-        assert len(meter._shared._visibility) == len(meter._shared._angles) == 1
+        assert len(meter._cache._visibility) == len(meter._cache._angles) == 1
 
 
 def test_chunk_size_does_not_change_the_result(llama):

@@ -15,16 +15,18 @@ SETTINGS = {
     "medium": "torch.set_float32_matmul_precision('medium')",
     "newer interface": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "every backend": "torch.backends.fp32_precision = 'tf32'",
+    "CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "CPU and GPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'; torch.backends.cuda.matmul.allow_tf32 = True",
 }
 
 
 def state():
-    """Return the TF32 settings of torch's interfaces; "refused" for one that raises because both were used."""
+    """Return the settings of torch's interfaces; "refused" for one that raises because both were used."""
     matmul = torch.backends.cuda.matmul
     settings = []
     for read in (
         lambda: matmul.fp32_precision, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision,
-        lambda: torch.backends.fp32_precision,
+        lambda: torch.backends.fp32_precision, lambda: torch.backends.mkldnn.matmul.fp32_precision,
     ):  # fmt: skip
         try:
             settings.append(read())
@@ -37,8 +39,7 @@ def turn_on_and_off(setting):
     exec(setting)
     before = state()
     with full_precision():
-        assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
-        assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     assert state() == before, (before, state())
 
 
@@ -54,7 +55,7 @@ def test_left_as_found_turns_tf32_off(llama):
     torch.set_float32_matmul_precision("high")
     try:
         with left_as_found(llama):
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -137,6 +137,13 @@ def test_errors_name_the_key(tmp_path, change, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_mistake_in_a_flag_names_the_flag_for_any_file_name(tmp_path):
+    folder = tmp_path / "two  spaces"
+    folder.mkdir()
+    with pytest.raises(UserError, match="^--detection.top_ratio: "):
+        load(folder, detection__top_ratio="2")
+
+
 def test_empty_section_takes_its_defaults(tmp_path):
     recipe = load(tmp_path, BASE + "tracking:\n  # wandb: true\n")
     assert recipe == load(tmp_path) and not recipe.tracking.wandb

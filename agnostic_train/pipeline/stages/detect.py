@@ -25,14 +25,7 @@ def detect(context: Context) -> dict:
     resume_dir = context.work / fingerprint([context.inputs.of("detect"), context.recipe.corpus.batch_size])[:16]
     texts, model = context.materials.corpus.texts, context.materials.model
     sample = {language: text.detection for language, text in texts.items()}
-    try:
-        detected = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
-    except ImpactMismatchError as error:
-        file = context.directory / SELF_CHECK_FILE
-        if context.processes.is_main_process:
-            with whole_file(file) as temporary:
-                temporary.write_text(error.table + "\n", encoding="utf-8")
-        raise UserError(f"{error}, or open an issue with {file}") from None
+    detected = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
     if section.stability:
         others = {language: text.training for language, text in texts.items()}
         detected.stability = detection_stability(
@@ -85,20 +78,31 @@ def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) ->
 
 
 def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
-    """Detects with the recipe's settings on the given sentences; `settings` are passed on to `detect_neurons`."""
+    """Detects with the recipe's settings on the given sentences; `settings` are passed on to `detect_neurons`.
+
+    Raises:
+        UserError: by `detect_neurons`; if the self-check failed, its comparisons are written to `SELF_CHECK_FILE`.
+    """
     section = context.recipe.detection
-    return detect_neurons(
-        model,
-        context.materials.batches("detection", sentences),
-        method=section.method,
-        lape_ratio=section.lape_ratio,
-        top_ratio=section.top_ratio,
-        consistency=section.consistency,
-        attention=section.attention,
-        exclusive=section.exclusive,
-        min_languages=section.min_languages,
-        memory_gb=section.memory_gb,
-        pruning=section.pruning,
-        progress=context.processes.is_local_main_process,
-        **settings,
-    )
+    try:
+        return detect_neurons(
+            model,
+            context.materials.batches("detection", sentences),
+            method=section.method,
+            lape_ratio=section.lape_ratio,
+            top_ratio=section.top_ratio,
+            consistency=section.consistency,
+            attention=section.attention,
+            exclusive=section.exclusive,
+            min_languages=section.min_languages,
+            memory_gb=section.memory_gb,
+            pruning=section.pruning,
+            progress=context.processes.is_local_main_process,
+            **settings,
+        )
+    except ImpactMismatchError as error:
+        file = context.directory / SELF_CHECK_FILE
+        if context.processes.is_main_process:
+            with whole_file(file) as temporary:
+                temporary.write_text(error.table + "\n", encoding="utf-8")
+        raise UserError(f"{error}, or open an issue with {file}") from None

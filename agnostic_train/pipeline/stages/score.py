@@ -94,10 +94,12 @@ def _follow_checkpoints(context: Context) -> list[str]:
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
         try:
+            _check_vocabulary(context, model)
             detected = detect_in(context, model, sample, verify=context.recipe.detection.verify)
             score = _score_of(context, model, detected)
-        except ValueError as error:
-            raise UserError(f"model.checkpoints: {checkpoint.name}: {error}") from None
+        except UserError as error:
+            problem = str(error).removeprefix("model.name: ")
+            raise UserError(f"model.checkpoints: {checkpoint.name}: {problem}") from None
         value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
         context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
         return detected, score
@@ -117,3 +119,9 @@ def _follow_checkpoints(context: Context) -> list[str]:
         with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
             draw_emergence(rows, folder)
     return ["emergence.json", EMERGENCE]
+
+
+def _check_vocabulary(context: Context, model: PreTrainedModel) -> None:
+    size, needed = model.get_input_embeddings().weight.shape[0], context.materials.encoder.vocab_size
+    if needed is not None and size < needed:
+        raise UserError(f"its vocabulary of {size} is smaller than the model's, {needed}; name another state of it")

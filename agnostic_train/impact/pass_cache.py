@@ -11,7 +11,7 @@ from agnostic_train.model.decoder import Layer
 _MOST_KEPT = 4
 
 
-class Shared:
+class PassCache:
     """The angles and attention masks of a forward pass."""
 
     def __init__(self) -> None:
