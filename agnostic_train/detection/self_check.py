@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
@@ -32,6 +33,8 @@ TOLERANCE = 1e-3
 ROUNDING = 16 * torch.finfo(torch.float32).eps
 """How far rounding alone may move a layer's output, as a fraction of the output's norm."""
 NEURONS_PER_SITE, NUM_SENTENCES = 2, 2
+LEAST_VARIETY, NUM_APPENDED = 8, 16
+"""A sentence with fewer different tokens is checked with this many random ones appended."""
 _SEED = 0
 
 
@@ -90,8 +93,9 @@ def verify_impacts(
 
     Args:
         model: left as found.
-        batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used. For each projection,
-            `NEURONS_PER_SITE` random neurons are checked, and the one of largest impact in the longest sentence.
+        batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used, with random tokens
+            appended to those with fewer than `LEAST_VARIETY` different ones. For each projection, `NEURONS_PER_SITE`
+            random neurons are checked, and the one of largest impact in the longest sentence.
         pruning: check the impacts computed with certified pruning, here for all neurons, rather than those without it.
         projections: which to check.
         memory_gb: as for `ImpactMeter`.
@@ -110,6 +114,7 @@ def verify_impacts(
     # Short sentences could hide a wrong rotation or window, so the longest are used.
     longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:NUM_SENTENCES]
     batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
+    batch = _varied(batch, model.get_input_embeddings().weight)
     try:
         with left_as_found(model):
             comparisons = []
@@ -133,6 +138,28 @@ def verify_impacts(
             comparison_table(comparisons),
         )
     return comparisons
+
+
+def _varied(batch: Batch, embeddings: Tensor) -> Batch:
+    """Appends random tokens to sentences with few different ones.
+
+    Attention over equal values, or over a single token, has no effect: any q and k impacts would pass. If a sentence is
+    changed, all tokens of the batch count.
+    """
+    ids = batch["input_ids"]
+    masks = batch.get("attention_mask", torch.ones_like(ids))
+    rows = [row[mask.bool()] for row, mask in zip(ids, masks, strict=True)]
+    if all(len(row.unique()) >= LEAST_VARIETY for row in rows):
+        return batch
+    shuffled = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(_SEED), device="cpu")
+    candidates = shuffled[: 2 * NUM_APPENDED].to(embeddings.device)
+    # The embedding of a token that no text has may be NaN.
+    appended = candidates[embeddings[candidates].isfinite().all(1)][:NUM_APPENDED]
+    rows = [row if len(row.unique()) >= LEAST_VARIETY else torch.cat([row, appended.to(row)]) for row in rows]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
 
 
 def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, memory_gb: float) -> list[Comparison]:

@@ -29,7 +29,7 @@ class Trained:
         adapter: the adapter's deltas by module name; empty for a model trained with masks.
         base: the model before training, or None if unknown.
         neurons: the trained neurons, or None if unknown.
-        base_name: the name or path that the base was loaded from.
+        base_name: the name or path that the base was loaded from; None if unknown, or if it has been trained since.
     """
 
     model: nn.Module
@@ -90,7 +90,12 @@ class Trained:
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
             raise UserError("base: it is the trained model itself; give the model from before training, or its folder")
-        return cls(plain, adapter, loaded, trained, (plain if loaded is None else loaded).name_or_path or None)
+        if loaded is not None:
+            name = loaded.name_or_path
+        else:
+            # The frozen weights around an adapter are no longer those that the model was loaded with.
+            name = "" if adapter and earlier is not None else plain.name_or_path
+        return cls(plain, adapter, loaded, trained, name or None)
 
     @property
     def is_quantised(self) -> bool:
@@ -123,17 +128,17 @@ class Trained:
         """Returns the changes made by training, as rows and columns to add to the base's weights.
 
         Raises:
-            UserError: neurons were trained before the adapter, or a model without an adapter has no known base or
-                neurons.
+            UserError: neurons were trained before the adapter of a quantised model or one without a known base, or a
+                model without an adapter has no known base or neurons.
         """
-        if self.adapter:
+        if self.adapter and (self.base is None or self.base is self.model or self.is_quantised):
             num_chosen, num_held = (
                 sum(len(it.index) for it in entries.values()) for entries in (self.chosen or {}, self.adapter)
             )
             if num_chosen > num_held:
                 raise UserError(
-                    "neurons: some were trained before the adapter, which doesn't hold them; merge it first "
-                    "(merge_and_unload), or export to 'merged'"
+                    "neurons: some were trained before the adapter, which doesn't hold them; give the model from "
+                    "before that training as base"
                 )
             return self.adapter
         if self.base is None:
@@ -144,7 +149,7 @@ class Trained:
             raise UserError("neurons: which were trained isn't known, so there are no rows to export; name them")
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, so there are no rows to export")
-        return weight_deltas(self.model, self.base, self.neurons)
+        return weight_deltas(self.model, self.base, self.neurons, self.adapter)
 
 
 def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:

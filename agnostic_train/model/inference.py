@@ -5,8 +5,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from agnostic_train.processes import check_whole, own_share
+
+logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Tensor]
 
@@ -213,4 +216,8 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     special = batch.get("special_tokens_mask")
     if special is None:
         return real, real
+    if special.device.type == "cpu" and special.all(1).any():
+        logger.warning_once(
+            "special_tokens_mask: a sentence has special tokens alone (1 in the mask), so no neuron has an impact there"
+        )
     return real, real & ~special.to(real.device, non_blocking=real.is_cuda).bool()

@@ -93,15 +93,24 @@ def adapter_deltas(model: nn.Module) -> dict[str, Delta]:
 
 
 @torch.no_grad()
-def weight_deltas(model: nn.Module, base: nn.Module, neurons: NeuronSet) -> dict[str, Delta]:
-    """Returns the differences between a plain model and its base at the trained neurons, by module name."""
+def weight_deltas(
+    model: nn.Module, base: nn.Module, neurons: NeuronSet, adapter: Mapping[str, Delta]
+) -> dict[str, Delta]:
+    """Returns the differences between a trained model and its base at the trained neurons, by module name.
+
+    adapter: the model's own deltas, of some of these neurons; added to what its frozen weights differ by.
+    """
     weights, deltas = dict(base.named_modules()), {}
     for name, chosen in chosen_entries(model, neurons).items():
         weight = chosen.linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         before = weights[name].weight.to(weight.device, dtype).index_select(chosen.dim, chosen.index)
-        after = weight.to(dtype).index_select(chosen.dim, chosen.index)
-        deltas[name] = Delta(chosen.dim, chosen.index, after - before)
+        difference = weight.to(dtype).index_select(chosen.dim, chosen.index) - before
+        if name in adapter:
+            held = adapter[name]
+            places = torch.searchsorted(chosen.index, held.index.to(chosen.index.device))
+            difference.index_add_(chosen.dim, places, held.values.to(difference))
+        deltas[name] = Delta(chosen.dim, chosen.index, difference)
     return deltas
 
 

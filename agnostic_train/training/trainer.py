@@ -75,8 +75,8 @@ class NeuronTrainer(GuardedTrainer):
 
     Attributes:
         neurons: the neurons to train; None until detection has run. With `model_init`, each training starts anew from
-            those given to the constructor. With `update="mask"`, `model.trained_neurons` also records them, together
-            with those trained earlier, for `export_checkpoint`.
+            those given to the constructor. `model.trained_neurons` also records them, together with those trained
+            earlier, for `export_checkpoint`: with `update="mask"` at once, with "compact" when the adapter is merged.
 
     Raises:
         UserError: the neurons belong to another model, the model has other adapters or is compiled or offloaded, the

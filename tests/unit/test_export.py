@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import padded_batch, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import UPDATES, padded_batch, tiny_llama
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import family_model
@@ -452,8 +452,44 @@ def test_neurons_trained_earlier_count_as_chosen(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="some that the adapter trains aren't among them"):
         export_checkpoint(model, tmp_path / "out", base=base, neurons=CHOSEN)
-    with pytest.raises(UserError, match="some were trained before the adapter, which doesn't hold them"):
-        export_checkpoint(model, tmp_path / "lora", "lora", base=base, neurons=CHOSEN | second)
+    for to in ("lora", "delta"):
+        export_checkpoint(model, tmp_path / to, to, base=base, neurons=CHOSEN | second)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / to)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", [CHOSEN, NeuronSet({(0, "q"): [1, 4], (1, "up"): [7]})], ids=["same", "other"])
+@pytest.mark.parametrize("first", UPDATES)
+def test_second_training_of_a_model(tmp_path, first, second):
+    """An export with a base holds both trainings; one without holds the second, and doesn't name the first's base."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    between = trained(base) if first == "mask" else adapted(copy.deepcopy(base), CHOSEN).merge_and_unload()
+    assert between.trained_neurons == CHOSEN
+    model = adapted(copy.deepcopy(between), second)
+    for to in ("merged", "lora", "delta"):
+        assert export_checkpoint(model, tmp_path / to, to, base=tmp_path / "base").status == "identical"
+        loaded = (AutoModelForCausalLM if to == "merged" else AutoPeftModelForCausalLM).from_pretrained(tmp_path / to)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="doesn't name the model that it was trained on; give it as base"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "out")
+    folders = [tmp_path / "saved"]
+    if second == CHOSEN:  # with other neurons, a base is needed
+        export_checkpoint(model, tmp_path / "alone", "delta")
+        folders.append(tmp_path / "alone")
+    for folder in folders:
+        loaded = PeftModel.from_pretrained(copy.deepcopy(between), folder)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+        assert not PeftConfig.from_pretrained(folder).base_model_name_or_path
+    assert model.merge_and_unload().trained_neurons == CHOSEN | second
+
+
+def test_merging_and_unloading_in_two_steps_records_the_neurons():
+    model = adapted(tiny_llama(), CHOSEN)
+    model.merge_adapter()
+    assert model.unload().trained_neurons == CHOSEN
+    assert not hasattr(adapted(tiny_llama(), CHOSEN).unload(), "trained_neurons")
 
 
 def test_folder_with_an_adapter_of_other_neurons_is_refused(tmp_path):
@@ -473,7 +509,7 @@ def test_difference_of_half_precision_weights_is_exact():
     weight = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         weight[3] = torch.linspace(0.001, 10, 42)
-    (delta,) = weight_deltas(model, base, NeuronSet({(0, "up"): [3]})).values()
+    (delta,) = weight_deltas(model, base, NeuronSet({(0, "up"): [3]}), {}).values()
     assert torch.equal(delta.added_to(base.model.layers[0].mlp.up_proj.weight).bfloat16(), weight)
 
 

@@ -54,13 +54,24 @@ def test_impacts_off_by_one_percent_are_refused(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sentences_of_one_repeated_token_pass(name):
-    """All values are equal, so attention has no effect and deactivating q and k gives only rounding noise."""
+def test_rounding_noise_passes(name, monkeypatch):
+    """If all values are equal, attention has no effect, and deactivating q and k gives only rounding noise."""
+    monkeypatch.setattr(self_check, "LEAST_VARIETY", 0)
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     comparisons = verify_impacts(family_model(name), batch)
     noise = [c for c in comparisons if c.projection in ("q", "k")]
     assert max(abs(c.deactivated - c.impact) / c.largest for c in noise if c.largest) > self_check.TOLERANCE
     assert max(c.error for c in noise) == 0 and max(c.error for c in comparisons) < self_check.TOLERANCE
+
+
+@pytest.mark.parametrize("ids", [[[5]], [[5], [9]], [[7] * 30], [[5, 9, 5, 9]]])
+def test_wrong_formula_is_refused_on_sentences_in_which_attention_has_no_effect(llama, monkeypatch, ids):
+    monkeypatch.setattr(query_key, "rotated_change", lambda inputs, *rest: attention.paper_change(inputs))
+    with pytest.raises(ImpactMismatchError, match="layer . [qk] neuron"):
+        neuron_impacts(llama, {"input_ids": torch.tensor(ids)})
+    batches = [{"input_ids": torch.tensor(ids)}, padded_batch([9])]
+    with pytest.raises(ImpactMismatchError, match="layer . [qk] neuron"):
+        detect_neurons(llama, {"a": batches}, progress=False)
 
 
 def test_changes_below_output_rounding_pass(llama):

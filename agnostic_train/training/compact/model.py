@@ -1,12 +1,13 @@
 """The tuner that wraps every linear layer with chosen neurons in a `NeuronLinear`."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
@@ -14,6 +15,8 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries
 from agnostic_train.training.compact.config import NeuronConfig
 from agnostic_train.training.compact.layer import NeuronLinear
+
+logger = logging.get_logger(__name__)
 
 NOT_LOADED = -1
 
@@ -33,6 +36,14 @@ class NeuronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
         self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
+        if peft_config.neurons is not None and getattr(model, "trained_neurons", None) is not None:
+            logger.warning(
+                "the model was trained since it was loaded from %s, so a saved adapter won't name that as its base; to "
+                "save one that does, save the model first, load it from there, and train that",
+                peft_config.base_model_name_or_path,
+            )
+            # Not None, which PEFT would replace by that name.
+            peft_config.base_model_name_or_path = ""
         self._check_unlearnt(peft_config, model)
         modules = {name for name, _ in model.named_modules()}
         strangers = [name for name in (*peft_config.rows, *peft_config.columns) if name not in modules]
@@ -59,6 +70,24 @@ class NeuronModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names: neuron adapters can't be mixed in a batch; use set_adapter")
         yield
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Records the neurons of merged adapters in the model's `trained_neurons`, for `export_checkpoint`."""
+        names = {name for it in self.model.modules() if isinstance(it, NeuronLinear) for name in it.merged_adapters}
+        if merge:
+            names |= {*(adapter_names or self.active_adapters)}
+        merged = adapter_neurons(self.model, names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if len(merged):
+            earlier = getattr(model, "trained_neurons", None)
+            model.trained_neurons = merged if earlier is None else earlier | merged
+        return model
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
         """Raises `NotImplementedError`, where PEFT would report a missing attribute."""
@@ -106,11 +135,12 @@ class NeuronModel(BaseTuner):
         return remapped
 
 
-def adapter_neurons(model: nn.Module) -> NeuronSet:
-    """Returns the neurons of the active adapters, read from the model's layers.
+def adapter_neurons(model: nn.Module, adapter_names: Collection[str] | None = None) -> NeuronSet:
+    """Returns the neurons of adapters, read from the model's layers.
 
     Args:
         model: a model with neuron adapters, wrapped in a `PeftModel` or not.
+        adapter_names: the active ones by default.
 
     Raises:
         UserError: an adapter was created from a saved configuration and its weights weren't loaded.
@@ -121,7 +151,8 @@ def adapter_neurons(model: nn.Module) -> NeuronSet:
         projection = decoder.projection(site)
         layer = projection.linear
         if isinstance(layer, NeuronLinear):
-            indices = [layer.neuron_index[name] for name in layer.active_adapters if name in layer.neuron_index]
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            indices = [layer.neuron_index[name] for name in names if name in layer.neuron_index]
             if any((index == NOT_LOADED).any() for index in indices):
                 raise UserError(
                     "neurons: the adapter's weights weren't loaded (PeftModel.from_pretrained); a new adapter needs "
