@@ -14,7 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from agnostic_train.choices import ExportTarget, check_choice
 from agnostic_train.errors import UserError
@@ -26,6 +27,8 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
 from agnostic_train.versions import installed_version
+
+logger = logging.get_logger(__name__)
 
 CARD = "README.md"
 MANIFEST = "manifest.json"
@@ -65,7 +68,8 @@ def export_checkpoint(
 
     Raises:
         UserError: the target or dtype is unknown, the directory contains anything but an export, the base has other
-            shapes, quantised weights would be merged, weights are offloaded, or trained ones aren't finite in `dtype`.
+            shapes, quantised weights would be merged, weights are offloaded, trained ones aren't finite in `dtype`, or
+            an adapter would lack resized embeddings.
         TypeError: `model` is neither a model nor a path, or `tokenizer` is a name instead of a tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
@@ -81,6 +85,7 @@ def export_checkpoint(
             "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "
             "unquantised model as base, or export to 'lora' or 'delta'"
         )
+    _check_vocabulary(trained, tokenizer, whole=to == "merged")
     model_dtype = trained.model.dtype
     dtype = (dtype or model_dtype) if to == "merged" else torch.promote_types(model_dtype, torch.float32)
     check = check_frozen_weights(trained, dtype)
@@ -199,6 +204,28 @@ def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
     # By bits: a NaN in a weight that nothing uses doesn't equal itself.
     if written.dtype != meant.dtype or not torch.equal(bit_patterns(written.cpu()), bit_patterns(meant.cpu())):
         raise RuntimeError(f"{name} wasn't written correctly")
+
+
+def _check_vocabulary(trained: Trained, tokenizer: PreTrainedTokenizerBase | None, whole: bool) -> None:
+    """Warns of a tokenizer with more tokens than embeddings; refuses an adapter whose base has other embeddings.
+
+    whole: whether the export holds the embeddings.
+    """
+    size = trained.model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > size:
+        logger.warning(f"tokenizer: it has {len(tokenizer)} tokens, the model only {size} embeddings")
+    if whole or trained.base_name is None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(trained.base_name, local_files_only=True)
+    except (OSError, ValueError):  # not at hand
+        return
+    of_base = config.get_text_config().vocab_size
+    if of_base != size:
+        raise UserError(
+            f"export.to: an adapter holds no embeddings, and the model's vocabulary of {size} was resized from the "
+            f"{of_base} of {trained.base_name}; export to 'merged'"
+        )
 
 
 def _check_finite(trained: Trained, dtype: torch.dtype) -> None:

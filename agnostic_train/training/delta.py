@@ -135,6 +135,13 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
             name: Delta(dim, tensors[f"{KEY_PREFIX}{name}.neuron_index"], tensors[f"{KEY_PREFIX}{name}.neuron_delta"])
             for name, dim in dims.items()
         }
+        others = sorted(name for name in tensors if not name.endswith((".neuron_index", ".neuron_delta")))
+        if others:
+            # PEFT also saves embeddings that were resized.
+            raise UserError(
+                f"{directory}: the adapter came with other weights, such as {others[0].removeprefix(KEY_PREFIX)}; load "
+                "it with PEFT onto its base, resized alike, and export that model"
+            )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

@@ -485,6 +485,22 @@ def test_second_training_of_a_model(tmp_path, first, second):
     assert model.merge_and_unload().trained_neurons == CHOSEN | second
 
 
+def test_resized_embeddings_are_exported_only_whole(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tokenizer = build_tokenizer(["abc"], vocab_size=280)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(300)
+    model = adapted(model, CHOSEN)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved: the adapter came with other weights, such as lm_head.weight"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "out")
+    for to in ("lora", "delta"):
+        with pytest.raises(UserError, match="export.to: .* vocabulary of 300 was resized from the 61 of .*/base"):
+            export_checkpoint(model, tmp_path / "out", to)
+    export_checkpoint(model, tmp_path / "out", tokenizer=tokenizer)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
 def test_merging_and_unloading_in_two_steps_records_the_neurons():
     model = adapted(tiny_llama(), CHOSEN)
     model.merge_adapter()
