@@ -238,7 +238,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         UserError: a projection can't be found (the message names it and the class), layers share one, the model is
             inside a wrapper for data parallelism, or it has a prompt or prefix adapter.
+        TypeError: `model` isn't a model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a model, such as AutoModelForCausalLM.from_pretrained gives, got {type(model).__name__}"
+        )
     if not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
         raise UserError(f"model: it is inside a {type(model).__name__}; pass the model inside (model.module)")
     # Not `active_peft_config`, which raises for a deleted adapter.

@@ -144,7 +144,7 @@ class LanguageNeurons:
 
     @classmethod
     def load(cls, directory: str | Path) -> "LanguageNeurons":
-        """Reads what `save` wrote; raises `UserError` that names a missing or broken file."""
+        """Reads what `save` wrote; raises `UserError` that names a missing or broken file, or one of another result."""
         directory = Path(directory)
         summary = read_json(directory / "summary.json")
         summary = summary if isinstance(summary, dict) else {}
@@ -155,11 +155,24 @@ class LanguageNeurons:
             or not all(isinstance(language, str) for language in languages)
         ):
             raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again")
-        shared = NeuronSet.load(directory / "shared.safetensors")
+        counts: dict = summary.get("counts", {})
+
+        def read(kind: str, language: str | None = None) -> NeuronSet:
+            file = directory / f"{'.'.join(filter(None, (kind, language)))}.safetensors"
+            neurons = NeuronSet.load(file)
+            try:
+                expected = counts[kind] if language is None else counts[kind][language]
+            except (KeyError, TypeError):
+                raise UserError(f"{directory / 'summary.json'}: not a summary of neurons; detect again") from None
+            if neurons.counts() != expected:
+                raise UserError(f"{file}: not the set that summary.json describes; detect again")
+            return neurons
+
+        shared = read("shared")
         return cls(
-            {language: NeuronSet.load(directory / f"related.{language}.safetensors") for language in languages},
+            {language: read("related", language) for language in languages},
             shared,
-            {language: NeuronSet.load(directory / f"exclusive.{language}.safetensors") for language in languages},
+            {language: read("exclusive", language) for language in languages},
             settings,
             summary.get("stability"),
             load_activations(directory / ACTIVATIONS_FILE, languages, shared.sizes),

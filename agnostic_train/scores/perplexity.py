@@ -80,7 +80,10 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text"
         UserError: there is no token to score.
         NonFiniteLossError: the loss isn't finite.
         ValueError: a batch of wrong shapes or tokens, or without exactly one number per sentence.
+        TypeError: `batches` is a single batch, or batches by language.
     """
+    if isinstance(batches, Mapping):
+        raise TypeError("batches: got a mapping; expected the batches of one text, such as a list")
     with left_as_found(model):
         parts = gather_in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
     nats, tokens = (

@@ -25,7 +25,7 @@ class DetectionCallback(TrainerCallback):
 
     In a plain `Trainer`, the callback only reports: the loss curve is bit-identical with and without it. In a
     `NeuronTrainer` without neurons, it runs inside `train()` before the optimizer is created, and its strategy chooses
-    the neurons to train.
+    the neurons to train. Of several callbacks, it follows the first.
 
     Args:
         corpora: per language, batches as for `detect_neurons`; kept as lists, because they are read several times.

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -146,7 +146,10 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
         if isinstance(error, UserError):
             raise
         remedy = "pass a plain checkpoint as a loaded model"
-        if file.with_name(WEIGHTS_NAME).exists():
+        named = sorted(it.parent.name for it in Path(directory).glob(f"*/{CONFIG_NAME}"))
+        if named:
+            remedy = f"adapters with names of their own are in subfolders, such as {named[0]}"
+        elif file.with_name(WEIGHTS_NAME).exists():
             remedy = "save it with safe_serialization=True, or pass it loaded"
         raise UserError(f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); {remedy}") from None
     return deltas, config.base_model_name_or_path

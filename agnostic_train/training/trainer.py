@@ -4,13 +4,14 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from agnostic_train.choices import Update, check_choice
 from agnostic_train.errors import UserError
@@ -171,7 +172,9 @@ class NeuronTrainer(GuardedTrainer):
                     "start in another output_dir"
                 )
         try:
-            with nullcontext() if self._detection is None else self._detection.reporting_to(self.log):
+            # Not `self.log`: TRL's adds means of its metrics since it was last called, which belong to the loss.
+            log = partial(Trainer.log, self)
+            with nullcontext() if self._detection is None else self._detection.reporting_to(log):
                 if self.model_init is None:
                     prepared = self._prepared(self.model)
                     if prepared is not self.model:
@@ -207,6 +210,8 @@ class NeuronTrainer(GuardedTrainer):
             self.neurons = self._resumed_neurons
             if detection is not None:
                 detection.choice = Choice(detection.strategy.name, self.neurons, "read from the checkpoint")
+        elif self.neurons is None and any(isinstance(module, NeuronLinear) for module in model.modules()):
+            return self._with_adapter(model)  # made by `super().__init__`, such as TRL's of a `peft_config`
         elif self.neurons is None:
             if detection is None:
                 raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")

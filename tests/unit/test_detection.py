@@ -175,6 +175,11 @@ def test_invalid_batches_are_refused(llama, tmp_path):
             detect_neurons(llama, {"a": [{"input_ids": ids}, batch]})
         with pytest.raises(TypeError, match=message):
             detect_neurons(llama, {"a": [batch], "b": [batch]}, method="lape")
+    for given in ({"input_ids": ids}, {"sw": [{"input_ids": ids}]}):
+        with pytest.raises(TypeError, match="batches: got a mapping"):
+            perplexity(llama, given)
+    with pytest.raises(TypeError, match="model: expected a model, such as .* got str"):
+        detect_neurons("my/model", {"a": [{"input_ids": ids}]})
     for corpora, message in (
         ([{"input_ids": ids}], "expected batches by language, such as .*, got list"),
         ({"sw": {"input_ids": ids}}, "'sw' has one batch where several were expected"),

@@ -304,6 +304,7 @@ def test_errors_name_what_cannot_be_exported(tmp_path):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
     adapted(tiny_llama(), CHOSEN).save_pretrained(tmp_path / "ours")
+    get_peft_model(tiny_llama(), NeuronConfig(neurons=CHOSEN), "own").save_pretrained(tmp_path / "named")
     tiny_llama().save_pretrained(tmp_path / "cut")
     os.truncate(tmp_path / "cut/model.safetensors", 100)
     inputs = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -315,6 +316,7 @@ def test_errors_name_what_cannot_be_exported(tmp_path):
         (tmp_path / "lora", {}, "a LORA adapter"),
         (tmp_path / "none", {}, "none: no such folder"),
         (tmp_path, {}, "no readable neuron adapter"),
+        (tmp_path / "named", {}, "no readable neuron adapter .* in subfolders, such as own"),
         (tmp_path / "ours", {}, "give it as base"),
         (tmp_path / "ours", {"base": tmp_path / "none"}, "base: no such folder"),
         (tmp_path / "ours", {"base": tmp_path / "cut"}, "base: can't load the weights of .*/cut"),

@@ -241,6 +241,14 @@ def test_random_columns_of_o_come_from_all_query_heads(llama):
     assert {int(it[(0, "o")]) // 10 for it in drawn} == set(range(6))
 
 
+def test_swapped_files_are_refused(tmp_path):
+    related = {"a": NeuronSet({(0, "q"): [1]}), "b": NeuronSet({(0, "q"): [1, 2]})}
+    LanguageNeurons.from_related(related).save(tmp_path)
+    (tmp_path / "related.a.safetensors").write_bytes((tmp_path / "related.b.safetensors").read_bytes())
+    with pytest.raises(UserError, match="related.a.safetensors: not the set that summary.json describes"):
+        LanguageNeurons.load(tmp_path)
+
+
 def test_summary_counts_each_set(tmp_path):
     neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "q"): [0, 1, 2]}), "b": NeuronSet({(0, "q"): [0]})})
     neurons.save(tmp_path / "neurons")

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import UPDATES, tiny_llama
+from conftest import UPDATES, padded_batch, tiny_llama
 from datasets import Dataset
 from peft import PeftModel
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from agnostic_train.quickstart.tiny_model import build_tokenizer
+from agnostic_train.training.callbacks import DetectionCallback
+from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.trainer import NeuronTrainer
 
 both_updates = pytest.mark.parametrize("update", UPDATES)
@@ -181,3 +183,31 @@ def test_trl_sft_trainer(tmp_path, trl, update):
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(value, after[name]) for name, value in plain_weights(resumed.model).items())
+
+
+def test_trl_makes_the_adapter_and_keeps_its_metrics(tmp_path, trl):
+    """TRL averages its metrics since it last logged the loss; a detection in between must not take them."""
+
+    class NeuronSFTTrainer(NeuronTrainer, trl.SFTTrainer):
+        pass
+
+    settings = trl_settings(tmp_path) | {"logging_steps": 2}
+    config = trl.SFTConfig(**settings, max_steps=4, save_strategy="no", max_length=16)
+    text = Dataset.from_dict({"text": [f"sentence number {index} of a few" for index in range(24)]})
+    tokenizer = build_tokenizer(text["text"], vocab_size=300)
+    histories = []
+    for every in (None, 1):
+        detection = DetectionCallback({"en": [padded_batch([9, 5])]}, every_n_steps=every, verify=False)
+        trainer = NeuronSFTTrainer(
+            tiny_llama(vocab_size=300), args=config, train_dataset=text, processing_class=tokenizer,
+            peft_config=NeuronConfig(neurons=CHOSEN, task_type="CAUSAL_LM"), callbacks=[detection],
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.neurons == CHOSEN
+        histories.append([
+            {name: row[name] for name in ("step", "loss", "entropy", "mean_token_accuracy", "num_tokens")}
+            for row in trainer.state.log_history if "loss" in row
+        ])  # fmt: skip
+    assert histories[0] == histories[1]
+    neuron_rows = [row for row in trainer.state.log_history if "neurons/shared" in row]
+    assert len(neuron_rows) == 5 and not any("entropy" in row for row in neuron_rows)
