@@ -1,7 +1,9 @@
 """The angles by which rotary embeddings rotate the queries and keys of a batch."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from agnostic_train.model.decoder import Rotation
@@ -30,6 +32,17 @@ class Angles:
         if scaling not in self._scaled:
             self._scaled[scaling] = self.own * scaling, self.other * scaling
         return self._scaled[scaling]
+
+    @cached_property
+    def unrotated(self) -> "Angles":
+        """The angles of a layer that doesn't rotate: all zero."""
+        return Angles(
+            self.rotation,
+            torch.ones_like(self.cos),
+            torch.zeros_like(self.sin),
+            torch.ones_like(self.own),
+            torch.zeros_like(self.other),
+        )
 
     def sentences(self, part: slice) -> "Angles":
         """The angles of the sentences in `part`, made once."""

@@ -34,6 +34,8 @@ _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
 # the limit is `_MOST_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
 # that are shorter by the factor `_SHORTER`.
 _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
+# Relative distance up to which two tensors are the same but for half-precision rounding.
+_SAME = 0.01
 
 
 class QueryKeyImpacts:
@@ -68,6 +70,7 @@ class QueryKeyImpacts:
         self._cache = cache
         self._eps: dict[str, float | None] = {}
         self._fruitless_length: int | None = None
+        self._rotates: bool | None = None  # not known yet
 
     def measure(
         self,
@@ -87,6 +90,8 @@ class QueryKeyImpacts:
         """
         angles = self._cache.angles(self.layer, cos_sin, len(counted), inputs.query.dtype)
         projected = {name: projected[name] for name in self.names}
+        if self._exact and not self._is_rotated(inputs, projected, angles):
+            angles = angles.unrotated
         at_once = self._sentences_at_once(inputs)
         if at_once == len(counted):
             return self._measure_part(inputs, counted, projected, angles)
@@ -104,6 +109,24 @@ class QueryKeyImpacts:
                 impacts[name].append(values)
             outputs.append(output)
         return {name: torch.cat(values) for name, values in impacts.items()}, torch.cat(outputs)
+
+    def _is_rotated(self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles) -> bool:
+        """Whether this layer rotates queries and keys, which every few layers of some families (SmolLM3) don't.
+
+        No module says so, but what attention received does. Compared once, which synchronises with the device.
+        """
+        if self._rotates is None:
+            if not angles.sin.any():
+                return True  # at position 0 both are the same, so the next batch decides
+            name = self.names[0]
+            output = inputs.clean_projection(projected[name])
+            if (norm := self.layer.norms.get(name)) is not None:
+                whole = self.layer.norm_spans_heads(name)
+                output = norm(output if whole else output.unflatten(-1, (-1, self.layer.head_dim))).view_as(output)
+            received = inputs.query if name == "q" else inputs.key
+            distance = (inputs.per_query_head(output) - received).norm()
+            self._rotates = not distance <= _SAME * received.norm()
+        return self._rotates
 
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:
         """How many sentences to measure at once: the batch is split evenly into parts that fit into half the memory.

@@ -9,7 +9,7 @@ from test_impact import brute_force, sentences_of
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
-from agnostic_train.impact.hooks import unverified_impacts
+from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.mask import GradientMask
@@ -33,6 +33,8 @@ FAMILIES = {
     ),
     "Gemma 3 text": ("Gemma3", COMMON | {"sliding_window": 4, "query_pre_attn_scalar": 17}),
     "OLMo 2": ("Olmo2", HEADS_OF_6),
+    "SmolLM3": ("SmolLM3", HEADS_OF_6 | {"no_rope_layers": [1, 0]}),
+    "Exaone 4": ("Exaone4", COMMON | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "Phi-3": ("Phi3", HEADS_OF_6 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "Phi-3 partial rotation": (
         "Phi3",
@@ -92,6 +94,17 @@ def test_sliding_window_and_cap_change_impacts():
         before = unverified_impacts(family_model(name), padded_batch([11]), ["q"])
         after = unverified_impacts(family_model(name, **change), padded_batch([11]), ["q"])
         assert not torch.allclose(before[(1, "q")], after[(1, "q")], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projection", ["q", "k"])
+@pytest.mark.parametrize("name", ["SmolLM3", "Exaone 4"])
+def test_a_layer_without_rotation_is_recognised_by_the_first_longer_sentence(name, projection, dtype):
+    model = family_model(name).to(dtype)
+    with torch.no_grad(), ImpactMeter(model, [projection]) as meter:
+        for lengths, rotates in (([1, 1], [None, None]), ([5, 1], [True, False]), ([9], [True, False])):
+            meter.measure(padded_batch(lengths))
+            assert [observer.query_key._rotates for observer in meter._observers] == rotates
 
 
 @pytest.mark.parametrize("name", ["Phi-3", "GPT-NeoX"])

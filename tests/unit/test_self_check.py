@@ -147,7 +147,6 @@ def test_only_requested_projections_are_checked(llama, monkeypatch):
 
 
 OTHERS = {
-    "no rotation in some layers": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "a norm after the rotation": ("HunYuanDenseV1", {"head_dim": 12}),
     "norms before o and down": ("BitNet", {}),
     "heads of another shape": ("Persimmon", {}),
