@@ -14,12 +14,16 @@ _TOLERANCE = 1e-4
 _NUM_HEADS = 2
 # How much shorter than the longest sentences of a kind the trial's are: not a multiple of a warp.
 _SHORTER = 26
+_SOFTCAP = 3.0
 
 logger = logging.get_logger(__name__)
 
 
-def available(value: Tensor) -> bool:
-    """Whether the kernels support values like these, (heads, length, head_dim); if not, use the torch form."""
+def available(value: Tensor, grows: bool = False, capped: bool = False) -> bool:
+    """Whether the kernels support values like these, (heads, length, head_dim); if not, use the torch form.
+
+    grows, capped: how logits change.
+    """
     return (
         triton is not None
         and value.is_cuda
@@ -27,25 +31,28 @@ def available(value: Tensor) -> bool:
         and value.shape[-1] <= LARGEST_HEAD
         and torch.version.hip is None
         and torch.cuda.get_device_capability(value.device) >= (8, 0)
-        and _work_on(value.device, value.shape[2], _trial_length(value.shape[1]))
+        and _work_on(value.device, value.shape[2], _trial_length(value.shape[1], grows or capped), grows, capped)
     )
 
 
-def _trial_length(length: int) -> int:
-    """A length for which the kernels are compiled as for `length`."""
-    longest = next((it for it in KEPT_LENGTHS if length <= it), KEPT_LENGTHS[-1] + 64)
+def _trial_length(length: int, only_looped: bool = False) -> int:
+    """A length for which the kernels are compiled as for `length`.
+
+    only_looped: whether no length is kept in registers, so that all are compiled alike.
+    """
+    longest = next((it for it in KEPT_LENGTHS if length <= it and not only_looped), KEPT_LENGTHS[-1] + 64)
     return longest - _SHORTER
 
 
 @cache
-def _work_on(device: torch.device, head_dim: int, length: int) -> bool:
+def _work_on(device: torch.device, head_dim: int, length: int, grows: bool, capped: bool) -> bool:
     """Tries both kernels on the device; if they can't be used, a log line says why.
 
     Triton needs a C compiler, Python's headers and CUDA's library, which some machines lack, and it may not support a
     GPU that is newer than itself.
     """
     try:
-        problem = None if _are_right(device, head_dim, length) else "their results are wrong there"
+        problem = None if _are_right(device, head_dim, length, grows, capped) else "their results are wrong there"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # these say nothing about the kernels
     # Missing parts cause many kinds of errors, including AssertionError; the torch form needs none of these parts.
@@ -59,8 +66,9 @@ def _work_on(device: torch.device, head_dim: int, length: int) -> bool:
     return problem is None
 
 
-def _are_right(device: torch.device, head_dim: int, length: int) -> bool:
+def _are_right(device: torch.device, head_dim: int, length: int, grows: bool, capped: bool) -> bool:
     """Compares both kernels with float64 on random attention; synchronises with the device."""
+    softcap = _SOFTCAP if capped else None
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -68,21 +76,31 @@ def _are_right(device: torch.device, head_dim: int, length: int) -> bool:
 
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     products, value = random(_NUM_HEADS, length, length), random(_NUM_HEADS, length, head_dim)
-    logits, weight = products.masked_fill(~visible, -torch.inf), torch.ones_like(value[..., 0])
+    weight = torch.ones_like(value[..., 0])
     factors = [random(_NUM_HEADS, length, head_dim) for _ in range(4)]
+    growths = [1 + 0.1 * random(_NUM_HEADS, length, head_dim).abs() for _ in range(2 if grows else 0)]
     spans = key_spans(visible.expand(1, 1, -1, -1))
 
-    before = logits.double()
+    def seen(logits: Tensor) -> Tensor:
+        """The softmax's input."""
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return logits.masked_fill(~visible, -torch.inf)
+
+    before = products.double()
     squares = []
-    for a, b, c, d in zip(*(it.double().unbind(2) for it in factors), strict=True):
-        after = before - a.unsqueeze(2) * b.unsqueeze(1) - c.unsqueeze(2) * d.unsqueeze(1)
-        moved = (after.softmax(-1) - before.softmax(-1)) @ value.double()
+    for a, b, c, d, *growth in zip(*(it.double().unbind(2) for it in (*factors, *growths)), strict=True):
+        after = before * growth[0].unsqueeze(2) * growth[1].unsqueeze(1) if grows else before
+        after = after - a.unsqueeze(2) * b.unsqueeze(1) - c.unsqueeze(2) * d.unsqueeze(1)
+        moved = (seen(after).softmax(-1) - seen(before).softmax(-1)) @ value.double()
         squares.append(moved.square().sum((1, 2)))
     expected = torch.stack(squares, 1)
 
-    exact = squared_changes(logits, value, weight, factors, spans)
-    largest = products.abs().amax((1, 2))
-    low, high = Intervals(logits, logits.softmax(-1), value, weight, spans, largest).around(factors)
+    changed = products.masked_fill(~visible, -torch.inf)
+    exact = squared_changes(changed, value, weight, factors, spans, growths=growths, softcap=softcap)
     close = (exact - expected).abs() <= _TOLERANCE * expected
+    if grows and capped:  # which intervals don't support
+        return bool(close.all())
+    logits, largest = seen(products), products.abs().amax((1, 2))
+    low, high = Intervals(logits, logits.softmax(-1), value, weight, spans, largest, softcap).around(factors, growths)
     enclosed = (low <= expected * (1 + _TOLERANCE)) & (expected <= high * (1 + _TOLERANCE))
     return bool((close & enclosed).all())

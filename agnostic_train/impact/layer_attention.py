@@ -93,9 +93,13 @@ class LayerAttention:
             return self.logits
         return self.inputs.products().masked_fill_(self.inputs.visibility.hidden, -torch.inf).flatten(0, 1)
 
+    def on_kernels(self, change: LogitChange) -> bool:
+        """Whether the kernels can compute `squared_changes`."""
+        return kernel_trial.available(self.value, change.grows, self.softcap is not None)
+
     def squared_changes(self, change: LogitChange) -> Tensor:
         """Computes `||(A - A') v||^2` for every neuron of every query head: (batch, query heads, head_dim)."""
-        if kernel_trial.available(self.value):
+        if self.on_kernels(change):
             squares = kernels.squared_changes(
                 self.changed_logits,
                 self.centred_value,

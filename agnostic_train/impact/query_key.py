@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agnostic_train.choices import Attention
-from agnostic_train.impact import kernel_trial, norm_over_heads
+from agnostic_train.impact import norm_over_heads
 from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.attention import (
     AttentionInputs,
@@ -161,7 +161,7 @@ class QueryKeyImpacts:
                     impacts[name] = self._pruned_over_heads(attention, name, form, projected[name], angles)
         rest = {name: form for name, form in forms.items() if name not in impacts}
         if rest and self._top_ratio is not None and (closed := self._prunable(attention, rest)):
-            if kernel_trial.available(attention.value):
+            if all(map(attention.on_kernels, closed.values())):
                 impacts |= interval_impacts(attention, closed, self.layer.num_kv_heads, self._top_ratio, self.work)
             else:
                 impacts |= self._bounded_impacts(attention, closed, self._top_ratio)
@@ -172,8 +172,8 @@ class QueryKeyImpacts:
 
     def _prunable(self, attention: LayerAttention, forms: dict[str, "_Form"]) -> dict[str, LogitChange] | None:
         """Returns the forms' changes if pruning covers all of them and is worthwhile; else None."""
-        on_kernels = kernel_trial.available(attention.value)
         closed = {name: form.of_all_heads for name, form in forms.items() if form.of_all_heads is not None}
+        on_kernels = all(map(attention.on_kernels, closed.values()))
         covered = len(closed) == len(forms)
         if attention.softcap is not None:
             # The bounds don't handle a soft cap, and the intervals don't handle one together with a norm.
@@ -271,7 +271,7 @@ class QueryKeyImpacts:
             )
             impacts = query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
         # Whole rows count: kernels skip unseen keys themselves, and a norm over all heads is replayed on whole rows.
-        whole = spans_heads or (form.of_all_heads is not None and kernel_trial.available(attention.value))
+        whole = spans_heads or (form.of_all_heads is not None and attention.on_kernels(form.of_all_heads))
         num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
         self.work[name].add_all(impacts.numel(), num_logits, attention.length)
         return impacts

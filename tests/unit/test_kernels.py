@@ -95,9 +95,11 @@ def test_kernels_compile_for_a100_and_h100(capability, head_dim, length, more, t
 @needs_triton
 @pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 256, 257, 5000])
 @pytest.mark.parametrize("hopper", [True, False])
-def test_kernels_are_tried_as_they_are_used(length, hopper):
+@pytest.mark.parametrize("grows, capped", [(False, False), (True, False), (False, True)])
+def test_kernels_are_tried_as_they_are_used(length, hopper, grows, capped):
     tried, used = (
-        intervals.launch_options(64, 64, it, hopper=hopper) for it in (kernel_trial._trial_length(length), length)
+        intervals.launch_options(64, 64, it, grows, capped, hopper)
+        for it in (kernel_trial._trial_length(length, grows or capped), length)
     )
     assert tried == used
 
@@ -114,7 +116,7 @@ def test_machine_without_a_compiler_takes_the_torch_form(monkeypatch):
     warnings = []
     monkeypatch.setattr(kernel_trial.logger, "warning", lambda text, *args: warnings.append(text % args))
     monkeypatch.setattr(kernels._squared_changes, "run", fail)
-    assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8, 38)
+    assert not kernel_trial._work_on.__wrapped__(torch.device("cpu"), 8, 38, False, False)
     assert warnings == [
         "the Triton kernels can't be used on cpu for heads of 8 and sentences like those of 38 tokens "
         "(RuntimeError: Failed to find C compiler): q and k impacts take longer"
