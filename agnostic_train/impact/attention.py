@@ -23,6 +23,7 @@ class AttentionInputs:
 
     Attributes:
         query, key, value: (batch, query heads, length, head_dim); each KV head is repeated for its query heads.
+        num_kv_heads: how many KV heads there were.
         visibility: which keys each query sees, and which tokens are real.
         scaling: the factor on the logits.
         softcap: the soft cap on the logits; None without one.
@@ -31,6 +32,7 @@ class AttentionInputs:
     query: Tensor
     key: Tensor
     value: Tensor
+    num_kv_heads: int
     visibility: Visibility
     scaling: float
     softcap: float | None = None
@@ -56,10 +58,11 @@ class AttentionInputs:
         """
         dtype = torch.promote_types(query.dtype, torch.float32)
         padding = visibility.padding
-        queries_per_kv = query.shape[1] // key.shape[1]
+        num_kv_heads = key.shape[1]
+        queries_per_kv = query.shape[1] // num_kv_heads
         query = query.masked_fill(padding, 0).to(dtype).contiguous()
         key, value = (repeated(heads.masked_fill(padding, 0).to(dtype), queries_per_kv) for heads in (key, value))
-        return cls(query, key, value, visibility, scaling, softcap)
+        return cls(query, key, value, num_kv_heads, visibility, scaling, softcap)
 
     def sentences(self, part: slice) -> "AttentionInputs":
         """The inputs of the sentences in `part`."""
@@ -186,17 +189,3 @@ def paper_change(inputs: AttentionInputs) -> LogitChange:
     """The change by Eq. 11 on the rotated queries and keys, `s q~_i[n] k~_j[n]`, the same for q and k."""
     query = inputs.query * inputs.scaling
     return LogitChange(query, inputs.key, torch.zeros_like(query), inputs.key)
-
-
-def query_impacts(squares: Tensor) -> Tensor:
-    """Converts squared changes (batch, query heads, head_dim) to impacts (batch, q rows), float32."""
-    return squares.sqrt().flatten(1).float()
-
-
-def key_impacts(squares: Tensor, num_kv_heads: int) -> Tensor:
-    """Converts squared changes (batch, query heads, head_dim) to impacts (batch, k rows), float32.
-
-    A k row acts through every query head of its group: their squares are summed.
-    """
-    batch, _, head_dim = squares.shape
-    return squares.view(batch, num_kv_heads, -1, head_dim).sum(2).sqrt().flatten(1).float()

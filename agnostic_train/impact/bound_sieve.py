@@ -52,7 +52,6 @@ class BoundSieve:
     Args:
         attention: the layer's attention for a batch.
         logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
-        num_kv_heads: number of KV heads.
         chunk_bytes: limit on temporary memory while impacts are computed exactly.
         bound_bytes: limit on temporary memory while bounds are computed.
     """
@@ -61,14 +60,13 @@ class BoundSieve:
         self,
         attention: LayerAttention,
         logit_changes: Mapping[str, LogitChange],
-        num_kv_heads: int,
         chunk_bytes: int,
         bound_bytes: int,
     ):
         self.attention = attention
         self.logit_changes = {name: it.centred(attention.inputs.real) for name, it in logit_changes.items()}
         self.blocks = attention.blocks
-        self.layout = QueryKeyLayout(attention, self.logit_changes, num_kv_heads)
+        self.layout = QueryKeyLayout(attention, self.logit_changes)
         self._forms = [attention.in_block(block, bool(self.layout.growths)) for block in self.blocks]
         self._bits = torch.cat([attention.bits_moved(it) for it in self.logit_changes.values()], 1).flatten()
         self._chunk_bytes = chunk_bytes

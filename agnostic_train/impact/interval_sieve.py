@@ -19,7 +19,6 @@ from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top,
 def interval_impacts(
     attention: LayerAttention,
     logit_changes: Mapping[str, LogitChange],
-    num_kv_heads: int,
     top_ratio: float,
     work: Mapping[str, Work],
 ) -> dict[str, Tensor]:
@@ -28,7 +27,6 @@ def interval_impacts(
     Args:
         attention: the layer's attention for a batch.
         logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
-        num_kv_heads: number of KV heads.
         top_ratio: fraction of a site's neurons to find. At 1 every impact is exact, and the intervals are checked
             against the exact impacts.
         work: by `q` and `k`; the work done is added to it.
@@ -48,46 +46,33 @@ def interval_impacts(
         attention.largest_logits,
         attention.softcap,
     )
-    num_heads = {"q": attention.num_heads, "k": num_kv_heads}
     return {
-        name: _impacts(attention, intervals, change, num_heads[name], top_ratio, work[name])
+        name: _impacts(name, attention, intervals, change, top_ratio, work[name])
         for name, change in logit_changes.items()
     }
 
 
 def _impacts(
-    attention: LayerAttention,
-    intervals: Intervals,
-    change: LogitChange,
-    num_heads: int,
-    top_ratio: float,
-    work: Work,
+    name: str, attention: LayerAttention, intervals: Intervals, change: LogitChange, top_ratio: float, work: Work
 ) -> Tensor:
-    """`interval_impacts` of q or k; `num_heads` is the projection's own number of heads."""
-    # A k neuron acts through all query heads of its group, over which its squared changes are summed.
-    group = attention.batch, num_heads, attention.num_heads // num_heads
-
-    def by_site(by_head: Tensor) -> Tensor:
-        by_group = by_head.unflatten(0, group)
-        return (by_group.sum(2) if group[2] > 1 else by_group.squeeze(2)).flatten(1)
-
+    """`interval_impacts` of q or k."""
     factors = [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)]
     growths = [part.flatten(0, 1) for part in change.growths()]
-    low, high = map(by_site, intervals.around(factors, growths))
+    low, high = (attention.summed_over_heads(name, it) for it in intervals.around(factors, growths))
     certain, unclear = decide(low, high, num_top(top_ratio, low.shape[1]))
-    chosen = unclear.unflatten(1, (num_heads, 1, -1)).expand(-1, -1, group[2], -1).flatten(0, 2)
-    exact = by_site(
-        kernels.squared_changes(
-            attention.changed_logits,
-            intervals.centred_value,
-            attention.counted,
-            factors,
-            attention.inputs.visibility.key_spans,
-            chosen,
-            growths,
-            attention.softcap,
-        )
+    num_own_heads = attention.num_own_heads(name)
+    chosen = unclear.unflatten(1, (num_own_heads, 1, -1)).expand(-1, -1, attention.num_heads // num_own_heads, -1)
+    exact = kernels.squared_changes(
+        attention.changed_logits,
+        intervals.centred_value,
+        attention.counted,
+        factors,
+        attention.inputs.visibility.key_spans,
+        chosen.flatten(0, 2),
+        growths,
+        attention.softcap,
     )
+    exact = attention.summed_over_heads(name, exact)
     if top_ratio == 1:
         check_enclosed(exact, low, high)
     num_unclear, num_spanned = unclear.sum(1), attention.inputs.visibility.num_spanned

@@ -43,6 +43,18 @@ class LayerAttention:
         self.counted = counted.to(self.value.dtype).repeat_interleave(self.num_heads, 0)
         self._chunk_bytes = chunk_bytes
 
+    def num_own_heads(self, name: str) -> int:
+        """The number of heads of the projection `q` or `k` itself."""
+        return self.num_heads if name == "q" else self.inputs.num_kv_heads
+
+    def summed_over_heads(self, name: str, by_head: Tensor) -> Tensor:
+        """Sums squared changes over the heads through which a neuron acts: a k neuron acts through its whole group.
+
+        by_head: (batch * heads, head_dim, ...). Returns: (batch, neurons of `q` or `k`, ...).
+        """
+        by_group = by_head.unflatten(0, (self.batch, self.num_own_heads(name), -1))
+        return (by_group.sum(2) if by_group.shape[2] > 1 else by_group.squeeze(2)).flatten(1, 2)
+
     @cached_property
     def centred_value(self) -> Tensor:
         """The values minus their mean: A' - A sums to zero over the keys, so it would add only rounding errors."""

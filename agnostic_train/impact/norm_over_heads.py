@@ -44,7 +44,6 @@ def pruned_impacts(
     attention: LayerAttention,
     own_change: LogitChange,
     growth: Tensor,
-    num_groups: int,
     replayed: Callable[[Tensor], Tensor],
     top_ratio: float,
     work: Work,
@@ -56,8 +55,6 @@ def pruned_impacts(
         attention: the layer's attention for a batch.
         own_change: how each neuron changes the logits of its own heads.
         growth: the factor by which the other entries grow without each neuron, (batch, length, neurons).
-        num_groups: number of groups of neurons that act through the same heads: the query heads for q, the KV heads for
-            k.
         replayed: returns exact squared changes of the neurons marked in (batch, neurons), bool; zero for the others.
         top_ratio: fraction of the site's neurons to find. At 1 every impact is exact, and the intervals are checked.
         work: the work done is added to it.
@@ -68,7 +65,8 @@ def pruned_impacts(
     Raises:
         UserError: an exact impact lies outside its interval.
     """
-    own = attention.squared_changes(own_change).unflatten(1, (num_groups, -1)).sum(2).flatten(1)
+    num_groups = attention.num_own_heads(name)  # neurons of a group act through the same heads
+    own = attention.summed_over_heads(name, attention.squared_changes(own_change).flatten(0, 1))
     excess = (growth - 1).to(own.dtype).unflatten(-1, (num_groups, -1)).transpose(1, 2)
     others = _query_growth(attention) if name == "q" else _key_growth(attention)
     noise = _noise(attention)

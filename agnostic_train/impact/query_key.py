@@ -14,9 +14,7 @@ from agnostic_train.impact.angles import Angles
 from agnostic_train.impact.attention import (
     AttentionInputs,
     LogitChange,
-    key_impacts,
     paper_change,
-    query_impacts,
     rotated_change,
 )
 from agnostic_train.impact.bound_sieve import BoundSieve
@@ -162,7 +160,7 @@ class QueryKeyImpacts:
         rest = {name: form for name, form in forms.items() if name not in impacts}
         if rest and self._top_ratio is not None and (closed := self._prunable(attention, rest)):
             if all(map(attention.on_kernels, closed.values())):
-                impacts |= interval_impacts(attention, closed, self.layer.num_kv_heads, self._top_ratio, self.work)
+                impacts |= interval_impacts(attention, closed, self._top_ratio, self.work)
             else:
                 impacts |= self._bounded_impacts(attention, closed, self._top_ratio)
         else:
@@ -193,7 +191,7 @@ class QueryKeyImpacts:
         """Impacts of the neurons that bounds can't rule out, zero for the others."""
         work = {name: Work() for name in closed}
         chunk_bytes = self._limit(attention.inputs, _CPU_CHUNK_BYTES)
-        sieve = BoundSieve(attention, closed, self.layer.num_kv_heads, chunk_bytes, self._half_bytes)
+        sieve = BoundSieve(attention, closed, chunk_bytes, self._half_bytes)
         impacts = sieve.impacts(top_ratio, work)
         left = sum(int(it.logits) for it in work.values()) / sum(it.all_logits for it in work.values())
         grows = any(change.grows for change in closed.values())
@@ -269,7 +267,7 @@ class QueryKeyImpacts:
                 if form.of_all_heads is None
                 else attention.squared_changes(form.of_all_heads)
             )
-            impacts = query_impacts(squares) if name == "q" else key_impacts(squares, self.layer.num_kv_heads)
+            impacts = attention.summed_over_heads(name, squares.flatten(0, 1)).sqrt().float()
         # Whole rows count: kernels skip unseen keys themselves, and a norm over all heads is replayed on whole rows.
         whole = spans_heads or (form.of_all_heads is not None and attention.on_kernels(form.of_all_heads))
         num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
@@ -280,10 +278,9 @@ class QueryKeyImpacts:
         self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
     ) -> Tensor:
         assert form.change is not None and form.growth is not None and self._top_ratio is not None
-        num_groups = self.layer.num_query_heads if name == "q" else self.layer.num_kv_heads
         replayed = partial(self._replayed_over_heads, attention, name, projected, angles)
         return norm_over_heads.pruned_impacts(
-            name, attention, form.change, form.growth, num_groups, replayed, self._top_ratio, self.work[name]
+            name, attention, form.change, form.growth, replayed, self._top_ratio, self.work[name]
         )
 
     def _replayed_over_heads(
