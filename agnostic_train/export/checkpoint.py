@@ -258,7 +258,7 @@ def _write_delta(directory: Path, trained: Trained) -> None:
 
 
 def _write_lora(directory: Path, trained: Trained) -> None:
-    deltas, shapes = trained.deltas(), trained.shapes
+    deltas, chosen = trained.deltas(), trained.chosen or {}
     ranks = {name: len(delta.index) for name, delta in deltas.items()}
     largest = max(ranks.values())
     config = LoraConfig(
@@ -267,7 +267,8 @@ def _write_lora(directory: Path, trained: Trained) -> None:
     )  # fmt: skip
     tensors = {}
     for name, delta in deltas.items():
-        for factor, values in zip("AB", _lora_factors(delta, shapes[name]), strict=True):
+        linear = chosen[name].linear
+        for factor, values in zip("AB", _lora_factors(delta, (linear.out_features, linear.in_features)), strict=True):
             tensors[f"{name}.lora_{factor}.weight"] = values
     _write_adapter(directory, config, tensors)
 

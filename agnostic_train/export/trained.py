@@ -106,12 +106,6 @@ class Trained:
         """The weight entries that may differ from the base's, by module name; None if unknown."""
         return None if self.neurons is None else chosen_entries(self.model, self.neurons)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each linear layer that contains chosen neurons, by module name."""
-        modules = dict(self.model.named_modules())
-        return {name: (modules[name].out_features, modules[name].in_features) for name in self.chosen or {}}
-
     def weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the named parameters or state of the equivalent plain model, without adapters, one by one.
 

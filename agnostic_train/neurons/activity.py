@@ -1,4 +1,4 @@
-"""Each neuron's mean activation per language: saving and loading it, and comparing controls with a set by it."""
+"""Each neuron's mean activation per language, and the file that keeps it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agnostic_train.errors import UserError
-from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
-from agnostic_train.neurons.random_moves import channels_read
+from agnostic_train.model.decoder import Site
 
 MEASURED = ("q", "k", "v", "down")
 """Projections where activations are measured: a hidden unit's at the input of `down`, a value channel's at the output
@@ -64,42 +63,3 @@ def mean_over_languages(activations: Mapping[str, Activations]) -> Activations:
     """Averages activations over languages, with equal weights whatever their numbers of tokens."""
     by_language = list(activations.values())
     return {site: torch.stack([it[site] for it in by_language]).mean(0) for site in by_language[0]}
-
-
-def activation_ratio(
-    members: Mapping[Site, Tensor],
-    controls: Sequence[Mapping[Site, Tensor]],
-    layers: Sequence[Layer],
-    activations: Activations,
-) -> dict[str, float]:
-    """Returns how active random controls are relative to the set that they control for; 1 means equally active.
-
-    A set may hold the most active neurons of its sites, with none outside it that is as active: then even matched
-    controls stay below 1.
-
-    Args:
-        members, controls: indices by site; each control has as many as the set.
-        layers: the model's layers.
-        activations: the activations to compare by.
-
-    Returns: by projection, and as `all` for all of them, the control's mean activation at a site divided by the set's,
-        averaged over controls and sites, weighted by the set's number of neurons at the site. Ratios are taken per
-        site because layers and projections differ in scale. Sites where the whole set is inactive are left out.
-    """
-    ratios: dict[str, list[Tensor]] = {}
-    for (index, projection), indices in members.items():
-        values = _activations_at(layers[index], projection, activations)
-        if not values[indices].any():
-            continue
-        for control in controls:
-            ratio = (values[control[(index, projection)]].mean() / values[indices].mean()).expand(len(indices))
-            for name in (projection, "all"):
-                ratios.setdefault(name, []).append(ratio)
-    return {name: float(torch.cat(parts).mean()) for name, parts in ratios.items()}
-
-
-def _activations_at(layer: Layer, projection: str, activations: Activations) -> Tensor:
-    """Returns a projection's activations, (neurons,): `gate` and `up` as hidden units, `o` by the channels read."""
-    if projection == "o":
-        return activations[(layer.index, "v")][channels_read(layer)].double()
-    return activations[(layer.index, "down" if projection in FEED_FORWARD_PROJECTIONS else projection)].double()

@@ -127,7 +127,7 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
         )
     if recipe.training.packing and recipe.corpus.max_length is None:
         raise UserError("corpus.max_length: training.packing joins sentences to this many tokens; set it")
-    if recipe.training.neurons is None and name == "pilot":
+    if recipe.training.has_pilot:
         check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
     _check_mask(recipe, arguments, [name])
     check_trainer_arguments(arguments)

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from agnostic_train.model.decoder import find_decoder
-from agnostic_train.neurons.activity import Activations, activation_ratio
+from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, find_decoder
+from agnostic_train.neurons.activity import Activations
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.neurons.random_moves import channels_read
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,47 @@ def activation_ratios(neurons: LanguageNeurons, controls: Sequence[Contrast], mo
     overall = neurons.mean_activations
     if neurons.activations is None or overall is None:
         return None
-    layers = find_decoder(model).layers
-
-    def ratio(chosen: NeuronSet, drawn: Sequence[NeuronSet], activations: Activations) -> dict[str, float]:
-        return activation_ratio(dict(chosen.items()), [dict(it.items()) for it in drawn], layers, activations)
-
+    layers, own = find_decoder(model).layers, neurons.activations
     return {
-        "shared": ratio(neurons.shared, [it.shared for it in controls], overall),
+        "shared": activation_ratio(neurons.shared, [it.shared for it in controls], layers, overall),
         "exclusive": {
-            language: ratio(chosen, [it.exclusive[language] for it in controls], neurons.activations[language])
+            language: activation_ratio(chosen, [it.exclusive[language] for it in controls], layers, own[language])
             for language, chosen in neurons.exclusive.items()
         },
     }
+
+
+def activation_ratio(
+    members: NeuronSet, controls: Sequence[NeuronSet], layers: Sequence[Layer], activations: Activations
+) -> dict[str, float]:
+    """Returns how active random controls are relative to the set that they control for; 1 means equally active.
+
+    A set may hold the most active neurons of its sites, with none outside it that is as active: then even matched
+    controls stay below 1.
+
+    Args:
+        members, controls: the set and its controls; each control has as many neurons at every site.
+        layers: the model's layers.
+        activations: the activations to compare by.
+
+    Returns: by projection, and as `all` for all of them, the control's mean activation at a site divided by the set's,
+        averaged over controls and sites, weighted by the set's number of neurons at the site. Ratios are taken per
+        site because layers and projections differ in scale. Sites where the whole set is inactive are left out.
+    """
+    ratios: dict[str, list[Tensor]] = {}
+    for (index, projection), indices in members.items():
+        values = _activations_at(layers[index], projection, activations)
+        if not values[indices].any():
+            continue
+        for control in controls:
+            ratio = (values[control[(index, projection)]].mean() / values[indices].mean()).expand(len(indices))
+            for name in (projection, "all"):
+                ratios.setdefault(name, []).append(ratio)
+    return {name: float(torch.cat(parts).mean()) for name, parts in ratios.items()}
+
+
+def _activations_at(layer: Layer, projection: str, activations: Activations) -> Tensor:
+    """Returns a projection's activations, (neurons,): `gate` and `up` as hidden units, `o` by the channels read."""
+    if projection == "o":
+        return activations[(layer.index, "v")][channels_read(layer)].double()
+    return activations[(layer.index, "down" if projection in FEED_FORWARD_PROJECTIONS else projection)].double()

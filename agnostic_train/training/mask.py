@@ -30,7 +30,6 @@ class MaskedParameter:
         frozen: bool, True for entries that must not change; broadcasts over the weight, and is on its device.
     """
 
-    name: str
     parameter: nn.Parameter
     dim: int
     chosen: Tensor
@@ -63,8 +62,6 @@ class GradientMask:
     def __init__(self, model: nn.Module, neurons: NeuronSet):
         if not len(neurons):
             raise UserError("neurons: the set is empty, there is nothing to train")
-        self.model = model
-        self.neurons = neurons
         self.parameters = list(masked_parameters(model, neurons))
         self._found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._handles: list[RemovableHandle] = []
@@ -179,9 +176,7 @@ def masked_parameters(model: nn.Module, neurons: NeuronSet) -> Iterator[MaskedPa
                 "use 'compact', or merge the adapters first"
             )
         weight = chosen.linear.weight
-        yield MaskedParameter(
-            f"{name}.weight", weight, chosen.dim, chosen.index, chosen.frozen(weight.shape[chosen.dim])
-        )
+        yield MaskedParameter(weight, chosen.dim, chosen.index, chosen.frozen(weight.shape[chosen.dim]))
 
 
 def _zero_frozen(frozen: Tensor):

@@ -12,11 +12,12 @@ from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons import random_moves
-from agnostic_train.neurons.activity import MEASURED, activation_ratio
+from agnostic_train.neurons.activity import MEASURED
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores import agnostic_score
 from agnostic_train.scores.agnostic_score import language_agnostic_score
+from agnostic_train.scores.contrast import activation_ratio
 
 
 def activations_by_definition(model, batches):
@@ -215,8 +216,8 @@ def test_matched_controls_are_as_active_as_their_set_in_its_language(llama, monk
 
 def test_sites_without_activation_have_no_ratio(llama):
     layers = find_decoder(llama).layers
-    members = {(0, "q"): torch.tensor([0, 1]), (1, "q"): torch.tensor([2])}
-    control = {(0, "q"): torch.tensor([4, 5]), (1, "q"): torch.tensor([6])}
+    members = NeuronSet({(0, "q"): [0, 1], (1, "q"): [2]})
+    control = NeuronSet({(0, "q"): [4, 5], (1, "q"): [6]})
     activations = {(0, "q"): torch.zeros(60), (1, "q"): torch.arange(60.0)}
     assert activation_ratio(members, [control], layers, activations) == {"q": 3.0, "all": 3.0}
     assert activation_ratio(members, [], layers, activations) == {}

@@ -1,8 +1,13 @@
 """Recipes: which of flags, file and defaults takes precedence, and a clear one-line error for every mistake."""
 
+from dataclasses import fields
+from inspect import signature
+
 import pytest
 
+from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.errors import UserError
+from agnostic_train.recipe import DetectionSection
 from agnostic_train.recipe_file import load_recipe, make_recipe
 from agnostic_train.recipe_keys import recipe_keys, training_argument_types
 
@@ -30,6 +35,15 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     assert recipe.detection.top_ratio == 0.2 and recipe.corpus.languages == ["sw", "no"]
     assert recipe.training.languages == ["no"] and recipe.output_dir == "there"
     assert recipe.training.arguments == {"learning_rate": 1e-3, "max_steps": 7}
+
+
+def test_detection_section_has_the_defaults_of_detect_neurons():
+    parameters = signature(detect_neurons).parameters
+    shared = {field.name for field in fields(DetectionSection)} & parameters.keys()
+    assert {"top_ratio", "memory_gb", "verify"} < shared
+    assert {name: getattr(DetectionSection(), name) for name in shared} == {
+        name: parameters[name].default for name in shared
+    }
 
 
 def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):

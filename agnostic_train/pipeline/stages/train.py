@@ -74,7 +74,7 @@ def train(context: Context) -> dict:
     context.say(
         f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
-    if strategy != recipe.training.strategy:
+    if recipe.training.has_pilot:
         outputs.append(PILOT)
     return {
         "outputs": outputs,
@@ -164,7 +164,7 @@ def _choose(context: Context, name: str) -> Choice:
     choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
-    by_pilot = ", the best of the pilot" if context.recipe.training.strategy == "pilot" else ""
+    by_pilot = ", the best of the pilot" if context.recipe.training.has_pilot else ""
     return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}{by_pilot}")
 
 
