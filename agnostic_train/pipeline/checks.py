@@ -79,29 +79,29 @@ def _refused(what: str) -> Iterator[None]:
 def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` for a recipe that would fail after hours of work, or overwrite what it reads."""
     _check_not_overwritten(recipe)
+    _check_languages(recipe)
+    _check_checkpoints(recipe)
+    _check_neuron_file(recipe)
     name = recipe.training.strategy
     if name in BASELINES and recipe.export.to != "merged":
         reason = "trains all weights" if name == "full" else "writes adapter/, which is a LoRA already"
         raise UserError(f"export.to: {recipe.export.to!r} needs neurons, and training.strategy {name!r} {reason}")
     if recipe.training.neurons is None and name != "pilot":
         make_strategy(recipe, name, arguments.seed)  # raises for missing thresholds
-    if recipe.training.neurons is not None and name not in SET_STRATEGIES:
-        raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {name} out")
-    neurons = recipe.training.neurons
-    if neurons is not None and Path(neurons).is_dir():
-        raise UserError(f"training.neurons: {neurons} is a folder; name a file of it, such as shared.safetensors")
-    if neurons is not None and not Path(neurons).is_file():
-        raise UserError(f"training.neurons: no such file {neurons}")
+    if recipe.training.packing and recipe.corpus.max_length is None:
+        raise UserError("corpus.max_length: training.packing joins sentences to this many tokens; set it")
+    if recipe.training.has_pilot:
+        check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
+    _check_mask(recipe, arguments, [name])
+    check_trainer_arguments(arguments)
     results = recipe.tracking.results_dir
     if results is not None and Path(results).exists() and not Path(results).is_dir():
         raise UserError(f"tracking.results_dir: {results} is a file; name a folder")
-    for checkpoint in parse_checkpoints(recipe.model.checkpoints):
-        check_checkpoint(recipe.model, checkpoint.source, "model.checkpoints")
-    for source in recipe.evaluation.checkpoints:
-        if source in ("before", "after"):
-            raise UserError(f"evaluation.checkpoints: {source!r} is a name of this run's own; write ./{source}")
-        check_checkpoint(recipe.model, source, "evaluation.checkpoints")
-    repeated = set(recipe.corpus.languages) & set(recipe.evaluation.languages)
+
+
+def _check_languages(recipe: Recipe) -> None:
+    languages = recipe.corpus.languages
+    repeated = set(languages) & set(recipe.evaluation.languages)
     if repeated:
         raise UserError(
             f"evaluation.languages: {sorted(repeated)[0]!r} is in corpus.languages, and measured anyway; leave it out"
@@ -112,25 +112,38 @@ def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
             "or corpus.data_files"
         )
     for language in recipe.training.languages:
-        if language not in recipe.corpus.languages:
-            raise UserError(
-                f"training.languages: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
-            )
+        if language not in languages:
+            raise UserError(f"training.languages: {language!r} isn't in corpus.languages ({', '.join(languages)})")
     if recipe.training.mixture is not None:
         _check_mixture(recipe, recipe.training.mixture)
-    if recipe.training.needs_detection and len(recipe.corpus.languages) < 2:
+    if recipe.training.needs_detection and len(languages) < 2:
         raise UserError("corpus.languages: one language shares nothing with others; name at least two")
-    if (recipe.detection.min_languages or 1) > len(recipe.corpus.languages):
+    if (recipe.detection.min_languages or 1) > len(languages):
         raise UserError(
-            f"detection.min_languages: {recipe.detection.min_languages} is more than the "
-            f"{len(recipe.corpus.languages)} of corpus.languages"
+            f"detection.min_languages: {recipe.detection.min_languages} is more than the {len(languages)} of "
+            "corpus.languages"
         )
-    if recipe.training.packing and recipe.corpus.max_length is None:
-        raise UserError("corpus.max_length: training.packing joins sentences to this many tokens; set it")
-    if recipe.training.has_pilot:
-        check_trials(recipe, arguments, recipe.training.pilot_strategies, "training.strategy: 'pilot'")
-    _check_mask(recipe, arguments, [name])
-    check_trainer_arguments(arguments)
+
+
+def _check_checkpoints(recipe: Recipe) -> None:
+    for checkpoint in parse_checkpoints(recipe.model.checkpoints):
+        check_checkpoint(recipe.model, checkpoint.source, "model.checkpoints")
+    for source in recipe.evaluation.checkpoints:
+        if source in ("before", "after"):
+            raise UserError(f"evaluation.checkpoints: {source!r} is a name of this run's own; write ./{source}")
+        check_checkpoint(recipe.model, source, "evaluation.checkpoints")
+
+
+def _check_neuron_file(recipe: Recipe) -> None:
+    neurons, strategy = recipe.training.neurons, recipe.training.strategy
+    if neurons is None:
+        return
+    if strategy not in SET_STRATEGIES:
+        raise UserError(f"training.neurons: takes the place of a strategy; leave training.strategy: {strategy} out")
+    if Path(neurons).is_dir():
+        raise UserError(f"training.neurons: {neurons} is a folder; name a file of it, such as shared.safetensors")
+    if not Path(neurons).is_file():
+        raise UserError(f"training.neurons: no such file {neurons}")
 
 
 def _check_not_overwritten(recipe: Recipe) -> None:

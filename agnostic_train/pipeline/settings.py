@@ -29,42 +29,8 @@ def make_strategy(recipe: Recipe, name: str, seed: int) -> Strategy:
 def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
     """Returns the recipe's `TrainingArguments`, with `changes`; raises `UserError` for an invalid value."""
     given = recipe.training.arguments
-    metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
-    named = given.get("metric_for_best_model")
-    if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
-        raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
-    defaults: dict[str, Any] = {}
-    needs_metric = (
-        given.get("load_best_model_at_end")
-        or given.get("save_strategy") == "best"
-        or given.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    )
-    if needs_metric and recipe.training.languages:
-        defaults["metric_for_best_model"] = f"eval_{recipe.training.languages[0]}_loss"
-    # On a CPU, several processes need `use_cpu`, and pinned memory warns.
-    accelerator = find_accelerator() is not None
-    defaults |= {"use_cpu": not accelerator, "dataloader_pin_memory": accelerator, "output_dir": recipe.output_dir}
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        # Under every other engine, a Trainer reads the launcher's mixed precision itself.
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
-        defaults |= {key: precision == key for key in ("bf16", "fp16")}
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
-        value = given.get(key)
-        # In transformers, -1 means that epochs count, not steps.
-        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
-            raise UserError(f"training.{key}: must be above 0, not {value}")
-    if given.get("resume_from_checkpoint") is not None:
-        raise UserError("training.resume_from_checkpoint: an interrupted training resumes by itself; remove the key")
-    if given.get("push_to_hub"):
-        raise UserError(
-            "training.push_to_hub: would upload all of output_dir, the text included; after the export, run "
-            f"hf upload NAME {os.path.join(recipe.output_dir, 'enhanced')}"
-        )
-    for key in ("seed", "data_seed"):
-        value = given.get(key)
-        # NumPy's generators accept no other seeds.
-        if value is not None and not 0 <= value < 2**32:
-            raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
+    _check_given(recipe)
+    defaults = _defaults(recipe)
 
     def make(**settings) -> NeuronTrainingArguments:
         return NeuronTrainingArguments(
@@ -83,6 +49,56 @@ def training_arguments(recipe: Recipe, **changes) -> NeuronTrainingArguments:
             f"training.max_steps: {arguments.max_steps} steps, and num_train_epochs is ignored; with -1 it is used"
         )
     return arguments
+
+
+def _check_given(recipe: Recipe) -> None:
+    """Refuses what `TrainingArguments` accepts, but what wouldn't work here or means something else."""
+    given = recipe.training.arguments
+    metrics = [f"eval_{language}_loss" for language in recipe.corpus.languages]
+    named = given.get("metric_for_best_model")
+    if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
+        raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
+        value = given.get(key)
+        # In transformers, -1 means that epochs count, not steps.
+        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
+            raise UserError(f"training.{key}: must be above 0, not {value}")
+    for key in ("seed", "data_seed"):
+        value = given.get(key)
+        # NumPy's generators accept no other seeds.
+        if value is not None and not 0 <= value < 2**32:
+            raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
+    if given.get("resume_from_checkpoint") is not None:
+        raise UserError("training.resume_from_checkpoint: an interrupted training resumes by itself; remove the key")
+    if given.get("push_to_hub"):
+        raise UserError(
+            "training.push_to_hub: would upload all of output_dir, the text included; after the export, run "
+            f"hf upload NAME {os.path.join(recipe.output_dir, 'enhanced')}"
+        )
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """Arguments that depend on the machine, the launcher or other sections, unless the recipe sets them."""
+    given = recipe.training.arguments
+    # On a CPU, several processes need `use_cpu`, and pinned memory warns.
+    accelerator = find_accelerator() is not None
+    defaults: dict[str, Any] = {
+        "use_cpu": not accelerator,
+        "dataloader_pin_memory": accelerator,
+        "output_dir": recipe.output_dir,
+    }
+    needs_metric = (
+        given.get("load_best_model_at_end")
+        or given.get("save_strategy") == "best"
+        or given.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    )
+    if needs_metric and recipe.training.languages:
+        defaults["metric_for_best_model"] = f"eval_{recipe.training.languages[0]}_loss"
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # Under every other engine, a Trainer reads the launcher's mixed precision itself.
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        defaults |= {key: precision == key for key in ("bf16", "fp16")}
+    return defaults
 
 
 def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments], mistake: Exception) -> str:
