@@ -71,10 +71,14 @@ class Pipeline:
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
         forced = {name: self.force and stage in ("run", name) for name in stages}
+        any_runs = False
         for name in stages:
-            STAGE_TABLE[name].check_materials(self.materials, self.training_arguments)
             self.inputs.of(name)
-            if forced[name] or self.inputs.state(name) != "finished":
+            runs = forced[name] or self.inputs.state(name) != "finished"
+            any_runs |= runs
+            if any_runs:  # a stage after one that runs may have to run again
+                STAGE_TABLE[name].check_materials(self.materials, self.training_arguments)
+            if runs:
                 self._check_folders(name, forced[name])
         with (
             sole_user(self.directory) if self.processes.is_main_process else nullcontext(),
