@@ -142,7 +142,7 @@ def _explain_unknown(argument: str) -> str:
     if own_key is not None:
         return f"unknown flag {name}; it comes from the recipe's own key, --{own_key}"
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
-    nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.5)
+    nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.6)
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 

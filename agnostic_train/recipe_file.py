@@ -219,7 +219,7 @@ def _explain(error: dict) -> str:
 
 
 def _unknown(key: str, candidates: list[str]) -> str:
-    nearest = get_close_matches(key, candidates, n=1, cutoff=0.5)
+    nearest = get_close_matches(key, candidates, n=1, cutoff=0.6)
     return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 

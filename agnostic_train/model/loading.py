@@ -47,9 +47,9 @@ def find_accelerator() -> torch.device | None:
     return None if accelerator is not None and accelerator.type == "mps" else accelerator
 
 
-def load_config(section: ModelSection, name: str | Path) -> PreTrainedConfig:
-    """Reads the model's config; raises `UserError` if it can't."""
-    return read(AutoConfig, name, "model.name", **_source(section))
+def load_config(section: ModelSection, name: str | Path, key: str = "model.name") -> PreTrainedConfig:
+    """Reads a model's config; raises `UserError` that names `key` if it can't."""
+    return read(AutoConfig, name, key, **_source(section))
 
 
 def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
@@ -87,6 +87,14 @@ def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkp
     if Path(source).is_dir():
         return load_model(section, source, key)
     return load_model(replace(section, revision=source), section.name, key)
+
+
+def checkpoint_config(section: ModelSection, source: str, key: str) -> PreTrainedConfig:
+    """Reads the config of what `load_checkpoint` loads, with the same errors."""
+    check_checkpoint(section, source, key)
+    if Path(source).is_dir():
+        return load_config(section, source, key)
+    return load_config(replace(section, revision=source), section.name, key)
 
 
 def checkpoint_identity(section: ModelSection, source: str) -> dict:

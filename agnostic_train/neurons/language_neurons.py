@@ -180,10 +180,13 @@ class LanguageNeurons:
         )
 
 
-def set_hashes(directory: str | Path) -> dict[str, str]:
-    """Returns the SHA-256 of each saved set's file; equal sets have equal hashes. Empty if there are no files."""
+def set_hashes(directory: str | Path, with_activations: bool = False) -> dict[str, str]:
+    """Returns the SHA-256 of each saved set's file; equal sets have equal hashes. Empty if there are no files.
+
+    with_activations: also that of the activations, which only random controls of a score depend on.
+    """
     files = sorted(Path(directory).glob("*.safetensors"))
-    return {file.name: hash_file(file) for file in files if file.name != ACTIVATIONS_FILE}
+    return {file.name: hash_file(file) for file in files if with_activations or file.name != ACTIVATIONS_FILE}
 
 
 def is_neuron_file(path: Path) -> bool:

@@ -14,7 +14,7 @@ from agnostic_train.corpus.evaluation_text import read_evaluation_text, seen_in_
 from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
-from agnostic_train.model.loading import load_config, load_model, load_tokenizer
+from agnostic_train.model.loading import checkpoint_config, load_config, load_model, load_tokenizer
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 
@@ -137,6 +137,20 @@ class Materials:
     def encoder(self) -> Encoder:
         config = load_config(self.recipe.model, self.model_path)
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
+
+    def check_vocabularies(self, key: str, sources: Sequence[str]) -> None:
+        """Raises `UserError` that names `key` for a checkpoint that lacks tokens of the model's vocabulary.
+
+        sources: folders, or revisions of the model's hub repository.
+        """
+        for source in sources:
+            config = checkpoint_config(self.recipe.model, source, key)
+            size, needed = config.get_text_config().vocab_size, self.encoder.vocab_size
+            if needed is not None and size < needed:
+                raise UserError(
+                    f"{key}: {source} has a vocabulary of {size}, smaller than the model's of {needed}; name another "
+                    "state of the model"
+                )
 
     def batches(
         self, purpose: str, sentences: dict[str, list[str]] | None = None, batch_size: int | None = None

@@ -223,7 +223,8 @@ class Pipeline:
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
         for name, row in STAGE_TABLE.items():
             record = self.manifest.record(name)
-            if name != stage and row.section is not None and record.get("finished"):
+            shows = name != stage and row.section is not None and record.get("finished")
+            if shows and (name != "compare" or self.inputs.has_comparison):
                 recipe[row.section] = record.get("settings", recipe[row.section])
                 hashes |= record.get("corpus", {})
         export = self.manifest.record("export")

@@ -87,12 +87,14 @@ class StageInputs:
     def whole(self, stage: str) -> dict:
         """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
-        A result is identified by the run that made it. Training and comparison identify a detection by its sets
-        instead, because detecting again, with another memory limit or with `stability`, often gives the same sets.
+        A result is identified by the run that made it, a detection by its sets, because detecting again, with another
+        memory limit or with `stability`, often gives the same sets. (The report shows more of it than the sets.)
         """
         results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
-        if "detect" in results and stage in ("train", "compare"):
-            results["detect"] = fingerprint(set_hashes(self._manifest.directory / "neurons"))
+        if "detect" in results and stage != "report":
+            # Random controls of the score also depend on the activations.
+            neurons = self._manifest.directory / "neurons"
+            results["detect"] = fingerprint(set_hashes(neurons, with_activations=stage == "score"))
         return self.of(stage) | {f"the result of {it}": result for it, result in results.items()}
 
     def state(self, stage: str) -> str:

@@ -51,6 +51,7 @@ STAGE_TABLE = {
         "detection",
         folders=lambda recipe: {"neurons": is_neuron_file},
         memory_keys="corpus.batch_size or detection.memory_gb",
+        check=detect.check_model,
     ),
     "score": Stage(
         score.score,
@@ -59,6 +60,7 @@ STAGE_TABLE = {
         folders=lambda recipe: {score.EMERGENCE: is_emergence_file} if recipe.model.checkpoints else {},
         replaces=("score",),
         memory_keys="corpus.batch_size",
+        check_materials=score.check_materials,
     ),
     "train": Stage(
         train.train,
@@ -78,7 +80,13 @@ STAGE_TABLE = {
         folders=lambda recipe: {export.EXPORTS[to]: is_exported for to in ("merged", recipe.export.to)},
         replaces=("export", "evaluate"),
     ),
-    "evaluate": Stage(evaluate.evaluate, evaluate.publish, "evaluation", memory_keys="evaluation.batch_size"),
+    "evaluate": Stage(
+        evaluate.evaluate,
+        evaluate.publish,
+        "evaluation",
+        memory_keys="evaluation.batch_size",
+        check_materials=evaluate.check_materials,
+    ),
     "report": Stage(report.report, report.publish, None, folders=lambda recipe: {"figures": is_run_figure}),
     "compare": Stage(
         compare.compare,

@@ -1,4 +1,8 @@
-"""Perplexity over a corpus, and bits per byte, which can be compared across languages and tokenizers."""
+"""Perplexity over a corpus, and bits per byte, which can be compared across languages and tokenizers.
+
+A sentence's first token isn't scored, although its bytes count: numbers are comparable only if it is a
+beginning-of-sequence token, or if it is a small part of the sentence in both.
+"""
 
 import json
 import math

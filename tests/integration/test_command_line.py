@@ -375,9 +375,9 @@ def test_stage_with_a_damaged_file_and_its_dependents_run_again(finished, capsys
     assert run(finished, "run") == 0
     printed = capsys.readouterr().out
     kept = {line.split(":")[0] for line in printed.splitlines() if "unchanged" in line}
-    # Detecting again gives the same sets, so what was trained on them is kept.
+    # Detecting again gives the same sets, so what was measured and trained with them is kept.
     rerun = {
-        "detect": ["detect", "score", "report"],
+        "detect": ["detect", "report"],
         "score": ["score", "report"],
         "train": ["train", "export", "evaluate", "report"],
     }
@@ -440,8 +440,10 @@ def test_best_checkpoint_by_the_loss_of_the_first_enhanced_language(root):
 def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsys):
     small = tiny_llama(vocab_size=50)
     small.save_pretrained(root / "small")
-    message = "model.checkpoints: small: its vocabulary of 50 is smaller than the model's, "
-    assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'small'}"], message, capsys)
+    for key, value in (("model.checkpoints", f"7={root / 'small'}"), ("evaluation.checkpoints", str(root / "small"))):
+        message = f"{key}: {root / 'small'} has a vocabulary of 50, smaller than the model's of "
+        assert_mistake(root, "run", [f"--{key}={value}"], message, capsys)
+        assert not (root / "out/manifest.json").exists()
     broken = tiny_llama(vocab_size=400)
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from tokenizers import normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from agnostic_train.files import read_json
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -332,6 +332,26 @@ def test_foreign_files_are_refused_before_any_stage(root, capsys):
         assert message in printed.err and "detect:" not in printed.out
         shutil.rmtree(root / "out" / folder)
     assert run(root, "detect") == 0
+
+
+def test_refused_model_leaves_a_finished_detection(root, capsys):
+    assert run(root, "score") == 0
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        root / "other"
+    )
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(root / "other")
+    assert run(root, "score", f"--model.name={root / 'other'}") == 2
+    assert "it isn't supported" in capsys.readouterr().err
+    assert run(root, "score") == 0
+    printed = capsys.readouterr().out
+    assert "detect: unchanged, kept" in printed and "score: unchanged, kept" in printed
+
+
+def test_detecting_the_same_sets_again_keeps_the_score(root, capsys):
+    assert run(root, "score") == 0
+    assert run(root, "score", "--detection.verify=false") == 0
+    printed = capsys.readouterr().out
+    assert "detect: find each language" in printed and "score: unchanged, kept" in printed
 
 
 def test_measurements_of_the_same_weights_are_reused(root, monkeypatch, capsys):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from agnostic_train.files import hash_file, read_json, whole_file, write_json
-from agnostic_train.neurons.language_neurons import ACTIVATIONS_FILE, LanguageNeurons, set_hashes
+from agnostic_train.files import read_json, whole_file, write_json
+from agnostic_train.neurons.language_neurons import LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stage_inputs import StageInputs
@@ -63,9 +63,8 @@ class Context:
 
     @property
     def neuron_hashes(self) -> dict[str, str]:
-        """`set_hashes`, and the hash of the activations, which only the random controls depend on."""
-        file = self.directory / "neurons" / ACTIVATIONS_FILE
-        return self.set_hashes | ({file.name: hash_file(file)} if file.exists() else {})
+        """`set_hashes` with that of the activations."""
+        return set_hashes(self.directory / "neurons", with_activations=True)
 
     def publish_tables(
         self, tables: Mapping[str, Table | None], files: Mapping[str, Path | None] | None = None

@@ -10,6 +10,7 @@ from agnostic_train.detection.stability import detection_stability
 from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, whole_file
 from agnostic_train.impact.pruning import num_top
+from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.tables import neuron_table
@@ -17,6 +18,12 @@ from agnostic_train.report.tables import neuron_table
 SELF_CHECK_FILE = "self_check.txt"
 # Fewer related neurons than this fraction of a sentence's top neurons call for a hint.
 _FEW_RATIO = 0.05
+
+
+def check_model(context: Context) -> None:
+    """Raises `UserError` for a model that isn't supported or can't read its tokenizer's tokens."""
+    find_decoder(context.materials.model)
+    context.materials.batches("detection")
 
 
 def detect(context: Context) -> dict:

@@ -18,11 +18,13 @@ from agnostic_train.files import fingerprint, hash_file, read_json, whole_file, 
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
 from agnostic_train.pipeline.manifest import package_versions
+from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
 from agnostic_train.scores.perplexity import NonFiniteLossError
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class _Checkpoint:
 
     identity: dict
     load: Callable[[], PreTrainedModel]
+
+
+def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` for a checkpoint whose vocabulary is smaller than the model's."""
+    materials.check_vocabularies("evaluation.checkpoints", materials.recipe.evaluation.checkpoints)
 
 
 def evaluate(context: Context) -> dict:

@@ -9,6 +9,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, read_json, whole_directory, write_json
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect_in
 from agnostic_train.report.page import EMERGENCE_FILES, draw_emergence, is_emergence_file
@@ -16,8 +17,15 @@ from agnostic_train.report.tables import ablation_table, emergence_table, score_
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
 from agnostic_train.scores.result import CONTROLS, AgnosticScore
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 EMERGENCE = "emergence"
+
+
+def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` for a checkpoint whose vocabulary is smaller than the model's."""
+    sources = [it.source for it in parse_checkpoints(materials.recipe.model.checkpoints)]
+    materials.check_vocabularies("model.checkpoints", sources)
 
 
 def score(context: Context) -> dict:
@@ -94,7 +102,6 @@ def _follow_checkpoints(context: Context) -> list[str]:
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
         try:
-            _check_vocabulary(context, model)
             detected = detect_in(context, model, sample, verify=context.recipe.detection.verify)
             score = _score_of(context, model, detected)
         except UserError as error:
@@ -119,9 +126,3 @@ def _follow_checkpoints(context: Context) -> list[str]:
         with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
             draw_emergence(rows, folder)
     return ["emergence.json", EMERGENCE]
-
-
-def _check_vocabulary(context: Context, model: PreTrainedModel) -> None:
-    size, needed = model.get_input_embeddings().weight.shape[0], context.materials.encoder.vocab_size
-    if needed is not None and size < needed:
-        raise UserError(f"its vocabulary of {size} is smaller than the model's, {needed}; name another state of it")
