@@ -217,8 +217,8 @@ def _check_vocabulary(trained: Trained, tokenizer: PreTrainedTokenizerBase | Non
     if whole or trained.base_name is None:
         return
     try:
-        config = AutoConfig.from_pretrained(trained.base_name, local_files_only=True)
-    except (OSError, ValueError):  # not at hand
+        config = AutoConfig.from_pretrained(trained.base_name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # not at hand, or with code of its own
         return
     of_base = config.get_text_config().vocab_size
     if of_base != size:

@@ -30,6 +30,7 @@ class Trained:
         base: the model before training, or None if unknown.
         neurons: the trained neurons, or None if unknown.
         base_name: the name or path that the base was loaded from; None if unknown, or if it has been trained since.
+        trained_before: whether neurons were trained before the adapter: the weights around it may not be the base's.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Trained:
     base: nn.Module | None
     neurons: NeuronSet | None
     base_name: str | None
+    trained_before: bool = False
 
     @classmethod
     def of(
@@ -71,16 +73,19 @@ class Trained:
                 raise UserError(
                     f"{model}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
                 )
-            return cls(loaded, adapter, loaded, _all_trained(own, named), loaded.name_or_path or None)
+            chosen = _all_trained(own, named)
+            return cls(loaded, adapter, loaded, chosen, _name_of(loaded), chosen != own)
         check_whole(model, "exporting")
         plain = plain_model(model)
         find_decoder(plain).check_on_devices("exporting")
         adapter = adapter_deltas(plain)
         earlier = getattr(plain, "trained_neurons", None)
-        if not adapter:
-            trained = earlier if named is None else named
-        else:
-            trained = _all_trained(adapter_neurons(plain), named)
+        trained: NeuronSet | None = earlier if named is None else named
+        trained_before = False
+        if adapter:
+            own = adapter_neurons(plain)
+            trained = _all_trained(own, named)
+            trained_before = earlier is not None or trained != own
             if named is None and earlier is not None:
                 if base is None and len(earlier - trained):
                     raise UserError(
@@ -90,12 +95,10 @@ class Trained:
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
             raise UserError("base: it is the trained model itself; give the model from before training, or its folder")
-        if loaded is not None:
-            name = loaded.name_or_path
-        else:
-            # The frozen weights around an adapter are no longer those that the model was loaded with.
-            name = "" if adapter and earlier is not None else plain.name_or_path
-        return cls(plain, adapter, loaded, trained, name or None)
+        name = plain.name_or_path or None
+        if loaded is not None or adapter:
+            name = _name_of(plain if loaded is None else loaded)
+        return cls(plain, adapter, loaded, trained, name, trained_before)
 
     @property
     def is_quantised(self) -> bool:
@@ -121,20 +124,23 @@ class Trained:
     def deltas(self) -> Mapping[str, Delta]:
         """Returns the changes made by training, as rows and columns to add to the base's weights.
 
+        Without a known base, an adapter's changes are those from the weights around it.
+
         Raises:
-            UserError: neurons were trained before the adapter of a quantised model or one without a known base, or a
-                model without an adapter has no known base or neurons.
+            UserError: neurons were trained before the adapter, and how they changed isn't known, or a model without an
+                adapter has no known base or neurons.
         """
-        if self.adapter and (self.base is None or self.base is self.model or self.is_quantised):
-            num_chosen, num_held = (
-                sum(len(it.index) for it in entries.values()) for entries in (self.chosen or {}, self.adapter)
+        if self.adapter:
+            holds_all = sum(len(it.index) for it in (self.chosen or {}).values()) == sum(
+                len(it.index) for it in self.adapter.values()
             )
-            if num_chosen > num_held:
+            if not self.trained_before or (self.base is None and holds_all):
+                return self.adapter
+            if self.base is None or self.base is self.model or self.is_quantised:
                 raise UserError(
-                    "neurons: some were trained before the adapter, which doesn't hold them; give the model from "
-                    "before that training as base"
+                    "neurons: some were trained before the adapter, which doesn't hold them; give the trained model "
+                    "itself, not quantised, and the model from before all training as base"
                 )
-            return self.adapter
         if self.base is None:
             raise UserError(
                 "base: an adapter is the difference from the model before training; give that model as base"
@@ -153,6 +159,11 @@ def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:
     if len(own - named):
         raise UserError("neurons: some that the adapter trains aren't among them; name all that were trained, or none")
     return named
+
+
+def _name_of(base: nn.Module) -> str | None:
+    """The name that a base was loaded by; None if it has been trained since."""
+    return None if getattr(base, "trained_neurons", None) is not None else base.name_or_path or None
 
 
 def _share_weights(model: nn.Module, other: nn.Module) -> bool:

@@ -32,8 +32,6 @@ _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
 # the limit is `_MOST_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
 # that are shorter by the factor `_SHORTER`.
 _MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
-# Relative distance up to which two tensors are the same but for half-precision rounding.
-_SAME = 0.01
 
 
 class QueryKeyImpacts:
@@ -121,9 +119,9 @@ class QueryKeyImpacts:
             if (norm := self.layer.norms.get(name)) is not None:
                 whole = self.layer.norm_spans_heads(name)
                 output = norm(output if whole else output.unflatten(-1, (-1, self.layer.head_dim))).view_as(output)
-            received = inputs.query if name == "q" else inputs.key
-            distance = (inputs.per_query_head(output) - received).norm()
-            self._rotates = not distance <= _SAME * received.norm()
+            plain, received = inputs.per_query_head(output), inputs.query if name == "q" else inputs.key
+            rotated = angles.rotation.apply(plain, angles.cos, angles.sin)
+            self._rotates = not (plain - received).norm() < (rotated - received).norm()
         return self._rotates
 
     def _sentences_at_once(self, inputs: AttentionInputs) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,40 @@ def full_precision() -> Iterator[None]:
     `torch_compile: true` in TrainingArguments enable it for the whole process.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    found = [backend.fp32_precision for backend in backends]
+    found = [_own_precision(backend) for backend in backends]
+    older = _older_setting()
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
         yield
     finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, found, strict=True):
             backend.fp32_precision = precision
+
+
+def _older_setting() -> str | None:
+    """The setting of torch's older interface; None if it refuses to read what was set through the newer one."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        pass
+    try:
+        return "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
+    except RuntimeError:
+        return None
+
+
+def _own_precision(backend: Any) -> str:
+    """A backend's own setting, "none" if it follows that of all backends, which may change later."""
+    effective = backend.fp32_precision
+    backend.fp32_precision = "none"
+    inherited = backend.fp32_precision
+    backend.fp32_precision = effective
+    return "none" if inherited == effective else effective
 
 
 @contextmanager
@@ -216,7 +243,8 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     special = batch.get("special_tokens_mask")
     if special is None:
         return real, real
-    if special.device.type == "cpu" and special.all(1).any():
+    padding = 0 if mask is None else mask.to(special.device) == 0
+    if special.device.type == "cpu" and (special.bool() | padding).all(1).any():
         logger.warning_once(
             "special_tokens_mask: a sentence has special tokens alone (1 in the mask), so no neuron has an impact there"
         )

@@ -139,17 +139,17 @@ class Materials:
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
 
     def check_vocabularies(self, key: str, sources: Sequence[str]) -> None:
-        """Raises `UserError` that names `key` for a checkpoint that lacks tokens of the model's vocabulary.
+        """Raises `UserError` that names `key` for a checkpoint that lacks tokens of the model's tokenizer.
 
         sources: folders, or revisions of the model's hub repository.
         """
         for source in sources:
             config = checkpoint_config(self.recipe.model, source, key)
-            size, needed = config.get_text_config().vocab_size, self.encoder.vocab_size
-            if needed is not None and size < needed:
+            size = config.get_text_config().vocab_size
+            if size < len(self.tokenizer):
                 raise UserError(
-                    f"{key}: {source} has a vocabulary of {size}, smaller than the model's of {needed}; name another "
-                    "state of the model"
+                    f"{key}: {source} has a vocabulary of {size}, and the tokenizer {len(self.tokenizer)} tokens; name "
+                    "another state of the model"
                 )
 
     def batches(

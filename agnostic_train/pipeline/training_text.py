@@ -39,7 +39,7 @@ def count_batches(
         for language, sentences in training.items():
             sequences[language] /= encoder.sentences_packed(sentences, f"training text of {language}")
     in_epoch = sum(_epoch_sizes({language: ceil(number) for language, number in sequences.items()}, section).values())
-    if not section.packing:
+    if is_read or not section.packing:
         check_batches(in_epoch, arguments)
     whole = floor if arguments.dataloader_drop_last else ceil
     return whole(in_epoch / (arguments.train_batch_size * arguments.world_size))

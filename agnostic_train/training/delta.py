@@ -98,13 +98,15 @@ def weight_deltas(
 ) -> dict[str, Delta]:
     """Returns the differences between a trained model and its base at the trained neurons, by module name.
 
-    adapter: the model's own deltas, of some of these neurons; added to what its frozen weights differ by.
+    adapter: the model's own deltas, of some of these neurons; added to what its frozen weights differ by. Their
+        rounding to the model's dtype isn't part of the difference then, as in an adapter alone.
     """
     weights, deltas = dict(base.named_modules()), {}
     for name, chosen in chosen_entries(model, neurons).items():
         weight = chosen.linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        before = weights[name].weight.to(weight.device, dtype).index_select(chosen.dim, chosen.index)
+        before = weights[name].weight.to(weight.device, weight.dtype if adapter else dtype).to(dtype)
+        before = before.index_select(chosen.dim, chosen.index)
         difference = weight.to(dtype).index_select(chosen.dim, chosen.index) - before
         if name in adapter:
             held = adapter[name]
@@ -140,7 +142,7 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
             # PEFT also saves embeddings that were resized.
             raise UserError(
                 f"{directory}: the adapter came with other weights, such as {others[0].removeprefix(KEY_PREFIX)}; load "
-                "it with PEFT onto its base, resized alike, and export that model"
+                "it with PEFT onto its base (resized, if the vocabulary was), and export that model"
             )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):

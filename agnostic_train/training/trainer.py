@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,6 +118,9 @@ class NeuronTrainer(GuardedTrainer):
         for parameter, value in zip(adapter, values, strict=True):
             if parameter.dtype != value.dtype:  # TRL casts trainable parameters of quantised models to bfloat16
                 parameter.data = value.to(parameter.device)
+        for module in self.model.modules():  # an adapter that TRL has made is cast, too
+            for delta in module.neuron_delta.values() if isinstance(module, NeuronLinear) else []:
+                delta.data = delta.data.to(torch.promote_types(delta.dtype, torch.float32))
         if self.neurons is None and self._detection is not None:
             self._check_strategy(self._detection)
 
@@ -172,9 +174,7 @@ class NeuronTrainer(GuardedTrainer):
                     "start in another output_dir"
                 )
         try:
-            # Not `self.log`: TRL's adds means of its metrics since it was last called, which belong to the loss.
-            log = partial(Trainer.log, self)
-            with nullcontext() if self._detection is None else self._detection.reporting_to(log):
+            with nullcontext() if self._detection is None else self._detection.reporting_to(self._log_detection):
                 if self.model_init is None:
                     prepared = self._prepared(self.model)
                     if prepared is not self.model:
@@ -185,6 +185,13 @@ class NeuronTrainer(GuardedTrainer):
                 # A mask left on the model would silently freeze the parameters of a later training.
                 self._mask.remove()
                 self._mask = self._guarded = None
+
+    def _log_detection(self, metrics: dict[str, float]) -> None:
+        if any(it.__module__.startswith("trl.") and "log" in vars(it) for it in type(self).__mro__):
+            # TRL's `log` adds means of its metrics since it was last called, which belong to the loss.
+            Trainer.log(self, metrics)
+        else:
+            self.log(metrics)
 
     def call_model_init(self, trial=None) -> nn.Module:
         """Creates the model as `Trainer` does; inside `train()`, also prepares it for neuron training."""

@@ -441,7 +441,7 @@ def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsy
     small = tiny_llama(vocab_size=50)
     small.save_pretrained(root / "small")
     for key, value in (("model.checkpoints", f"7={root / 'small'}"), ("evaluation.checkpoints", str(root / "small"))):
-        message = f"{key}: {root / 'small'} has a vocabulary of 50, smaller than the model's of "
+        message = f"{key}: {root / 'small'} has a vocabulary of 50, and the tokenizer "
         assert_mistake(root, "run", [f"--{key}={value}"], message, capsys)
         assert not (root / "out/manifest.json").exists()
     broken = tiny_llama(vocab_size=400)

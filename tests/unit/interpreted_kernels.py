@@ -376,7 +376,7 @@ def test_kernel_equals_the_torch_form(common, grows, softcap, capped, monkeypatc
     if grows:
         logit_change = replace(logit_change, **{grows: 1 + torch.rand(2, 3, 21, 10)})
     expected = attention.squared_changes(logit_change)
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     monkeypatch.setattr(AttentionBlock, "squares", None)
     torch.testing.assert_close(attention.squared_changes(logit_change), expected, rtol=1e-5, atol=0)
 
@@ -401,7 +401,7 @@ def test_sieve_finds_the_same_top(family, side, attention, monkeypatch):
         model = family_model(family, **SMALL)
     batch = padded_batch([1, 17], side)
     expected = unverified_impacts(model, batch, ["q", "k"], attention)
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     unpruned = unverified_impacts(model, batch, ["q", "k"], attention)
     impacts, meter = pruned_impacts(model, batch, 0.1, attention)
     for site, values in expected.items():
@@ -421,7 +421,7 @@ def test_norm_over_all_heads_uses_the_kernel(monkeypatch):
     """The kernel computes the changes in the heads of each neuron."""
     model, batch = family_model("OLMo 2", num_hidden_layers=1), padded_batch([1, 17], "left")
     expected = unverified_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     monkeypatch.setattr(AttentionBlock, "squares", None)
     for top_ratio in (0.1, 1.0):
         impacts, meter = pruned_impacts(model, batch, top_ratio)
@@ -440,7 +440,7 @@ def test_sieve_finds_the_same_top_at_any_scale(scale, monkeypatch):
         find_decoder(model).layers[0].projections["q"].linear.weight.mul_(scale)
     batch = padded_batch([18, 9])
     expected = unverified_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     unpruned = unverified_impacts(model, batch, ["q", "k"])
     for top_ratio in (0.1, 0.3, 1.0):
         impacts, _ = pruned_impacts(model, batch, top_ratio)
@@ -453,7 +453,7 @@ def test_sieve_finds_the_same_top_at_any_scale(scale, monkeypatch):
 def test_neuron_in_the_top_by_its_lower_end_has_a_finite_impact(monkeypatch):
     """If one of its rows has overflowed, its interval has no upper end."""
     model, batch = small_llama(), padded_batch([26])
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     expected = pruned_impacts(model, batch, 0.1)[0]
 
     def without_upper_end(*args, around=Intervals.around):
@@ -468,7 +468,7 @@ def test_neuron_in_the_top_by_its_lower_end_has_a_finite_impact(monkeypatch):
 
 def test_self_check_finds_intervals_that_do_not_hold(monkeypatch):
     model, batch = small_llama(), padded_batch([26, 9])
-    monkeypatch.setattr(kernel_trial, "available", lambda *_: True)
+    monkeypatch.setattr(kernel_trial, "available", lambda value, grows, capped: True)
     assert verify_impacts(model, batch)
 
     def too_low(*args, around=Intervals.around):

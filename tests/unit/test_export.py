@@ -20,6 +20,7 @@ from test_tuner import adapted, fill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.errors import UserError
+from agnostic_train.export import checkpoint
 from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
@@ -28,7 +29,7 @@ from agnostic_train.model.weights import bit_patterns
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.compact import NeuronConfig
-from agnostic_train.training.delta import Delta, weight_deltas
+from agnostic_train.training.delta import Delta, adapter_deltas, read_deltas, weight_deltas
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52]})
 
@@ -501,6 +502,39 @@ def test_resized_embeddings_are_exported_only_whole(tmp_path):
             export_checkpoint(model, tmp_path / "out", to)
     export_checkpoint(model, tmp_path / "out", tokenizer=tokenizer)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_half_precision_model_exports_its_adapter_alone(tmp_path):
+    """What rounding changed around it isn't part of the adapter, also if the base is in float32."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    between = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    for model in (adapted(copy.deepcopy(between), CHOSEN), adapted(between, CHOSEN)):
+        export_checkpoint(model, tmp_path / "out", "delta", base=tmp_path / "base")
+        written, _ = read_deltas(tmp_path / "out")
+        for name, delta in adapter_deltas(model).items():
+            assert torch.equal(written[name].values, delta.values)
+        between.trained_neurons = CHOSEN  # now the difference of the weights is computed; there is none but rounding
+
+
+def test_base_that_was_trained_is_not_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    between = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CHOSEN).merge_and_unload()
+    model = adapted(copy.deepcopy(between), CHOSEN)
+    model.save_pretrained(tmp_path / "saved")
+    for trained_model in (model, tmp_path / "saved"):
+        export_checkpoint(trained_model, tmp_path / "out", "delta", base=between)
+        assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path is None
+        loaded = PeftModel.from_pretrained(copy.deepcopy(between), tmp_path / "out")
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_reported(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(checkpoint.logger, "warning", warnings.append)
+    export_checkpoint(
+        adapted(tiny_llama(), CHOSEN), tmp_path / "out", tokenizer=build_tokenizer(["abc"], vocab_size=280)
+    )
+    assert len(warnings) == 1 and "tokens, the model only 61 embeddings" in warnings[0]
 
 
 def test_merging_and_unloading_in_two_steps_records_the_neurons():

@@ -40,7 +40,18 @@ def turn_on_and_off(setting):
     before = state()
     with full_precision():
         assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
     assert state() == before, (before, state())
+
+
+def states_after(setting, file, measures):
+    """Write the state after the setting and a later change for all backends, with or without a block in between."""
+    exec(setting)
+    if measures:
+        with full_precision():
+            pass
+    torch.backends.fp32_precision = "ieee"
+    file.write_text(str(state()))
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -49,6 +60,16 @@ def test_tf32_is_off_within_the_block_however_it_was_turned_on(setting, tmp_path
     process = started(__name__, "turn_on_and_off", setting, stderr=str(tmp_path / "errors"))
     process.join()
     assert process.exitcode == 0, (tmp_path / "errors").read_text()
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_backends_still_follow_a_later_setting_of_all(setting, tmp_path):
+    for measures in (False, True):
+        file, errors = tmp_path / f"{measures}.txt", tmp_path / "errors"
+        process = started(__name__, "states_after", setting, file, measures, stderr=str(errors))
+        process.join()
+        assert process.exitcode == 0, errors.read_text()
+    assert (tmp_path / "True.txt").read_text() == (tmp_path / "False.txt").read_text()
 
 
 def test_left_as_found_turns_tf32_off(llama):

@@ -7,7 +7,15 @@ from datasets import Dataset
 from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from agnostic_train import NeuronTrainer, UserError, deactivate, detect_neurons, export_checkpoint, perplexity
+from agnostic_train import (
+    NeuronConfig,
+    NeuronTrainer,
+    UserError,
+    deactivate,
+    detect_neurons,
+    export_checkpoint,
+    perplexity,
+)
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
@@ -66,7 +74,8 @@ def test_training_merging_and_export(four_bits, tmp_path):
     assert not hasattr(loaded, "hf_quantizer") or loaded.hf_quantizer is None
 
 
-def test_trl_leaves_the_adapter_in_float32(four_bits, tmp_path):
+@pytest.mark.parametrize("made_by_trl", [False, True])
+def test_trl_leaves_the_adapter_in_float32(four_bits, tmp_path, made_by_trl):
     trl = pytest.importorskip("trl", reason="trl isn't installed")
 
     class NeuronSFTTrainer(NeuronTrainer, trl.SFTTrainer):
@@ -74,9 +83,12 @@ def test_trl_leaves_the_adapter_in_float32(four_bits, tmp_path):
 
     text = Dataset.from_dict({"text": [f"sentence number {index} of a few" for index in range(8)]})
     settings = dict(output_dir=str(tmp_path), report_to=[], use_cpu=not torch.cuda.is_available(), max_length=16)
+    chosen = {"neurons": NeuronSet({(0, "q"): [1, 60]})}
+    if made_by_trl:
+        chosen = {"peft_config": NeuronConfig(task_type="CAUSAL_LM", **chosen)}
     trainer = NeuronSFTTrainer(
         four_bits, args=trl.SFTConfig(**settings), train_dataset=text,
-        processing_class=build_tokenizer(text["text"], vocab_size=61), neurons=NeuronSet({(0, "q"): [1, 60]}),
+        processing_class=build_tokenizer(text["text"], vocab_size=61), **chosen,
     )  # fmt: skip
     (delta,) = (it for it in trainer.model.parameters() if it.requires_grad)
     assert delta.dtype == torch.float32

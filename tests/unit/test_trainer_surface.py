@@ -209,5 +209,21 @@ def test_trl_makes_the_adapter_and_keeps_its_metrics(tmp_path, trl):
             for row in trainer.state.log_history if "loss" in row
         ])  # fmt: skip
     assert histories[0] == histories[1]
+    assert all(it.dtype == torch.float32 for it in trainer.model.parameters() if it.requires_grad)
     neuron_rows = [row for row in trainer.state.log_history if "neurons/shared" in row]
     assert len(neuron_rows) == 5 and not any("entropy" in row for row in neuron_rows)
+
+
+def test_log_of_a_subclass_sees_detection(tmp_path):
+    class Watched(NeuronTrainer):
+        def log(self, logs, *args, **kwargs):
+            seen.update(logs)
+            super().log(logs, *args, **kwargs)
+
+    seen = {}
+    detection = DetectionCallback({"en": [padded_batch([9, 5])]}, verify=False)
+    trainer = Watched(
+        tiny_llama(), arguments(tmp_path, max_steps=1), train_dataset=sentences(), neurons=CHOSEN, callbacks=[detection]
+    )
+    trainer.train()
+    assert "neurons/shared" in seen and "train_loss" in seen

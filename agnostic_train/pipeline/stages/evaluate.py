@@ -40,7 +40,7 @@ class _Checkpoint:
 
 
 def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` for a checkpoint whose vocabulary is smaller than the model's."""
+    """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
     materials.check_vocabularies("evaluation.checkpoints", materials.recipe.evaluation.checkpoints)
 
 

@@ -23,7 +23,7 @@ EMERGENCE = "emergence"
 
 
 def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` for a checkpoint whose vocabulary is smaller than the model's."""
+    """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
     sources = [it.source for it in parse_checkpoints(materials.recipe.model.checkpoints)]
     materials.check_vocabularies("model.checkpoints", sources)
 

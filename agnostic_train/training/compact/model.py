@@ -36,11 +36,12 @@ class NeuronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
         self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
-        if peft_config.neurons is not None and getattr(model, "trained_neurons", None) is not None:
+        name, was_trained = peft_config.base_model_name_or_path, getattr(model, "trained_neurons", None) is not None
+        if name and was_trained and peft_config.neurons is not None:
             logger.warning(
                 "the model was trained since it was loaded from %s, so a saved adapter won't name that as its base; to "
                 "save one that does, save the model first, load it from there, and train that",
-                peft_config.base_model_name_or_path,
+                name,
             )
             # Not None, which PEFT would replace by that name.
             peft_config.base_model_name_or_path = ""
