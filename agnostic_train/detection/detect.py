@@ -173,8 +173,9 @@ def detect_neurons(
     settings = {
         "method": "impact",
         "attention": attention,
-        "top_ratio": top_ratio,
-        "consistency": consistency,
+        # Numbers may be NumPy's, which JSON can't hold.
+        "top_ratio": float(top_ratio),
+        "consistency": float(consistency),
         "projections": list(projections),
         "num_sentences": {language: it.num_sentences for language, it in counts.items()},
         "verified": verify,
@@ -212,7 +213,7 @@ def _detect_by_lape(
     related = specific_neurons({language: it.rates for language, it in firing.items()}, ratio, sizes)
     settings = {
         "method": "lape",
-        "lape_ratio": ratio,
+        "lape_ratio": float(ratio),
         "num_sentences": {language: it.num_sentences for language, it in firing.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)

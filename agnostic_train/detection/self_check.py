@@ -27,6 +27,7 @@ from agnostic_train.model.decoder import (
 )
 from agnostic_train.model.inference import Batch, check_tokens, left_as_found, model_inputs, real_and_counted
 from agnostic_train.neurons.deactivation import switched_off
+from agnostic_train.processes import check_whole
 
 TOLERANCE = 1e-3
 """Largest accepted difference, as a fraction of the site's largest impact in that sentence."""
@@ -108,6 +109,7 @@ def verify_impacts(
         ValueError: a batch of wrong shapes, or with tokens beyond the model's vocabulary.
     """
     projections = check_projections(projections, model)
+    check_whole(model, "the self-check")
     find_decoder(model).check_on_devices("detection")
     inputs = model_inputs(model, batch)
     check_tokens(model, inputs["input_ids"])
@@ -241,7 +243,7 @@ class _Excerpt:
         seen: list[Tensor] = []
         if projection in ("q", "k", "v"):
             linear = self.layer.projections["o"].linear
-            handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+            handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()), prepend=True)
         else:
             linear = self.layer.projections["o" if projection == "o" else "down"].linear
             handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.clone()))

@@ -47,7 +47,8 @@ class ActivationMeter:
                 for name in MEASURED:
                     projection = layer.projections[name]
                     if name == "down":
-                        handle = projection.linear.register_forward_pre_hook(self._see_input(layer))
+                        # Before hooks that switch columns off.
+                        handle = projection.linear.register_forward_pre_hook(self._see_input(layer), prepend=True)
                     else:
                         handle = projection.linear.register_forward_hook(self._see_output(layer, projection))
                     stack.callback(handle.remove)

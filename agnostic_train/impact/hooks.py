@@ -171,9 +171,10 @@ class LayerObserver:
         linears = {name: projection.linear for name, projection in layer_projections.items()}
         handles = []
         if self.projections & set(FEED_FORWARD_PROJECTIONS):
-            handles.append(linears["down"].register_forward_pre_hook(self._see_hidden))
+            # Before hooks that switch columns off: only the weights are then as if zero, not the input.
+            handles.append(linears["down"].register_forward_pre_hook(self._see_hidden, prepend=True))
         if self.projections & {"v", "o"}:
-            handles.append(linears["o"].register_forward_pre_hook(self._see_heads))
+            handles.append(linears["o"].register_forward_pre_hook(self._see_heads, prepend=True))
         if self.projections & {"q", "k"}:
             handles.append(self.layer.attention.register_forward_pre_hook(self._see_positions, with_kwargs=True))
             for name in ("q", "k"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from agnostic_train.processes import check_whole, own_share
 logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Tensor]
+
+# Most of what is changed and restored holds for all threads: two that overlap would restore each other's changes.
+_ONE_AT_A_TIME = RLock()
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers), _longest_seen(module)) for module, _ in modes if module._buffers]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     forked = torch.random.fork_rng(devices=sorted(devices, key=str))
-    with forked, torch.no_grad(), full_precision(), without_autocast(model), uncompiled():
+    with _ONE_AT_A_TIME, forked, torch.no_grad(), full_precision(), without_autocast(model), uncompiled():
         model.eval()
         try:
             yield

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from agnostic_train.files import fingerprint
 
 _AT_ONCE = 1 << 22
+SILENCED = "_silenced"
+"""The attribute of a linear whose neurons are switched off by hooks: their dimension and indices, for each hook."""
 
 
 def bit_patterns(values: Tensor) -> Tensor:
@@ -20,7 +22,9 @@ def bit_patterns(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weights_checksum(model: nn.Module) -> str:
-    """Returns a checksum that changes with a training step and with the active adapters, but not with the device.
+    """Returns a checksum that changes with a training step, the active adapters and neurons that are switched off.
+
+    It doesn't change with the device.
 
     Offloaded weights, which are on no device, are left out.
     """
@@ -34,7 +38,13 @@ def weights_checksum(model: nn.Module) -> str:
         for name, module in model.named_modules()
         if hasattr(module, "base_layer") and hasattr(module, "disable_adapters")
     ]
-    return fingerprint([sums, adapters] if adapters else sums)
+    off = silenced(model)
+    return fingerprint([sums, adapters, *off] if adapters or off else sums)
+
+
+def silenced(model: nn.Module) -> list:
+    """Returns which neurons hooks of `deactivate` switch off now: module name, dimension and indices of each hook."""
+    return [[name, *it] for name, module in model.named_modules() for it in getattr(module, SILENCED, [])]
 
 
 def model_checksum(model: nn.Module) -> str:

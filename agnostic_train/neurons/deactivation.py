@@ -5,11 +5,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from agnostic_train.model.decoder import Projection, Site, find_decoder
 from agnostic_train.model.inference import uncompiled
+from agnostic_train.model.weights import SILENCED
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import check_whole
 
 
 @contextmanager
@@ -37,6 +38,8 @@ def deactivate(
     neurons.check(model)
     decoder = find_decoder(model)
     decoder.check_on_devices("deactivation")
+    if any(projection.is_plain for layer in decoder.layers for projection in layer.projections.values()):
+        check_whole(model, "deactivation")
     with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
         yield model
 
@@ -51,7 +54,7 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
             for projection, indices in neurons:
                 index = projection.entries(indices)
                 if not projection.is_plain:
-                    hooks.callback(_silence(projection, index).remove)
+                    hooks.enter_context(_silenced(projection, index))
                     hooks.enter_context(uncompiled())
                     continue
                 for parameter, dim in projection.parts():
@@ -65,9 +68,17 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
                 parameter.index_copy_(dim, index, values)
 
 
-def _silence(projection: Projection, index: torch.Tensor) -> RemovableHandle:
-    if projection.neuron_dim == 0:
-        return projection.linear.register_forward_hook(lambda module, args, output: output.index_fill(-1, index, 0))
-    return projection.linear.register_forward_pre_hook(
-        lambda module, args: (args[0].index_fill(-1, index, 0), *args[1:])
-    )
+@contextmanager
+def _silenced(projection: Projection, index: torch.Tensor) -> Iterator[None]:
+    linear, dim = projection.linear, projection.neuron_dim
+    if dim == 0:
+        handle = linear.register_forward_hook(lambda module, args, output: output.index_fill(-1, index, 0))
+    else:
+        handle = linear.register_forward_pre_hook(lambda module, args: (args[0].index_fill(-1, index, 0), *args[1:]))
+    record = vars(linear).setdefault(SILENCED, [])
+    record.append((dim, index.tolist()))
+    try:
+        yield
+    finally:
+        record.pop()
+        handle.remove()

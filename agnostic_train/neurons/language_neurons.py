@@ -90,7 +90,7 @@ class LanguageNeurons:
                 language: _minus_all(neurons, [related[other] for other in related if other != language])
                 for language, neurons in related.items()
             }
-        settings = {**(settings or {}), "exclusive": exclusive, "min_languages": min_languages or len(related)}
+        settings = {**(settings or {}), "exclusive": exclusive, "min_languages": int(min_languages or len(related))}
         return cls(related, shared, exclusive_sets, settings)
 
     @property

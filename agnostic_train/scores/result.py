@@ -77,7 +77,7 @@ class AgnosticScore:
     controls: dict[str, "Controls"] = field(default_factory=dict, repr=False)
     interval: tuple[float, float] | None = None
     variants: dict[str, ScoreVariant] = field(default_factory=dict, repr=False)
-    ablation: Ablation | None = field(default=None, repr=False)
+    ablation: Ablation | None = field(default=None, repr=False, compare=False)
 
     @property
     def importance(self) -> dict[str, float | None]:

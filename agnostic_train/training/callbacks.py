@@ -147,7 +147,8 @@ class DetectionCallback(TrainerCallback):
             if not self._has_run:
                 self.run(kwargs["model"])
             self._report(args, state, control, kwargs)
-        self._has_run = False
+        # A Trainer that lowers its batch size after running out of memory begins again, with weights that have moved.
+        self._has_run = self._log is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects, scores and reports every `every_n_steps` steps."""

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import is_quantised
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import check_whole
 from agnostic_train.training.chosen import chosen_entries
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,7 @@ class GradientMask:
     def __init__(self, model: nn.Module, neurons: NeuronSet):
         if not len(neurons):
             raise UserError("neurons: the set is empty, there is nothing to train")
+        check_whole(model, "masking gradients")
         self.parameters = list(masked_parameters(model, neurons))
         self._found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._handles: list[RemovableHandle] = []

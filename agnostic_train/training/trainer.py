@@ -11,6 +11,7 @@ from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from agnostic_train.choices import Update, check_choice
 from agnostic_train.errors import UserError
@@ -202,6 +203,12 @@ class NeuronTrainer(GuardedTrainer):
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         """Returns the model ready for training: chooses the neurons if needed, and freezes everything else."""
+        detection, splits = self._detection, self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if detection is not None and detection.every_n_steps and splits:
+            raise UserError(
+                "every_n_steps: detection needs whole weights, which FSDP and ZeRO-3 split during the training; leave "
+                "it out, and score the checkpoints afterwards"
+            )
         if self.update == "mask" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise UserError(
                 "training.update: 'mask' needs whole weights and gradients on every process, which ZeRO and FSDP "
@@ -212,7 +219,6 @@ class NeuronTrainer(GuardedTrainer):
                 "fsdp_cpu_ram_efficient_loading: accelerate can't broadcast the adapter's indices from the first "
                 "process; set it to false (recipes/accelerate/fsdp2.yaml)"
             )
-        detection = self._detection
         if self._resumed_neurons is not None:
             self.neurons = self._resumed_neurons
             if detection is not None:

@@ -10,7 +10,14 @@ from test_families import family_model
 from test_tuner import adapted, some_neurons
 from torch.nn.utils import prune
 
-from agnostic_train import deactivate, detect_neurons, language_agnostic_score, neuron_impacts, perplexity
+from agnostic_train import (
+    deactivate,
+    detect_neurons,
+    export_checkpoint,
+    language_agnostic_score,
+    neuron_impacts,
+    perplexity,
+)
 from agnostic_train.detection.lape import firing_rates
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.errors import UserError
@@ -78,6 +85,29 @@ def test_deactivation_zeroes_base_plus_delta_and_restores_every_bit(wrapped_and_
         raise ZeroDivisionError
     assert torch.equal(wrapped(**BATCH).logits, plain)
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+
+
+def test_measuring_within_a_block_equals_that_of_the_merged_model(wrapped_and_merged, tmp_path):
+    """Columns are as if zero in the weights: what they read, and so the impacts of v, stays."""
+    wrapped, merged = wrapped_and_merged
+    off = NeuronSet({(0, "o"): [0, 1, 2], (0, "down"): [4], (0, "up"): [3], (1, "q"): [2], (1, "o"): [5]})
+    corpora, settings = {"a": [BATCH], "b": [padded_batch([9], seed=3)]}, {"top_ratio": 0.2, "progress": False}
+    outside = detect_neurons(wrapped, corpora, resume_dir=tmp_path, **settings)
+    expected = []
+    for model in (merged, wrapped):
+        with deactivate(model, off):
+            expected.append((neuron_impacts(model, BATCH), detect_neurons(model, corpora, **settings)))
+    (impacts, detected), (in_hooks, by_hooks) = expected
+    for site, values in in_hooks.items():
+        assert_close(values, impacts[site])
+    assert by_hooks.related == detected.related != outside.related
+    for language, activations in by_hooks.activations.items():
+        for site, values in activations.items():
+            assert_close(values, detected.activations[language][site])
+    with deactivate(wrapped, off):
+        assert detect_neurons(wrapped, corpora, resume_dir=tmp_path, **settings).related == detected.related
+        with pytest.raises(UserError, match="switched off; end the block of `deactivate` first"):
+            export_checkpoint(wrapped, tmp_path / "out")
 
 
 def test_deactivation_blocks_can_be_nested(wrapped_and_merged):

@@ -266,3 +266,33 @@ def test_iterator_batches_are_kept_for_later_detections(tmp_path):
     for _ in range(2):
         callback.run(tiny_llama())
     assert callback.score.value is not None
+
+
+def test_training_that_begins_again_reports_the_detection_that_it_follows(tmp_path):
+    """As with `auto_find_batch_size`, after the weights have moved."""
+    detection = DetectionCallback(corpora(), strategy="related", top_ratio=0.2, consistency=0.6, progress=False)
+    detection.run = Mock(wraps=detection.run)
+    trainer = NeuronTrainer(
+        tiny_llama(), arguments(tmp_path, max_steps=2, auto_find_batch_size=True), train_dataset=sentences(),
+        callbacks=[detection],
+    )  # fmt: skip
+    step, calls = trainer.training_step, []
+
+    def running_out_of_memory_once(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*args, **kwargs)
+
+    trainer.training_step = running_out_of_memory_once
+    trainer.train()
+    assert len(calls) > 3 and detection.run.call_count == 1
+    assert trainer.neurons == detection.neurons.related["en"] | detection.neurons.related["sw"]
+
+
+def test_detection_during_a_sharded_training_is_refused_at_its_start(tmp_path):
+    detection = DetectionCallback(corpora(), every_n_steps=3, progress=False)
+    trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), callbacks=[detection])
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(UserError, match="every_n_steps: detection needs whole weights"):
+        trainer.train()

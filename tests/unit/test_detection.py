@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
@@ -14,6 +15,7 @@ from agnostic_train.detection.top_counts import TopCounts, in_top
 from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import unverified_impacts
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.perplexity import perplexity
@@ -272,3 +274,10 @@ def test_loaded_counts_continue_the_mean_activations(tmp_path):
     again = TopCounts.load(tmp_path / "counts", 0.5, torch.device("cpu"), "key")
     again.add_activations({(0, "q"): torch.tensor([1.0, 2.0])}, torch.tensor(1))
     assert again.mean_activations()[(0, "q")].tolist() == [1.0, 2.0]
+
+
+def test_numbers_of_numpy_can_be_saved(llama, tmp_path):
+    options = dict(top_ratio=np.float32(0.25), consistency=torch.tensor(0.5), min_languages=np.int64(1))
+    neurons = detect_neurons(llama, {"a": [padded_batch([5, 9])]}, **options, progress=False)
+    neurons.save(tmp_path / "neurons")
+    assert LanguageNeurons.load(tmp_path / "neurons").settings == neurons.settings

@@ -516,6 +516,14 @@ def test_half_precision_model_exports_its_adapter_alone(tmp_path):
         between.trained_neurons = CHOSEN  # now the difference of the weights is computed; there is none but rounding
 
 
+def test_use_cache_is_that_of_the_base(tmp_path):
+    """A Trainer sets it to False."""
+    model = adapted(tiny_llama(), CHOSEN)
+    model.config.use_cache = False
+    export_checkpoint(model, tmp_path / "out", base=tiny_llama())
+    assert json.loads((tmp_path / "out/config.json").read_text())["use_cache"]
+
+
 def test_base_that_was_trained_is_not_named(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     between = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CHOSEN).merge_and_unload()

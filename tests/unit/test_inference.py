@@ -1,5 +1,7 @@
 """Measuring leaves the model and torch's global settings unchanged."""
 
+from threading import Thread
+
 import pytest
 import torch
 from conftest import UPDATES, padded_batch, tiny_llama
@@ -154,3 +156,24 @@ def test_parts_of_a_batch_may_be_none(llama):
     expected = neuron_impacts(llama, batch)
     for site, values in neuron_impacts(llama, batch | {"attention_mask": None, "special_tokens_mask": None}).items():
         assert torch.equal(values, expected[site])
+
+
+def test_threads_that_measure_leave_everything_as_found():
+    """Their blocks overlap without a lock, and the last to end would restore what the first had changed."""
+    torch.set_float32_matmul_precision("high")
+    before, models = state(), []
+
+    def measure(seed):
+        model = tiny_llama().train()
+        models.append(model)
+        for _ in range(10):
+            perplexity(model, [padded_batch([9, 5], seed=seed)])
+
+    threads = [Thread(target=measure, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = state()
+    torch.set_float32_matmul_precision("highest")
+    assert after == before and all(model.training for model in models)

@@ -217,6 +217,7 @@ def test_score_loads_as_it_was_saved(llama, tmp_path):
     write_json(tmp_path / "score.json", score.to_json())
     loaded = AgnosticScore.load(tmp_path / "score.json")
     assert (loaded.value, loaded.table) == (score.value, score.table)
+    assert copy.deepcopy(score) == score
     for broken in ({}, [], {"value": 1, "table": [{}]}):
         write_json(tmp_path / "score.json", broken)
         with pytest.raises(UserError, match=r"score\.json"):
