@@ -1,7 +1,7 @@
-"""Perplexity over a corpus, and bits per byte, which can be compared across languages and tokenizers.
+"""Perplexity over a corpus, and bits per byte, which can be compared across tokenizers.
 
-A sentence's first token isn't scored, although its bytes count: numbers are comparable only if it is a
-beginning-of-sequence token, or if it is a small part of the sentence in both.
+A sentence's first token isn't scored, although its bytes count, so tokenizers are comparable if all begin sentences
+with a token of their own. Across languages only changes are, because a character takes one to four bytes.
 """
 
 import json
@@ -107,6 +107,25 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text"
             "diverged (try a lower training.learning_rate)"
         )
     return result
+
+
+def knows_beginning(model: nn.Module, batches: Iterable[Batch]) -> bool:
+    """Whether a model predicts the token after each sentence's first one better than a uniform guess.
+
+    If that is a beginning-of-sequence token and the model wasn't trained with it, training mostly teaches it that.
+
+    Args:
+        model: left as found.
+        batches: padded on the right.
+    """
+    losses = []
+    with left_as_found(model):
+        for batch in batches:
+            inputs = model_inputs(model, batch)
+            logits, targets = model(**inputs).logits[:, :1], inputs["input_ids"][:, 1:2]
+            seen = inputs["attention_mask"][:, 1:2].bool()
+            losses.append(_token_losses(logits, targets.to(logits.device))[seen.to(logits.device)])
+    return not losses or float(torch.cat(losses).mean()) <= math.log(logits.shape[-1])
 
 
 def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:

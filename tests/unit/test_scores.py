@@ -25,7 +25,7 @@ from agnostic_train.scores.ablation import Ablation
 from agnostic_train.scores.agnostic_score import language_agnostic_score, score_contrasts
 from agnostic_train.scores.bootstrap import interval
 from agnostic_train.scores.contrast import Contrast
-from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, perplexity
+from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, knows_beginning, perplexity
 from agnostic_train.scores.result import AgnosticScore, LanguageScore
 from agnostic_train.training.strategy import Strategy
 
@@ -506,3 +506,19 @@ def test_auto_thresholds_are_inclusive_for_shared(llama):
     neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [1, 3]})})
     for value in (0.5, 2.0):
         assert Strategy("auto", low=0.5, high=2.0).choose(neurons, AgnosticScore(value, []), llama).strategy == "shared"
+
+
+def test_model_knows_the_beginning_of_sentences_if_it_predicts_what_follows(llama):
+    batch = padded_batch([9, 5, 1])
+    with torch.no_grad():
+        target = int(batch["input_ids"][0, 1])
+        batch["input_ids"][:2, 1] = target
+        for logit, known in ((20.0, True), (-20.0, False)):
+            model = tiny_llama()
+            head = model.lm_head.weight
+            states = model.model(**batch).last_hidden_state[:2, 0]
+            head.zero_()
+            # One direction raises or lowers the right token after the first one.
+            head[target] = logit * torch.linalg.pinv(states).sum(1)
+            assert knows_beginning(model, [batch]) is known
+    assert knows_beginning(llama, [])

@@ -48,3 +48,17 @@ def test_comparison_text_names_strategies_that_choose_the_same_neurons(pytestcon
     assert "the same neurons" not in comparison_text(comparison | {"same": {}})
     text = comparison_text(comparison | {"same": {"related": "shared"}})
     assert "related chooses the same neurons as shared, and isn't listed separately." in text
+
+
+def test_comparison_text_on_parallel_text_without_the_enhanced_languages(pytestconfig):
+    """Its groups lack the enhanced languages, too: no number may move under another heading."""
+    comparison = read_json(pytestconfig.rootpath / "recipes/real_text/comparison.json")
+    parallel = comparison["texts"]["parallel"]
+    for row in parallel["strategies"].values():
+        del row["languages"]["sw"], row["groups"]["enhanced"]
+    del parallel["best"]["enhanced"], comparison["before"]["parallel"]["sw"]
+    parallel["differences"] = [it for it in parallel["differences"] if it["group"] != "enhanced"]
+    lines = comparison_text(comparison).split("## Parallel text")[1].splitlines()
+    header, row = (next(line for line in lines if line.startswith(f"| {it} |")) for it in ("strategy", "shared"))
+    assert header == "| strategy | en | zh | de | fr | th | others | all |" and header.count("|") == row.count("|")
+    assert sum(line.startswith("| shared - ") for line in lines) == 5

@@ -16,6 +16,7 @@ from agnostic_train.report.page import EMERGENCE_FILES, draw_emergence, is_emerg
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
+from agnostic_train.scores.perplexity import knows_beginning
 from agnostic_train.scores.result import CONTROLS, AgnosticScore
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
@@ -54,6 +55,7 @@ def score(context: Context) -> dict:
     ):
         if languages:
             context.say(f"score: {problem}: {', '.join(languages)}")
+    _check_beginning(context, result)
     outputs += _follow_checkpoints(context)
     return {"outputs": outputs, "value": result.value}
 
@@ -75,6 +77,21 @@ def publish(context: Context) -> None:
         table = emergence_table(read_json(context.directory / "emergence.json"))
         figures = {name: context.directory / EMERGENCE / name for name in EMERGENCE_FILES}
     context.publish_tables({"emergence": table}, figures)
+
+
+def _check_beginning(context: Context, result: AgnosticScore) -> None:
+    """Says if a model that has learnt something doesn't know the token with which sentences begin."""
+    tokenizer, batches = context.materials.tokenizer, context.materials.batches("validation")
+    first = [of_language[0] for of_language in batches.values()]
+    if tokenizer.bos_token_id is None or any((it["input_ids"][:, 0] != tokenizer.bos_token_id).any() for it in first):
+        return
+    # A model without training knows no token.
+    has_learnt = min(row.perplexity for row in result.table) < len(tokenizer) / 2
+    if has_learnt and not knows_beginning(context.materials.model, first):
+        context.say(
+            f"score: the model doesn't know {tokenizer.bos_token!r}, with which sentences begin: what follows costs it "
+            "more than a guess, and training would mostly teach it that; set corpus.add_bos to false"
+        )
 
 
 def _score_of(
