@@ -155,7 +155,7 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
     # save_pretrained writes the dtype of the model in memory to the config, not that of the given weights.
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    if trained.base is not None and trained.base is not model and hasattr(config, "use_cache"):
+    if trained.base is not None and hasattr(trained.base.config, "use_cache"):
         config.use_cache = trained.base.config.use_cache  # a Trainer sets it to False
     config.save_pretrained(directory)
 
