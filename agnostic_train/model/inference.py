@@ -247,8 +247,9 @@ def real_and_counted(inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor
     special = batch.get("special_tokens_mask")
     if special is None:
         return real, real
-    padding = 0 if mask is None else mask.to(special.device) == 0
-    if special.device.type == "cpu" and (special.bool() | padding).all(1).any():
+    # Not on a GPU, where reading the values would wait for the device.
+    on_cpu = special.device.type == "cpu" and (mask is None or mask.device.type == "cpu")
+    if on_cpu and (special.bool() | (False if mask is None else mask == 0)).all(1).any():
         logger.warning_once(
             "special_tokens_mask: a sentence has special tokens alone (1 in the mask), so no neuron has an impact there"
         )

@@ -38,7 +38,7 @@ def deactivate(
     neurons.check(model)
     decoder = find_decoder(model)
     decoder.check_on_devices("deactivation")
-    if any(projection.is_plain for layer in decoder.layers for projection in layer.projections.values()):
+    if any(decoder.projection(site).is_plain for site, _ in neurons.items()):
         check_whole(model, "deactivation")
     with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
         yield model

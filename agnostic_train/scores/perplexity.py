@@ -118,14 +118,12 @@ def knows_beginning(model: nn.Module, batches: Iterable[Batch]) -> bool:
         model: left as found.
         batches: padded on the right.
     """
-    losses = []
+    # Later tokens have no effect on the prediction of the second one.
+    beginnings = [{name: batch[name][:, :2] for name in ("input_ids", "attention_mask")} for batch in batches]
     with left_as_found(model):
-        for batch in batches:
-            inputs = model_inputs(model, batch)
-            logits, targets = model(**inputs).logits[:, :1], inputs["input_ids"][:, 1:2]
-            seen = inputs["attention_mask"][:, 1:2].bool()
-            losses.append(_token_losses(logits, targets.to(logits.device))[seen.to(logits.device)])
-    return not losses or float(torch.cat(losses).mean()) <= math.log(logits.shape[-1])
+        scored = _on_cpu([_score_batch(model, batch) for batch in beginnings])
+    nats, num = sum(float(it.nats.sum()) for it in scored), sum(int(it.tokens.sum()) for it in scored)
+    return nats <= num * math.log(model.get_output_embeddings().weight.shape[0])
 
 
 def save_measured(measured: Mapping[str, Perplexity], file: str | Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.stages import score as score_stage
+from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.report.tables import score_table
 from agnostic_train.scores import ablation, agnostic_score
 from agnostic_train.scores.ablation import Ablation
@@ -521,4 +524,21 @@ def test_model_knows_the_beginning_of_sentences_if_it_predicts_what_follows(llam
             # One direction raises or lowers the right token after the first one.
             head[target] = logit * torch.linalg.pinv(states).sum(1)
             assert knows_beginning(model, [batch]) is known
-    assert knows_beginning(llama, [])
+    assert knows_beginning(llama, []) and knows_beginning(llama, [padded_batch([1, 1])])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("perplexity_of_all, says", [(20.0, True), (400.0, False)])
+def test_unknown_beginning_is_reported_of_a_model_that_has_learnt(monkeypatch, knows, perplexity_of_all, says):
+    said, batch, tokenizer = [], padded_batch([5, 3]), build_tokenizer(["abc"], vocab_size=280)
+    tokenizer.bos_token = tokenizer.eos_token
+    batch["input_ids"][:, 0] = tokenizer.bos_token_id
+    monkeypatch.setattr(score_stage, "knows_beginning", lambda *_: knows)
+    materials = SimpleNamespace(tokenizer=tokenizer, batches=lambda _: {"en": [batch]}, model=None)
+    context = SimpleNamespace(materials=materials, say=said.append)
+    result = SimpleNamespace(table=[SimpleNamespace(perplexity=perplexity_of_all)])
+    score_stage._check_beginning(context, result)
+    assert len(said) == (says and not knows)
+    batch["input_ids"][0, 0] = tokenizer.bos_token_id + 1  # a sentence that begins with a word
+    score_stage._check_beginning(context, result)
+    assert len(said) == (says and not knows)
