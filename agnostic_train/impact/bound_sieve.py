@@ -72,14 +72,13 @@ class BoundSieve:
         self._chunk_bytes = chunk_bytes
         self._bound_bytes = bound_bytes
 
-    def impacts(self, top_ratio: float, work: Mapping[str, Work]) -> dict[str, Tensor]:
+    def impacts(self, top_ratio: float) -> dict[str, tuple[Tensor, Work]]:
         """Computes the exact impact of every neuron that can be in its sentence's top; zero for the others.
 
         Args:
             top_ratio: fraction of a site's neurons to find.
-            work: by `q` and `k`; the work done is added to it.
 
-        Returns: by `q` and `k`, (batch, neurons), float32.
+        Returns: by `q` and `k`, the impacts, (batch, neurons), float32, and the work done.
         """
         bounds, estimates = self._bounds()
         # From here on by site, q rows then k rows: (batch, neurons[, blocks]).
@@ -110,14 +109,16 @@ class BoundSieve:
                 num_logits[index] += int(part.sum()) * block.num_logits
         impacts = torch.where(alive | first, done, 0).sqrt().float()
         per_neuron = sum(block.num_logits for block in self.blocks)
-        for name, part, likely, logits in zip(
-            self.logit_changes, self.layout.split(alive), self.layout.split(first), num_logits, strict=True
-        ):
-            work[name].neurons += int(part.sum() + likely.sum())
-            work[name].all_neurons += part.numel()
-            work[name].logits += logits + int(likely.sum()) * per_neuron
-            work[name].all_logits += part.numel() * self.attention.length**2
-        return dict(zip(self.logit_changes, self.layout.split(impacts), strict=True))
+        works = [
+            Work(
+                neurons=int(part.sum() + likely.sum()),
+                all_neurons=part.numel(),
+                logits=logits + int(likely.sum()) * per_neuron,
+                all_logits=part.numel() * self.attention.length**2,
+            )
+            for part, likely, logits in zip(self.layout.split(alive), self.layout.split(first), num_logits, strict=True)
+        ]
+        return dict(zip(self.logit_changes, zip(self.layout.split(impacts), works, strict=True), strict=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Bounds on squared changes and estimates of them.

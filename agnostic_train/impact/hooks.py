@@ -94,7 +94,7 @@ class ImpactMeter:
     @property
     def work(self) -> dict[str, Work]:
         """By `q` and `k`, how much has been computed so far, out of all; see `top_ratio`."""
-        return {name: sum((it.query_key.work[name] for it in self._observers), Work()) for name in ("q", "k")}
+        return {name: sum((it.query_key.work[name] for it in self._observers), Work()).read() for name in ("q", "k")}
 
     @property
     def unpruned(self) -> list[Layer]:

@@ -20,8 +20,7 @@ def interval_impacts(
     attention: LayerAttention,
     logit_changes: Mapping[str, LogitChange],
     top_ratio: float,
-    work: Mapping[str, Work],
-) -> dict[str, Tensor]:
+) -> dict[str, tuple[Tensor, Work]]:
     """Impacts of one layer that tell each sentence's top q and k neurons; needs the kernels.
 
     Args:
@@ -29,10 +28,10 @@ def interval_impacts(
         logit_changes: by `q` and `k`, or one of them, how each neuron changes the logits.
         top_ratio: fraction of a site's neurons to find. At 1 every impact is exact, and the intervals are checked
             against the exact impacts.
-        work: by `q` and `k`; the work done is added to it.
 
-    Returns: by `q` and `k`, (batch, neurons), float32: the middle of the interval for neurons that are certainly in the
-        top, zero for those that certainly aren't, the exact impact for the others.
+    Returns: by `q` and `k`, the impacts, (batch, neurons), float32, and the work done. The impacts are the middle of
+        the interval for neurons that are certainly in the top, zero for those that certainly aren't, and exact for the
+        others.
 
     Raises:
         UserError: an exact impact lies outside its interval.
@@ -46,15 +45,12 @@ def interval_impacts(
         attention.largest_logits,
         attention.softcap,
     )
-    return {
-        name: _impacts(name, attention, intervals, change, top_ratio, work[name])
-        for name, change in logit_changes.items()
-    }
+    return {name: _impacts(name, attention, intervals, change, top_ratio) for name, change in logit_changes.items()}
 
 
 def _impacts(
-    name: str, attention: LayerAttention, intervals: Intervals, change: LogitChange, top_ratio: float, work: Work
-) -> Tensor:
+    name: str, attention: LayerAttention, intervals: Intervals, change: LogitChange, top_ratio: float
+) -> tuple[Tensor, Work]:
     """`interval_impacts` of q or k."""
     factors = [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)]
     growths = [part.flatten(0, 1) for part in change.growths()]
@@ -76,9 +72,11 @@ def _impacts(
     if top_ratio == 1:
         check_enclosed(exact, low, high)
     num_unclear, num_spanned = unclear.sum(1), attention.inputs.visibility.num_spanned
-    work.neurons += num_unclear.sum()
-    work.all_neurons += unclear.numel()
-    work.logits += (num_unclear * num_spanned).sum()
-    work.all_logits += unclear.numel() * attention.length**2
-    work.rough_logits += unclear.shape[1] * num_spanned.sum()
-    return settle(low, high, certain, exact).sqrt().float()
+    work = Work(
+        neurons=num_unclear.sum(),
+        all_neurons=unclear.numel(),
+        logits=(num_unclear * num_spanned).sum(),
+        all_logits=unclear.numel() * attention.length**2,
+        rough_logits=unclear.shape[1] * num_spanned.sum(),
+    )
+    return settle(low, high, certain, exact).sqrt().float(), work

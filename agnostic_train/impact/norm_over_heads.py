@@ -46,8 +46,7 @@ def pruned_impacts(
     growth: Tensor,
     replayed: Callable[[Tensor], Tensor],
     top_ratio: float,
-    work: Work,
-) -> Tensor:
+) -> tuple[Tensor, Work]:
     """Impacts of one layer's q or k that tell each sentence's top neurons.
 
     Args:
@@ -57,10 +56,9 @@ def pruned_impacts(
         growth: the factor by which the other entries grow without each neuron, (batch, length, neurons).
         replayed: returns exact squared changes of the neurons marked in (batch, neurons), bool; zero for the others.
         top_ratio: fraction of the site's neurons to find. At 1 every impact is exact, and the intervals are checked.
-        work: the work done is added to it.
 
-    Returns: (batch, neurons), float32: the middle of the interval for neurons that are certainly in the top, zero for
-        those that certainly aren't, the exact impact for the others.
+    Returns: the impacts, (batch, neurons), float32, and the work done. The impacts are the middle of the interval for
+        neurons that are certainly in the top, zero for those that certainly aren't, and exact for the others.
 
     Raises:
         UserError: an exact impact lies outside its interval.
@@ -80,11 +78,13 @@ def pruned_impacts(
         check_enclosed(exact, low, high)
     # A replayed neuron takes the logits of all heads, any other only those of its own heads.
     per_neuron, num_replayed = attention.length**2, unclear.sum()
-    work.neurons += num_replayed
-    work.all_neurons += unclear.numel()
-    work.logits += (num_replayed * num_groups + (unclear.numel() - num_replayed)) * per_neuron
-    work.all_logits += unclear.numel() * num_groups * per_neuron
-    return settle(low, high, certain, exact).sqrt().float()
+    work = Work(
+        neurons=num_replayed,
+        all_neurons=unclear.numel(),
+        logits=(num_replayed * num_groups + (unclear.numel() - num_replayed)) * per_neuron,
+        all_logits=unclear.numel() * num_groups * per_neuron,
+    )
+    return settle(low, high, certain, exact).sqrt().float(), work
 
 
 def _intervals(attention: LayerAttention, heads: _OtherHeads, excess: Tensor) -> tuple[Tensor, Tensor]:

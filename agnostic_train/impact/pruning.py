@@ -1,5 +1,6 @@
 """What all ways of pruning share: how many neurons are sought, what intervals decide, and counts of the work."""
 
+import operator
 from dataclasses import dataclass
 from math import floor
 
@@ -58,11 +59,11 @@ def check_enclosed(exact: Tensor, low: Tensor, high: Tensor) -> None:
         raise UserError("detection.pruning: impacts lie outside the intervals proven for them; set it to false")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """How much pruning left to compute exactly: neurons and their changed logits, out of all.
 
-    Counts made on a device stay tensors there until they are read.
+    Counts made on a device stay tensors there until `read`.
 
     Attributes:
         rough_logits: changed logits that were computed in half precision, for intervals.
@@ -75,12 +76,8 @@ class Work:
     rough_logits: int | Tensor = 0
 
     def __add__(self, other: "Work") -> "Work":
-        """Adds all counts, as plain integers."""
-        return Work(*(int(mine) + int(vars(other)[name]) for name, mine in vars(self).items()))
+        return Work(*map(operator.add, vars(self).values(), vars(other).values()))
 
-    def add_all(self, num_neurons: int, num_logits: int, length: int) -> None:
-        """Counts neurons that were all computed exactly, each with `num_logits` logits of a sentence."""
-        self.neurons += num_neurons
-        self.all_neurons += num_neurons
-        self.logits += num_neurons * num_logits
-        self.all_logits += num_neurons * length**2
+    def read(self) -> "Work":
+        """Returns the counts as plain integers, which waits for the device."""
+        return Work(*map(int, vars(self).values()))

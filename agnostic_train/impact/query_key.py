@@ -150,21 +150,23 @@ class QueryKeyImpacts:
         else:
             forms = dict.fromkeys(self.names, _Form(paper_change(inputs)))
         attention = LayerAttention(inputs, counted, self._limit(inputs, _CPU_CHUNK_BYTES), capped=self._exact)
-        impacts: dict[str, Tensor] = {}
+        found: dict[str, tuple[Tensor, Work]] = {}
         if self._top_ratio is not None and attention.softcap is None:
             for name, form in forms.items():
                 if form.growth is not None:
-                    impacts[name] = self._pruned_over_heads(attention, name, form, projected[name], angles)
-        rest = {name: form for name, form in forms.items() if name not in impacts}
+                    found[name] = self._pruned_over_heads(attention, name, form, projected[name], angles)
+        rest = {name: form for name, form in forms.items() if name not in found}
         if rest and self._top_ratio is not None and (closed := self._prunable(attention, rest)):
             if all(map(attention.on_kernels, closed.values())):
-                impacts |= interval_impacts(attention, closed, self._top_ratio, self.work)
+                found |= interval_impacts(attention, closed, self._top_ratio)
             else:
-                impacts |= self._bounded_impacts(attention, closed, self._top_ratio)
+                found |= self._bounded_impacts(attention, closed, self._top_ratio)
         else:
             for name, form in rest.items():
-                impacts[name] = self._all_impacts(attention, name, form, projected[name], angles)
-        return impacts, attention.output.view_as(inputs.query)
+                found[name] = self._all_impacts(attention, name, form, projected[name], angles)
+        for name, (_, done) in found.items():
+            self.work[name] += done
+        return {name: impacts for name, (impacts, _) in found.items()}, attention.output.view_as(inputs.query)
 
     def _prunable(self, attention: LayerAttention, forms: dict[str, "_Form"]) -> dict[str, LogitChange] | None:
         """Returns the forms' changes if pruning covers all of them and is worthwhile; else None."""
@@ -185,19 +187,16 @@ class QueryKeyImpacts:
 
     def _bounded_impacts(
         self, attention: LayerAttention, closed: dict[str, LogitChange], top_ratio: float
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, tuple[Tensor, Work]]:
         """Impacts of the neurons that bounds can't rule out, zero for the others."""
-        work = {name: Work() for name in closed}
         chunk_bytes = self._limit(attention.inputs, _CPU_CHUNK_BYTES)
         sieve = BoundSieve(attention, closed, chunk_bytes, self._half_bytes)
-        impacts = sieve.impacts(top_ratio, work)
-        left = sum(int(it.logits) for it in work.values()) / sum(it.all_logits for it in work.values())
+        found = sieve.impacts(top_ratio)
+        total = sum((done for _, done in found.values()), Work())
         grows = any(change.grows for change in closed.values())
-        if left > (_MOST_LEFT_GROWING if grows else _MOST_LEFT):
+        if total.logits > (_MOST_LEFT_GROWING if grows else _MOST_LEFT) * total.all_logits:
             self._fruitless_length = attention.length
-        for name, done in work.items():
-            self.work[name] += done
-        return impacts
+        return found
 
     def _forms(
         self, inputs: AttentionInputs, projected: dict[str, Tensor], angles: Angles
@@ -254,7 +253,7 @@ class QueryKeyImpacts:
 
     def _all_impacts(
         self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
-    ) -> Tensor:
+    ) -> tuple[Tensor, Work]:
         """Impacts of every neuron of q or k, (sentences, neurons), float32; replayed if there is no closed form."""
         spans_heads = form.of_all_heads is None and self.layer.norm_spans_heads(name)
         if spans_heads:
@@ -269,17 +268,20 @@ class QueryKeyImpacts:
         # Whole rows count: kernels skip unseen keys themselves, and a norm over all heads is replayed on whole rows.
         whole = spans_heads or (form.of_all_heads is not None and attention.on_kernels(form.of_all_heads))
         num_logits = attention.length**2 if whole else sum(block.num_logits for block in attention.blocks)
-        self.work[name].add_all(impacts.numel(), num_logits, attention.length)
-        return impacts
+        num_neurons = impacts.numel()
+        return impacts, Work(
+            neurons=num_neurons,
+            all_neurons=num_neurons,
+            logits=num_neurons * num_logits,
+            all_logits=num_neurons * attention.length**2,
+        )
 
     def _pruned_over_heads(
         self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
-    ) -> Tensor:
+    ) -> tuple[Tensor, Work]:
         assert form.change is not None and form.growth is not None and self._top_ratio is not None
         replayed = partial(self._replayed_over_heads, attention, name, projected, angles)
-        return norm_over_heads.pruned_impacts(
-            name, attention, form.change, form.growth, replayed, self._top_ratio, self.work[name]
-        )
+        return norm_over_heads.pruned_impacts(name, attention, form.change, form.growth, replayed, self._top_ratio)
 
     def _replayed_over_heads(
         self, attention: LayerAttention, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None

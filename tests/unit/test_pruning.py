@@ -56,14 +56,14 @@ def all_bounds_hold(model, batch, monkeypatch):
     compared = []
     original = bound_sieve.BoundSieve.impacts
 
-    def spied(self, top_ratio, work):
+    def spied(self, top_ratio):
         every = self._tiles(torch.ones(self.attention.batch, sum(self.layout.sizes), dtype=torch.bool))
         limits, _ = self._bounds()
         for number, block in enumerate(self.blocks):
             squares = self._squares(every, number)
             assert not (squares > limits[..., number]).any(), f"block {block}"
             compared.append(squares.numel())
-        return original(self, top_ratio, work)
+        return original(self, top_ratio)
 
     monkeypatch.setattr(bound_sieve.BoundSieve, "impacts", spied)
     pruned_impacts(model, batch, 0.05)
