@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from textwrap import shorten
 from typing import get_args
@@ -58,8 +59,9 @@ def export_checkpoint(
             (for a folder, the base that its config names); for other models, the manifest says `unverified`, and only
             `merged` is possible.
         tokenizer: saved with the weights.
-        dtype: the dtype of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; the model's own by default.
-            Each weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64 model.
+        dtype: the dtype of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; by default, each weight's
+            own. Each weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64
+            model.
         neurons: all neurons trained since `base`, as a `NeuronSet` or a mapping; by default those of the adapter and
             the model's `trained_neurons`. If they are unknown, the manifest says `unverified`.
         model_card: the text of `README.md`.
@@ -86,8 +88,8 @@ def export_checkpoint(
             "unquantised model as base, or export to 'lora' or 'delta'"
         )
     _check_vocabulary(trained, tokenizer, whole=to == "merged")
-    model_dtype = trained.model.dtype
-    dtype = (dtype or model_dtype) if to == "merged" else torch.promote_types(model_dtype, torch.float32)
+    if to != "merged":
+        dtype = torch.promote_types(trained.model.dtype, torch.float32)
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
     with whole_directory(directory, is_exported) as temporary:
@@ -105,7 +107,7 @@ def export_checkpoint(
             temporary / MANIFEST,
             {
                 "format": to,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": str(dtype or trained.model.dtype).removeprefix("torch."),
                 "base": trained.base_name and public_name(trained.base_name),
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
@@ -131,12 +133,12 @@ def is_exported(path: Path) -> bool:
     return path.name in (CARD, MANIFEST, *content.get("files", []))
 
 
-def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None:
+def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) -> None:
     # Cast once per storage: tied weights stay tied, and are written once.
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
-    for name, value in trained.weights(trained.model.state_dict().items()):
-        rounded = value.to(dtype) if value.is_floating_point() else value
+    for name, value, own_dtype in trained.weights(trained.model.state_dict().items()):
+        rounded = value.to(dtype or own_dtype) if value.is_floating_point() else value
         if name.removesuffix(".weight") in trained.adapter:
             state[name] = rounded  # not cached by address: the next sum may reuse this one's memory
         else:
@@ -151,10 +153,10 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype) -> None
         raise UserError(
             f"model: its config or generation_config is invalid, so it can't be saved ({problem})"
         ) from None
-    _check_written(directory, type(model), state, dtype)
+    _check_written(directory, type(model), state)
     # save_pretrained writes the dtype of the model in memory to the config, not that of the given weights.
     config = copy.deepcopy(model.config)
-    config.dtype = dtype
+    config.dtype = dtype or model.dtype
     if trained.base is not None and hasattr(trained.base.config, "use_cache"):
         config.use_cache = trained.base.config.use_cache  # a Trainer sets it to False
     config.save_pretrained(directory)
@@ -177,9 +179,7 @@ def _without_native_adapter(model: PreTrainedModel) -> Iterator[None]:
         vars(model).update(original)
 
 
-def _check_written(
-    directory: Path, model_class: type[PreTrainedModel], state: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
+def _check_written(directory: Path, model_class: type[PreTrainedModel], state: Mapping[str, Tensor]) -> None:
     """Reads the files back, and checks that every weight was written as intended, once per storage."""
     read = set()
     for file in directory.glob("*.safetensors"):
@@ -187,7 +187,7 @@ def _check_written(
             names = tensors.keys()
             if not state.keys() >= set(names):
                 # Some families' checkpoints (multimodal Gemma 3) use names that differ from those of their modules.
-                return _check_loaded(model_class.from_pretrained(directory, dtype=dtype), state)
+                return _check_loaded(directory, model_class, state)
             for name in names:
                 _check_equal(name, tensors.get_tensor(name), state[name])
                 read.add(state[name].data_ptr())
@@ -196,10 +196,12 @@ def _check_written(
         raise RuntimeError(f"{len(lost)} weights weren't written, such as {lost[0]}")
 
 
-def _check_loaded(loaded: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    loaded_state = loaded.state_dict()
+def _check_loaded(directory: Path, model_class: type[PreTrainedModel], state: Mapping[str, Tensor]) -> None:
+    # Loading gives all weights one dtype. The widest of theirs can hold each of them.
+    widest = reduce(torch.promote_types, {value.dtype for value in state.values() if value.is_floating_point()})
+    loaded_state = model_class.from_pretrained(directory, dtype=widest).state_dict()
     for name, value in state.items():
-        _check_equal(name, loaded_state[name], value)
+        _check_equal(name, loaded_state[name].to(value.dtype), value)
 
 
 def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
@@ -230,7 +232,7 @@ def _check_vocabulary(trained: Trained, tokenizer: PreTrainedTokenizerBase | Non
         )
 
 
-def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
+def _check_finite(trained: Trained, dtype: torch.dtype | None) -> None:
     for name, chosen in (trained.chosen or {}).items():
         weight, delta = trained.model.get_submodule(name).weight, trained.adapter.get(name)
         written = []
@@ -240,9 +242,10 @@ def _check_finite(trained: Trained, dtype: torch.dtype) -> None:
             values = delta.values.to(weight.device)
             base = weight.index_select(delta.dim, delta.index.to(weight.device)) if weight.is_floating_point() else 0
             written.append(base + values)
-        if not all(it.to(dtype).isfinite().all() for it in written):
+        target = dtype or weight.dtype
+        if not all(it.to(target).isfinite().all() for it in written):
             raise UserError(
-                f"{name}: trained weights aren't finite in {str(dtype).removeprefix('torch.')}; train with a lower "
+                f"{name}: trained weights aren't finite in {str(target).removeprefix('torch.')}; train with a lower "
                 "learning rate, or export in a wider export.dtype"
             )
 

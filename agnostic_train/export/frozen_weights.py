@@ -38,29 +38,28 @@ class FrozenWeightCheck:
 
 @torch.no_grad()
 def check_frozen_weights(trained: Trained, dtype: torch.dtype | None = None) -> FrozenWeightCheck:
-    """Compares all unchosen weight entries with the base's, bit by bit, after rounding both to `dtype`.
+    """Compares all unchosen weight entries with the base's, bit by bit, after rounding both to one dtype.
 
     If the base has a higher precision than the trained model's weights, they differ unless `dtype` is as low as theirs.
 
     Args:
         trained: the trained model, with its base if known.
-        dtype: the dtype in which to compare; the model's own by default.
+        dtype: the dtype in which to compare; by default, each of the model's weights in its own.
 
     Raises:
         UserError: the base lacks a parameter, or has one of another shape.
     """
     if trained.chosen is None or trained.is_quantised or (trained.base is None and not trained.adapter):
         return FrozenWeightCheck("unverified")
-    dtype = dtype or trained.model.dtype
     before = trained.model if trained.base is None else trained.base
     others = {name.replace(".base_layer.", "."): value for name, value in before.named_parameters()}
     changed, num_compared, num_chosen, num_moved, num_surviving = [], 0, 0, 0, 0
-    for name, weight in trained.weights(trained.model.named_parameters()):
+    for name, weight, own_dtype in trained.weights(trained.model.named_parameters()):
         other = others.get(name)
         if other is None or other.shape != weight.shape:
             raise UserError(f"base: parameter {name} is missing or has another shape; give the model's own base")
         other = other.to(weight.device)
-        differs = bit_patterns(weight.to(dtype)) != bit_patterns(other.to(dtype))
+        differs = bit_patterns(weight.to(dtype or own_dtype)) != bit_patterns(other.to(dtype or own_dtype))
         chosen = trained.chosen.get(name.removesuffix(".weight"))
         if chosen is not None:
             dim, index = chosen.dim, chosen.index.to(weight.device)

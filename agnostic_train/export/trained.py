@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ class Trained:
         """The weight entries that may differ from the base's, by module name; None if unknown."""
         return None if self.neurons is None else chosen_entries(self.model, self.neurons)
 
-    def weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
         """Yields the named parameters or state of the equivalent plain model, without adapters, one by one.
 
         A weight changed by the adapter is a new tensor, the sum in the adapter's precision. To save memory, callers
@@ -117,9 +118,13 @@ class Trained:
 
         Args:
             named: the model's `named_parameters()` or `state_dict().items()`.
+
+        Yields: each weight's name, value, and dtype in the model, which is that of its frozen entries.
         """
         plain = {name.replace(".base_layer.", "."): value for name, value in named if ".neuron_" not in name}
-        return add_deltas(plain, self.adapter)
+        for name, value in add_deltas(plain, self.adapter):
+            yield name, value, plain[name].dtype
+            del value
 
     def deltas(self) -> Mapping[str, Delta]:
         """Returns the changes made by training, as rows and columns to add to the base's weights.

@@ -416,6 +416,28 @@ def test_errors_name_invalid_models_bases_and_dtypes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("training", ["mask", "compact"])
+def test_each_weight_keeps_its_own_dtype(tmp_path, training):
+    """Some families keep a few weights in float32; rounding them would change frozen weights."""
+    base = tiny_llama().bfloat16()
+    base.model.norm.float()
+    with torch.no_grad():
+        base.model.norm.weight += 2**-20
+    model = trained(base) if training == "mask" else adapted(copy.deepcopy(base), CHOSEN)
+    check = export_checkpoint(model, tmp_path / "out", base=base)
+    assert check.status == "identical" and check.chosen_moved > 0.9
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(written.pop("model.norm.weight"), base.model.norm.weight.detach())
+    assert {it.dtype for it in written.values()} == {torch.bfloat16}
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert manifest["dtype"] == config["dtype"] == "bfloat16"
+    with torch.no_grad():
+        base.model.norm.weight[0] += 2**-20
+    assert export_checkpoint(model, tmp_path / "out", base=base).changed == ("model.norm.weight",)
+    assert export_checkpoint(model, tmp_path / "out", base=base, dtype="bfloat16").status == "identical"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
 def test_one_float32_sum_exists_at_a_time(tmp_path, monkeypatch, dtype):
     """All sums together would take twice the memory of a model in half precision."""

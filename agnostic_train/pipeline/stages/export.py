@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import asdict
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -27,8 +28,10 @@ def export(context: Context) -> dict:
     record = context.manifest.record("train")
     checkpoint = context.directory / record["checkpoint"]
     neurons = None if record["strategy"] in BASELINES else NeuronSet.load(checkpoint / NEURONS_FILE)
+    dtype: torch.dtype | str | None = context.recipe.export.dtype
     if record["strategy"] == "lora":
         trained = _merged_lora(context)
+        dtype = dtype or context.materials.model.dtype
     elif record["adapter"]:
         trained = context.directory / ADAPTER
     else:
@@ -41,7 +44,7 @@ def export(context: Context) -> dict:
             to=to,
             base=context.materials.model,
             tokenizer=context.materials.tokenizer,
-            dtype=context.recipe.export.dtype or context.materials.model.dtype,
+            dtype=dtype,
             neurons=neurons,
             model_card=model_card(context.recipe, record, to),
         )
