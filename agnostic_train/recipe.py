@@ -290,8 +290,8 @@ class EvaluationSection:
     max_forgetting: float = Field(
         default=0.03,
         ge=0,
-        description="Sweeps penalise runs in which the bits per byte of another of corpus.languages rise by more than "
-        "this fraction.",
+        description="Sweeps, and comparisons that select by 'objective', penalise trainings in which the bits per byte "
+        "of another of corpus.languages rise by more than this fraction.",
     )
     parallel: LocalPath | None = Field(
         default=None,
@@ -343,10 +343,11 @@ class ComparisonSection:
         description="Learning rates to try for every strategy; default: training.learning_rate, a third of it and "
         "three times it. If the best one is at an end, another is tried beyond it, at most twice.",
     )
-    select_by: Literal["target", "all"] = Field(
-        default="target",
-        description="Choose the rate with the lowest bits per byte on validation text, of the enhanced languages or of "
-        "all.",
+    select_by: Literal["objective", "target", "all"] = Field(
+        default="objective",
+        description="Choose the rate with the lowest bits per byte on validation text: 'objective', of the enhanced "
+        "languages, penalised where another's rise by more than evaluation.max_forgetting; 'target', of the enhanced "
+        "languages, whatever it costs; 'all', of all corpus.languages.",
     )
 
     @model_validator(mode="after")

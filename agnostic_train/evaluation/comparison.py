@@ -29,6 +29,36 @@ def relative_change(before: Perplexity, after: Perplexity) -> float:
     return after.nats / before.nats - 1
 
 
+def language_groups(
+    enhanced: Sequence[str], trained: Sequence[str], detected: Sequence[str], measured: Sequence[str]
+) -> dict[str, list[str]]:
+    """Returns the languages whose changes are averaged, by group; a group with none is left out.
+
+    Languages that are only measured have a group of their own: a mean over languages that a model knows and languages
+    that it may never have seen says little about either.
+
+    Args:
+        enhanced: the languages to improve.
+        trained: all languages in the training text.
+        detected: the languages whose neurons were detected, `trained` among them.
+        measured: further languages that are only measured.
+    """
+    groups = {
+        "enhanced": enhanced,
+        "also_trained": [it for it in trained if it not in enhanced],
+        "others": [it for it in detected if it not in trained],
+        "also_measured": measured,
+        "all": [*detected, *measured],
+    }
+    return {name: list(languages) for name, languages in groups.items() if languages}
+
+
+def group_means(changes: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Returns each group's mean change over its measured languages, without groups that have none."""
+    measured = {name: [changes[it] for it in members if it in changes] for name, members in groups.items()}
+    return {name: sum(values) / len(values) for name, values in measured.items() if values}
+
+
 def resampled_changes(
     before: Perplexity, after: Sequence[Perplexity], num_resamples: int, draw_seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -49,7 +79,7 @@ def resampled_changes(
 def compare_strategies(
     before: Mapping[str, Perplexity],
     after: Mapping[str, Mapping[int, Mapping[str, Perplexity]]],
-    enhanced: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
     *,
     aligned: bool = False,
     num_resamples: int = NUM_RESAMPLES,
@@ -59,28 +89,28 @@ def compare_strategies(
     Args:
         before: per language, the result of the base model.
         after: per strategy, seed and language, the result after training; the same seeds for every strategy.
-        enhanced: the languages that were trained; the others may be forgotten.
+        groups: the languages of each group, whose mean change is compared; those not in `before` don't count.
         aligned: whether the languages' sentences are translations of each other, in the same order; if so, they are
             drawn together.
         num_resamples: number of bootstrap resamples.
 
     Returns: plain JSON values.
-        strategies: per strategy, for each language (the forgetting matrix) and each group (`enhanced`, `others`, `all`;
-            the mean over its languages): `mean`, `interval` (95%) and `by_seed`. With one seed, the intervals cover
-            only the sampling of sentences.
+        strategies: per strategy, for each language (the forgetting matrix) and each group (the mean over its
+            languages): `mean`, `interval` (95%) and `by_seed`. With one seed, the intervals cover only the sampling of
+            sentences.
         differences: for each pair of strategies and each group, the mean of the first minus that of the second, its 95%
-            `interval`, and `beyond_noise`: whether zero lies outside both this interval and a second one, which uses
-            the pooled variance (or the pair's own, if larger) and is Bonferroni-corrected for all pairs. In simulations
-            of equally good strategies, 1 to 5 in 100 comparisons report some difference, and up to 8 if the variances
-            over seeds differ widely. None with one seed, which gives no information about the variance over seeds.
+            `interval`, and `beyond_noise`: whether zero lies outside both this interval and `simultaneous_interval`,
+            which uses the pooled variance (or the pair's own, if larger) and is Bonferroni-corrected for all pairs. In
+            simulations of equally good strategies, 1 to 5 in 100 comparisons report some difference, and up to 8 if the
+            variances over seeds differ widely. None with one seed, which gives no information about the variance over
+            seeds.
         best: per group, the strategies that no other strategy beats beyond noise.
     """
     names, languages = list(after), list(before)
     if not names:
         return {"strategies": {}, "differences": [], "best": {}}
     seeds = list(after[names[0]])
-    others = [language for language in languages if language not in enhanced]
-    groups = {"enhanced": [it for it in languages if it in enhanced], "others": others, "all": languages}
+    groups = {name: [it for it in members if it in before] for name, members in groups.items()}
     groups = {name: members for name, members in groups.items() if members}
     # By language and by group: (strategies, seeds) and (resamples, strategies, seeds).
     points: dict[str, Tensor] = {}
@@ -128,6 +158,7 @@ def compare_strategies(
                     "group": group,
                     "mean": float(gap.mean()),
                     "interval": alone,
+                    "simultaneous_interval": among_all,
                     "beyond_noise": None
                     if len(seeds) == 1
                     else all(not it[0] <= 0 <= it[1] for it in (alone, among_all)),

@@ -41,9 +41,11 @@ def num_trainings(num_strategies: int, num_rates: int, num_seeds: int) -> tuple[
 
 
 def tune(
-    measure: Callable[[float], Mapping[str, float] | None], rates: Sequence[float], languages: Sequence[str]
+    measure: Callable[[float], Mapping[str, float] | None],
+    rates: Sequence[float],
+    objective: Callable[[Mapping[str, float]], float],
 ) -> Tuning:
-    """Finds the rate with the lowest change of bits per byte, averaged over `languages`.
+    """Finds the rate with the lowest objective.
 
     While the best rate is the lowest or highest of the grid, one more beyond it is tried, at most `NUM_EXTENSIONS`
     times. A single rate is not extended.
@@ -51,13 +53,13 @@ def tune(
     Args:
         measure: trains at a rate and returns each language's relative change, or None if the training diverged.
         rates: the initial grid.
-        languages: the languages to average over.
+        objective: what to minimise, from the languages' changes.
     """
     tried = {rate: measure(rate) for rate in sorted(rates)}
 
     def loss(rate: float) -> float:
         changes = tried[rate]
-        return math.inf if changes is None else sum(changes[it] for it in languages) / len(languages)
+        return math.inf if changes is None else objective(changes)
 
     for extension in range(NUM_EXTENSIONS + 1):
         # Ties go to the lowest rate: if all rates diverge, a still lower one may not.

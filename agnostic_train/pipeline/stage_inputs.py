@@ -205,7 +205,9 @@ class StageInputs:
         recipe, text = self._recipe.to_dict(), self._evaluation_text
         text["text"] |= self._text("training", languages=self._recipe.training.text_languages)["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
+        by_objective = self._recipe.comparison.select_by == "objective"
         return {
+            **({"evaluation": {"max_forgetting": self._recipe.evaluation.max_forgetting}} if by_objective else {}),
             "comparison": recipe["comparison"] | {"learning_rates": rates},
             "training": {
                 key: recipe["training"][key] for key in ("languages", "update", "mixture", "packing", "random_like")

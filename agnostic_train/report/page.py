@@ -18,17 +18,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
-from agnostic_train.report import figures as draw
+from agnostic_train.report.comparison_figures import draw_forgetting, draw_rates, draw_trade
+from agnostic_train.report.plotting import ENDINGS, is_figure, write_figures
+from agnostic_train.report.run_figures import (
+    draw_change,
+    draw_neurons,
+    draw_overlap,
+    draw_relative_change,
+    draw_training,
+)
+from agnostic_train.report.score_figures import draw_ablation, draw_emergence, draw_score
 from agnostic_train.scores.ablation import NOTHING
 
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
 _EMERGENCE_FIGURES = frozenset(["emergence"])
-_COMPARISON_FIGURES = frozenset(["trade", "forgetting"])
+_COMPARISON_FIGURES = frozenset(["trade", "rates", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
     "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
 }  # fmt: skip
-EMERGENCE_FILES = [f"{name}{ending}" for name in sorted(_EMERGENCE_FIGURES) for ending in draw.ENDINGS]
-RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in draw.ENDINGS]
+EMERGENCE_FILES = [f"{name}{ending}" for name in sorted(_EMERGENCE_FIGURES) for ending in ENDINGS]
+RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in ENDINGS]
 """The figures that a run may write; those of `emergence/` are among them."""
 
 
@@ -44,26 +53,26 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
     history = read_json(directory / training["last"] / TRAINER_STATE_NAME)["log_history"]
     enhanced = recipe["training"]["languages"]
     titles: dict[str, tuple[str, Callable[[], Figure]]] = {
-        "change": ("Bits per byte before and after", partial(draw.draw_change, evaluation["languages"], enhanced)),
-        "relative_change": ("Change per language", partial(draw.draw_relative_change, evaluation, enhanced)),
-        "neurons": ("Neurons per layer and projection", partial(draw.draw_neurons, detected)),
-        "overlap": ("Overlap of the languages' related neurons", partial(draw.draw_overlap, detected)),
-        "score": ("Importance of shared neurons, by language", partial(draw.draw_score, score)),
+        "change": ("Bits per byte before and after", partial(draw_change, evaluation["languages"], enhanced)),
+        "relative_change": ("Change per language", partial(draw_relative_change, evaluation, enhanced)),
+        "neurons": ("Neurons per layer and projection", partial(draw_neurons, detected)),
+        "overlap": ("Overlap of the languages' related neurons", partial(draw_overlap, detected)),
+        "score": ("Importance of shared neurons, by language", partial(draw_score, score)),
     }
     if score["ablation"].keys() - {NOTHING}:
         title = "Perplexity with sets of neurons switched off"
-        titles["ablation"] = (title, partial(draw.draw_ablation, score["ablation"]))
+        titles["ablation"] = (title, partial(draw_ablation, score["ablation"]))
     if (directory / "emergence.json").exists():
         rows = read_json(directory / "emergence.json")
-        titles["emergence"] = ("Over the model's training", partial(draw.draw_emergence, rows))
+        titles["emergence"] = ("Over the model's training", partial(draw_emergence, rows))
     comparison = read_json(directory / "comparison.json") if has_comparison else None
     if comparison is not None:
         titles |= _comparison_figures(comparison)
     if any("loss" in entry for entry in history):
-        titles["training"] = ("Training loss", partial(draw.draw_training, history))
+        titles["training"] = ("Training loss", partial(draw_training, history))
     assert titles.keys() <= _RUN_FIGURES
     with whole_directory(directory / "figures", is_run_figure) as temporary:
-        draw.write_figures(temporary, {name: figure for name, (_, figure) in titles.items()}, evaluation["languages"])
+        write_figures(temporary, {name: figure for name, (_, figure) in titles.items()}, evaluation["languages"])
     page = (
         _environment()
         .get_template("report.html")
@@ -90,28 +99,28 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
 
 def is_run_figure(path: Path) -> bool:
     """Whether a path is a file that `write_report` writes in `figures/`."""
-    return draw.is_figure(path, _RUN_FIGURES)
+    return is_figure(path, _RUN_FIGURES)
 
 
 def is_emergence_file(path: Path) -> bool:
     """Whether a path is a file of `emergence/`."""
-    return draw.is_figure(path, _EMERGENCE_FIGURES)
+    return is_figure(path, _EMERGENCE_FIGURES)
 
 
 def is_comparison_file(path: Path) -> bool:
     """Whether a path is a file of `comparison/`."""
-    return draw.is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
+    return is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
 
 
-def draw_comparison(comparison: dict, folder: Path) -> None:
+def write_comparison_figures(comparison: dict, folder: Path) -> None:
     """Draws the comparison's figures into `folder`."""
     figures = {name: figure for name, (_, figure) in _comparison_figures(comparison).items()}
-    draw.write_figures(folder, figures, comparison["before"]["test"])
+    write_figures(folder, figures, comparison["before"]["test"])
 
 
-def draw_emergence(rows: list[dict], folder: Path) -> None:
+def write_emergence_figures(rows: list[dict], folder: Path) -> None:
     """Draws the figure of the score over a model's checkpoints into `folder`."""
-    draw.write_figures(folder, {"emergence": partial(draw.draw_emergence, rows)}, rows[0]["related"])
+    write_figures(folder, {"emergence": partial(draw_emergence, rows)}, rows[0]["related"])
 
 
 def comparison_text(comparison: dict) -> str:
@@ -165,9 +174,13 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
     compared = comparison["texts"]["test"]
     if not compared["strategies"]:
         return {}
-    return {
-        "trade": ("What each strategy gains and costs", partial(draw.draw_trade, compared)),
-        "forgetting": ("Change of every language by strategy", partial(draw.draw_forgetting, compared)),
+    tuning = comparison["tuning"]
+    figures = {"trade": ("What each strategy gains and costs", partial(draw_trade, compared))}
+    if any(len(it["tried"]) > 1 for it in tuning.values()):
+        title = "Gain and cost on validation text at every learning rate tried"
+        figures["rates"] = (title, partial(draw_rates, tuning))
+    return figures | {
+        "forgetting": ("Change of every language by strategy", partial(draw_forgetting, compared)),
     }
 
 

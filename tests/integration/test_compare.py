@@ -41,6 +41,12 @@ def test_lora_of_equal_size_is_trained_and_merged(root, capsys):
     assert "export.to: 'lora' needs neurons" in capsys.readouterr().err
 
 
+def cost_of(changes, max_forgetting):
+    """What `comparison.select_by: objective` minimises if Swahili is enhanced."""
+    excess = max(0, max(change for language, change in changes.items() if language != "sw") - max_forgetting)
+    return (1 + changes["sw"]) * (1 + 10 * excess)
+
+
 @pytest.mark.figures
 def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
     assert run(root, "compare", "--dry-run", *SMALL) == 0
@@ -64,15 +70,15 @@ def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
     tokens = {it["tokens"] for it in comparison["tuning"].values()}
     assert len(tokens) == 1 and tokens.pop() > 0 and {it["steps"] for it in comparison["tuning"].values()} == {3}
     for tuning in comparison["tuning"].values():
-        changes = {it["learning_rate"]: it["validation"]["sw"] for it in tuning["tried"]}
-        assert min(changes, key=changes.get) == tuning["learning_rate"] and len(changes) >= 3
+        costs = {it["learning_rate"]: cost_of(it["validation"], 0.03) for it in tuning["tried"]}
+        assert min(costs, key=costs.get) == tuning["learning_rate"] and len(costs) >= 3
     with (out / "comparison/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 3 and {row["seed"] for row in rows} == {"3", "4", "all"}
     text = (out / "comparison/comparison.md").read_text()
     assert in_terminal(text) in printed and "| full |" in text and "Learning rates" in text
     assert f"compare: {out}/comparison/comparison.md" in printed and "compare: 2 of " in printed
-    for name in ("trade", "forgetting"):
+    for name in ("trade", "rates", "forgetting"):
         assert (out / f"comparison/{name}.png").stat().st_size > 1000 and (out / f"comparison/{name}.svg").exists()
     assert not list(out.glob("checkpoint-*")) and not list((out / ".work/compare").glob(".*"))
 
@@ -133,7 +139,10 @@ def test_diverging_rates_and_strategies_are_passed_over(root, capsys):
     rates = "--comparison.learning_rates=[1e-3, 1e-2, 1e30]"
     assert run(root, "compare", *flags, rates, "--training.max_grad_norm=0") == 0
     tuning = read_json(root / "out/comparison.json")["tuning"]["full"]
-    assert tuning["tried"][-1] == {"learning_rate": 1e30, "validation": None} and tuning["learning_rate"] < 1
+    assert (
+        tuning["tried"][-1] == {"learning_rate": 1e30, "validation": None, "groups": None}
+        and tuning["learning_rate"] < 1
+    )
     printed = capsys.readouterr().out
     assert "full, rate 1e+30, seed 0: diverged" in printed
     # One seed tells nothing about the noise between trainings.
@@ -172,6 +181,34 @@ def test_seeds_differ_and_test_text_does_not_affect_tuning(root, capsys):
         file.write_text("\n".join(lines), encoding="utf-8")
     assert run(root, "compare", *flags) == 0
     assert read_json(root / "out/comparison.json")["tuning"] == tuning and sw_changes(root) != before
+
+
+def test_rates_are_selected_by_gain_and_forgetting(root, capsys):
+    """Another selection needs no other trainings than those at a newly selected rate."""
+    flags = [
+        "--comparison.strategies=shared,full",
+        "--comparison.seeds=1",
+        "--comparison.learning_rates=[1e-3, 1e-2, 1e-1]",
+    ]
+    assert run(root, "compare", *flags, "--comparison.select_by=target") == 0
+    by_target = read_json(root / "out/comparison.json")
+    capsys.readouterr()
+    assert run(root, "compare", *flags, "--evaluation.max_forgetting=0.001") == 0
+    printed = capsys.readouterr().out
+    assert all(f"full, rate {rate:.3g}, seed 0 (kept)" in printed for rate in (1e-3, 1e-2, 1e-1))
+    by_objective = read_json(root / "out/comparison.json")
+    tuning = by_objective["tuning"]["full"]
+    costs = {it["learning_rate"]: cost_of(it["validation"], 0.001) for it in tuning["tried"]}
+    for it in tuning["tried"]:
+        changes = it["validation"]
+        assert it["groups"]["enhanced"] == changes["sw"] and it["groups"]["all"] == pytest.approx(
+            sum(changes.values()) / len(changes)
+        )
+    assert min(costs, key=costs.get) == tuning["learning_rate"] < by_target["tuning"]["full"]["learning_rate"]
+    assert by_objective["max_forgetting"] == 0.001 and by_target["max_forgetting"] is None
+    assert "penalised where another language's rise by more than 0.1%" in " ".join(printed.split())
+    assert run(root, "compare", *flags, "--evaluation.max_forgetting=0.002") == 0
+    assert "(changed: evaluation.max_forgetting)" in capsys.readouterr().out
 
 
 def test_other_text_trains_again_and_other_logging_does_not(root, monkeypatch):

@@ -17,7 +17,7 @@ from agnostic_train.pipeline.stage_inputs import learning_arguments
 from agnostic_train.pipeline.stages import evaluate as evaluate_stage
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import own_types
-from agnostic_train.report import figures
+from agnostic_train.report import page
 
 ALL = {*STAGES, "compare"}
 CHANGES = [
@@ -61,7 +61,7 @@ CHANGES = [
     ({"score.controls": "2"}, {"score"}),
     ({"export.dtype": "bfloat16"}, {"export"}),
     ({"export.to": "lora"}, {"export"}),
-    ({"evaluation.max_forgetting": "0.1"}, {"evaluate"}),
+    ({"evaluation.max_forgetting": "0.1"}, {"evaluate", "compare"}),
     ({"evaluation.batch_size": "3"}, {"evaluate"}),
     ({"evaluation.languages": "th"}, {"evaluate", "compare"}),
     ({"corpus.test_sentences": "5"}, {"evaluate", "compare", "report"}),
@@ -277,8 +277,8 @@ def test_loss_figure_extends_to_the_end_of_training(root, monkeypatch):
         "--training.logging_steps=1",
     ]  # so that the worst checkpoint is taken as the best
     drawn = []
-    original = figures.draw_training
-    monkeypatch.setattr(figures, "draw_training", lambda history: drawn.append(history) or original(history))
+    original = page.draw_training
+    monkeypatch.setattr(page, "draw_training", lambda history: drawn.append(history) or original(history))
     assert run(root, "report", *flags) == 0
     record = read_json(root / "out/manifest.json")["stages"]["train"]
     assert (record["checkpoint"], record["last"]) == ("checkpoint-3", "checkpoint-6")

@@ -22,9 +22,10 @@ ORDER = {
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
     "evaluation": [
-        "comparison", "tuning", "languages", "paired_comparison", "task_loading", "task_results", "task_evaluation"
+        "comparison", "tuning", "objective", "languages", "paired_comparison", "task_loading", "task_results",
+        "task_evaluation",
     ],
-    "report": ["tables", "figures", "page"],
+    "report": ["tables", "fonts", "plotting", "run_figures", "score_figures", "comparison_figures", "page"],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
         "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "training_text", "fitting",

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from agnostic_train.evaluation.comparison import compare_strategies, relative_change, resampled_changes
+from agnostic_train.evaluation.comparison import (
+    compare_strategies,
+    group_means,
+    language_groups,
+    relative_change,
+    resampled_changes,
+)
 from agnostic_train.scores.bootstrap import _AT_ONCE
 from agnostic_train.scores.perplexity import Perplexity
+
+SW = {"enhanced": ["sw"], "others": ["en", "de"], "all": ["sw", "en", "de"]}
 
 
 def measured(values):
@@ -53,7 +61,7 @@ def test_differences_beyond_noise_and_best_strategies():
         }
         for name, (own, other) in factors.items()
     }
-    result = compare_strategies(before, after, ["sw"], num_resamples=2000)
+    result = compare_strategies(before, after, SW, num_resamples=2000)
     for name, (own, other) in factors.items():
         strategy = result["strategies"][name]
         for language, factor in (("sw", own), ("en", other), ("de", other)):
@@ -73,6 +81,28 @@ def test_differences_beyond_noise_and_best_strategies():
     assert result["best"]["enhanced"] == ["c"] and result["best"]["others"] == ["a", "b"]
 
 
+def test_languages_in_the_training_text_are_not_others():
+    assert language_groups(["sw"], ["en", "sw"], ["en", "sw", "de"], ["th"]) == {
+        "enhanced": ["sw"],
+        "also_trained": ["en"],
+        "others": ["de"],
+        "also_measured": ["th"],
+        "all": ["en", "sw", "de", "th"],
+    }
+    assert list(language_groups(["sw"], ["sw"], ["en", "sw"], [])) == ["enhanced", "others", "all"]
+
+
+def test_groups_count_only_measured_languages():
+    """Parallel text may lack some of a group's languages, or all of them."""
+    groups = {"enhanced": ["sw"], "others": ["en", "fr"], "also_measured": ["th"]}
+    assert group_means({"en": 0.25, "fr": 0.75, "th": 0.5}, groups) == {"others": 0.5, "also_measured": 0.5}
+    before = {"en": measured([1.0, 2.0]), "th": measured([1.0, 1.0])}
+    after = {"a": {1: {"en": measured([2.0, 2.5]), "th": measured([1.0, 0.5])}}}
+    result = compare_strategies(before, after, groups, num_resamples=10)
+    means = {name: it["mean"] for name, it in result["strategies"]["a"]["groups"].items()}
+    assert means == pytest.approx({"others": 0.5, "also_measured": -0.25}) and list(result["best"]) == list(means)
+
+
 def test_pairing_narrows_the_interval_of_a_difference():
     """Both strategies' intervals are wide because sentences differ, but the difference is equal on every sentence."""
     generator = torch.Generator().manual_seed(2)
@@ -80,7 +110,7 @@ def test_pairing_narrows_the_interval_of_a_difference():
     a = of_noise(generator, before["sw"], 0.9, 0.5)
     b = measured((a.sentence_nats + 0.01 * before["sw"].sentence_nats).tolist())
     after = {name: {0: {"sw": it, "en": before["en"]}} for name, it in (("a", a), ("b", b))}
-    result = compare_strategies(before, after, ["sw"], num_resamples=500)
+    result = compare_strategies(before, after, SW, num_resamples=500)
     low, high = result["strategies"]["a"]["languages"]["sw"]["interval"]
     assert high - low > 0.1
     difference = next(it for it in result["differences"] if it["group"] == "enhanced")
@@ -115,7 +145,7 @@ def test_equal_strategies_seldom_differ_beyond_noise(spreads, num_seeds):
             str(name): {seed: {"sw": of_seeds(generator, before["sw"], 0.0, spread)} for seed in range(num_seeds)}
             for name, spread in enumerate(spreads)
         }
-        result = compare_strategies(before, after, ["sw"], num_resamples=2000)
+        result = compare_strategies(before, after, SW, num_resamples=2000)
         alarms += any(it["beyond_noise"] for it in result["differences"] if it["group"] == "enhanced")
         intervals = [row["languages"]["sw"]["interval"] for row in result["strategies"].values()]
         covered += torch.tensor([low <= 0 <= high for low, high in intervals])
@@ -130,7 +160,7 @@ def test_difference_within_its_own_interval_is_not_beyond_noise():
         return {"sw": measured([1 + change] * 9)}
 
     after = {name: {1: at(0.0), 2: at(0.0)} for name in "bcdefgh"} | {"a": {1: at(0.05), 2: at(0.07)}}
-    result = compare_strategies({"sw": base}, after, ["sw"], num_resamples=2000)
+    result = compare_strategies({"sw": base}, after, SW, num_resamples=2000)
     assert not any(difference["beyond_noise"] for difference in result["differences"])
     for difference in result["differences"]:
         low, high = difference["interval"]
@@ -143,10 +173,11 @@ def test_simultaneous_test_uses_at_least_the_pairs_own_variance():
     steps = (-1.2649, -0.6325, 0.0, 0.6325, 1.2649)  # of variance 1
     after = {name: {seed: {"sw": measured([1.0] * 9)} for seed in range(5)} for name in "bcdefgh"}
     after["a"] = {seed: {"sw": measured([1 + spread * (1.45 + step)] * 9)} for seed, step in enumerate(steps)}
-    result = compare_strategies({"sw": base}, after, ["sw"])
+    result = compare_strategies({"sw": base}, after, SW)
     of_a = [it for it in result["differences"] if "a" in it["strategies"]]
     assert len(of_a) == 14 and all(not it["interval"][0] <= 0 <= it["interval"][1] for it in of_a)
     assert not any(it["beyond_noise"] for it in of_a)
+    assert all(low < 0 < high for low, high in (it["simultaneous_interval"] for it in of_a))
 
 
 def test_difference_shown_by_every_seed_is_beyond_noise():
@@ -156,7 +187,7 @@ def test_difference_shown_by_every_seed_is_beyond_noise():
         name: {seed: {"sw": of_seeds(generator, before["sw"], effect, 0.001)} for seed in range(3)}
         for name, effect in (("a", -0.05), ("b", 0.0), ("c", 0.0))
     }
-    result = compare_strategies(before, after, ["sw"], num_resamples=2000)
+    result = compare_strategies(before, after, SW, num_resamples=2000)
     beyond = {tuple(it["strategies"]): it["beyond_noise"] for it in result["differences"] if it["group"] == "all"}
     assert beyond == {("a", "b"): True, ("a", "c"): True, ("b", "c"): False}
 
@@ -170,7 +201,9 @@ def test_parallel_text_is_resampled_together():
     after = {"a": {0: {it: measured((1 + 0.1 * lines).tolist()) for it in languages}}}
     widths = []
     for aligned in (False, True):
-        result = compare_strategies(before, after, ["sw"], aligned=aligned, num_resamples=2000)
+        result = compare_strategies(
+            before, after, {"all": ["en", "de", "fr", "sw"]}, aligned=aligned, num_resamples=2000
+        )
         low, high = result["strategies"]["a"]["groups"]["all"]["interval"]
         widths.append(high - low)
     assert widths[1] == pytest.approx(2 * widths[0], rel=0.1)  # sqrt(4 languages)

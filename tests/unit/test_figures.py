@@ -3,13 +3,18 @@
 import logging
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from agnostic_train.percent import percent
-from agnostic_train.report import figures
-from agnostic_train.report.figures import write_figures
+from agnostic_train.report.comparison_figures import draw_rates, draw_trade
+from agnostic_train.report.fonts import font_families
+from agnostic_train.report.plotting import write_figures
+from agnostic_train.report.run_figures import draw_change
+from agnostic_train.report.score_figures import draw_emergence, draw_score
+from agnostic_train.scores.result import CONTROLS
 
 
 class Font:
@@ -36,14 +41,14 @@ def installed(monkeypatch):
 
 
 def test_other_fonts_are_added_only_for_missing_characters(installed):
-    assert figures._families("sw Kiswahili ř") == ["DejaVu Sans"] and not installed
-    assert figures._families("中 文") == ["DejaVu Sans", "/NotoSans-Regular:中文"]
-    assert set(figures._families("中文ไทย")[1:]) == {"/NotoSans-Regular:中文", "/NotoSansThai-Regular:ไทย"}
+    assert font_families("sw Kiswahili ř") == ["DejaVu Sans"] and not installed
+    assert font_families("中 文") == ["DejaVu Sans", "/NotoSans-Regular:中文"]
+    assert set(font_families("中文ไทย")[1:]) == {"/NotoSans-Regular:中文", "/NotoSansThai-Regular:ไทย"}
 
 
 def test_warning_names_characters_without_a_font(installed, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    assert figures._families("中አ")[1:] == ["/NotoSans-Regular:中文"]
+    assert font_families("中አ")[1:] == ["/NotoSans-Regular:中文"]
     assert "no installed font has አ" in caplog.text
 
 
@@ -55,8 +60,46 @@ def test_small_costs_are_drawn_on_a_linear_scale(cost, scale):
         return {"mean": mean, "interval": [mean - 0.002, mean + 0.002]}
 
     row = {"groups": {"enhanced": group(-0.01), "others": group(cost)}}
-    axis = figures.draw_trade({"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}).axes[0]
+    axis = draw_trade({"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}).axes[0]
     assert axis.get_yscale() == scale and ("logarithmic" in axis.get_ylabel()) is (scale == "symlog")
+
+
+def test_rates_are_drawn_as_gain_against_cost():
+    """Filled marks are the best rates; a diverged training has no place."""
+    tried = [
+        {"learning_rate": 0.1, "groups": {"enhanced": -0.01, "others": 0.002, "all": 0.001}},
+        {"learning_rate": 0.3, "groups": {"enhanced": -0.03, "others": 0.005, "all": 0.003}},
+        {"learning_rate": 0.9, "groups": None},
+    ]
+    axis = draw_rates({"lora": {"learning_rate": 0.3, "tried": tried}}).axes[0]
+    curve, best = axis.get_lines()[:2]
+    assert np.allclose(curve.get_xydata(), [[1.0, 0.2], [3.0, 0.5]]) and np.allclose(best.get_xydata(), [[3.0, 0.5]])
+    assert "the others" in axis.get_ylabel()
+
+
+def test_controls_with_clipped_changes_do_not_set_the_scale():
+    """Their ratios may be a hundred times the score's, and mean nothing; the legend says how many aren't visible."""
+    undefined, fair, wild = (None, []), (1.5, []), (30.0, ["sw"])
+    row = {"language": "sw", "importance": 0.2, "interval": [0.1, 0.3]}
+    scores = {str(seed): {"value": value, "clipped": names} for seed, (value, names) in enumerate([undefined, wild])}
+    matched = {"0": {"value": fair[0], "clipped": fair[1]}}
+    controls = {"random": {"scores": scores}, "matched": {"scores": matched}}
+    figure = draw_score({"table": [row], "value": 0.18, "controls": controls})
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert 1.5 < figure.axes[0].get_ylim()[1] < 2
+    assert f"{CONTROLS['random']} (1 of 2 beyond the scale)" in names and CONTROLS["matched"] in names
+
+    rows = [
+        {
+            "step": step, "checkpoint": str(step), "interval": [0.1, 0.2], "score": 0.15, "shared": 1,
+            "related": {"sw": 4}, "exclusive": {"sw": 3}, "shared_ratio": {"sw": 0.25},
+            "controls": {"random": [{"score": value, "clipped": names} for value, names in (fair, wild)]},
+        }
+        for step in (1, 10)
+    ]  # fmt: skip
+    axis = draw_emergence(rows).axes[2]
+    assert 1.5 < axis.get_ylim()[1] < 2
+    assert "(2 of 4 beyond the scale)" in " ".join(it.get_text() for it in axis.get_legend().get_texts())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +109,7 @@ def test_small_costs_are_drawn_on_a_linear_scale(cost, scale):
 def test_names_of_languages_do_not_overlap(names, times):
     languages = [f"{name}{number or ''}" for number in range(times) for name in names]
     measured = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9}, "bits_per_byte_change": -0.05}
-    figure = figures.draw_change(dict.fromkeys(languages, measured), languages[:2])
+    figure = draw_change(dict.fromkeys(languages, measured), languages[:2])
     figure.draw_without_rendering()
     for texts in (figure.axes[0].get_xticklabels(), figure.axes[0].texts):
         boxes = [it.get_window_extent() for it in texts]

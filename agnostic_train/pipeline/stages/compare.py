@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 
 from tqdm.auto import tqdm
 
-from agnostic_train.evaluation.comparison import compare_strategies
+from agnostic_train.evaluation.comparison import compare_strategies, group_means, language_groups
+from agnostic_train.evaluation.objective import largest_forgetting, objective
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.percent import percent
@@ -21,9 +23,9 @@ from agnostic_train.report.page import (
     COMPARISON_TABLE,
     COMPARISON_TEXT,
     comparison_text,
-    draw_comparison,
     in_terminal,
     is_comparison_file,
+    write_comparison_figures,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -65,7 +67,7 @@ def compare(context: Context) -> dict:
     if context.processes.is_main_process:
         write_json(context.directory / "comparison.json", comparison)
         with whole_directory(context.directory / COMPARISON, is_comparison_file) as folder:
-            draw_comparison(comparison, folder)
+            write_comparison_figures(comparison, folder)
             (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
             write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
     context.say(in_terminal(text))
@@ -92,7 +94,6 @@ def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> t
     recipe, section = context.recipe, context.recipe.comparison
     base = trials.base()
     rates = section.learning_rates or default_rates(context.arguments.learning_rate)
-    selecting = recipe.training.languages if section.select_by == "target" else recipe.corpus.languages
     tunings: dict[str, Tuning] = {}
     results: Results = {}
     total, most = num_trainings(len(strategies), len(rates), len(section.seeds))
@@ -116,17 +117,31 @@ def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> t
             return run(Trial(name, section.tuning_seed, rate)).changes(base)
 
         for name in strategies:
-            tunings[name] = tune(partial(measure, name), rates, selecting)
+            tunings[name] = tune(partial(measure, name), rates, partial(_objective, recipe))
             rate = tunings[name].learning_rate
             results[name] = {} if rate is None else {seed: run(Trial(name, seed, rate)) for seed in section.seeds}
     return tunings, results
+
+
+def _objective(recipe: Recipe, changes: Mapping[str, float]) -> float:
+    """What the choice of a learning rate minimises, from each language's change on validation text."""
+    select_by, enhanced = recipe.comparison.select_by, recipe.training.languages
+    if select_by == "all":
+        return fmean(changes.values())
+    target = fmean(changes[it] for it in enhanced)
+    if select_by == "target":
+        return target
+    return objective(1 + target, largest_forgetting(changes, enhanced), recipe.evaluation.max_forgetting)
 
 
 def _comparison_json(
     recipe: Recipe, base: Measured, tunings: Mapping[str, Tuning], results: Results, same: Mapping[str, str]
 ) -> dict:
     """The content of `comparison.json`; a strategy that diverged with any seed isn't compared."""
-    section, enhanced = recipe.comparison, recipe.training.languages
+    section, training = recipe.comparison, recipe.training
+    groups = language_groups(
+        training.languages, training.text_languages, recipe.corpus.languages, recipe.evaluation.languages
+    )
     diverged = [name for name, by_seed in results.items() if not _all_measured(by_seed, section.seeds)]
     texts = {}
     for kind in [kind for kind in base if kind != "validation"]:
@@ -135,15 +150,18 @@ def _comparison_json(
             for name, by_seed in results.items()
             if name not in diverged
         }
-        texts[kind] = compare_strategies(base[kind], after, enhanced, aligned=kind == "parallel")
+        texts[kind] = compare_strategies(base[kind], after, groups, aligned=kind == "parallel")
     return {
-        "enhanced": enhanced,
+        "enhanced": training.languages,
+        "mixture": training.mixture,
+        "groups": groups,
         "seeds": section.seeds,
         "tuning_seed": section.tuning_seed,
         "select_by": section.select_by,
+        "max_forgetting": recipe.evaluation.max_forgetting if section.select_by == "objective" else None,
         "diverged": diverged,
         "same": same,
-        "tuning": {name: _tuning_json(tunings[name], by_seed) for name, by_seed in results.items() if by_seed},
+        "tuning": {name: _tuning_json(tunings[name], by_seed, groups) for name, by_seed in results.items() if by_seed},
         "texts": texts,
         "before": {
             kind: {
@@ -164,20 +182,29 @@ def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> b
 
 
 def _key(context: Context) -> dict:
-    """What a trial's result depends on apart from the trial itself; which other trials there are doesn't matter."""
-    return {key: value for key, value in context.inputs.of("compare").items() if key != "comparison"}
+    """What a trial's result depends on apart from the trial itself; other trials and their selection don't matter."""
+    selecting = ("comparison", "evaluation")
+    return {key: value for key, value in context.inputs.of("compare").items() if key not in selecting}
 
 
 def _in_words(changes: Mapping[str, float]) -> str:
     return "  ".join(f"{language} {percent(change)}" for language, change in changes.items()) + "  (validation)"
 
 
-def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult]) -> dict:
+def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult], groups: Mapping[str, Sequence[str]]) -> dict:
     record = next(iter(results.values())).record
+    tried = [
+        {
+            "learning_rate": rate,
+            "validation": changes,
+            "groups": None if changes is None else group_means(changes, groups),
+        }
+        for rate, changes in tuning.tried.items()
+    ]
     return {
         "learning_rate": tuning.learning_rate,
         "at_end": tuning.at_end,
-        "tried": [{"learning_rate": rate, "validation": changes} for rate, changes in tuning.tried.items()],
+        "tried": tried,
         "trainable": record["trainable"],
         "neurons": record["neurons"],
         "steps": record["steps"],

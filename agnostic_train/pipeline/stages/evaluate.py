@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from agnostic_train.evaluation.languages import compare_languages, describe
+from agnostic_train.evaluation.objective import largest_forgetting, objective
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
@@ -196,8 +197,8 @@ def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> 
     `test/change/LANGUAGE`. On validation text, by which sweeps select:
     `target_bits_per_byte`: the enhanced languages' mean after training. `target_change`: their mean relative change.
     `largest_forgetting`: the largest relative rise among the other languages, 0 if none rose.
-    `objective`, to be minimised: `target_bits_per_byte * (1 + 10 * excess)`, where `excess` is how far
-    `largest_forgetting` exceeds `max_forgetting`: one more point of forgetting must gain ten points in the target.
+    `objective`, to be minimised, weighs `target_bits_per_byte` against `largest_forgetting`; see
+    `evaluation.objective`.
     """
     values = {}
     for language, row in evaluation["languages"].items():
@@ -207,12 +208,12 @@ def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> 
     validation = evaluation["validation"]
     after = [validation[it]["after"]["bits_per_byte"] for it in enhanced]
     changes = {language: row["bits_per_byte_change"] for language, row in validation.items()}
-    largest = max([0.0, *(change for language, change in changes.items() if language not in enhanced)])
+    largest = largest_forgetting(changes, enhanced)
     target = sum(after) / len(after)
     return {
         **values,
         "target_bits_per_byte": target,
         "target_change": sum(changes[it] for it in enhanced) / len(enhanced),
         "largest_forgetting": largest,
-        "objective": target * (1 + 10 * max(0.0, largest - max_forgetting)),
+        "objective": objective(target, largest, max_forgetting),
     }

@@ -12,7 +12,7 @@ from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.detect import detect_in
-from agnostic_train.report.page import EMERGENCE_FILES, draw_emergence, is_emergence_file
+from agnostic_train.report.page import EMERGENCE_FILES, is_emergence_file, write_emergence_figures
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
@@ -141,5 +141,5 @@ def _follow_checkpoints(context: Context) -> list[str]:
     if context.processes.is_main_process:
         write_json(context.directory / "emergence.json", rows)
         with whole_directory(context.directory / EMERGENCE, is_emergence_file) as folder:
-            draw_emergence(rows, folder)
+            write_emergence_figures(rows, folder)
     return ["emergence.json", EMERGENCE]

@@ -1,0 +1,86 @@
+"""Figures of a comparison of strategies."""
+
+from collections.abc import Collection
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
+
+from agnostic_train.percent import percent
+from agnostic_train.report.plotting import MARKERS, draw_heat_map, line_style, make_grid, name_columns, width_of
+
+
+def draw_trade(compared: dict) -> Figure:
+    """What each strategy gains in the enhanced languages against what it costs the others, with 95% intervals."""
+    figure, (axis,) = make_grid(height=5)
+    costly = _costly(compared["best"])
+    for index, (name, row) in enumerate(compared["strategies"].items()):
+        gain, cost = row["groups"]["enhanced"], row["groups"][costly]
+        x, y = -100 * gain["mean"], 100 * cost["mean"]
+        errors = [
+            [[x + 100 * gain["interval"][1]], [-100 * gain["interval"][0] - x]],
+            [[y - 100 * cost["interval"][0]], [100 * cost["interval"][1] - y]],
+        ]
+        axis.errorbar(
+            x, y, np.abs(errors[1]), np.abs(errors[0]), marker=MARKERS[index % len(MARKERS)], linestyle="none",
+            color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7,
+            label=name,
+        )  # fmt: skip
+    _name_gain_and_cost(axis, costly)
+    return figure
+
+
+def draw_rates(tuning: dict) -> Figure:
+    """Gain against cost on validation text at every learning rate tried, joined in the order of the rates.
+
+    It compares strategies at an equal gain, which their best rates don't. Diverged trainings are left out.
+    """
+    figure, (axis,) = make_grid(height=5)
+    costly = "all"
+    for index, (name, tuned) in enumerate(tuning.items()):
+        tried = [it for it in tuned["tried"] if it["groups"] is not None]
+        costly = _costly(tried[0]["groups"])
+        points = [(-100 * it["groups"]["enhanced"], 100 * it["groups"][costly]) for it in tried]
+        style = line_style(index)
+        axis.plot(*zip(*points, strict=True), linewidth=0.8, mfc="white", **style)
+        best = points[[it["learning_rate"] for it in tried].index(tuned["learning_rate"])]
+        axis.plot(*best, label=name, **style)
+    _name_gain_and_cost(axis, costly)
+    axis.get_legend().set_title("filled: the best rate")
+    return figure
+
+
+def draw_forgetting(compared: dict) -> Figure:
+    """Heat map of strategies by languages: the change of bits per byte, dark where a language got worse."""
+    strategies = compared["strategies"]
+    languages = list(next(iter(strategies.values()))["languages"])
+    changes = np.array([[100 * row["languages"][it]["mean"] for it in languages] for row in strategies.values()])
+    figure, (axis,) = make_grid(width=width_of(len(languages), 0.7), height=1.2 + 0.45 * len(strategies))
+    # Training all weights may cost a hundred times what other strategies do: the scale is logarithmic beyond 1%.
+    shades = np.log1p(changes.clip(min=0))
+    # The scale reaches at least 1%, so that tiny changes stay light even if they are the largest.
+    darkest = max(np.log1p(1.0), shades.max(initial=0))
+    draw_heat_map(axis, shades, np.vectorize(lambda value: percent(value / 100))(changes), vmax=darkest)
+    name_columns(axis, languages)
+    axis.set_yticks(range(len(strategies)), list(strategies))
+    return figure
+
+
+def _costly(groups: Collection[str]) -> str:
+    """The group of languages that training may harm."""
+    return "others" if "others" in groups else "all"
+
+
+def _name_gain_and_cost(axis: Axes, costly: str) -> None:
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    scale = ""
+    if max(map(abs, axis.get_ylim())) > 2:
+        scale = ", logarithmic beyond 1"
+        axis.set_yscale("symlog", linthresh=1)
+        axis.autoscale_view()  # the margins so far are those of a linear scale
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
+    axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
+    axis.set_ylabel(f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %{scale}")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,0 +1,129 @@
+"""Figures of what sets of neurons carry: the score, the ablation, and both over a model's training."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, width_of
+from agnostic_train.scores.ablation import NOTHING
+from agnostic_train.scores.result import CONTROLS
+
+
+def draw_score(score: dict) -> Figure:
+    rows = [row for row in score["table"] if row["importance"] is not None]
+    figure, (axis,) = make_grid(width=width_of(len(rows), 0.6))
+    positions = np.arange(len(rows))
+    values = [np.log1p(row["importance"]) for row in rows]
+    axis.bar(positions, values, 0.6, color="0.7", edgecolor="black")
+    for position, value, row in zip(positions, values, rows, strict=True):
+        if row["interval"]:
+            low, high = np.log1p(row["interval"])
+            axis.plot([position, position], [min(low, value), max(high, value)], color="black", marker="_")
+    name_columns(axis, [row["language"] for row in rows])
+    axis.set_ylabel("log(1 + importance)")
+    axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
+    if score["value"] is not None:
+        axis.axhline(score["value"], color="black", label=f"score {score['value']:.3f}")
+    controls = {
+        kind: [(it["value"], it["clipped"]) for it in it["scores"].values()] for kind, it in score["controls"].items()
+    }
+    top = _limit_score(axis, controls)
+    for (kind, scores), line in zip(controls.items(), ("--", "-."), strict=False):
+        values = [value for value, _ in scores if value is not None]
+        for index, value in enumerate(values):
+            label = None if index else _name_control(kind, scores, top)
+            axis.axhline(value, color="0.5", linestyle=line, label=label)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_ablation(rows: dict) -> Figure:
+    """Heat map of switched-off sets by languages: the factor by which perplexity grows, shaded by its logarithm."""
+    languages = list(rows[NOTHING]["languages"])
+    # Random counterparts of exclusive sets are measured on one language only, so they don't fill a row.
+    names = [name for name, row in rows.items() if name != NOTHING and len(row["languages"]) == len(languages)]
+    times = np.array(
+        [
+            [
+                rows[name]["languages"][it]["perplexity"] / rows[NOTHING]["languages"][it]["perplexity"]
+                for it in languages
+            ]
+            for name in names
+        ]
+    ).reshape(len(names), len(languages))
+    figure, (axis,) = make_grid(width=width_of(len(languages), 0.7), height=1.2 + 0.4 * len(names))
+    draw_heat_map(axis, np.log(times.clip(min=1e-3)), np.vectorize(lambda value: f"{value:.3g}\u00d7")(times))
+    name_columns(axis, languages)
+    axis.set_yticks(range(len(names)), [f"{name} off ({rows[name]['neurons']})" for name in names])
+    return figure
+
+
+def draw_emergence(rows: list[dict]) -> Figure:
+    """Shared ratio, set sizes and score against the training step."""
+    figure, axes = make_grid(3, height=9, sharex=True)
+    numeric = all(row["step"] is not None for row in rows)
+    steps = [row["step"] for row in rows] if numeric else list(range(len(rows)))
+
+    def draw(axis, values, label, **style):
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), label=label, markersize=5, **style)
+
+    for index, language in enumerate(rows[0]["related"]):
+        style = line_style(index)
+        draw(axes[0], [row["shared_ratio"][language] for row in rows], language, **style)
+        draw(axes[1], [row["exclusive"][language] for row in rows], f"exclusive {language}", **style)
+    draw(axes[1], [row["shared"] for row in rows], "shared", linewidth=3, marker="o", color="black")
+    for step, row in zip(steps, rows, strict=True):
+        if row["interval"]:
+            axes[2].plot([step, step], row["interval"], color="black", marker="_")
+    draw(axes[2], [row["score"] for row in rows], "score, 95% interval", linewidth=2, marker="o", color="black")
+    axes[2].axhline(math.log(2), color="black", linestyle=":", label="log 2")
+    controls = {
+        kind: [(it["score"], it["clipped"]) for row in rows for it in row["controls"][kind]]
+        for kind in rows[0]["controls"]
+    }
+    top = _limit_score(axes[2], controls)
+    for kind, (line, marker) in zip(controls, (("--", "."), (":", "+")), strict=False):
+        label = _name_control(kind, controls[kind], top).replace(" of", "\nof", 1).replace(" (", "\n(")
+        for index in range(len(rows[0]["controls"][kind])):
+            scores = [row["controls"][kind][index]["score"] for row in rows]
+            style = dict(color="0.6", linestyle=line, marker=marker, zorder=1)
+            draw(axes[2], scores, None if index else label, **style)
+    for axis, title in zip(axes, ("shared / related", "neurons", "language-agnostic score"), strict=True):
+        axis.set_ylabel(title)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if numeric:
+        if min(steps) > 0:
+            axes[2].set_xscale("log")
+        else:  # linear below the first step, because a logarithmic axis has no place for step 0
+            axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
+        axes[2].set_xticks(steps, [str(step) for step in steps])
+        axes[2].minorticks_off()
+    else:
+        axes[2].set_xticks(steps, [row["checkpoint"] for row in rows])
+    axes[2].set_xlabel("training step" if numeric else "checkpoint")
+    return figure
+
+
+def _limit_score(axis: Axes, controls: Mapping[str, list[tuple[float | None, list[str]]]]) -> float:
+    """Ends the axis of scores, on which all but the controls are drawn, at the largest control without clipped changes.
+
+    The ratio of clipped changes may be hundreds, and means nothing.
+
+    controls: by kind, each control's score (None if undefined) and clipped languages.
+
+    Returns: the largest score that the axis shows.
+    """
+    scores = [value for it in controls.values() for value, clipped in it if value is not None and not clipped]
+    top = max(axis.get_ylim()[1], 1.05 * max(scores, default=0))
+    axis.set_ylim(0, top)
+    return top
+
+
+def _name_control(kind: str, scores: list[tuple[float | None, list[str]]], top: float) -> str:
+    beyond = sum(value is not None and value > top for value, _ in scores)
+    return CONTROLS[kind] + (f" ({beyond} of {len(scores)} beyond the scale)" if beyond else "")
