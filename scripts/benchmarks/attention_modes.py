@@ -46,7 +46,6 @@ def main() -> None:
         languages=options.languages,
         detection_sentences=options.sentences,
         max_length=96,
-        add_bos=True,
     )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)

@@ -156,7 +156,6 @@ def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Ba
         languages=options.languages,
         detection_sentences=options.batch_size,
         max_length=96,
-        add_bos=True,
     )
     encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)
     batches = []
