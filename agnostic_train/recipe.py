@@ -290,8 +290,8 @@ class EvaluationSection:
     max_forgetting: float = Field(
         default=0.03,
         ge=0,
-        description="Sweeps, and comparisons that select by 'objective', penalise trainings in which the bits per byte "
-        "of another of corpus.languages rise by more than this fraction.",
+        description="Sweeps, pilots and comparisons penalise trainings in which the bits per byte of another of "
+        "corpus.languages rise by more than this fraction.",
     )
     parallel: LocalPath | None = Field(
         default=None,

@@ -2,20 +2,28 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from tqdm.auto import tqdm
 
 from agnostic_train.errors import UserError
+from agnostic_train.evaluation.objective import largest_forgetting, objective
 from agnostic_train.pipeline.trials import Trial, Trials
 
 
 def rank_candidates(
-    trials: Trials, candidates: Sequence[str], languages: Sequence[str], seed: int, rate: float
+    trials: Trials,
+    candidates: Sequence[str],
+    enhanced: Sequence[str],
+    max_forgetting: float,
+    seed: int,
+    rate: float,
 ) -> list[dict]:
-    """Trains each candidate briefly; returns plain JSON rows, the best first.
+    """Trains each candidate briefly; returns plain JSON rows, the best by `evaluation.objective` first.
 
-    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the given
-    languages (None if the training diverged), every language's own change, and the number of `trainable` weights.
+    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the enhanced
+    languages (None if the training diverged), the largest `forgetting` among the others, every language's own change,
+    and the number of `trainable` weights.
 
     Raises:
         UserError: every candidate diverged.
@@ -28,9 +36,22 @@ def rank_candidates(
         bar.set_postfix_str(name)
         result = trials.run(Trial(name, seed, rate))
         changes = result.changes(base)
-        mean = None if changes is None else sum(changes[it] for it in languages) / len(languages)
-        rows.append({"strategy": name, "change": mean, "languages": changes, "trainable": result.record["trainable"]})
-    rows.sort(key=lambda row: math.inf if row["change"] is None else row["change"])
+        rows.append(
+            {
+                "strategy": name,
+                "change": None if changes is None else fmean(changes[it] for it in enhanced),
+                "forgetting": None if changes is None else largest_forgetting(changes, enhanced),
+                "languages": changes,
+                "trainable": result.record["trainable"],
+            }
+        )
+
+    def rank(row: dict) -> float:
+        if row["change"] is None:
+            return math.inf
+        return objective(1 + row["change"], row["forgetting"], max_forgetting)
+
+    rows.sort(key=rank)
     if rows[0]["change"] is None:
         raise UserError(f"training.learning_rate: {rate:.3g} makes every pilot diverge; lower it")
     return rows

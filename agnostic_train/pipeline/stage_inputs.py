@@ -176,7 +176,13 @@ class StageInputs:
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
-        return {"training": own | learning_arguments(section.arguments), **self._training_text}
+        selecting = self._selecting if section.has_pilot else {}
+        return {"training": own | learning_arguments(section.arguments), **selecting, **self._training_text}
+
+    @property
+    def _selecting(self) -> dict:
+        """What the objective that selects among trainings depends on, apart from their results."""
+        return {"evaluation": {"max_forgetting": self._recipe.evaluation.max_forgetting}}
 
     @property
     def _training_text(self) -> dict:
@@ -205,9 +211,8 @@ class StageInputs:
         recipe, text = self._recipe.to_dict(), self._evaluation_text
         text["text"] |= self._text("training", languages=self._recipe.training.text_languages)["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
-        by_objective = self._recipe.comparison.select_by == "objective"
         return {
-            **({"evaluation": {"max_forgetting": self._recipe.evaluation.max_forgetting}} if by_objective else {}),
+            **(self._selecting if self._recipe.comparison.select_by == "objective" else {}),
             "comparison": recipe["comparison"] | {"learning_rates": rates},
             "training": {
                 key: recipe["training"][key] for key in ("languages", "update", "mixture", "packing", "random_like")

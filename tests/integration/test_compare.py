@@ -273,8 +273,10 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     printed = capsys.readouterr().out
     ranking = read_json(root / "out/pilot.json")["ranking"]
     assert {row["strategy"] for row in ranking} == {"shared", "exclusive", "related"}
-    assert [row["change"] for row in ranking] == sorted(row["change"] for row in ranking)
-    assert all(row["change"] == row["languages"]["sw"] for row in ranking) and ranking[0]["change"] < 0
+    costs = [cost_of(row["languages"], 0.03) for row in ranking]
+    assert costs == sorted(costs) and ranking[0]["change"] < 0
+    assert all(row["change"] == row["languages"]["sw"] for row in ranking)
+    assert all(row["forgetting"] == max(0, row["languages"]["en"]) for row in ranking)
     assert f"pilot 1. {ranking[0]['strategy']}:" in printed
     assert "pilot: shared+exclusive chooses the same neurons as related, and isn't listed separately" in printed
     record = json.loads((root / "out/manifest.json").read_text())["stages"]["train"]
@@ -282,6 +284,12 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     neurons = LanguageNeurons.load(root / "out/neurons")
     expected = {"shared": neurons.shared, "exclusive": neurons.exclusive["sw"], "related": neurons.related["sw"]}
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
+    # Another ranking needs no other trainings.
+    assert run(root, "train", *flags, "--evaluation.max_forgetting=0") == 0
+    assert "(changed: evaluation.max_forgetting)" in capsys.readouterr().out
+    again = read_json(root / "out/pilot.json")["ranking"]
+    costs = [cost_of(row["languages"], 0) for row in again]
+    assert costs == sorted(costs) and all(row in ranking for row in again)
     for dry in ([], ["--dry-run"]):
         assert run(root, "train", *flags[:1], "--training.pilot_steps=30", *dry) == 2
         assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err

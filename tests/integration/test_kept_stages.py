@@ -430,9 +430,10 @@ def test_files_count_by_their_content(root):
     assert {stage for stage in ALL if after[stage] != before[stage]} >= {"score", "train", "evaluate"}
 
 
-def test_pilot_depends_on_the_validation_text(root):
+def test_pilot_depends_on_what_it_is_ranked_by(root):
     pilot = {"training.strategy": "pilot", "training.pilot_strategies": "shared,related"}
     assert inputs(root, pilot)["train"] != inputs(root, pilot | {"corpus.validation_sentences": "5"})["train"]
+    assert inputs(root, pilot)["train"] != inputs(root, pilot | {"evaluation.max_forgetting": "0.1"})["train"]
 
 
 def test_interrupted_stage_resumes_as_the_same_run(tmp_path):

@@ -118,8 +118,9 @@ def is_adapter_file(path: Path) -> bool:
 
 def _run_pilot(context: Context, text: Sentences) -> str:
     """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
-    recipe, inputs = context.recipe, context.inputs.of("train")
-    # One candidate's result doesn't depend on which others there are.
+    recipe = context.recipe
+    # One candidate's result depends neither on the others nor on how they are ranked.
+    inputs = {key: value for key, value in context.inputs.of("train").items() if key != "evaluation"}
     training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
     steps = recipe.training.pilot_steps
     trials = Trials(
@@ -135,7 +136,8 @@ def _run_pilot(context: Context, text: Sentences) -> str:
     seed, rate = context.arguments.seed, context.arguments.learning_rate
     same = trials.twins(recipe.training.pilot_strategies)
     candidates = [it for it in recipe.training.pilot_strategies if it not in same]
-    rows = rank_candidates(trials, candidates, recipe.training.languages, seed, rate)
+    limit = recipe.evaluation.max_forgetting
+    rows = rank_candidates(trials, candidates, recipe.training.languages, limit, seed, rate)
     for place, row in enumerate(rows, 1):
         context.say(f"train: pilot {place}. {row['strategy']}: {_describe(row, recipe.training.languages)}")
     for name, twin in same.items():
@@ -149,7 +151,8 @@ def _describe(row: dict, languages: Sequence[str]) -> str:
     if row["change"] is None:
         return "diverged"
     return (
-        f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}, validation text, {row['trainable']:,} weights"
+        f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}, at most {row['forgetting']:+z.2%} in another "
+        f"language, validation text, {row['trainable']:,} weights"
     )
 
 
