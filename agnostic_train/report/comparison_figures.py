@@ -47,7 +47,7 @@ def draw_rates(tuning: dict) -> Figure:
         best = points[[it["learning_rate"] for it in tried].index(tuned["learning_rate"])]
         axis.plot(*best, label=name, **style)
     _name_gain_and_cost(axis, costly)
-    axis.get_legend().set_title("filled: the best rate")
+    axis.get_legend().set_title("filled: the rate chosen")
     return figure
 
 
@@ -76,11 +76,12 @@ def _name_gain_and_cost(axis: Axes, costly: str) -> None:
     axis.axhline(0, color="0.6", linewidth=0.8)
     scale = ""
     if max(map(abs, axis.get_ylim())) > 2:
-        scale = ", logarithmic beyond 1"
+        scale = "\n(logarithmic beyond 1%)"
         axis.set_yscale("symlog", linthresh=1)
         axis.autoscale_view()  # the margins so far are those of a linear scale
         axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    axis.set_ylabel(f"cost for {'the others' if costly == 'others' else 'all languages'}: more bits per byte, %{scale}")
+    languages = "the others" if costly == "others" else "all languages"
+    axis.set_ylabel(f"cost for {languages}: more bits per byte, %{scale}")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

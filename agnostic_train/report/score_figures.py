@@ -11,6 +11,8 @@ from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid,
 from agnostic_train.scores.ablation import NOTHING
 from agnostic_train.scores.result import CONTROLS
 
+_HOLLOW = {"linestyle": "none", "markerfacecolor": "white"}
+
 
 def draw_score(score: dict) -> Figure:
     rows = [row for row in score["table"] if row["importance"] is not None]
@@ -81,18 +83,27 @@ def draw_emergence(rows: list[dict]) -> Figure:
         if row["interval"]:
             axes[2].plot([step, step], row["interval"], color="black", marker="_")
     draw(axes[2], [row["score"] for row in rows], "score, 95% interval", linewidth=2, marker="o", color="black")
+    draw(
+        axes[2], [row["score"] if row["clipped"] else None for row in rows], None, marker="o", color="black", **_HOLLOW
+    )
     axes[2].axhline(math.log(2), color="black", linestyle=":", label="log 2")
     controls = {
         kind: [(it["score"], it["clipped"]) for row in rows for it in row["controls"][kind]]
         for kind in rows[0]["controls"]
     }
     top = _limit_score(axes[2], controls)
-    for kind, (line, marker) in zip(controls, (("--", "."), (":", "+")), strict=False):
+    for kind, marker in zip(controls, "sD", strict=False):
+        # Draws at different steps have nothing in common but their number, so no line joins them.
+        style = dict(color="0.5", marker=marker, zorder=1)
         label = _name_control(kind, controls[kind], top).replace(" of", "\nof", 1).replace(" (", "\n(")
         for index in range(len(rows[0]["controls"][kind])):
-            scores = [row["controls"][kind][index]["score"] for row in rows]
-            style = dict(color="0.6", linestyle=line, marker=marker, zorder=1)
-            draw(axes[2], scores, None if index else label, **style)
+            drawn = [row["controls"][kind][index] for row in rows]
+            draw(axes[2], [it["score"] for it in drawn], None if index else label, linestyle="none", **style)
+            clipped = [it["score"] if it["clipped"] else None for it in drawn]
+            draw(axes[2], clipped, None, **_HOLLOW, **style)
+    if any(row["clipped"] or any(it["clipped"] for kind in controls for it in row["controls"][kind]) for row in rows):
+        label = "hollow: clipped in some\nlanguage, so arbitrary"
+        axes[2].plot([], [], marker="o", color="0.5", label=label, **_HOLLOW)
     for axis, title in zip(axes, ("shared / related", "neurons", "language-agnostic score"), strict=True):
         axis.set_ylabel(title)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -91,7 +91,7 @@ def test_controls_with_clipped_changes_do_not_set_the_scale():
 
     rows = [
         {
-            "step": step, "checkpoint": str(step), "interval": [0.1, 0.2], "score": 0.15, "shared": 1,
+            "step": step, "checkpoint": str(step), "interval": [0.1, 0.2], "score": 0.15, "shared": 1, "clipped": [],
             "related": {"sw": 4}, "exclusive": {"sw": 3}, "shared_ratio": {"sw": 0.25},
             "controls": {"random": [{"score": value, "clipped": names} for value, names in (fair, wild)]},
         }

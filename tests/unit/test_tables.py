@@ -1,5 +1,7 @@
 """Tables of results: each number in its own column."""
 
+from itertools import pairwise
+
 import pytest
 
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks
@@ -64,3 +66,33 @@ def test_comparison_text_on_parallel_text_without_the_enhanced_languages(pytestc
         "|"
     ) == row.count("|")
     assert sum(line.startswith("| shared - ") for line in lines) == 5
+
+
+@pytest.mark.parametrize("select_by", ["objective", "target", "all"])
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+@pytest.mark.parametrize("others", [["en", "zh", "de", "fr"], []])
+def test_comparison_text_has_whole_tables(pytestconfig, select_by, seeds, others):
+    comparison = read_json(pytestconfig.rootpath / "recipes/real_text/comparison.json")
+    comparison |= {"select_by": select_by, "seeds": seeds}
+    comparison["tuning"]["lora"]["tried"][0] |= {"validation": None, "groups": None, "largest_forgetting": None}
+    if not others:
+        del comparison["groups"]["others"]
+        for compared in comparison["texts"].values():
+            compared["differences"] = [it for it in compared["differences"] if it["group"] != "others"]
+            for groups in (compared["best"], *(it["groups"] for it in compared["strategies"].values())):
+                del groups["others"]
+    lines = comparison_text(comparison).splitlines()
+    for previous, line in pairwise(lines):
+        if previous.startswith("|") and line.startswith("|"):
+            assert previous.count("|") == line.count("|")
+    header = next(line for line in lines if line.startswith("| strategy | weights trained"))
+    assert ("others" in header) is bool(others) and ("| all |" in header) is (select_by == "all")
+    assert ("largest rise" in header) is (select_by == "objective" and bool(others))
+    assert ("- All (en, zh, sw, de, fr, th)" in lines) is (len(seeds) == 1)
+    assert sum(line.startswith("| lora |") and "diverged" in line for line in lines) == 1
+
+
+def test_comparison_text_gives_shares_of_the_training_text(pytestconfig):
+    comparison = read_json(pytestconfig.rootpath / "recipes/real_text/comparison.json")
+    assert "of the training text" not in comparison_text(comparison | {"mixture": {"sw": 1.0}})
+    assert "of the training text, sw 80%, en 20%;" in comparison_text(comparison | {"mixture": {"sw": 4.0, "en": 1.0}})

@@ -198,6 +198,7 @@ def _tuning_json(tuning: Tuning, results: Mapping[int, TrialResult], groups: Map
             "learning_rate": rate,
             "validation": changes,
             "groups": None if changes is None else group_means(changes, groups),
+            "largest_forgetting": None if changes is None else largest_forgetting(changes, groups["enhanced"]),
         }
         for rate, changes in tuning.tried.items()
     ]
