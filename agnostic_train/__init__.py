@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from agnostic_train.peft_import import register_with_peft
-from agnostic_train.versions import installed_version
+from agnostic_train.versions import VERSION
 
 if TYPE_CHECKING:
     from agnostic_train.corpus.encoding import batches_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agnostic_train.training.strategy import Strategy
     from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
 
-__version__ = installed_version("agnostic_train")
+__version__ = VERSION
 
 __all__ = [
     "AgnosticScore",

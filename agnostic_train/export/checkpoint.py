@@ -60,8 +60,8 @@ def export_checkpoint(
             `merged` is possible.
         tokenizer: saved with the weights.
         dtype: the dtype of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; by default, each weight's
-            own. Each weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64
-            model.
+            own, although loading gives all of them the model's, except those that the family keeps in float32. Each
+            weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64 model.
         neurons: all neurons trained since `base`, as a `NeuronSet` or a mapping; by default those of the adapter and
             the model's `trained_neurons`. If they are unknown, the manifest says `unverified`.
         model_card: the text of `README.md`.

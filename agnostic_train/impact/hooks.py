@@ -94,7 +94,8 @@ class ImpactMeter:
     @property
     def work(self) -> dict[str, Work]:
         """By `q` and `k`, how much has been computed so far, out of all; see `top_ratio`."""
-        return {name: sum((it.query_key.work[name] for it in self._observers), Work()).read() for name in ("q", "k")}
+        # Read first: the layers, and thus their counts, may be on several devices.
+        return {name: sum((it.query_key.work[name].read() for it in self._observers), Work()) for name in ("q", "k")}
 
     @property
     def unpruned(self) -> list[Layer]:

@@ -8,14 +8,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
 from agnostic_train.percent import percent
-from agnostic_train.report.plotting import MARKERS, draw_heat_map, line_style, make_grid, name_columns, width_of
+from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, width_of
+
+_COSTLY = {
+    "others": "the others",
+    "also_trained": "the others, which are in the training text",
+    "also_measured": "languages that are only measured",
+    "all": "all languages",
+}
+"""The groups of languages whose mean change is drawn as the cost: the first that there is."""
 
 
-def draw_trade(compared: dict) -> Figure:
-    """What each strategy gains in the enhanced languages against what it costs the others, with 95% intervals."""
+def draw_trade(comparison: dict) -> Figure:
+    """What each strategy gains in the enhanced languages against what it costs others, with 95% intervals."""
     figure, (axis,) = make_grid(height=5)
+    compared = comparison["texts"]["test"]
     costly = _costly(compared["best"])
-    for index, (name, row) in enumerate(compared["strategies"].items()):
+    for name, row in compared["strategies"].items():
         gain, cost = row["groups"]["enhanced"], row["groups"][costly]
         x, y = -100 * gain["mean"], 100 * cost["mean"]
         errors = [
@@ -23,29 +32,32 @@ def draw_trade(compared: dict) -> Figure:
             [[y - 100 * cost["interval"][0]], [100 * cost["interval"][1] - y]],
         ]
         axis.errorbar(
-            x, y, np.abs(errors[1]), np.abs(errors[0]), marker=MARKERS[index % len(MARKERS)], linestyle="none",
-            color="black", mfc="white" if index % 2 else "black", elinewidth=0.7, markersize=7,
-            label=name,
+            x, y, np.abs(errors[1]), np.abs(errors[0]), elinewidth=0.7, markersize=7, label=name,
+            **_style(comparison, name) | {"linestyle": "none"},
         )  # fmt: skip
     _name_gain_and_cost(axis, costly)
     return figure
 
 
-def draw_rates(tuning: dict) -> Figure:
+def draw_rates(comparison: dict) -> Figure:
     """Gain against cost on validation text at every learning rate tried, joined in the order of the rates.
 
-    It compares strategies at an equal gain, which their best rates don't. Diverged trainings are left out.
+    It compares strategies at an equal gain, which their best rates don't. Diverged trainings are left out, and those
+    that lose more than the best gains are beyond the axis.
     """
     figure, (axis,) = make_grid(height=5)
-    costly = "all"
-    for index, (name, tuned) in enumerate(tuning.items()):
+    gains, costly = [], "all"
+    for name, tuned in comparison["tuning"].items():
         tried = [it for it in tuned["tried"] if it["groups"] is not None]
         costly = _costly(tried[0]["groups"])
         points = [(-100 * it["groups"]["enhanced"], 100 * it["groups"][costly]) for it in tried]
-        style = line_style(index)
+        style = _style(comparison, name)
         axis.plot(*zip(*points, strict=True), linewidth=0.8, mfc="white", **style)
         best = points[[it["learning_rate"] for it in tried].index(tuned["learning_rate"])]
         axis.plot(*best, label=name, **style)
+        gains += [gain for gain, _ in points]
+    if max(gains) > 0:
+        axis.set_xlim(left=max(axis.get_xlim()[0], -max(gains)))
     _name_gain_and_cost(axis, costly)
     axis.get_legend().set_title("filled: the rate chosen")
     return figure
@@ -68,8 +80,12 @@ def draw_forgetting(compared: dict) -> Figure:
 
 
 def _costly(groups: Collection[str]) -> str:
-    """The group of languages that training may harm."""
-    return "others" if "others" in groups else "all"
+    return next(it for it in _COSTLY if it in groups)
+
+
+def _style(comparison: dict, name: str) -> dict:
+    """The same marks for a strategy in all figures, also if others diverged."""
+    return line_style(list(comparison["tuning"]).index(name))
 
 
 def _name_gain_and_cost(axis: Axes, costly: str) -> None:
@@ -78,10 +94,9 @@ def _name_gain_and_cost(axis: Axes, costly: str) -> None:
     if max(map(abs, axis.get_ylim())) > 2:
         scale = "\n(logarithmic beyond 1%)"
         axis.set_yscale("symlog", linthresh=1)
-        axis.autoscale_view()  # the margins so far are those of a linear scale
+        axis.autoscale_view(scalex=False)  # the margins so far are those of a linear scale
         axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    languages = "the others" if costly == "others" else "all languages"
-    axis.set_ylabel(f"cost for {languages}: more bits per byte, %{scale}")
+    axis.set_ylabel(f"cost for {_COSTLY[costly]}: more bits per byte, %{scale}")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -31,11 +31,19 @@ from agnostic_train.report.score_figures import draw_ablation, draw_emergence, d
 from agnostic_train.scores.ablation import NOTHING
 
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
+_GROUP_TITLES = {
+    "enhanced": "Enhanced",
+    "also_trained": "Also in the training text",
+    "others": "Others",
+    "also_measured": "Only measured",
+    "all": "All",
+}
 _EMERGENCE_FIGURES = frozenset(["emergence"])
 _COMPARISON_FIGURES = frozenset(["trade", "rates", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
     "change", "relative_change", "neurons", "overlap", "score", "ablation", "training"
 }  # fmt: skip
+COMPARISON_FILES = [f"{name}{ending}" for name in sorted(_COMPARISON_FIGURES) for ending in ENDINGS]
 EMERGENCE_FILES = [f"{name}{ending}" for name in sorted(_EMERGENCE_FIGURES) for ending in ENDINGS]
 RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in ENDINGS]
 """The figures that a run may write; those of `emergence/` are among them."""
@@ -125,7 +133,7 @@ def write_emergence_figures(rows: list[dict], folder: Path) -> None:
 
 def comparison_text(comparison: dict) -> str:
     """The comparison as Markdown: the tables, what differs beyond noise, and how the learning rates were chosen."""
-    return _environment().get_template("comparison.md").render(**comparison)
+    return _environment().get_template("comparison.md").render(comparison, comparison=comparison)
 
 
 def in_terminal(text: str) -> str:
@@ -174,14 +182,23 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
     compared = comparison["texts"]["test"]
     if not compared["strategies"]:
         return {}
-    tuning = comparison["tuning"]
-    figures = {"trade": ("What each strategy gains and costs", partial(draw_trade, compared))}
-    if any(len(it["tried"]) > 1 for it in tuning.values()):
+    figures = {"trade": ("What each strategy gains and costs", partial(draw_trade, comparison))}
+    if any(len(it["tried"]) > 1 for it in comparison["tuning"].values()):
         title = "Gain and cost on validation text at every learning rate tried"
-        figures["rates"] = (title, partial(draw_rates, tuning))
+        figures["rates"] = (title, partial(draw_rates, comparison))
     return figures | {
         "forgetting": ("Change of every language by strategy", partial(draw_forgetting, compared)),
     }
+
+
+def _selection(comparison: dict) -> str:
+    """How a comparison chose learning rates, in words."""
+    by_all = comparison["select_by"] == "all"
+    words = f"the lowest bits per byte of {'all detected' if by_all else 'the enhanced'} languages on validation text"
+    if comparison["select_by"] == "objective" and comparison["groups"].keys() & {"others", "also_trained"}:
+        limit = f"{100 * comparison['max_forgetting']:.3g}%"
+        words += f", with a penalty if those of another detected language rise by more than {limit}"
+    return words
 
 
 def _environment() -> Environment:
@@ -193,4 +210,6 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = percent
+    environment.globals["group_titles"] = _GROUP_TITLES
+    environment.globals["selection"] = _selection
     return environment

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from agnostic_train.report.fonts import font_families
 
-MARKERS = "osv^DXP*hp"
+_MARKERS = "osv^DXP*hp"
 _LINES = ("-", "--", ":", "-.")
 ENDINGS = (".png", ".svg")
 """The formats in which each figure is written."""
@@ -48,7 +48,7 @@ def make_grid(rows: int = 1, width: float = 8, height: float = 4, **settings) ->
 
 def line_style(index: int) -> dict:
     """Marks and lines that differ in black and white, for up to 20 series."""
-    return {"color": "black", "marker": MARKERS[index % len(MARKERS)], "linestyle": _LINES[index % len(_LINES)]}
+    return {"color": "black", "marker": _MARKERS[index % len(_MARKERS)], "linestyle": _LINES[index % len(_LINES)]}
 
 
 def width_of(num_columns: int, inches: float) -> float:

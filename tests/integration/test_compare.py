@@ -204,7 +204,13 @@ def test_rates_are_selected_by_gain_and_forgetting(root, capsys):
         )
     assert min(costs, key=costs.get) == tuning["learning_rate"] < by_target["tuning"]["full"]["learning_rate"]
     assert by_objective["max_forgetting"] == 0.001 and by_target["max_forgetting"] is None
-    assert "penalised where another language's rise by more than 0.1%" in " ".join(printed.split())
+    assert "with a penalty if those of another detected language rise by more than 0.1%" in " ".join(printed.split())
+    assert run(root, "compare", *flags, "--comparison.select_by=all") == 0
+    by_all = read_json(root / "out/comparison.json")["tuning"]["full"]
+    means = {it["learning_rate"]: it["groups"]["all"] for it in by_all["tried"]}
+    assert min(means, key=means.get) == by_all["learning_rate"]
+    assert run(root, "compare", *flags, "--evaluation.max_forgetting=0.001") == 0
+    capsys.readouterr()
     assert run(root, "compare", *flags, "--evaluation.max_forgetting=0.002") == 0
     assert "(changed: evaluation.max_forgetting)" in capsys.readouterr().out
 
@@ -235,6 +241,19 @@ def test_masked_training_counts_only_trainable_entries(root):
         assert run(root, "compare", *flags, f"--training.update={update}") == 0
         trainable.append({it["trainable"] for it in read_json(root / "out/comparison.json")["tuning"].values()})
     assert trainable[0] == trainable[1]
+
+
+@pytest.mark.figures
+def test_figure_that_a_comparison_no_longer_has_is_deleted_from_the_results(root):
+    flags = [
+        "--comparison.strategies=shared,full",
+        "--comparison.seeds=1",
+        f"--tracking.results_dir={root / 'results'}",
+    ]
+    assert run(root, "compare", *flags, "--comparison.learning_rates=[1e-2, 2e-2]") == 0
+    assert (root / "results/rates.png").exists() and (root / "results/trade.png").exists()
+    assert run(root, "compare", *flags, "--comparison.learning_rates=[1e-2]") == 0
+    assert not (root / "results/rates.png").exists() and (root / "results/trade.png").exists()
 
 
 @pytest.mark.figures

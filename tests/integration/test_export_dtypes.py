@@ -5,14 +5,18 @@ import shutil
 import weakref
 from types import SimpleNamespace
 
+import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from agnostic_train.files import read_json
+from agnostic_train.model.loading import load_model
+from agnostic_train.pipeline import materials
 from agnostic_train.pipeline.plan import make_plan
-from agnostic_train.pipeline.stages import evaluate
+from agnostic_train.pipeline.stages import evaluate, export
 from agnostic_train.recipe_file import load_recipe
 
 HALF = ["--model.dtype=bfloat16", "--export.dtype=float32"]
@@ -106,3 +110,27 @@ def test_models_are_measured_one_at_a_time(root, monkeypatch):
     alive.clear(), most.clear()
     assert run(root, "score", f"--model.checkpoints={entries}") == 0
     assert most == [0, 0, 0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--training.update=mask"], ["--training.strategy=lora"]])
+def test_export_keeps_weights_that_a_family_keeps_in_float32(root, monkeypatch, flags):
+    def mixed(*arguments):
+        model = load_model(*arguments)
+        model.model.norm.float().register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        with torch.no_grad():
+            model.model.norm.weight.fill_(1 + 2**-20)
+        return model
+
+    for module in (materials, export):
+        monkeypatch.setattr(module, "load_model", mixed)
+    assert run(root, "export", "--model.dtype=bfloat16", *flags) == 0
+    written = load_file(root / "out/enhanced/model.safetensors")
+    norm = written.pop("model.norm.weight")
+    assert norm.dtype == torch.float32 and (norm == 1 + 2**-20).all()
+    assert {it.dtype for it in written.values()} == {torch.bfloat16}
+
+
+def test_checkpoint_that_an_engine_saved_in_float32_is_exported_as_the_base_is(root, monkeypatch):
+    monkeypatch.setattr(export, "load_model", lambda *arguments: load_model(*arguments).float())
+    assert run(root, "export", "--model.dtype=bfloat16", "--training.update=mask") == 0
+    assert {it.dtype for it in load_file(root / "out/enhanced/model.safetensors").values()} == {torch.bfloat16}

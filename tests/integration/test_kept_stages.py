@@ -168,6 +168,12 @@ def test_mixture_and_its_text_change_the_inputs_of_training(root):
     assert all(other[stage] != before[stage] for stage in ("train", "compare"))
 
 
+def test_comparison_by_gain_alone_ignores_the_limit_on_forgetting(root):
+    by_gain = {"comparison.select_by": "target"}
+    one, other = (inputs(root, by_gain | {"evaluation.max_forgetting": it})["compare"] for it in ("0.1", "0.2"))
+    assert one == other
+
+
 def test_stages_are_kept_after_irrelevant_changes(root, capsys):
     assert run(root, "export") == 0
     capsys.readouterr()

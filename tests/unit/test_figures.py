@@ -60,8 +60,10 @@ def test_small_costs_are_drawn_on_a_linear_scale(cost, scale):
         return {"mean": mean, "interval": [mean - 0.002, mean + 0.002]}
 
     row = {"groups": {"enhanced": group(-0.01), "others": group(cost)}}
-    axis = draw_trade({"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}).axes[0]
+    compared = {"best": {"enhanced": [], "others": []}, "strategies": {"shared": row}}
+    axis = draw_trade({"texts": {"test": compared}, "tuning": {"shared": {}}}).axes[0]
     assert axis.get_yscale() == scale and ("logarithmic" in axis.get_ylabel()) is (scale == "symlog")
+    assert -1 < axis.get_ylim()[0] < 0  # no space below zero where nothing is
 
 
 def test_rates_are_drawn_as_gain_against_cost():
@@ -71,10 +73,35 @@ def test_rates_are_drawn_as_gain_against_cost():
         {"learning_rate": 0.3, "groups": {"enhanced": -0.03, "others": 0.005, "all": 0.003}},
         {"learning_rate": 0.9, "groups": None},
     ]
-    axis = draw_rates({"lora": {"learning_rate": 0.3, "tried": tried}}).axes[0]
+    axis = draw_rates({"tuning": {"lora": {"learning_rate": 0.3, "tried": tried}}}).axes[0]
     curve, best = axis.get_lines()[:2]
     assert np.allclose(curve.get_xydata(), [[1.0, 0.2], [3.0, 0.5]]) and np.allclose(best.get_xydata(), [[3.0, 0.5]])
     assert "the others" in axis.get_ylabel()
+
+
+def test_cost_is_that_of_languages_that_are_not_enhanced():
+    """If all of them are in the training text, they may still be forgotten; the enhanced ones' gain is no saving."""
+    groups = {"enhanced": -0.2, "also_trained": 0.05, "all": -0.075}
+    axis = draw_rates({"tuning": {"full": {"learning_rate": 0.1, "tried": [{"learning_rate": 0.1, "groups": groups}]}}})
+    axis = axis.axes[0]
+    assert np.allclose(axis.get_lines()[0].get_xydata(), [[20, 5]]) and "in the training text" in axis.get_ylabel()
+
+
+def test_marks_belong_to_a_strategy_and_ruinous_rates_are_beyond_the_axis():
+    """`shared` diverged with a seed, so it is compared no more, but its rates were tried."""
+
+    def tuned(*gains):
+        tried = [{"learning_rate": rate, "groups": {"enhanced": -it, "all": 0.01}} for rate, it in enumerate(gains)]
+        return {"learning_rate": 0, "tried": tried}
+
+    tuning = {"shared": tuned(0.01, -2.0), "lora": tuned(0.02)}
+    row = {"groups": {it: {"mean": -0.01, "interval": [-0.02, 0.0]} for it in ("enhanced", "all")}}
+    compared = {"best": {"enhanced": [], "all": []}, "strategies": {"lora": row}}
+    comparison = {"tuning": tuning, "texts": {"test": compared}}
+    rates, trade = draw_rates(comparison).axes[0], draw_trade(comparison).axes[0]
+    of_lora = next(line for line in rates.get_lines() if line.get_label() == "lora")
+    assert of_lora.get_marker() == trade.containers[0].lines[0].get_marker() != rates.get_lines()[0].get_marker()
+    assert -3 < rates.get_xlim()[0] < 0
 
 
 def test_controls_with_clipped_changes_do_not_set_the_scale():

@@ -15,7 +15,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.impact import bound_sieve, query_key
 from agnostic_train.impact.attention_block import AttentionBlock
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
-from agnostic_train.impact.pruning import check_enclosed, decide, num_top, settle
+from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
 from agnostic_train.impact.row_blocks import row_blocks
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import left_as_found
@@ -316,3 +316,22 @@ def test_decide_leaves_differences_within_rounding_unclear():
     certain, unclear = decide(ends, ends, 1)
     assert not certain.any() and unclear.tolist() == [[True, True, True, False]]
     check_enclosed(ends * 1.00005, ends, ends)
+
+
+def test_counts_are_read_before_those_of_several_layers_are_added(llama):
+    """The layers may be on several GPUs, whose tensors can't be added."""
+
+    class OnDevice:
+        def __int__(self):
+            return 3
+
+        def __add__(self, other):
+            raise AssertionError("added on the device")
+
+        __radd__ = __add__
+
+    meter = ImpactMeter(llama, top_ratio=0.1)
+    for observer in meter._observers:
+        observer.query_key.work["q"] = Work(neurons=OnDevice(), all_neurons=5)
+    num_layers = llama.config.num_hidden_layers
+    assert (meter.work["q"].neurons, meter.work["q"].all_neurons) == (3 * num_layers, 5 * num_layers)

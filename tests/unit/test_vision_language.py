@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import UPDATES, padded_batch
+from safetensors.torch import load_file
 from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -51,6 +52,17 @@ def test_training_and_export_keep_the_whole_model(tmp_path, update):
         assert not torch.allclose(expected, base(**batch).logits, atol=1e-3)
     vision = base.model.vision_tower.state_dict()
     assert all(torch.equal(value, vision[name]) for name, value in loaded.model.vision_tower.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_export_keeps_each_weights_own_dtype(tmp_path, dtype):
+    base, model = (gemma_with_images().to(dtype) for _ in range(2))
+    for it in (base, model):
+        it.model.language_model.norm.float()
+    assert export_checkpoint(model, tmp_path / "out", base=base, neurons=CHOSEN).status == "identical"
+    written = load_file(tmp_path / "out/model.safetensors")
+    (norm,) = [name for name in written if name.endswith("language_model.model.norm.weight")]
+    assert written.pop(norm).dtype == torch.float32 and {it.dtype for it in written.values()} == {dtype}
 
 
 def test_weight_that_differs_after_writing_is_an_error(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 from tqdm.auto import tqdm
@@ -20,6 +21,7 @@ from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, choice_of
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
+    COMPARISON_FILES,
     COMPARISON_TABLE,
     COMPARISON_TEXT,
     comparison_text,
@@ -78,7 +80,8 @@ def compare(context: Context) -> dict:
 def publish(context: Context) -> None:
     """Publishes in a separate tracked run, beside those of the trainings; the same comparison keeps the same run."""
     file = context.directory / "comparison.json"
-    files = {it.name: it for it in (file, *(context.directory / COMPARISON).iterdir()) if it.suffix != ".csv"}
+    files: dict[str, Path | None] = dict.fromkeys(COMPARISON_FILES)
+    files |= {it.name: it for it in (file, *(context.directory / COMPARISON).iterdir()) if it.suffix != ".csv"}
     run_id = context.manifest.record("compare")["run"][:8]
     with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
         tracker.log_figures(context.directory / COMPARISON)

@@ -28,14 +28,15 @@ def export(context: Context) -> dict:
     record = context.manifest.record("train")
     checkpoint = context.directory / record["checkpoint"]
     neurons = None if record["strategy"] in BASELINES else NeuronSet.load(checkpoint / NEURONS_FILE)
-    dtype: torch.dtype | str | None = context.recipe.export.dtype
     if record["strategy"] == "lora":
         trained = _merged_lora(context)
-        dtype = dtype or context.materials.model.dtype
     elif record["adapter"]:
         trained = context.directory / ADAPTER
     else:
         trained = load_model(context.recipe.model, checkpoint)
+    dtype: torch.dtype | str | None = context.recipe.export.dtype
+    if dtype is None and isinstance(trained, PreTrainedModel) and trained.dtype != context.materials.model.dtype:
+        dtype = context.materials.model.dtype  # engines that shard weights train, and save, all of them in float32
 
     def write(to: ExportTarget) -> FrozenWeightCheck:
         return export_checkpoint(
@@ -85,5 +86,10 @@ def export(context: Context) -> dict:
 def _merged_lora(context: Context) -> PreTrainedModel:
     # The base weights as in training, then converted to the LoRA's float32: a sum in a narrower dtype would be rounded
     # before `export.dtype` applies.
-    base = load_model(context.recipe.model, context.materials.model_path).float()
-    return PeftModel.from_pretrained(base, context.directory / ADAPTER).merge_and_unload()
+    base = load_model(context.recipe.model, context.materials.model_path)
+    dtypes = {name: weight.dtype for name, weight in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base.float(), context.directory / ADAPTER).merge_and_unload()
+    if context.recipe.export.dtype is None:
+        for name, weight in merged.named_parameters():
+            weight.data = weight.data.to(dtypes[name])
+    return merged
