@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -68,42 +69,12 @@ def draw_emergence(rows: list[dict]) -> Figure:
     figure, axes = make_grid(3, height=9, sharex=True)
     numeric = all(row["step"] is not None for row in rows)
     steps = [row["step"] for row in rows] if numeric else list(range(len(rows)))
-
-    def draw(axis, values, label, **style):
-        known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-        if known:
-            axis.plot(*zip(*known, strict=True), label=label, markersize=5, **style)
-
     for index, language in enumerate(rows[0]["related"]):
         style = line_style(index)
-        draw(axes[0], [row["shared_ratio"][language] for row in rows], language, **style)
-        draw(axes[1], [row["exclusive"][language] for row in rows], f"exclusive {language}", **style)
-    draw(axes[1], [row["shared"] for row in rows], "shared", linewidth=3, marker="o", color="black")
-    for step, row in zip(steps, rows, strict=True):
-        if row["interval"]:
-            axes[2].plot([step, step], row["interval"], color="black", marker="_")
-    draw(axes[2], [row["score"] for row in rows], "score, 95% interval", linewidth=2, marker="o", color="black")
-    draw(
-        axes[2], [row["score"] if row["clipped"] else None for row in rows], None, marker="o", color="black", **_HOLLOW
-    )
-    axes[2].axhline(math.log(2), color="black", linestyle=":", label="log 2")
-    controls = {
-        kind: [(it["score"], it["clipped"]) for row in rows for it in row["controls"][kind]]
-        for kind in rows[0]["controls"]
-    }
-    top = _limit_score(axes[2], controls)
-    for kind, marker in zip(controls, "sD", strict=False):
-        # Draws at different steps have nothing in common but their number, so no line joins them.
-        style = dict(color="0.5", marker=marker, zorder=1)
-        label = _name_control(kind, controls[kind], top).replace(" of", "\nof", 1).replace(" (", "\n(")
-        for index in range(len(rows[0]["controls"][kind])):
-            drawn = [row["controls"][kind][index] for row in rows]
-            draw(axes[2], [it["score"] for it in drawn], None if index else label, linestyle="none", **style)
-            clipped = [it["score"] if it["clipped"] else None for it in drawn]
-            draw(axes[2], clipped, None, **_HOLLOW, **style)
-    if any(row["clipped"] or any(it["clipped"] for kind in controls for it in row["controls"][kind]) for row in rows):
-        label = "hollow: clipped in some\nlanguage, so arbitrary"
-        axes[2].plot([], [], marker="o", color="0.5", label=label, **_HOLLOW)
+        _plot(axes[0], steps, [row["shared_ratio"][language] for row in rows], label=language, **style)
+        _plot(axes[1], steps, [row["exclusive"][language] for row in rows], label=f"exclusive {language}", **style)
+    _plot(axes[1], steps, [row["shared"] for row in rows], label="shared", linewidth=3, marker="o", color="black")
+    _plot_scores(axes[2], steps, rows)
     for axis, title in zip(axes, ("shared / related", "neurons", "language-agnostic score"), strict=True):
         axis.set_ylabel(title)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -118,6 +89,37 @@ def draw_emergence(rows: list[dict]) -> Figure:
         axes[2].set_xticks(steps, [row["checkpoint"] for row in rows])
     axes[2].set_xlabel("training step" if numeric else "checkpoint")
     return figure
+
+
+def _plot_scores(axis: Axes, steps: list[int], rows: list[dict]) -> None:
+    """The score and its controls over the steps; hollow where a change was clipped."""
+    for step, row in zip(steps, rows, strict=True):
+        if row["interval"]:
+            axis.plot([step, step], row["interval"], color="black", marker="_")
+    style: dict[str, Any] = dict(color="black", marker="o")
+    _plot(axis, steps, [row["score"] for row in rows], label="score, 95% interval", linewidth=2, **style)
+    _plot(axis, steps, [row["score"] if row["clipped"] else None for row in rows], **_HOLLOW, **style)
+    axis.axhline(math.log(2), color="black", linestyle=":", label="log 2")
+    controls = {
+        kind: [(it["score"], it["clipped"]) for row in rows for it in row["controls"][kind]]
+        for kind in rows[0]["controls"]
+    }
+    top = _limit_score(axis, controls)
+    for (kind, scores), marker in zip(controls.items(), "sD", strict=False):
+        # Draws at different steps have nothing in common but their number, so no line joins them.
+        style = dict(color="0.5", marker=marker, zorder=1)
+        where = [step for step, row in zip(steps, rows, strict=True) for _ in row["controls"][kind]]
+        label = _name_control(kind, scores, top).replace(" of", "\nof", 1).replace(" (", "\n(")
+        _plot(axis, where, [value for value, _ in scores], label=label, linestyle="none", **style)
+        _plot(axis, where, [value if clipped else None for value, clipped in scores], **_HOLLOW, **style)
+    if any(row["clipped"] for row in rows) or any(clipped for it in controls.values() for _, clipped in it):
+        axis.plot([], [], marker="o", color="0.5", label="hollow: clipped in some\nlanguage, so arbitrary", **_HOLLOW)
+
+
+def _plot(axis: Axes, places: list[int], values: list[float | None], **style) -> None:
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    if known:
+        axis.plot(*zip(*known, strict=True), markersize=5, **style)
 
 
 def _limit_score(axis: Axes, controls: Mapping[str, list[tuple[float | None, list[str]]]]) -> float:
