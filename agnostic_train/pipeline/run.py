@@ -103,7 +103,11 @@ class Pipeline:
         if removed:
             self.say(f"{', '.join(removed)}: removed, because it came from an earlier result; `run` makes it again")
         if kept:
-            self.say(f"{', '.join(kept)}: the existing result comes from an earlier run; `run` brings it up to date")
+            # `run` executes every stage except `compare`.
+            commands = ["`run`"] * (kept != ["compare"]) + ["`compare`"] * ("compare" in kept)
+            renew = f"{' and '.join(commands)} {'renews' if len(commands) == 1 else 'renew'}"
+            them = "it" if len(kept) == 1 else "them"
+            self.say(f"{', '.join(kept)}: the existing result comes from an earlier run; {renew} {them}")
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Runs a stage unless its result is up to date; returns whether it ran."""

@@ -12,18 +12,21 @@ from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid,
 
 _COSTLY = {
     "others": "the others",
-    "also_trained": "the others, which are in the training text",
+    "also_trained": "others in the training text",
     "also_measured": "languages that are only measured",
-    "all": "all languages",
 }
-"""The groups of languages whose mean change is drawn as the cost: the first that there is."""
+
+
+def costly_group(groups: Collection[str]) -> str | None:
+    """The group of languages whose mean change is drawn as the cost: the first that there is, or None."""
+    return next((it for it in _COSTLY if it in groups), None)
 
 
 def draw_trade(comparison: dict) -> Figure:
     """What each strategy gains in the enhanced languages against what it costs others, with 95% intervals."""
     figure, (axis,) = make_grid(height=5)
     compared = comparison["texts"]["test"]
-    costly = _costly(compared["best"])
+    costly = costly_group(compared["best"])
     for name, row in compared["strategies"].items():
         gain, cost = row["groups"]["enhanced"], row["groups"][costly]
         x, y = -100 * gain["mean"], 100 * cost["mean"]
@@ -42,24 +45,27 @@ def draw_trade(comparison: dict) -> Figure:
 def draw_rates(comparison: dict) -> Figure:
     """Gain against cost on validation text at every learning rate tried, joined in the order of the rates.
 
-    It compares strategies at an equal gain, which their best rates don't. Diverged trainings are left out, and those
-    that lose more than the best gains are beyond the axis.
+    It compares strategies at an equal gain, which their best rates don't. Left out are diverged trainings and, apart
+    from the rates chosen, those that lose more than the largest gain: nobody would choose them.
     """
     figure, (axis,) = make_grid(height=5)
-    gains, costly = [], "all"
-    for name, tuned in comparison["tuning"].items():
-        tried = [it for it in tuned["tried"] if it["groups"] is not None]
-        costly = _costly(tried[0]["groups"])
-        points = [(-100 * it["groups"]["enhanced"], 100 * it["groups"][costly]) for it in tried]
-        style = _style(comparison, name)
-        axis.plot(*zip(*points, strict=True), linewidth=0.8, mfc="white", **style)
-        best = points[[it["learning_rate"] for it in tried].index(tuned["learning_rate"])]
-        axis.plot(*best, label=name, **style)
-        gains += [gain for gain, _ in points]
-    if max(gains) > 0:
-        axis.set_xlim(left=max(axis.get_xlim()[0], -max(gains)))
+    tried = {
+        name: [(it["learning_rate"], it["groups"]) for it in tuned["tried"] if it["groups"] is not None]
+        for name, tuned in comparison["tuning"].items()
+    }
+    changes = [groups["enhanced"] for rates in tried.values() for _, groups in rates]
+    costly = costly_group(next(iter(tried.values()))[0][1])
+    num_left_out = 0
+    for name, rates in tried.items():
+        chosen, style = comparison["tuning"][name]["learning_rate"], _style(comparison, name)
+        shown = [it for it in rates if it[0] == chosen or it[1]["enhanced"] <= max(0, -min(changes))]
+        num_left_out += len(rates) - len(shown)
+        points = {rate: (-100 * groups["enhanced"], 100 * groups[costly]) for rate, groups in shown}
+        axis.plot(*zip(*points.values(), strict=True), linewidth=0.8, mfc="white", **style)
+        axis.plot(*points[chosen], label=name, **style)
     _name_gain_and_cost(axis, costly)
-    axis.get_legend().set_title("filled: the rate chosen")
+    left_out = f"\nnot shown: {num_left_out} that lose more" if num_left_out else ""
+    axis.get_legend().set_title(f"filled: the rate chosen{left_out}")
     return figure
 
 
@@ -79,24 +85,20 @@ def draw_forgetting(compared: dict) -> Figure:
     return figure
 
 
-def _costly(groups: Collection[str]) -> str:
-    return next(it for it in _COSTLY if it in groups)
-
-
 def _style(comparison: dict, name: str) -> dict:
     """The same marks for a strategy in all figures, also if others diverged."""
     return line_style(list(comparison["tuning"]).index(name))
 
 
-def _name_gain_and_cost(axis: Axes, costly: str) -> None:
+def _name_gain_and_cost(axis: Axes, costly: str | None) -> None:
     axis.axhline(0, color="0.6", linewidth=0.8)
     scale = ""
     if max(map(abs, axis.get_ylim())) > 2:
-        scale = "\n(logarithmic beyond 1%)"
+        scale = " (logarithmic beyond 1%)"
         axis.set_yscale("symlog", linthresh=1)
         axis.autoscale_view(scalex=False)  # the margins so far are those of a linear scale
         axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:+g}"))
     axis.set_xlabel("gain in the enhanced languages: fewer bits per byte, %")
-    axis.set_ylabel(f"cost for {_COSTLY[costly]}: more bits per byte, %{scale}")
+    axis.set_ylabel(f"cost for {_COSTLY[costly or 'others']}:\nmore bits per byte, %{scale}")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))

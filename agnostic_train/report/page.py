@@ -18,7 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
-from agnostic_train.report.comparison_figures import draw_forgetting, draw_rates, draw_trade
+from agnostic_train.report.comparison_figures import costly_group, draw_forgetting, draw_rates, draw_trade
+from agnostic_train.report.comparison_prose import GROUP_TITLES, remarks, selection, verdicts
 from agnostic_train.report.plotting import ENDINGS, is_figure, write_figures
 from agnostic_train.report.run_figures import (
     draw_change,
@@ -31,13 +32,6 @@ from agnostic_train.report.score_figures import draw_ablation, draw_emergence, d
 from agnostic_train.scores.ablation import NOTHING
 
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
-_GROUP_TITLES = {
-    "enhanced": "Enhanced",
-    "also_trained": "Also in the training text",
-    "others": "Others",
-    "also_measured": "Only measured",
-    "all": "All",
-}
 _EMERGENCE_FIGURES = frozenset(["emergence"])
 _COMPARISON_FIGURES = frozenset(["trade", "rates", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
@@ -182,23 +176,14 @@ def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], F
     compared = comparison["texts"]["test"]
     if not compared["strategies"]:
         return {}
-    figures = {"trade": ("What each strategy gains and costs", partial(draw_trade, comparison))}
-    if any(len(it["tried"]) > 1 for it in comparison["tuning"].values()):
+    figures: dict[str, tuple[str, Callable[[], Figure]]] = {}
+    if costly_group(compared["best"]):
+        figures["trade"] = ("What each strategy gains and costs", partial(draw_trade, comparison))
+    tried = [it for tuned in comparison["tuning"].values() for it in tuned["tried"] if it["groups"] is not None]
+    if costly_group(tried[0]["groups"]) and len(tried) > len(comparison["tuning"]):
         title = "Gain and cost on validation text at every learning rate tried"
         figures["rates"] = (title, partial(draw_rates, comparison))
-    return figures | {
-        "forgetting": ("Change of every language by strategy", partial(draw_forgetting, compared)),
-    }
-
-
-def _selection(comparison: dict) -> str:
-    """How a comparison chose learning rates, in words."""
-    by_all = comparison["select_by"] == "all"
-    words = f"the lowest bits per byte of {'all detected' if by_all else 'the enhanced'} languages on validation text"
-    if comparison["select_by"] == "objective" and comparison["groups"].keys() & {"others", "also_trained"}:
-        limit = f"{100 * comparison['max_forgetting']:.3g}%"
-        words += f", with a penalty if those of another detected language rise by more than {limit}"
-    return words
+    return figures | {"forgetting": ("Change of every language by strategy", partial(draw_forgetting, compared))}
 
 
 def _environment() -> Environment:
@@ -210,6 +195,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = percent
-    environment.globals["group_titles"] = _GROUP_TITLES
-    environment.globals["selection"] = _selection
+    environment.globals |= {
+        "group_titles": GROUP_TITLES, "selection": selection, "verdicts": verdicts, "remarks": remarks
+    }  # fmt: skip
     return environment

@@ -25,7 +25,9 @@ ORDER = {
         "comparison", "tuning", "objective", "languages", "paired_comparison", "task_loading", "task_results",
         "task_evaluation",
     ],
-    "report": ["tables", "fonts", "plotting", "run_figures", "score_figures", "comparison_figures", "page"],
+    "report": [
+        "tables", "fonts", "plotting", "run_figures", "score_figures", "comparison_figures", "comparison_prose", "page"
+    ],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
         "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "training_text", "fitting",

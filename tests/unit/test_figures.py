@@ -87,21 +87,33 @@ def test_cost_is_that_of_languages_that_are_not_enhanced():
     assert np.allclose(axis.get_lines()[0].get_xydata(), [[20, 5]]) and "in the training text" in axis.get_ylabel()
 
 
-def test_marks_belong_to_a_strategy_and_ruinous_rates_are_beyond_the_axis():
+def test_chosen_rate_is_shown_even_if_it_is_ruinous():
+    tuned = {"lora": (0.01, 0.1), "full": (-0.7, 0.2)}
+    tuning = {
+        name: {"learning_rate": 1, "tried": [{"learning_rate": 1, "groups": {"enhanced": -gain, "others": cost}}]}
+        for name, (gain, cost) in tuned.items()
+    }
+    (axis,) = draw_rates({"tuning": tuning}).axes
+    (mark,) = [line for line in axis.get_lines() if line.get_label() == "full"]
+    assert np.allclose(mark.get_xydata(), [[-70, 20]]) and axis.get_xlim()[0] < -70
+
+
+def test_marks_belong_to_a_strategy_and_ruinous_rates_are_left_out():
     """`shared` diverged with a seed, so it is compared no more, but its rates were tried."""
 
     def tuned(*gains):
-        tried = [{"learning_rate": rate, "groups": {"enhanced": -it, "all": 0.01}} for rate, it in enumerate(gains)]
+        tried = [{"learning_rate": rate, "groups": {"enhanced": -it, "others": 0.01}} for rate, it in enumerate(gains)]
         return {"learning_rate": 0, "tried": tried}
 
     tuning = {"shared": tuned(0.01, -2.0), "lora": tuned(0.02)}
-    row = {"groups": {it: {"mean": -0.01, "interval": [-0.02, 0.0]} for it in ("enhanced", "all")}}
-    compared = {"best": {"enhanced": [], "all": []}, "strategies": {"lora": row}}
+    row = {"groups": {it: {"mean": -0.01, "interval": [-0.02, 0.0]} for it in ("enhanced", "others")}}
+    compared = {"best": {"enhanced": [], "others": []}, "strategies": {"lora": row}}
     comparison = {"tuning": tuning, "texts": {"test": compared}}
     rates, trade = draw_rates(comparison).axes[0], draw_trade(comparison).axes[0]
     of_lora = next(line for line in rates.get_lines() if line.get_label() == "lora")
     assert of_lora.get_marker() == trade.containers[0].lines[0].get_marker() != rates.get_lines()[0].get_marker()
-    assert -3 < rates.get_xlim()[0] < 0
+    assert rates.get_xlim()[0] > 0 and rates.get_xlim()[1] < 3
+    assert "not shown: 1 that lose more" in rates.get_legend().get_title().get_text()
 
 
 def test_controls_with_clipped_changes_do_not_set_the_scale():

@@ -150,10 +150,11 @@ def _run_pilot(context: Context, text: Sentences) -> str:
 def _describe(row: dict, languages: Sequence[str]) -> str:
     if row["change"] is None:
         return "diverged"
-    return (
-        f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}, at most {row['forgetting']:+z.2%} in another "
-        f"language, validation text, {row['trainable']:,} weights"
-    )
+    gain = f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}"
+    if len(row["languages"]) > len(languages):
+        rise = f"at most {row['forgetting']:+.2%}" if row["forgetting"] else "no rise"
+        gain += f", {rise} in another language"
+    return f"{gain}, validation text, {row['trainable']:,} weights"
 
 
 def _choose(context: Context, name: str) -> Choice:
