@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 
 from tqdm.auto import tqdm
 
 from agnostic_train.errors import UserError
-from agnostic_train.evaluation.objective import largest_forgetting, objective
+from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
 from agnostic_train.pipeline.trials import Trial, Trials
 
 
@@ -39,7 +38,7 @@ def rank_candidates(
         rows.append(
             {
                 "strategy": name,
-                "change": None if changes is None else fmean(changes[it] for it in enhanced),
+                "change": None if changes is None else target_change(changes, enhanced),
                 "forgetting": None if changes is None else largest_forgetting(changes, enhanced),
                 "languages": changes,
                 "trainable": result.record["trainable"],
@@ -47,11 +46,10 @@ def rank_candidates(
         )
 
     def rank(row: dict) -> float:
-        if row["change"] is None:
-            return math.inf
-        return objective(1 + row["change"], row["forgetting"], max_forgetting)
+        changes = row["languages"]
+        return math.inf if changes is None else relative_objective(changes, enhanced, max_forgetting)
 
     rows.sort(key=rank)
-    if rows[0]["change"] is None:
+    if rows[0]["languages"] is None:
         raise UserError(f"training.learning_rate: {rate:.3g} makes every pilot diverge; lower it")
     return rows

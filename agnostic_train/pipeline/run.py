@@ -104,10 +104,10 @@ class Pipeline:
             self.say(f"{', '.join(removed)}: removed, because it came from an earlier result; `run` makes it again")
         if kept:
             # `run` executes every stage except `compare`.
-            commands = ["`run`"] * (kept != ["compare"]) + ["`compare`"] * ("compare" in kept)
-            renew = f"{' and '.join(commands)} {'renews' if len(commands) == 1 else 'renew'}"
-            them = "it" if len(kept) == 1 else "them"
-            self.say(f"{', '.join(kept)}: the existing result comes from an earlier run; {renew} {them}")
+            commands = dict.fromkeys("`compare`" if name == "compare" else "`run`" for name in kept)
+            self.say(
+                f"{', '.join(kept)}: the existing result comes from an earlier run; to renew: {' and '.join(commands)}"
+            )
 
     def _run_stage(self, stage: str, forced: bool, tracker: Tracker) -> bool:
         """Runs a stage unless its result is up to date; returns whether it ran."""

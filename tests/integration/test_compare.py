@@ -257,7 +257,7 @@ def test_figure_that_a_comparison_no_longer_has_is_deleted_from_the_results(root
 
 
 @pytest.mark.figures
-def test_report_leaves_out_results_of_another_recipe(root):
+def test_report_leaves_out_results_of_another_recipe(root, capsys):
     """So do the copies in `tracking.results_dir`; a user's own files there are left alone."""
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--comparison.learning_rates=[1e-2]"]
     flags.append(f"--tracking.results_dir={root / 'results'}")
@@ -268,6 +268,7 @@ def test_report_leaves_out_results_of_another_recipe(root):
     compared = {f"comparison.{ending}" for ending in ("csv", "json", "md")} | {"trade.png", "forgetting.svg"}
     assert compared < {it.name for it in (root / "results").iterdir()}
     assert run(root, "run", "--detection.top_ratio=0.3", *flags) == 0
+    assert "compare: the existing result comes from an earlier run; to renew: `compare`" in capsys.readouterr().out
     assert "Strategies compared" not in (root / "out/report.html").read_text()
     left = {it.name for it in (root / "results").iterdir()}
     assert not compared & left and {"mine.csv", "tasks.csv", "evaluation.csv", "score.png"} < left

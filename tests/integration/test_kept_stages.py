@@ -322,7 +322,7 @@ def test_results_of_an_earlier_run_are_reported(root, capsys):
     assert run(root, "train", "--training.max_steps=4") == 0
     printed = capsys.readouterr().out
     assert "train: train the chosen neurons; this replaces an earlier result (changed: training.max_steps)" in printed
-    assert "export, evaluate, report: the existing result comes from an earlier run; `run` renews them" in printed
+    assert "export, evaluate, report: the existing result comes from an earlier run; to renew: `run`" in printed
     assert run(root, "run", "--training.max_steps=4") == 0
     assert "comes from" not in capsys.readouterr().out
 

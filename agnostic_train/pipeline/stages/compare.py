@@ -9,7 +9,7 @@ from statistics import fmean
 from tqdm.auto import tqdm
 
 from agnostic_train.evaluation.comparison import compare_strategies, group_means, language_groups
-from agnostic_train.evaluation.objective import largest_forgetting, objective
+from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
 from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.percent import percent
@@ -131,10 +131,9 @@ def _objective(recipe: Recipe, changes: Mapping[str, float]) -> float:
     select_by, enhanced = recipe.comparison.select_by, recipe.training.languages
     if select_by == "all":
         return fmean(changes.values())
-    target = fmean(changes[it] for it in enhanced)
     if select_by == "target":
-        return target
-    return objective(1 + target, largest_forgetting(changes, enhanced), recipe.evaluation.max_forgetting)
+        return target_change(changes, enhanced)
+    return relative_objective(changes, enhanced, recipe.evaluation.max_forgetting)
 
 
 def _comparison_json(

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from agnostic_train.evaluation.languages import compare_languages, describe
-from agnostic_train.evaluation.objective import largest_forgetting, objective
+from agnostic_train.evaluation.objective import largest_forgetting, objective, target_change
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
@@ -213,7 +213,7 @@ def objectives(evaluation: dict, enhanced: list[str], max_forgetting: float) -> 
     return {
         **values,
         "target_bits_per_byte": target,
-        "target_change": sum(changes[it] for it in enhanced) / len(enhanced),
+        "target_change": target_change(changes, enhanced),
         "largest_forgetting": largest,
         "objective": objective(target, largest, max_forgetting),
     }
