@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from agnostic_train import __version__
 from agnostic_train.errors import UserError
-from agnostic_train.pipeline import STAGE_HELP, OutOfMemoryError
+from agnostic_train.pipeline import COMMANDS, OutOfMemoryError
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import OWN_KEYS, recipe_keys, training_argument_types
 
@@ -45,7 +45,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     named -= {key.partition(".")[2] for key in recipe_keys() if key.startswith("training.")}
     training_keys = sorted(named & training_argument_types().keys()) if named else []
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=_Parser)
-    for stage, text in STAGE_HELP.items():
+    for stage, text in COMMANDS.items():
         command = stages.add_parser(
             stage,
             help=text,

@@ -3,17 +3,18 @@
 STAGES = {
     "detect": "find each language's related, shared and exclusive neurons",
     "score": "switch neurons off and compute the language-agnostic score",
+    "pilot": "train every candidate for a few steps, and rank them",
     "train": "train the chosen neurons",
     "export": "write the enhanced checkpoint, and check that nothing else moved",
     "evaluate": "measure every language before and after, on test text",
     "report": "write report.html and the figures",
-}
-"""The stages of `run`, in order."""
-
-STAGE_HELP = {
-    "run": f"every stage in order: {', '.join(STAGES)}",
-    **STAGES,
     "compare": "train every strategy and baseline on the same data and budget, and test the differences",
+}
+"""Every stage, in order. `pilot` belongs to the command `train`, for recipes whose strategy it is."""
+
+COMMANDS = {
+    "run": f"every stage in order: {', '.join(it for it in STAGES if it not in ('pilot', 'compare'))}",
+    **{name: text for name, text in STAGES.items() if name != "pilot"},
 }
 
 

@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, sole_user
-from agnostic_train.pipeline import STAGE_HELP, STAGES, OutOfMemoryError
+from agnostic_train.pipeline import STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
@@ -62,15 +62,17 @@ class Pipeline:
         self.inputs = StageInputs(recipe, self.training_arguments, self.materials, self.manifest)
         self._removed: set[str] = set()
 
-    def run(self, stage: str) -> None:
-        """Runs a stage, after the stages it needs that aren't up to date; `run` is every stage in order."""
-        stages = list(STAGES) if stage == "run" else [*self.inputs.needs(stage), stage]
-        check_stage(self.recipe, self.training_arguments, stage)
+    def run(self, command: str) -> None:
+        """Runs a command's stage, after the stages it needs that aren't up to date; `run` is every stage in order."""
+        last = "report" if command == "run" else command
+        stages = [*self.inputs.needs(last), last]
+        asked = {"run": stages, "train": ["pilot", "train"]}.get(command, [command])
+        check_stage(self.recipe, self.training_arguments, command)
         # Missing or invalid inputs should show before anything runs, and before the record of finished stages changes.
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
-        forced = {name: self.force and stage in ("run", name) for name in stages}
+        forced = {name: self.force and name in asked for name in stages}
         any_runs = False
         for name in stages:
             self.inputs.of(name)
@@ -83,10 +85,11 @@ class Pipeline:
         with (
             sole_user(self.directory) if self.processes.is_main_process else nullcontext(),
             # Each training of a comparison is tracked as a separate run, in one group.
-            nullcontext(Tracker(None)) if stage == "compare" else self._tracked() as tracker,
+            nullcontext(Tracker(None)) if command == "compare" else self._tracked() as tracker,
         ):
             ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
-        self._tell_of_older_results([name for name in (*STAGES, "compare") if name not in stages], ran)
+        others = [name for name in STAGES if name not in stages and (name != "pilot" or self.recipe.training.has_pilot)]
+        self._tell_of_older_results(others, ran)
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
         """Reports which other stages depend on those that ran again: their old results are kept, or were removed."""
@@ -126,10 +129,10 @@ class Pipeline:
         with self._enough_memory(stage):
             STAGE_TABLE[stage].check(context)
         resume = state == "started" and not forced
-        self.say(f"{stage}: {STAGE_HELP[stage]}{self._what_is_replaced(stage, inputs, resume)}")
+        self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
         if self.processes.is_main_process:
             for written in STAGE_TABLE[stage].replaces:
-                if self.manifest.remove_outputs(written):
+                if written not in self.inputs.needs(stage) and self.manifest.remove_outputs(written):
                     self._removed.add(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)

@@ -21,7 +21,7 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 from agnostic_train.versions import installed_version
 
 _READ_BY = {
-    "low": ["auto"], "high": ["auto"], "pilot_strategies": ["pilot"], "pilot_steps": ["pilot"],
+    "low": ["auto"], "high": ["auto"], "pilot_strategies": [], "pilot_steps": ["pilot"],
     "random_like": ["random", "lora"],
 }  # fmt: skip
 """Keys of `training` that only some strategies read."""
@@ -63,10 +63,11 @@ class StageInputs:
         return {
             "detect": [],
             "score": ["detect"],
+            "pilot": ["detect"],
             "train": self._training_depends,
             "export": ["train"],
             "evaluate": ["export"],
-            "report": ["detect", "score", "evaluate"],
+            "report": ["detect", "score", *(["pilot"] if self._recipe.training.has_pilot else []), "evaluate"],
             "compare": ["detect"],
         }[stage]
 
@@ -74,7 +75,7 @@ class StageInputs:
     def _training_depends(self) -> list[str]:
         if not self._recipe.training.needs_detection:
             return []
-        return ["detect", "score"] if self._recipe.training.strategy == "auto" else ["detect"]
+        return ["detect", *{"auto": ["score"], "pilot": ["pilot"]}.get(self._recipe.training.strategy, [])]
 
     def needs(self, stage: str) -> list[str]:
         """Every stage that must have run before a stage, in order."""
@@ -87,14 +88,17 @@ class StageInputs:
     def whole(self, stage: str) -> dict:
         """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
-        A result is identified by the run that made it, a detection by its sets, because detecting again, with another
-        memory limit or with `stability`, often gives the same sets. (The report shows more of it than the sets.)
+        A result is identified by the run that made it; a detection by its sets, because detecting again, with another
+        memory limit or with `stability`, often gives the same sets; a pilot by the strategy that won. The report shows
+        more of both.
         """
         results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
         if "detect" in results and stage != "report":
             # Random controls of the score also depend on the activations.
             neurons = self._manifest.directory / "neurons"
             results["detect"] = fingerprint(set_hashes(neurons, with_activations=stage == "score"))
+        if "pilot" in results and stage != "report":
+            results["pilot"] = self._manifest.record("pilot").get("strategy")
         return self.of(stage) | {f"the result of {it}": result for it, result in results.items()}
 
     def state(self, stage: str) -> str:
@@ -146,6 +150,7 @@ class StageInputs:
             own = {
                 "detect": self._detection_inputs,
                 "score": self._score_inputs,
+                "pilot": self._pilot_inputs,
                 "train": self._training_inputs,
                 "export": lambda: {"export": self._recipe.to_dict()["export"]},
                 "evaluate": self._evaluation_inputs,
@@ -171,13 +176,27 @@ class StageInputs:
             **self._text("detection", "validation"),
         }
 
+    def _pilot_inputs(self) -> dict:
+        training, arguments = self._recipe.to_dict()["training"], self._arguments
+        keys = ("languages", "update", "mixture", "packing", "pilot_strategies", "pilot_steps")
+        own = {key: training[key] for key in keys} | result_arguments(training["arguments"])
+        # A pilot has its own number of steps.
+        own = {key: value for key, value in own.items() if key not in ("max_steps", "num_train_epochs")}
+        own |= {"seed": arguments.seed, "learning_rate": arguments.learning_rate}
+        return {
+            "training": own,
+            **self._selecting,
+            **self._text_learnt_and_validated,
+        }
+
     def _training_inputs(self) -> dict:
         section = self._recipe.training
         unread = [key for key, strategies in _READ_BY.items() if section.strategy not in strategies]
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
-        selecting = self._selecting if section.has_pilot else {}
-        return {"training": own | learning_arguments(section.arguments), **selecting, **self._training_text}
+        validates = evaluates_during_training(self._arguments)
+        text = self._text_learnt_and_validated if validates else self._training_text
+        return {"training": own | learning_arguments(section.arguments), **text}
 
     @property
     def _selecting(self) -> dict:
@@ -186,10 +205,12 @@ class StageInputs:
 
     @property
     def _training_text(self) -> dict:
-        section = self._recipe.training
-        text = self._text("training", languages=section.text_languages)
-        if section.has_pilot or evaluates_during_training(self._arguments):
-            text["text"] |= self._text("validation")["text"]
+        return self._text("training", languages=self._recipe.training.text_languages)
+
+    @property
+    def _text_learnt_and_validated(self) -> dict:
+        text = self._training_text
+        text["text"] |= self._text("validation")["text"]
         return text
 
     def _evaluation_inputs(self) -> dict:
@@ -209,7 +230,7 @@ class StageInputs:
 
     def _comparison_inputs(self) -> dict:
         recipe, text = self._recipe.to_dict(), self._evaluation_text
-        text["text"] |= self._text("training", languages=self._recipe.training.text_languages)["text"]
+        text["text"] |= self._training_text["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             **(self._selecting if self._recipe.comparison.select_by == "objective" else {}),

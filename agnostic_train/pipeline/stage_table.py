@@ -7,7 +7,7 @@ from pathlib import Path
 from agnostic_train.export.checkpoint import is_exported
 from agnostic_train.neurons.language_neurons import is_neuron_file
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.stages import compare, detect, evaluate, export, report, score, train
+from agnostic_train.pipeline.stages import compare, detect, evaluate, export, pilot, report, score, train
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
@@ -25,8 +25,8 @@ class Stage:
         publish: hands the results in its files to experiment tracking and `tracking.results_dir`; None without any.
         section: the recipe's section with the stage's own keys.
         folders: the folders that it replaces as a whole, by recipe, each with a test for its own files.
-        replaces: stages whose files are deleted before it writes: which files they write depends on their options, and
-            none of an earlier run may stay.
+        replaces: stages whose files, unless it reads them, are deleted before it writes: which files they write depends
+            on their options, and none of an earlier run may stay.
         memory_keys: the keys that its memory depends on, apart from the weights.
         check_materials: refuses text and files with which the stage can't run, before any stage runs.
         check: refuses what the stage can't do with the results of earlier ones, before anything is replaced.
@@ -43,6 +43,8 @@ class Stage:
     check: Callable[[Context], None] = lambda context: None
     resumes: bool = False
 
+
+_TRAINING_MEMORY = "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)"
 
 STAGE_TABLE = {
     "detect": Stage(
@@ -62,13 +64,20 @@ STAGE_TABLE = {
         memory_keys="corpus.batch_size",
         check_materials=score.check_materials,
     ),
+    "pilot": Stage(
+        pilot.pilot,
+        pilot.publish,
+        None,
+        memory_keys=_TRAINING_MEMORY,
+        check=pilot.check_candidates,
+    ),
     "train": Stage(
         train.train,
         train.publish,
         "training",
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
-        replaces=("train",),
-        memory_keys="training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)",
+        replaces=("train", "pilot"),
+        memory_keys=_TRAINING_MEMORY,
         check_materials=train.check_materials,
         check=train.check_strategy,
         resumes=True,

@@ -43,10 +43,12 @@ RUN_FILES = [f"{name}{ending}" for name in sorted(_RUN_FIGURES) for ending in EN
 """The figures that a run may write; those of `emergence/` are among them."""
 
 
-def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: bool = False) -> None:
+def write_report(
+    directory: Path, recipe: dict, manifest: dict, has_pilot: bool = False, has_comparison: bool = False
+) -> None:
     """Writes `figures/` (PNG and SVG) and `report.html` from the files that the other stages left in `directory`.
 
-    has_comparison: whether a `comparison.json` there belongs to this recipe.
+    has_pilot, has_comparison: whether a `pilot.json` or `comparison.json` there belongs to this recipe.
     """
     detected = LanguageNeurons.load(directory / "neurons")
     score = read_json(directory / "score.json")
@@ -87,6 +89,7 @@ def write_report(directory: Path, recipe: dict, manifest: dict, has_comparison: 
             found=detected,
             score=score,
             evaluation=evaluation,
+            pilot=read_json(directory / "pilot.json") if has_pilot else None,
             comparison=comparison,
             frozen=manifest["frozen_weights"],
             figures={

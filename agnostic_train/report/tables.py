@@ -150,6 +150,15 @@ def emergence_table(rows: list[dict]) -> Table:
     return table
 
 
+def pilot_table(pilot: dict) -> Table:
+    """One row per candidate, the best first. Takes the content of `pilot.json`."""
+    return [
+        {key: it for key, it in row.items() if key != "languages"}
+        | {f"change_{language}": change for language, change in (row["languages"] or {}).items()}
+        for row in pilot["ranking"]
+    ]
+
+
 def comparison_table(comparison: dict) -> Table:
     """One row per strategy, seed (`all` for the mean), text and language. Takes the content of `comparison.json`."""
     rows = []

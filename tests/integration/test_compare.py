@@ -16,7 +16,7 @@ from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline import fitting
-from agnostic_train.pipeline.stages import train as train_stage
+from agnostic_train.pipeline.stages import pilot as pilot_stage
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.report.page import in_terminal
 
@@ -287,7 +287,7 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
         "--training.pilot_steps=3",
         "--training.pilot_strategies=shared,exclusive,related,shared+exclusive",
     ]
-    assert run(root, "train", *flags) == 0
+    assert run(root, "run", *flags, f"--tracking.results_dir={root / 'results'}") == 0
     printed = capsys.readouterr().out
     ranking = read_json(root / "out/pilot.json")["ranking"]
     assert {row["strategy"] for row in ranking} == {"shared", "exclusive", "related"}
@@ -295,19 +295,20 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert costs == sorted(costs) and ranking[0]["change"] < 0
     assert all(row["change"] == row["languages"]["sw"] for row in ranking)
     assert all(row["forgetting"] == max(0, row["languages"]["en"]) for row in ranking)
-    assert f"pilot 1. {ranking[0]['strategy']}:" in printed
+    assert f"pilot: 1. {ranking[0]['strategy']}:" in printed
     assert "pilot: shared+exclusive chooses the same neurons as related, and isn't listed separately" in printed
-    record = json.loads((root / "out/manifest.json").read_text())["stages"]["train"]
-    assert record["strategy"] == ranking[0]["strategy"] and "pilot.json" in record["files"]
+    stages = json.loads((root / "out/manifest.json").read_text())["stages"]
+    assert stages["train"]["strategy"] == stages["pilot"]["strategy"] == ranking[0]["strategy"]
+    page = (root / "out/report.html").read_text()
+    assert "<h2>Pilot</h2>" in page and f"<td>{ranking[0]['trainable']:,}</td>" in page
+    with (root / "results/pilot.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows] == [row["strategy"] for row in ranking]
+    assert float(rows[0]["change_en"]) == ranking[0]["languages"]["en"]
+    assert "the best of the pilot" in stages["train"]["reason"] and "pilot.json" in stages["pilot"]["files"]
     neurons = LanguageNeurons.load(root / "out/neurons")
     expected = {"shared": neurons.shared, "exclusive": neurons.exclusive["sw"], "related": neurons.related["sw"]}
     assert NeuronSet.load(root / "out/checkpoint-6/neurons.safetensors") == expected[ranking[0]["strategy"]]
-    # Another ranking needs no other trainings.
-    assert run(root, "train", *flags, "--evaluation.max_forgetting=0") == 0
-    assert "(changed: evaluation.max_forgetting)" in capsys.readouterr().out
-    again = read_json(root / "out/pilot.json")["ranking"]
-    costs = [cost_of(row["languages"], 0) for row in again]
-    assert costs == sorted(costs) and all(row in ranking for row in again)
     for dry in ([], ["--dry-run"]):
         assert run(root, "train", *flags[:1], "--training.pilot_steps=30", *dry) == 2
         assert "training.pilot_steps: 30 steps read 120 sentences of 'sw', more than half" in capsys.readouterr().err
@@ -318,22 +319,55 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert re.search(r"optimizer steps +│ 9 ", capsys.readouterr().out)
 
 
+def test_another_ranking_trains_again_only_if_another_candidate_wins(root, read, monkeypatch, capsys):
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    assert run(root, "train", *flags) == 0
+    trained, ranking = len(read), read_json(root / "out/pilot.json")["ranking"]
+    capsys.readouterr()
+    assert run(root, "train", *flags, "--evaluation.max_forgetting=10") == 0
+    printed = capsys.readouterr().out
+    assert "(changed: evaluation.max_forgetting)" in printed and "train: unchanged, kept" in printed
+    assert read_json(root / "out/pilot.json")["ranking"] == ranking and len(read) == trained
+    # Only the objective decides, and no candidate trains again for it.
+    monkeypatch.setattr(pilot_stage, "relative_objective", lambda changes, *args: -cost_of(changes, 0.03))
+    assert run(root, "train", *flags) == 0
+    assert "the result of pilot" in capsys.readouterr().out
+    assert read_json(root / "out/pilot.json")["ranking"] == ranking[::-1] and len(read) == trained + 1
+    assert run(root, "train", *flags, "--force") == 0 and len(read) == trained + 4
+    # A later training without a pilot leaves no ranking that isn't its own.
+    results = f"--tracking.results_dir={root / 'results'}"
+    assert run(root, "train", *flags, results) == 0 and (root / "results/pilot.csv").exists()
+    assert run(root, "train", "--training.strategy=shared", results) == 0
+    assert not (root / "out/pilot.json").exists() and not (root / "results/pilot.csv").exists()
+
+
+def test_pilot_that_diverges_keeps_the_earlier_training(root, monkeypatch, capsys):
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    assert run(root, "export", *flags) == 0
+    files = {path: path.read_bytes() for path in (root / "out").glob("[a-z]*/*") if path.is_file()}
+    capsys.readouterr()
+    assert run(root, "export", *flags, "--training.learning_rate=1e30") == 2
+    assert "training.learning_rate: 1e+30 makes every pilot diverge; lower it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == files
+    assert run(root, "export", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "train: unchanged, kept" in printed and "export: unchanged, kept" in printed
+
+
 @pytest.mark.parametrize(("launch", "num_trainings"), [({}, 1), ({"processes": 2}, 4)])
 def test_pilot_reuses_only_candidates_of_the_same_launcher(root, read, monkeypatch, launch, num_trainings):
     """Candidates trained by two processes have read other text."""
     flags = ["--training.strategy=pilot", "--training.pilot_steps=1"]
     flags.append("--training.pilot_strategies=shared,exclusive,related")
-    rank = train_stage.rank_candidates
 
     def interrupted(*args):
-        rank(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_stage, "rank_candidates", interrupted)
+        patch.setattr(pilot_stage, "write_json", interrupted)
         assert run(root, "train", *flags) == 130 and len(read) == 3
-    original = train_stage.launch_inputs
-    monkeypatch.setattr(train_stage, "launch_inputs", lambda arguments: original(arguments) | launch)
+    original = pilot_stage.launch_inputs
+    monkeypatch.setattr(pilot_stage, "launch_inputs", lambda arguments: original(arguments) | launch)
     read.clear()
     assert run(root, "train", *flags) == 0 and len(read) == num_trainings
 

@@ -19,20 +19,23 @@ from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import own_types
 from agnostic_train.report import page
 
-ALL = {*STAGES, "compare"}
+ALL = {*STAGES}
 CHANGES = [
     # Each change with the stages whose own inputs it changes; the stages after them follow.
     ({"training.logging_steps": "5"}, set()),
     ({"training.logging_first_step": "true", "training.log_level": "error"}, set()),
     ({"training.disable_tqdm": "false", "training.include_num_input_tokens_seen": "all"}, set()),
-    ({"training.low": "0.1", "training.high": "2", "training.pilot_steps": "7"}, set()),
-    ({"training.pilot_strategies": "shared,related"}, set()),
+    ({"training.low": "0.1", "training.high": "2"}, set()),
+    ({"training.pilot_steps": "7"}, {"pilot"}),
+    ({"training.pilot_strategies": "shared,related"}, {"pilot"}),
+    # A pilot has its own number of steps.
+    ({"training.max_steps": "7"}, {"train", "compare"}),
     ({"detection.memory_gb": "0.5"}, set()),
     ({"tracking.run_name": "x"}, set()),
     ({"training.random_like": "shared"}, {"compare"}),
     # A comparison tries multiples of this rate.
-    ({"training.learning_rate": "5e-2"}, {"train", "compare"}),
-    ({"training.seed": "5"}, {"train"}),
+    ({"training.learning_rate": "5e-2"}, {"pilot", "train", "compare"}),
+    ({"training.seed": "5"}, {"pilot", "train"}),
     ({"training.save_steps": "2"}, set()),
     ({"training.save_only_model": "true"}, {"train"}),
     (
@@ -45,8 +48,8 @@ CHANGES = [
         {"train"},
     ),
     ({"training.eval_strategy": "epoch"}, {"train"}),
-    ({"training.warmup_steps": "2"}, {"train", "compare"}),
-    ({"training.update": "mask"}, {"train", "compare"}),
+    ({"training.warmup_steps": "2"}, {"pilot", "train", "compare"}),
+    ({"training.update": "mask"}, {"pilot", "train", "compare"}),
     ({"detection.top_ratio": "0.3"}, {"detect"}),
     ({"detection.verify": "false"}, {"detect"}),
     ({"detection.consistency": "0.9"}, {"detect"}),
@@ -61,12 +64,12 @@ CHANGES = [
     ({"score.controls": "2"}, {"score"}),
     ({"export.dtype": "bfloat16"}, {"export"}),
     ({"export.to": "lora"}, {"export"}),
-    ({"evaluation.max_forgetting": "0.1"}, {"evaluate", "compare"}),
+    ({"evaluation.max_forgetting": "0.1"}, {"pilot", "evaluate", "compare"}),
     ({"evaluation.batch_size": "3"}, {"evaluate"}),
     ({"evaluation.languages": "th"}, {"evaluate", "compare"}),
     ({"corpus.test_sentences": "5"}, {"evaluate", "compare", "report"}),
-    ({"corpus.training_sentences": "50"}, {"train", "compare", "report"}),
-    ({"corpus.validation_sentences": "5"}, {"score", "evaluate", "compare", "report"}),
+    ({"corpus.training_sentences": "50"}, {"pilot", "train", "compare", "report"}),
+    ({"corpus.validation_sentences": "5"}, {"score", "pilot", "evaluate", "compare", "report"}),
     ({"corpus.validation_sentences": "5", "training.eval_strategy": "epoch"}, {*ALL} - {"detect", "export"}),
     ({"corpus.detection_sentences": "30"}, ALL - {"export", "evaluate"}),
     ({"corpus.seed": "1"}, ALL - {"export", "evaluate"}),
@@ -148,11 +151,17 @@ def test_text_changes_the_inputs_of_the_stages_that_read_it(root):
     before = inputs(root)
     after = inputs(root, en_test="A sentence to test on.", sw_test="Another one.")
     # Without a test file, the valid file served both purposes.
-    assert {stage for stage in ALL if after[stage] != before[stage]} == {"score", "evaluate", "compare", "report"}
+    assert {stage for stage in ALL if after[stage] != before[stage]} == {
+        "score",
+        "pilot",
+        "evaluate",
+        "compare",
+        "report",
+    }
     later = inputs(root, en_test="One more.")
     assert {stage for stage in ALL if later[stage] != after[stage]} == {"evaluate", "compare", "report"}
     other = inputs(root, en_train="A sentence to train on.")
-    assert all(other[stage] == later[stage] for stage in ("train", "compare"))
+    assert all(other[stage] == later[stage] for stage in ("pilot", "train", "compare"))
     stable = {"detection.stability": "true"}
     detect_inputs = [inputs(root, stable | {"corpus.training_sentences": count})["detect"] for count in ("50", "60")]
     assert detect_inputs[0] != detect_inputs[1]
@@ -163,9 +172,9 @@ def test_mixture_and_its_text_change_the_inputs_of_training(root):
     before = inputs(root, mixed)
     assert inputs(root, {"training.mixture": "{en: 1, sw: 4}"}) == before
     other = inputs(root, {"training.mixture": "{sw: 4, en: 2}"})
-    assert {stage for stage in ALL if other[stage] != before[stage]} == {"train", "compare"}
+    assert {stage for stage in ALL if other[stage] != before[stage]} == {"pilot", "train", "compare"}
     other = inputs(root, mixed, en_train="A sentence to train on.")
-    assert all(other[stage] != before[stage] for stage in ("train", "compare"))
+    assert all(other[stage] != before[stage] for stage in ("pilot", "train", "compare"))
 
 
 def test_comparison_by_gain_alone_ignores_the_limit_on_forgetting(root):
@@ -421,7 +430,7 @@ def test_exported_folder_can_contain_folders(root):
 def test_packing_changes_the_inputs_of_training(root):
     short = {"corpus.max_length": "30"}
     before, after = inputs(root, short), inputs(root, short | {"training.packing": "true"})
-    assert {stage for stage in ALL if after[stage] != before[stage]} == {"train", "compare"}
+    assert {stage for stage in ALL if after[stage] != before[stage]} == {"pilot", "train", "compare"}
 
 
 def test_files_count_by_their_content(root):
@@ -438,8 +447,17 @@ def test_files_count_by_their_content(root):
 
 def test_pilot_depends_on_what_it_is_ranked_by(root):
     pilot = {"training.strategy": "pilot", "training.pilot_strategies": "shared,related"}
-    assert inputs(root, pilot)["train"] != inputs(root, pilot | {"corpus.validation_sentences": "5"})["train"]
-    assert inputs(root, pilot)["train"] != inputs(root, pilot | {"evaluation.max_forgetting": "0.1"})["train"]
+    before = inputs(root, pilot)
+    for change in (
+        {"corpus.validation_sentences": "5"},
+        {"evaluation.max_forgetting": "0.1"},
+        {"training.pilot_strategies": "shared,exclusive"},
+    ):
+        after = inputs(root, pilot | change)
+        # The training depends on the winner alone.
+        assert after["pilot"] != before["pilot"] and after["train"] == before["train"]
+    after = inputs(root, pilot | {"training.pilot_steps": "7"})  # which leaves other text to the training
+    assert after["pilot"] != before["pilot"] and after["train"] != before["train"]
 
 
 def test_interrupted_stage_resumes_as_the_same_run(tmp_path):

@@ -10,7 +10,6 @@ from killing import RENAMES, run_and_kill
 from small_run import RECIPE, write_inputs
 
 from agnostic_train.files import read_json
-from agnostic_train.pipeline.run import STAGES
 
 TIMES = re.compile(rb'"(eval_)?\w*(runtime|per_second|seconds|total_flos)": [-\d.e+]+|\d{4}-\d\d-\d\d \d\d:\d\d UTC')
 
@@ -54,8 +53,8 @@ def command(root):
 
 
 def test_kill_before_every_file_of_every_stage(root, command):
-    num_kills = dict.fromkeys(STAGES, 0)
-    for stage in STAGES:
+    num_kills = dict.fromkeys(("detect", "score", "train", "export", "evaluate", "report"), 0)
+    for stage in num_kills:
         while (status := run_and_kill(command(stage), RENAMES, call=num_kills[stage] + 1)) != 0:
             assert status == -9
             num_kills[stage] += 1

@@ -31,9 +31,9 @@ ORDER = {
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [
         "materials", "manifest", "measured", "tracking", "settings", "checks", "resuming", "training_text", "fitting",
-        "trials", "pilot", "stage_inputs", "stages", "stage_table", "run", "plan", "dry_run",
+        "trials", "stage_inputs", "stages", "stage_table", "run", "plan", "dry_run",
     ],
-    "pipeline.stages": ["context", "detect", "score", "train", "export", "evaluate", "report", "compare"],
+    "pipeline.stages": ["context", "detect", "score", "pilot", "train", "export", "evaluate", "report", "compare"],
 }  # fmt: skip
 """The modules and subpackages of each package, in import order, by the package's name below `agnostic_train`."""
 

@@ -15,7 +15,8 @@ def report(context: Context) -> dict:
             context.say(
                 f"report: without the comparison, which is out of date; `compare` renews it (changed: {changed})"
             )
-        write_report(context.directory, context.recipe.to_dict(), context.manifest.read(), has_comparison)
+        recipe, has_pilot = context.recipe.to_dict(), context.recipe.training.has_pilot
+        write_report(context.directory, recipe, context.manifest.read(), has_pilot, has_comparison)
     return {"outputs": ["report.html", "figures"]}
 
 

@@ -1,7 +1,6 @@
 """`train`: trains the weights that the strategy chooses on the training text."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -10,22 +9,19 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import public_name, read_json, whole_directory, write_json
+from agnostic_train.files import public_name, whole_directory
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.pilot import rank_candidates
-from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs, make_strategy
+from agnostic_train.pipeline.settings import evaluates_during_training, make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, split_pilot_text
-from agnostic_train.pipeline.trials import Trials
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments, saved_checkpoints
 
 ADAPTER = "adapter"
-PILOT = "pilot.json"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
@@ -41,11 +37,8 @@ def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
     training: Sentences = context.materials.training_text
     if recipe.training.has_pilot:
-        training, pilot_text = split_pilot_text(recipe, arguments, context.materials.encoder, training)
-        strategy = _run_pilot(context, pilot_text)
-    else:
-        strategy = recipe.training.strategy
-    choice = _choose(context, strategy)
+        training, _ = split_pilot_text(recipe, arguments, context.materials.encoder, training)
+    choice = _choose(context)
     context.say(f"train: {choice.reason}")
     set_seed(arguments.seed)
     validation = None
@@ -74,8 +67,6 @@ def train(context: Context) -> dict:
     context.say(
         f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
-    if recipe.training.has_pilot:
-        outputs.append(PILOT)
     return {
         "outputs": outputs,
         "checkpoint": outputs[0],
@@ -89,11 +80,9 @@ def train(context: Context) -> dict:
 
 
 def publish(context: Context) -> None:
-    table = None
-    if context.recipe.training.has_pilot:
-        rows = read_json(context.directory / PILOT)["ranking"]
-        table = [{**row, "languages": str(row["languages"])} for row in rows]
-    context.publish_tables({"pilot": table})
+    """Withdraws the ranking of an earlier pilot if this training had none."""
+    if not context.recipe.training.has_pilot:
+        context.publish_tables({"pilot": None})
 
 
 def read_neurons(file: str, model: nn.Module) -> NeuronSet:
@@ -106,9 +95,7 @@ def read_neurons(file: str, model: nn.Module) -> NeuronSet:
 
 def check_strategy(context: Context) -> None:
     """Raises `UserError` for a strategy that chooses nothing to train, before an earlier training is replaced."""
-    section = context.recipe.training
-    for name in section.pilot_strategies if section.has_pilot else [section.strategy]:
-        _choose(context, name)
+    _choose(context)
 
 
 def is_adapter_file(path: Path) -> bool:
@@ -116,59 +103,19 @@ def is_adapter_file(path: Path) -> bool:
     return path.name in _ADAPTER_FILES
 
 
-def _run_pilot(context: Context, text: Sentences) -> str:
-    """Ranks the candidates, prints and saves the ranking, and returns the winner's name."""
-    recipe = context.recipe
-    # One candidate's result depends neither on the others nor on how they are ranked.
-    inputs = {key: value for key, value in context.inputs.of("train").items() if key != "evaluation"}
-    training = {key: value for key, value in inputs["training"].items() if key != "pilot_strategies"}
-    steps = recipe.training.pilot_steps
-    trials = Trials(
-        context.materials,
-        context.load_neurons(),
-        text,
-        {"validation": context.materials.batches("validation")},
-        context.work,
-        [inputs | {"training": training}, context.set_hashes, launch_inputs(context.arguments)],
-        # A warm-up as long as the whole pilot would leave nothing to rank.
-        {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
-    )
-    seed, rate = context.arguments.seed, context.arguments.learning_rate
-    same = trials.twins(recipe.training.pilot_strategies)
-    candidates = [it for it in recipe.training.pilot_strategies if it not in same]
-    limit = recipe.evaluation.max_forgetting
-    rows = rank_candidates(trials, candidates, recipe.training.languages, limit, seed, rate)
-    for place, row in enumerate(rows, 1):
-        context.say(f"train: pilot {place}. {row['strategy']}: {_describe(row, recipe.training.languages)}")
-    for name, twin in same.items():
-        context.say(f"train: pilot: {name} chooses the same neurons as {twin}, and isn't listed separately")
-    if context.processes.is_main_process:
-        write_json(context.directory / PILOT, {"steps": steps, "ranking": rows, "same": same})
-    return rows[0]["strategy"]
-
-
-def _describe(row: dict, languages: Sequence[str]) -> str:
-    if row["change"] is None:
-        return "diverged"
-    gain = f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}"
-    if len(row["languages"]) > len(languages):
-        rise = f"at most {row['forgetting']:+.2%}" if row["forgetting"] else "no rise"
-        gain += f", {rise} in another language"
-    return f"{gain}, validation text, {row['trainable']:,} weights"
-
-
-def _choose(context: Context, name: str) -> Choice:
-    file = context.recipe.training.neurons
+def _choose(context: Context) -> Choice:
+    has_pilot, file = context.recipe.training.has_pilot, context.recipe.training.neurons
     if file is not None:
         neurons = read_neurons(file, context.materials.model)
         return Choice("file", neurons, f"{len(neurons)} neurons from {public_name(file)}")
+    name = context.manifest.record("pilot")["strategy"] if has_pilot else context.recipe.training.strategy
     strategy = make_strategy(context.recipe, name, context.arguments.seed)
     score = AgnosticScore.load(context.directory / "score.json") if strategy.needs_score else None
     detected = None if name == "full" else context.load_neurons()
     choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
-    by_pilot = ", the best of the pilot" if context.recipe.training.has_pilot else ""
+    by_pilot = ", the best of the pilot" if has_pilot else ""
     return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}{by_pilot}")
 
 

@@ -1,0 +1,113 @@
+"""`strategy: pilot`: every candidate trains a few steps on text set aside for it; the best on validation text wins."""
+
+import math
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+
+from agnostic_train.errors import UserError
+from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
+from agnostic_train.files import read_json, write_json
+from agnostic_train.pipeline.settings import launch_inputs
+from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.training_text import split_pilot_text
+from agnostic_train.pipeline.trials import Trial, Trials, choice_of
+from agnostic_train.report.tables import pilot_table
+
+PILOT = "pilot.json"
+
+
+def check_candidates(context: Context) -> None:
+    """Raises `UserError` for a candidate that chooses no neuron, before any of them trains."""
+    detected = context.load_neurons()
+    for name in context.recipe.training.pilot_strategies:
+        choice_of(Trial(name), detected, context.materials)
+
+
+def pilot(context: Context) -> dict:
+    """Ranks the candidates, by `evaluation.objective`; the record's `strategy` is the winner.
+
+    Raises:
+        UserError: every candidate diverged.
+    """
+    section, steps = context.recipe.training, context.recipe.training.pilot_steps
+    _, text = split_pilot_text(
+        context.recipe, context.arguments, context.materials.encoder, context.materials.training_text
+    )
+    trials = Trials(
+        context.materials,
+        context.load_neurons(),
+        text,
+        {"validation": context.materials.batches("validation")},
+        context.work,
+        [_key(context), context.set_hashes, launch_inputs(context.arguments)],
+        # A warm-up as long as the whole pilot would leave nothing to rank.
+        {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
+    )
+    same = trials.twins(section.pilot_strategies)
+    rows = _rank(context, trials, [it for it in section.pilot_strategies if it not in same])
+    for place, row in enumerate(rows, 1):
+        context.say(f"pilot: {place}. {row['strategy']}: {_in_words(row, section.languages)}")
+    for name, twin in same.items():
+        context.say(f"pilot: {name} chooses the same neurons as {twin}, and isn't listed separately")
+    if context.processes.is_main_process:
+        limit = context.recipe.evaluation.max_forgetting
+        content = {"steps": steps, "max_forgetting": limit, "ranking": rows, "same": same}
+        write_json(context.directory / PILOT, content)
+    return {"outputs": [PILOT], "strategy": rows[0]["strategy"]}
+
+
+def publish(context: Context) -> None:
+    context.publish_tables({"pilot": pilot_table(read_json(context.directory / PILOT))})
+
+
+def _key(context: Context) -> dict:
+    """What a candidate's result depends on apart from its strategy: neither the others nor how they are ranked."""
+    inputs = {key: value for key, value in context.inputs.of("pilot").items() if key != "evaluation"}
+    return inputs | {"training": {key: it for key, it in inputs["training"].items() if key != "pilot_strategies"}}
+
+
+def _rank(context: Context, trials: Trials, candidates: Sequence[str]) -> list[dict]:
+    """Trains each candidate briefly; returns plain JSON rows, the best first.
+
+    A row has the `strategy`, the relative `change` of bits per byte on validation text, averaged over the enhanced
+    languages (None if the training diverged), the largest `forgetting` among the others, every language's own change,
+    and the number of `trainable` weights.
+    """
+    enhanced, arguments = context.recipe.training.languages, context.arguments
+    base = trials.base()
+    rows = []
+    hidden = not context.processes.is_local_main_process
+    bar = tqdm(candidates, desc="pilot", unit=" strategies", disable=hidden, leave=False)
+    for name in bar:
+        bar.set_postfix_str(name)
+        result = trials.run(Trial(name, arguments.seed, arguments.learning_rate))
+        changes = result.changes(base)
+        rows.append(
+            {
+                "strategy": name,
+                "change": None if changes is None else target_change(changes, enhanced),
+                "forgetting": None if changes is None else largest_forgetting(changes, enhanced),
+                "languages": changes,
+                "trainable": result.record["trainable"],
+            }
+        )
+
+    def rank(row: dict) -> float:
+        changes, limit = row["languages"], context.recipe.evaluation.max_forgetting
+        return math.inf if changes is None else relative_objective(changes, enhanced, limit)
+
+    rows.sort(key=rank)
+    if rows[0]["languages"] is None:
+        raise UserError(f"training.learning_rate: {arguments.learning_rate:.3g} makes every pilot diverge; lower it")
+    return rows
+
+
+def _in_words(row: dict, languages: Sequence[str]) -> str:
+    if row["change"] is None:
+        return "diverged"
+    gain = f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}"
+    if len(row["languages"]) > len(languages):
+        rise = f"at most {row['forgetting']:+.2%}" if row["forgetting"] else "no rise"
+        gain += f", {rise} in another language"
+    return f"{gain}, validation text, {row['trainable']:,} weights"
