@@ -145,15 +145,18 @@ def test_diverging_rates_and_strategies_are_passed_over(root, capsys):
     assert "full, rate 1e+30, seed 0: diverged" in printed
     # One seed tells nothing about the noise between trainings.
     assert "alone: one seed says nothing" in " ".join(printed.split()) and "beyond noise" not in printed
-    original = Trials._measure
+    original, failing = Trials._measure, {"full"}
 
     def diverging(self, trial, *rest):
         record, measured = original(self, trial, *rest)
-        return ({**record, "diverged": True}, None) if trial.strategy == "full" else (record, measured)
+        return ({**record, "diverged": True}, None) if trial.strategy in failing else (record, measured)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trials, "_measure", diverging)
         assert run(root, "compare", *flags, f"--output_dir={root / 'other'}", "--comparison.learning_rates=[1e-2]") == 0
+        failing.add("shared")
+        words = "comparison.learning_rates: every strategy diverged; name lower ones"
+        assert_mistake(root, "compare", [*flags, f"--output_dir={root / 'none'}"], words, capsys)
     comparison = read_json(root / "other/comparison.json")
     assert comparison["diverged"] == ["full"] and list(comparison["texts"]["test"]["strategies"]) == ["shared"]
     text = (root / "other/comparison/comparison.md").read_text()

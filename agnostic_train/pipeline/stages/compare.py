@@ -8,6 +8,7 @@ from statistics import fmean
 
 from tqdm.auto import tqdm
 
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.comparison import compare_strategies, group_means, language_groups
 from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
 from agnostic_train.evaluation.tuning import Tuning, default_rates, num_trainings, tune
@@ -65,6 +66,8 @@ def compare(context: Context) -> dict:
     strategies = [it for it in recipe.comparison.strategies if it not in same]
     tunings, results = _train_all(context, trials, strategies)
     comparison = _comparison_json(recipe, trials.base(), tunings, results, same)
+    if set(comparison["diverged"]) == set(strategies):
+        raise UserError("comparison.learning_rates: every strategy diverged; name lower ones")
     text = comparison_text(comparison)
     if context.processes.is_main_process:
         write_json(context.directory / "comparison.json", comparison)
