@@ -61,6 +61,15 @@ def check_whole(model: nn.Module, what: str) -> None:
             )
 
 
+def of_first_process(value: T) -> T:
+    """Returns the first process's value on every process."""
+    if num_processes() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def gather_in_order(own: list[T]) -> list[T]:
     """Gathers the results of every process's `own_share` and returns them on each process, in the items' order."""
     if num_processes() == 1:

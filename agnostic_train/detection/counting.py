@@ -1,26 +1,24 @@
 """Counts the top neurons of one language's text, batch by batch; an interrupted count continues from its file."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import reduce
+from itertools import chain, islice
 from pathlib import Path
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from agnostic_train.choices import Attention
-from agnostic_train.detection.top_counts import TopCounts
-from agnostic_train.errors import UserError
+from agnostic_train.detection.top_counts import TopCounts, with_batch
 from agnostic_train.files import fingerprint
 from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import ImpactMeter
 from agnostic_train.model.inference import Batch, find_device
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
-_OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
-"""The parts of a batch that determine its counts."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,9 @@ class CountingOptions:
     pruning: bool
     progress: bool
 
-    def key(self, weights: str, first: Batch) -> str:
-        """Distinguishes counts from those of other weights, settings or first batches."""
-        tokens = [first[name].tolist() for name in _OF_TOKENS if first.get(name) is not None]
-        return fingerprint([weights, self.top_ratio, self.attention, [*self.projections], self.activations, tokens])
+    def key(self, weights: str) -> str:
+        """Distinguishes counts from those of other weights or settings."""
+        return fingerprint([weights, self.top_ratio, self.attention, [*self.projections], self.activations])
 
 
 def count_top_neurons(
@@ -58,16 +55,15 @@ def count_top_neurons(
         batches: all batches of this process, in the same order in every run.
         description, num_sentences: for the progress bar.
         file: keeps the counts so far: it is written now and then, when interrupted, and at the end. Batches that it has
-            counted already are skipped.
+            counted already are skipped; counts of other batches are discarded.
         key: see `TopCounts.load`.
 
     Returns: the counts, and the indices of the layers that pruning doesn't cover.
-
-    Raises:
-        UserError: the file counts more batches than there are.
     """
     top_ratio = options.top_ratio
-    counts = TopCounts(top_ratio) if file is None else TopCounts.load(file, top_ratio, find_device(model), key)
+    counts, remaining = TopCounts(top_ratio), iter(batches)
+    if file is not None:
+        counts, remaining = _resumed(TopCounts.load(file, top_ratio, find_device(model), key), remaining)
     before = counts.work
     with ExitStack() as stack:
         meter = stack.enter_context(
@@ -90,9 +86,6 @@ def count_top_neurons(
 
         saved, is_whole = time.monotonic(), counts.num_batches > 0
         try:
-            remaining = iter(batches)
-            if sum(1 for _ in islice(remaining, counts.num_batches)) < counts.num_batches:
-                raise UserError(f"{file}: counts {counts.num_batches} batches, more than were given; delete it")
             for batch in remaining:
                 if active is not None:
                     active.begin(batch)
@@ -101,6 +94,8 @@ def count_top_neurons(
                 counts.add(impacts)
                 if active is not None:
                     counts.add_activations(active.sums, active.num_tokens)
+                if file is not None:
+                    counts.text = with_batch(counts.text, batch)
                 is_whole = True
                 bar.update(len(batch["input_ids"]))
                 if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
@@ -113,3 +108,11 @@ def count_top_neurons(
             raise
         save()
     return counts, {layer.index for layer in meter.unpruned}
+
+
+def _resumed(counts: TopCounts, batches: Iterator[Batch]) -> tuple[TopCounts, Iterator[Batch]]:
+    """Returns counts to continue from and the batches still to count: empty counts if these are of other batches."""
+    counted = list(islice(batches, counts.num_batches))
+    if len(counted) == counts.num_batches and reduce(with_batch, counted, "") == counts.text:
+        return counts, batches
+    return TopCounts(counts.top_ratio, counts.key), chain(counted, batches)

@@ -121,14 +121,18 @@ def detect_neurons(
         verify: compare a few impacts with real deactivation first, see `verify_impacts`.
         progress: show a progress bar per language.
         resume_dir: a folder in which the counts so far are saved every half minute. An interrupted detection continues
-            from its own counts there, to identical sets. Counts of other weights, settings or first batches are
-            discarded; use another folder for other text. `lape`, which costs no more than a forward pass, always starts
-            over.
+            from its own counts there, to identical sets. Counts of other weights, settings or batches are discarded.
+            `lape`, which costs no more than a forward pass, always starts over.
+
+    Returns: the sets. `activations` has each language's mean absolute activations (None without `activations`),
+        `exact_share` the fraction of the q and k neurons whose impact had to be computed (None without `pruning`), and
+        `settings` the options above as plain JSON values.
 
     Raises:
         ValueError: an option out of range, or a batch of wrong shapes or tokens.
         TypeError: `corpora` doesn't map languages to batches.
         UserError: a model that isn't supported or computes NaN, or a language without a sentence.
+        ImpactMismatchError: `verify` found impacts that don't equal real deactivation; a `UserError`.
     """
     check_choice("method", method, Method)
     for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
@@ -149,7 +153,7 @@ def detect_neurons(
     counts: dict[str, TopCounts] = {}
     related: dict[str, NeuronSet] = {}
     unpruned: set[int] = set()
-    weights = None if resume_dir is None else model_checksum(model)
+    key = "" if resume_dir is None else options.key(model_checksum(model))
     with left_as_found(model):
         for language, corpus in corpora.items():
             batches = iter(corpus)
@@ -159,10 +163,9 @@ def detect_neurons(
             check_batch(model, first)
             if verify and not counts:
                 verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
-            file, key = None, ""
-            if resume_dir is not None and weights is not None:
+            file = None
+            if resume_dir is not None:
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
-                key = options.key(weights, first)
             counts[language], layers = count_top_neurons(
                 model, own_share(chain([first], batches)), options,
                 description=f"detect {language}", num_sentences=own_sentences(corpus), file=file, key=key,

@@ -9,14 +9,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import whole_file
+from agnostic_train.files import fingerprint, whole_file
 from agnostic_train.impact.pruning import Work, num_top
 from agnostic_train.model.decoder import Site
+from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.activity import MEASURED, Activations
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import num_processes, sum_over_processes
 
 _PROGRESS = ("num_batches", "num_sentences", "num_tokens")
+_OF_TOKENS = ("input_ids", "attention_mask", "special_tokens_mask")
+"""The parts of a batch that determine its counts."""
 
 
 class TopCounts:
@@ -24,12 +27,14 @@ class TopCounts:
 
     Attributes:
         key: distinguishes a file's counts from those of another detection.
+        text: identifies the batches counted so far, see `with_batch`.
         work: by `q` and `k`, how much pruning left to compute.
     """
 
     def __init__(self, top_ratio: float, key: str = ""):
         self.top_ratio = top_ratio
         self.key = key
+        self.text = ""
         self.num_batches = 0
         self.num_sentences = 0
         self.num_tokens: int | Tensor = 0
@@ -117,7 +122,8 @@ class TopCounts:
             for kind, sums in kinds.items()
             for (layer, projection), values in sums.by_site().items()
         }
-        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS} | {"key": self.key}
+        progress = {name: str(int(getattr(self, name))) for name in _PROGRESS}
+        progress |= {"key": self.key, "text": self.text}
         for name, work in self.work.items():
             progress |= {f"{name}.{kind}": str(int(number)) for kind, number in vars(work).items()}
         with whole_file(file) as temporary:
@@ -146,11 +152,17 @@ class TopCounts:
                     sums.add((((int(layer), projection),),), tensors.get_tensor(name)[None])
             for name in _PROGRESS:
                 setattr(counts, name, int(progress[name]))
+            counts.text = progress["text"]
             for name, work in counts.work.items():
                 counts.work[name] = Work(*(int(progress[f"{name}.{kind}"]) for kind in vars(work)))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: counts that can't be read ({error}); delete it and detect again") from None
         return counts
+
+
+def with_batch(text: str, batch: Batch) -> str:
+    """Identifies a sequence of batches by that of all but the last (at first an empty string) and the last one."""
+    return fingerprint([text, [batch[it].tolist() for it in _OF_TOKENS if batch.get(it) is not None]])
 
 
 # The sites of each row of a stack. Sites may share a row, as gate, up and down of a layer do.

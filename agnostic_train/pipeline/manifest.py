@@ -93,7 +93,9 @@ class Manifest:
         """
         previous, key = self.record(stage), fingerprint(inputs)
         run = previous["run"] if previous.get("key") == key and not previous.get("finished") else uuid.uuid4().hex
-        record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs}
+        # The files of the last finished run are still there, and a stage before this one may have to remove them.
+        files: dict[str, Any] = {it: previous[it] for it in ("files", "rewritten") if it in previous}
+        record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs, **files}
         self._write(stage, record, head)
 
     def finish(self, stage: str, outputs: list[Path], result: dict[str, Any], head: dict[str, Any]) -> None:

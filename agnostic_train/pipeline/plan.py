@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from math import ceil, floor
 from statistics import fmean
 
+import torch
+
 from agnostic_train.corpus.encoding import SAMPLE, Encoder
 from agnostic_train.corpus.evaluation_text import read_evaluation_text
 from agnostic_train.corpus.hub import check_dataset
@@ -12,6 +14,7 @@ from agnostic_train.corpus.purposes import LanguageText, load_corpus
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import find_tasks
+from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model, load_tokenizer
 from agnostic_train.model.memory import GIB, SLACK, Layout
@@ -26,7 +29,6 @@ from agnostic_train.training.chosen import num_weights
 from agnostic_train.training.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
-_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PURPOSES = ("detection", "training", "validation", "test")
 
 
@@ -172,21 +174,26 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
 def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
     """The largest number of weights that a strategy can choose.
 
-    Over S sentences a site has n * S top places, and a related neuron takes at least consistency * S of them, so at
-    most n / consistency neurons are related to a language. Shared neurons are among these, unless `min_languages` is
-    lower than the number of languages.
+    Over S sentences a site has n * S top places, where n is its number of top neurons, and a related neuron takes at
+    least consistency * S of them, so at most n / consistency neurons are related to a language. Shared neurons are
+    among these, unless `min_languages` is lower than the number of languages.
     """
     training, detection = recipe.training, recipe.detection
     if strategy == "full":
         return layout.num_parameters
+    if detection.method == "lape":
+        # LAPE selects among the hidden units of all layers, for all languages together.
+        units = {layer: size for (layer, projection), size in decoder.sizes.items() if projection == "down"}
+        of_unit = max(sum(layout.entry_sizes[layer, it] for it in FEED_FORWARD_PROJECTIONS) for layer in units)
+        return round(detection.lape_ratio * sum(units.values())) * of_unit
     num_languages = len(recipe.corpus.languages)
     least = detection.min_languages or num_languages
     languages = len(training.languages) + (num_languages / least if least < num_languages else 0)
-    ratio, sites = languages * detection.top_ratio / detection.consistency, decoder.sizes
-    if detection.method == "lape":
-        # LAPE selects among the feed-forward units of all layers, for all languages together.
-        ratio, sites = detection.lape_ratio, {it: sites[it] for it in sites if it[1] in FEED_FORWARD_PROJECTIONS}
-    return sum(min(size, max(1, floor(ratio * size))) * layout.entry_sizes[site] for site, size in sites.items())
+    most = {
+        site: min(size, floor(languages * num_top(detection.top_ratio, size) / detection.consistency))
+        for site, size in decoder.sizes.items()
+    }
+    return sum(number * layout.entry_sizes[site] for site, number in most.items())
 
 
 def _phases(
@@ -211,7 +218,8 @@ def _phases(
         return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
     ((strategy, train),) = training.items()
     all_weights = _trains_all_weights(recipe, strategy)
-    itemsize = layout.weight_bytes if recipe.export.dtype is None else _ITEMSIZES[recipe.export.dtype]
+    exported = recipe.export.dtype
+    itemsize = layout.weight_bytes if exported is None else getattr(torch, exported).itemsize
     enhanced = replace(layout, weight_bytes=itemsize)
     # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers.
     trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights

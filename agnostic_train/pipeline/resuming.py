@@ -6,8 +6,7 @@ from pathlib import Path
 
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline.manifest import Manifest
-from agnostic_train.training.guarded import is_resumable
-from agnostic_train.training.trainer import saved_checkpoints
+from agnostic_train.training.checkpoints import is_resumable, saved_checkpoints
 
 
 def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: Mapping[str, object]) -> None:

@@ -24,7 +24,8 @@ from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import Tracker, run_id_of, tracked
 from agnostic_train.recipe import Recipe
-from agnostic_train.training.trainer import NeuronTrainingArguments, saved_checkpoints
+from agnostic_train.training.checkpoints import saved_checkpoints
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 
 class Pipeline:
@@ -129,8 +130,8 @@ class Pipeline:
         with self._enough_memory(stage):
             STAGE_TABLE[stage].check(context)
         resume = state == "started" and not forced
-        self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
         if self.processes.is_main_process:
+            self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
             for written in STAGE_TABLE[stage].replaces:
                 if written not in self.inputs.needs(stage) and self.manifest.remove_outputs(written):
                     self._removed.add(written)

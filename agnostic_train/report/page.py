@@ -54,7 +54,7 @@ def write_report(
     score = read_json(directory / "score.json")
     evaluation = read_json(directory / "evaluation.json")
     training = manifest["stages"]["train"]
-    history = read_json(directory / training["last"] / TRAINER_STATE_NAME)["log_history"]
+    history = read_json(directory / TRAINER_STATE_NAME)["log_history"]
     enhanced = recipe["training"]["languages"]
     titles: dict[str, tuple[str, Callable[[], Figure]]] = {
         "change": ("Bits per byte before and after", partial(draw_change, evaluation["languages"], enhanced)),

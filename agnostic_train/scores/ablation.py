@@ -12,7 +12,7 @@ from agnostic_train.model.inference import Batch
 from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.processes import process_index
+from agnostic_train.processes import of_first_process, process_index
 from agnostic_train.scores.perplexity import NonFiniteLossError, Perplexity, load_measured, perplexity, save_measured
 
 NOTHING = "none"
@@ -88,29 +88,41 @@ def ablate(
         NonFiniteLossError: with some set off, the loss isn't finite.
     """
     rows: dict[str, dict[str, Perplexity]] = {}
-    kept = None if resume_dir is None else [model_checksum(model), {it: _text_of(batches[it]) for it in batches}]
     sets = {NOTHING: NeuronSet(), **{name: neurons for name, neurons in sets.items() if len(neurons)}}
+    wanted = {name: (languages or {}).get(name, [*batches]) for name in sets}
+    files = {} if resume_dir is None else _files(Path(resume_dir), model, sets, batches, wanted)
+    # Measuring takes all processes, and each would look for a file at another time.
+    kept = of_first_process([name for name, file in files.items() if file.exists()])
     for name, neurons in sets.items():
-        wanted = (languages or {}).get(name, batches)
-        file = None
-        if resume_dir is not None:
-            off = [[*site, indices.tolist()] for site, indices in neurons.items()]
-            # The key includes the set's name: if two sets are equal, some processes would already find the first one's
-            # file and others not yet.
-            file = Path(resume_dir) / f"{fingerprint([name, off, [*wanted], kept])[:16]}.safetensors"
-        if file is not None and file.exists():
-            rows[name] = load_measured(file)
-            for _ in wanted:
+        if name in kept:
+            rows[name] = load_measured(files[name])
+            for _ in wanted[name]:
                 on_measured()
             continue
         rows[name] = {}
         with deactivate(model, neurons):
-            for language in wanted:
+            for language in wanted[name]:
                 rows[name][language] = _perplexity(model, batches[language], name, language)
                 on_measured()
-        if file is not None and process_index() == 0:
-            save_measured(rows[name], file)
+        if name in files and process_index() == 0:
+            save_measured(rows[name], files[name])
     return Ablation(rows, {name: len(neurons) for name, neurons in sets.items()})
+
+
+def _files(
+    directory: Path,
+    model: nn.Module,
+    sets: Mapping[str, NeuronSet],
+    batches: Mapping[str, Sequence[Batch]],
+    wanted: Mapping[str, Sequence[str]],
+) -> dict[str, Path]:
+    """The file of each set's measurements, named by the weights, text and neurons."""
+    common = [model_checksum(model), {language: _text_of(it) for language, it in batches.items()}]
+    files = {}
+    for name, neurons in sets.items():
+        off = [[*site, indices.tolist()] for site, indices in neurons.items()]
+        files[name] = directory / f"{fingerprint([off, wanted[name], common])[:16]}.safetensors"
+    return files
 
 
 def _text_of(batches: Sequence[Batch]) -> str:

@@ -64,6 +64,7 @@ def language_agnostic_score(
         ValueError: a language without a corpus.
         TypeError: `neurons` isn't a `LanguageNeurons`, or `corpora` doesn't map languages to batches.
         UserError: the neurons belong to another model.
+        NonFiniteLossError: with some set switched off, the loss isn't finite; a `UserError`.
     """
     check_corpora(corpora)
     if not isinstance(neurons, LanguageNeurons):

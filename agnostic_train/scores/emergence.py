@@ -28,14 +28,17 @@ class Checkpoint:
     def parse(cls, entry: str) -> "Checkpoint":
         """Parses `FOLDER` or `REVISION`, optionally preceded by `STEP=`.
 
-        Without `STEP=`, the step is the last number that follows `step` in the name, or else the last number in it.
+        Without `STEP=`, the step is the last number that follows `step` in the name, or else the last number in it that
+        isn't part of a version or a size (`v1.0`, `1b`). A commit hash has none.
         """
         step, equals, source = entry.partition("=")
         if equals and step.isdecimal():
             return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
         # A name may contain other numbers too: stage1-step596057-tokens2500B.
-        numbers = re.findall(r"step[-_]?(\d+)", name) or re.findall(r"\d+", name)
+        numbers = re.findall(r"step[-_]?(\d+)", name)
+        if not numbers and not re.fullmatch(r"(?=.*[a-f])[0-9a-f]{7,40}", name):
+            numbers = re.findall(r"(?<![\d.])\d+(?![a-zA-Z\d.])", name)
         return cls(os.path.expanduser(entry), int(numbers[-1]) if numbers else None)
 
     @property
@@ -86,7 +89,8 @@ def follow_checkpoints(
     for checkpoint in checkpoints:
         file = directory / f"{fingerprint(identity(checkpoint))[:16]}.json"
         if file.exists():
-            rows.append(read_json(file))
+            # The same checkpoint may have had another name or step.
+            rows.append(read_json(file) | {"checkpoint": checkpoint.name, "step": checkpoint.step})
             continue
         row = emergence_row(checkpoint, *measure(checkpoint))
         if write:

@@ -1,24 +1,20 @@
 """A Trainer that stops with a precise error when training fails, and refuses to resume from a damaged checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import DistributedDataParallelKwargs
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from agnostic_train.errors import UserError, in_one_line
-from agnostic_train.files import read_json
+from agnostic_train.errors import UserError
 from agnostic_train.processes import own_part, sum_over_processes
 from agnostic_train.scores.perplexity import NonFiniteLossError
+from agnostic_train.training.checkpoints import check_resumable, has_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +60,7 @@ class GuardedTrainer(Trainer):
         checkpoint = self.resumed_checkpoint(resume_from_checkpoint)
         if checkpoint:
             check_resumable(checkpoint)
-            if not _has_optimizer(checkpoint):
+            if not has_optimizer(checkpoint):
                 logger.warning(
                     f"{checkpoint}: has no optimizer (save_only_model); training continues with a new one, and the "
                     "result will differ"
@@ -166,49 +162,3 @@ class GuardedTrainer(Trainer):
                 "model.dtype"
             )
         super().save_model(output_dir, _internal_call)
-
-
-def is_resumable(checkpoint: Path) -> bool:
-    """Returns whether a checkpoint is complete and contains the optimizer state.
-
-    Trainer writes its own state last, and not atomically. `save_only_model` omits the optimizer: a resumed training
-    would create a new one, and its result would differ.
-    """
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return _has_optimizer(checkpoint)
-
-
-def _has_optimizer(checkpoint: Path) -> bool:
-    # DeepSpeed saves its optimizer in a folder named `global_step<n>`.
-    return any(it.name.startswith(("optimizer", "global_step")) for it in checkpoint.iterdir())
-
-
-def check_resumable(checkpoint: Path) -> None:
-    """Opens every file needed to resume, without reading its tensors.
-
-    Raises:
-        UserError: a file is missing, truncated or invalid; pickles may contain only tensors and plain values.
-    """
-    if not (checkpoint / TRAINER_STATE_NAME).exists():
-        raise UserError(
-            f"{checkpoint / TRAINER_STATE_NAME}: missing, so the checkpoint is incomplete; delete {checkpoint}, and "
-            "training continues from the one before it"
-        )
-    for file in sorted(checkpoint.iterdir()):
-        try:
-            if file.suffix == ".json":
-                read_json(file)
-            elif file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as tensors:
-                    tensors.keys()
-            elif file.suffix in (".pt", ".pth", ".bin") and file.name != TRAINING_ARGS_NAME:  # never read when resuming
-                with safe_globals():
-                    torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # unpickling damaged bytes can raise anything
-            raise UserError(
-                f"{file}: can't be resumed from ({in_one_line(error, 200)}); delete {checkpoint}, and training "
-                "continues from the one before it"
-            ) from None

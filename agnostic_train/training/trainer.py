@@ -1,6 +1,5 @@
 """`NeuronTrainer`: a Trainer that trains only the chosen neurons."""
 
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -335,9 +334,3 @@ class NeuronTrainer(GuardedTrainer):
             if self.args.should_save and value is not None:
                 gathered[name] = value
         return gathered
-
-
-def saved_checkpoints(directory: Path) -> list[Path]:
-    """Returns a Trainer's checkpoints in its output folder, oldest first."""
-    checkpoints = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -296,9 +296,34 @@ def test_loss_figure_extends_to_the_end_of_training(root, monkeypatch):
     monkeypatch.setattr(page, "draw_training", lambda history: drawn.append(history) or original(history))
     assert run(root, "report", *flags) == 0
     record = read_json(root / "out/manifest.json")["stages"]["train"]
-    assert (record["checkpoint"], record["last"]) == ("checkpoint-3", "checkpoint-6")
-    assert {name.split("/")[0] for name in record["files"]} == {"checkpoint-3", "checkpoint-6", "adapter"}
+    assert record["checkpoint"] == "checkpoint-3"
+    assert {name.split("/")[0] for name in record["files"]} == {"checkpoint-3", "adapter", "trainer_state.json"}
     assert max(entry["step"] for entry in drawn[0] if "loss" in entry) == 6
+
+
+def test_weights_of_the_best_step_are_not_saved_as_the_last(root):
+    flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.eval_steps=2"]
+    flags += ["--training.save_strategy=best", "--training.greater_is_better=true"]
+    assert run(root, "train", *flags) == 0
+    assert {it.name for it in (root / "out").glob("checkpoint-*")} == {"checkpoint-2"}
+    state = read_json(root / "out/trainer_state.json")
+    assert state["global_step"] == 6 and state["best_global_step"] == 2
+    adapter, best = (root / f"out/{it}/adapter_model.safetensors" for it in ("adapter", "checkpoint-2"))
+    assert adapter.read_bytes() == best.read_bytes()
+
+
+def test_result_of_an_interrupted_stage_is_removed_with_what_it_came_from(root, monkeypatch, capsys):
+    assert run(root, "evaluate") == 0
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_stage, "measure", interrupted)
+        assert run(root, "evaluate", "--evaluation.batch_size=3") == 130
+    assert (root / "out/evaluation.json").exists()  # of the same checkpoint
+    assert run(root, "export", "--training.learning_rate=5e-2") == 0
+    assert not (root / "out/evaluation.json").exists()
 
 
 def test_text_of_a_hub_dataset_is_read_once(root):

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from agnostic_train.detection import counting
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.scores import ablation
 from agnostic_train.scores.perplexity import perplexity
 
 
@@ -41,6 +43,21 @@ def measure(directory: Path):
         neurons.save(directory / "neurons")
         lape.save(directory / "lape")
         torch.save((result.sentence_nats, result.sentence_tokens, result.num_bytes), directory / "perplexity.pt")
+
+
+def resume_ablation(directory: Path):
+    """The second process no longer finds the files, as if the first one had gone on and deleted them."""
+    dist.init_process_group("gloo")
+    model, sets = tiny_llama(), {"x": NeuronSet({(0, "up"): [1]})}
+    whole = ablation.ablate(model, sets, corpora(), resume_dir=directory)
+    if dist.get_rank() == 1:
+        Path.exists = lambda path: False
+    ablation.perplexity = None  # nothing is left to measure
+    assert ablation.ablate(model, sets, corpora(), resume_dir=directory).to_json() == whole.to_json()
+
+
+def test_processes_agree_on_what_an_interrupted_score_kept(tmp_path):
+    launched(tmp_path, __file__, f"it.resume_ablation(it.Path({str(tmp_path / 'kept')!r}))")
 
 
 def test_two_processes_give_the_results_of_one(tmp_path):

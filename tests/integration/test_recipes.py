@@ -160,6 +160,21 @@ def test_plan_counts_the_neurons_of_a_file(stand_ins, tmp_path):
     assert make_plan(recipe, "run").num_entries == 2 * 42
 
 
+def test_plan_counts_every_neuron_that_can_be_related(stand_ins, tmp_path):
+    """At consistency 0.5, a neuron may be top in one of two sentences only, and each language may have its own."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
+    flags = {"training.languages": "en,sw", "detection.consistency": "0.5", "detection.top_ratio": "0.02"}
+    plan = make_plan(load_recipe(tmp_path / "recipe.yaml", flags), "run")
+    sizes = plan.decoder.sizes
+    assert min(sizes.values()) < 50 < max(sizes.values())  # some sites have one top neuron, as the least
+    most = {site: min(size, 2 * 2 * max(1, size // 50)) for site, size in sizes.items()}
+    assert plan.num_entries == sum(number * plan.decoder.projection(site).entry_size for site, number in most.items())
+    units = {site: size for site, size in sizes.items() if site[1] in ("gate", "up", "down")}
+    lape = make_plan(load_recipe(tmp_path / "recipe.yaml", {"detection.method": "lape"}), "run")
+    entries = sum(plan.decoder.projection((0, it)).entry_size for it in ("gate", "up", "down"))
+    assert lape.num_entries == round(0.01 * sum(units.values()) / 3) * entries
+
+
 def test_memory_of_a_comparison_is_that_of_its_largest_training(stand_ins, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
 

@@ -18,7 +18,9 @@ ORDER = {
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],
-    "training": ["chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "guarded", "trainer"],
+    "training": [
+        "chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "checkpoints", "guarded", "trainer"
+    ],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
     "evaluation": [

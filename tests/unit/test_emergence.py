@@ -16,6 +16,13 @@ from agnostic_train.scores.result import AgnosticScore, Controls, LanguageScore
         ("step143000", "step143000", 143000),
         ("stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 596057),
         ("global_step_7-v2", "global_step_7-v2", 7),
+        ("runs/checkpoint-500", "runs/checkpoint-500", 500),
+        ("iter0001000_early", "iter0001000_early", 1000),
+        # Commits, versions and sizes aren't steps.
+        ("9fceb02d0ae598e95dc970b74767f19372d61af8", "9fceb02d0ae598e95dc970b74767f19372d61af8", None),
+        ("9fceb02", "9fceb02", None),
+        ("v1.0", "v1.0", None),
+        ("llama-3.2-1b-early", "llama-3.2-1b-early", None),
         ("5=stage1-step596057-tokens2500B", "stage1-step596057-tokens2500B", 5),
         ("4373=runs/final", "runs/final", 4373),
         ("runs/final", "runs/final", None),
@@ -54,6 +61,16 @@ def test_interrupted_table_resumes_where_it_stopped(tmp_path):
     checkpoints.append(Checkpoint("final", None))  # if a step is unknown, the given order is kept
     measured.clear()
     assert [row["checkpoint"] for row in follow()] == ["late", "early", "middle", "final"]
+
+
+def test_kept_row_of_a_renamed_checkpoint_has_the_new_name(tmp_path):
+    neurons = LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): [1, 2]}), "b": NeuronSet({(0, "up"): [2]})})
+    rows = [
+        follow_checkpoints([it], lambda it: (neurons, AgnosticScore(0.5, [])), lambda it: ["same weights"], tmp_path)[0]
+        for it in (Checkpoint("old", 7), Checkpoint("new", 8))
+    ]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [(row["checkpoint"], row["step"], row["score"]) for row in rows] == [("old", 7, 0.5), ("new", 8, 0.5)]
 
 
 def test_table_names_clipped_languages():

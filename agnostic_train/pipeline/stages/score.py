@@ -33,6 +33,7 @@ def score(context: Context) -> dict:
     resume_dir = context.work / fingerprint([context.inputs.of("score"), context.neuron_hashes])[:16]
     result = _score_of(context, context.materials.model, context.load_neurons(), resume_dir)
     outputs = ["score.json"]
+    context.processes.wait_for_everyone()  # until each has read what an interrupted score kept
     if context.processes.is_main_process:
         write_json(context.directory / "score.json", result.to_json())
         shutil.rmtree(resume_dir, ignore_errors=True)
@@ -133,7 +134,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         measure,
         lambda checkpoint: [
             context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
-            checkpoint.step, checkpoint_identity(section, checkpoint.source),
+            checkpoint_identity(section, checkpoint.source),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

@@ -9,7 +9,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import public_name, whole_directory
+from agnostic_train.files import public_name, whole_directory, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
@@ -18,8 +18,9 @@ from agnostic_train.pipeline.settings import evaluates_during_training, make_str
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, split_pilot_text
 from agnostic_train.scores.result import AgnosticScore
+from agnostic_train.training.checkpoints import saved_checkpoints
 from agnostic_train.training.strategy import Choice
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments, saved_checkpoints
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments
 
 ADAPTER = "adapter"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
@@ -50,18 +51,24 @@ def train(context: Context) -> dict:
         context.say(f"train: resumed from {checkpoints[-1].name}")
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     context.materials.forget_model()
-    last = context.directory / f"checkpoint-{trainer.state.global_step}"
-    is_saved = (last / TRAINER_STATE_NAME).exists()
+    checkpoint = context.directory / f"checkpoint-{trainer.state.global_step}"
+    if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        checkpoint = Path(trainer.state.best_model_checkpoint)
+    is_saved = (checkpoint / TRAINER_STATE_NAME).exists()
     context.processes.wait_for_everyone()
     if not is_saved:
-        trainer.save_model(str(last))
-        if arguments.should_save:
-            trainer.state.save_to_json(str(last / TRAINER_STATE_NAME))
-    best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-    outputs = list(dict.fromkeys([Path(best or last).name, last.name]))
+        trainer.save_model(str(checkpoint))
+    # Of a resumed training, the summary counts only the steps since then.
+    trainer.state.log_history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    if arguments.should_save:
+        # As `Trainer.save_state` does, but whole or not at all. The state in the best checkpoint ends there.
+        for folder in [context.directory] if is_saved else [checkpoint, context.directory]:
+            with whole_file(folder / TRAINER_STATE_NAME) as temporary:
+                trainer.state.save_to_json(str(temporary))
+    outputs = [checkpoint.name, TRAINER_STATE_NAME]
     adapted = choice.lora is not None or (choice.neurons is not None and recipe.training.update == "compact")
     if adapted:
-        _copy_adapter(context, context.directory / outputs[0])
+        _copy_adapter(context, checkpoint)
         outputs.append(ADAPTER)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     context.say(
@@ -69,8 +76,7 @@ def train(context: Context) -> dict:
     )
     return {
         "outputs": outputs,
-        "checkpoint": outputs[0],
-        "last": last.name,
+        "checkpoint": checkpoint.name,
         "adapter": ADAPTER if adapted else None,
         "strategy": choice.strategy,
         "reason": choice.reason,
