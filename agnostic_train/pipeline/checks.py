@@ -190,6 +190,11 @@ def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies:
             f"{what} measures the model between trainings, for which each process needs all of it; run it under DDP, "
             "without FSDP or DeepSpeed"
         )
+    schedule = _value(arguments.lr_scheduler_type)
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"training.lr_scheduler_type: {schedule} follows evaluations, and {what} trains without any; choose another"
+        )
     _check_mask(recipe, arguments, strategies)
 
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,12 +74,13 @@ class Manifest:
         record = self.record(stage)
         return [*record.get("files", {}), *record.get("rewritten", [])]
 
-    def remove_outputs(self, stage: str) -> bool:
+    def remove_outputs(self, stage: str, spared: Collection[str] = ()) -> bool:
         """Deletes the files that the stage's last finished run wrote, and folders that this leaves empty.
 
-        Returns whether there were any files.
+        spared: files to keep. Returns whether any file was deleted.
         """
-        files = [file for name in self.outputs(stage) if (file := self.directory / name).exists()]
+        names = [name for name in self.outputs(stage) if name not in spared]
+        files = [file for name in names if (file := self.directory / name).exists()]
         for file in files:
             file.unlink()
         for folder in {file.parent for file in files} - {self.directory}:

@@ -99,6 +99,7 @@ class Pipeline:
             for name in stages
             if self.manifest.record(name).get("finished")
             and {*self.inputs.needs(name)} & {*ran}
+            and self.inputs.is_outdated(name)
             # A command before this one may have removed its files.
             and (name in self._removed or all((self.directory / it).exists() for it in self.manifest.outputs(name)))
         ]
@@ -132,8 +133,11 @@ class Pipeline:
         resume = state == "started" and not forced
         if self.processes.is_main_process:
             self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
+            read = self.inputs.needs(stage)
+            # An earlier version may have recorded what this stage reads as the stage's own.
+            spared = {name for it in read for name in self.manifest.outputs(it)}
             for written in STAGE_TABLE[stage].replaces:
-                if written not in self.inputs.needs(stage) and self.manifest.remove_outputs(written):
+                if written not in read and self.manifest.remove_outputs(written, spared):
                     self._removed.add(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
@@ -151,8 +155,7 @@ class Pipeline:
         if self.processes.is_main_process:
             result["seconds"] = round(time.monotonic() - start, 1)
             outputs = [self.directory / name for name in result.pop("outputs")]
-            if (section := STAGE_TABLE[stage].section) is not None:
-                result["settings"] = self.recipe.to_dict()[section]
+            result["settings"] = STAGE_TABLE[stage].settings(self.recipe.to_dict())
             result["corpus"] = self.materials.hashes
             self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
             for folder in (context.work, context.work.parent):
@@ -229,11 +232,11 @@ class Pipeline:
     def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
         """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
+        absent = {"pilot": not self.recipe.training.has_pilot, "compare": not self.inputs.has_comparison}
         for name, row in STAGE_TABLE.items():
             record = self.manifest.record(name)
-            shows = name != stage and row.section is not None and record.get("finished")
-            if shows and (name != "compare" or self.inputs.has_comparison):
-                recipe[row.section] = record.get("settings", recipe[row.section])
+            if name != stage and row.section is not None and record.get("finished") and not absent.get(name):
+                recipe[row.section] |= record.get("settings", {})
                 hashes |= record.get("corpus", {})
         export = self.manifest.record("export")
         if frozen_weights is None and export.get("finished"):

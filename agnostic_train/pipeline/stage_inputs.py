@@ -89,17 +89,28 @@ class StageInputs:
         """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
         A result is identified by the run that made it; a detection by its sets, because detecting again, with another
-        memory limit or with `stability`, often gives the same sets; a pilot by the strategy that won. The report shows
-        more of both.
+        memory limit or with `stability`, often gives the same sets; a pilot by what it leaves to the training: the
+        winner's neurons and the text. The report shows more of both.
         """
+        return self.of(stage) | self._results(stage)
+
+    def _results(self, stage: str) -> dict[str, object]:
+        """Identifies the results that a stage reads."""
         results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
         if "detect" in results and stage != "report":
             # Random controls of the score also depend on the activations.
             neurons = self._manifest.directory / "neurons"
             results["detect"] = fingerprint(set_hashes(neurons, with_activations=stage == "score"))
         if "pilot" in results and stage != "report":
-            results["pilot"] = self._manifest.record("pilot").get("strategy")
-        return self.of(stage) | {f"the result of {it}": result for it, result in results.items()}
+            results["pilot"] = self._manifest.record("pilot").get("for_training")
+        return {f"the result of {it}": result for it, result in results.items()}
+
+    def is_outdated(self, stage: str) -> bool:
+        """Whether a stage has read results that were replaced since, or read others that had."""
+        inputs = self._manifest.record(stage).get("inputs", {})
+        return any(inputs.get(name) != result for name, result in self._results(stage).items()) or any(
+            map(self.is_outdated, self.depends(stage))
+        )
 
     def state(self, stage: str) -> str:
         """How far a stage has come for this recipe; see `Manifest.state`."""
@@ -246,7 +257,7 @@ class StageInputs:
     @property
     def has_comparison(self) -> bool:
         """Whether there is a comparison that a report of this recipe can show."""
-        return bool(self._manifest.record("compare")) and self.state("compare") == "finished"
+        return bool(self._manifest.record("compare").get("finished")) and self.state("compare") == "finished"
 
     def _report_inputs(self) -> dict:
         return {

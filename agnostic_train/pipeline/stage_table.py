@@ -23,7 +23,8 @@ class Stage:
     Attributes:
         run: runs the stage and returns the fields of its record, among them `outputs`.
         publish: hands the results in its files to experiment tracking and `tracking.results_dir`; None without any.
-        section: the recipe's section with the stage's own keys.
+        section: the recipe's section with the stage's own keys; None without any.
+        owns: which keys of the section are the stage's own.
         folders: the folders that it replaces as a whole, by recipe, each with a test for its own files.
         replaces: stages whose files, unless it reads them, are deleted before it writes: which files they write depends
             on their options, and none of an earlier run may stay.
@@ -36,12 +37,18 @@ class Stage:
     run: Callable[[Context], dict]
     publish: Callable[[Context], None] | None
     section: str | None
+    owns: Callable[[str], bool] = lambda key: True
     folders: Callable[[Recipe], _Folders] = lambda recipe: {}
     replaces: tuple[str, ...] = ()
     memory_keys: str | None = None
     check_materials: Callable[[Materials, NeuronTrainingArguments], None] = lambda materials, arguments: None
     check: Callable[[Context], None] = lambda context: None
     resumes: bool = False
+
+    def settings(self, recipe: dict) -> dict:
+        """The stage's own keys of a recipe and their values."""
+        section = {} if self.section is None else recipe[self.section]
+        return {key: value for key, value in section.items() if self.owns(key)}
 
 
 _TRAINING_MEMORY = "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much)"
@@ -67,7 +74,8 @@ STAGE_TABLE = {
     "pilot": Stage(
         pilot.pilot,
         pilot.publish,
-        None,
+        "training",
+        owns=pilot.is_own_key,
         memory_keys=_TRAINING_MEMORY,
         check=pilot.check_candidates,
     ),
@@ -75,6 +83,7 @@ STAGE_TABLE = {
         train.train,
         train.publish,
         "training",
+        owns=lambda key: not pilot.is_own_key(key),
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
         replaces=("train", "pilot"),
         memory_keys=_TRAINING_MEMORY,
@@ -102,7 +111,6 @@ STAGE_TABLE = {
         compare.publish,
         "comparison",
         folders=lambda recipe: {compare.COMPARISON: is_comparison_file},
-        replaces=("compare",),
         memory_keys="training.per_device_train_batch_size or evaluation.batch_size",
         check_materials=compare.check_materials,
         check=compare.check_strategies,

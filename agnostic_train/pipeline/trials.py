@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 from transformers import PrinterCallback, set_seed
 
+from agnostic_train.errors import UserError
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.model.inference import Batch
@@ -56,12 +57,16 @@ class Trial:
         )
 
 
-def choice_of(trial: Trial, found: LanguageNeurons, materials: Materials) -> Choice:
-    """Returns what a trial's strategy chooses from the neurons found.
+def check_choices(key: str, strategies: Sequence[str], found: LanguageNeurons, materials: Materials) -> None:
+    """Raises `UserError` for a strategy that chooses no neuron, before others train. key: the key that lists them."""
+    for name in strategies:
+        try:
+            _choose(Trial(name), found, materials)
+        except UserError as error:
+            raise UserError(f"{key}: {str(error).removeprefix('training.strategy: ')}, or leave it out") from None
 
-    Raises:
-        UserError: it chooses none.
-    """
+
+def _choose(trial: Trial, found: LanguageNeurons, materials: Materials) -> Choice:
     strategy = make_strategy(materials.recipe, trial.strategy, trial.seed)
     return strategy.choose(found, None, materials.model)
 
@@ -113,8 +118,8 @@ class Trials:
     group: str | None = None
 
     def choose(self, trial: Trial) -> Choice:
-        """Returns what learns in a trial."""
-        return choice_of(trial, self.found, self.materials)
+        """Returns what learns in a trial; raises `UserError` if its strategy chooses no neuron."""
+        return _choose(trial, self.found, self.materials)
 
     def twins(self, strategies: Sequence[str]) -> dict[str, str]:
         """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
@@ -141,7 +146,7 @@ class Trials:
     def run(self, trial: Trial) -> TrialResult:
         """Returns a trial's result, from its files or by training; strategies with the same choice train once."""
         choice = None if trial.strategy == BASE else self.choose(trial)
-        inputs = [self.key, self.changes, trial.seed, trial.learning_rate, _what_learns(choice), package_versions()]
+        inputs = [self.key, self.changes, trial.seed, trial.learning_rate, what_learns(choice), package_versions()]
         name = fingerprint(inputs)[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
         if not record_file.exists():
@@ -199,7 +204,7 @@ class Trials:
         return record, measured
 
 
-def _what_learns(choice: Choice | None) -> object:
+def what_learns(choice: Choice | None) -> object:
     """Identifies the weights that a choice trains, as plain JSON values."""
     if choice is None:
         return BASE

@@ -9,6 +9,7 @@ from pathlib import Path
 from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
+from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
 
 
@@ -86,10 +87,12 @@ def follow_checkpoints(
     Returns: the rows, sorted by step if every checkpoint has one.
     """
     rows = []
-    for checkpoint in checkpoints:
-        file = directory / f"{fingerprint(identity(checkpoint))[:16]}.json"
-        if file.exists():
-            # The same checkpoint may have had another name or step.
+    files = [directory / f"{fingerprint(identity(it))[:16]}.json" for it in checkpoints]
+    # Measuring takes all processes, and each would look for a file at another time.
+    kept = of_first_process([file.exists() for file in files])
+    for checkpoint, file, is_kept in zip(checkpoints, files, kept, strict=True):
+        if is_kept:
+            # The same checkpoint may have had another name.
             rows.append(read_json(file) | {"checkpoint": checkpoint.name, "step": checkpoint.step})
             continue
         row = emergence_row(checkpoint, *measure(checkpoint))

@@ -723,7 +723,8 @@ def test_strategy_without_neurons_keeps_the_finished_training(root, capsys):
     assert run(root, "train", *flags, "--training.strategy=full") == 0
     assert run(root, "detect", *flags) == 0 and not len(LanguageNeurons.load(root / "out/neurons").shared)
     for strategy in ("shared", "pilot"):
-        words = "training.strategy: 'shared' of sw has no neuron to train"
+        key = "training.pilot_strategies" if strategy == "pilot" else "training.strategy"
+        words = f"{key}: 'shared' of sw has no neuron to train"
         more = [f"--training.strategy={strategy}", "--training.pilot_steps=2"]
         assert_mistake(root, "train", [*flags, *more], words, capsys)
     capsys.readouterr()

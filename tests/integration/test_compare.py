@@ -331,6 +331,17 @@ def test_another_ranking_trains_again_only_if_another_candidate_wins(root, read,
     printed = capsys.readouterr().out
     assert "(changed: evaluation.max_forgetting)" in printed and "train: unchanged, kept" in printed
     assert read_json(root / "out/pilot.json")["ranking"] == ranking and len(read) == trained
+    # Nor does another candidate with the winner's neurons, of which only the report shows more.
+    assert run(root, "run", *flags) == 0
+    capsys.readouterr()
+    twin = ["--training.pilot_strategies=shared,shared+exclusive"]
+    assert run(root, "train", *flags[:2], *twin) == 0 and len(read) == trained
+    again = read_json(root / "out/pilot.json")["ranking"]
+    assert (ranking[0]["strategy"], again[0]["strategy"]) == ("related", "shared+exclusive")
+    printed = capsys.readouterr().out
+    assert "train: unchanged, kept" in printed and "report: the existing result comes from an earlier run" in printed
+    recipe = read_json(root / "out/manifest.json")["recipe"]["training"]
+    assert recipe["pilot_strategies"] == ["shared", "shared+exclusive"] and recipe["strategy"] == "pilot"
     # Only the objective decides, and no candidate trains again for it.
     monkeypatch.setattr(pilot_stage, "relative_objective", lambda changes, *args: -cost_of(changes, 0.03))
     assert run(root, "train", *flags) == 0
@@ -355,6 +366,29 @@ def test_pilot_that_diverges_keeps_the_earlier_training(root, monkeypatch, capsy
     assert run(root, "export", *flags) == 0
     printed = capsys.readouterr().out
     assert "train: unchanged, kept" in printed and "export: unchanged, kept" in printed
+    # The ranking of that earlier training isn't left beside another one.
+    assert run(root, "train", *flags, "--training.learning_rate=1e30") == 2
+    assert (root / "out/pilot.json").exists()
+    assert run(root, "train", "--training.strategy=shared") == 0 and not (root / "out/pilot.json").exists()
+
+
+def test_training_reads_no_text_of_a_pilot_by_more_processes(root, read):
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    in_two_processes("agnostic_train.cli", "main", ["train", str(root / "recipe.yaml"), *flags])
+    assert run(root, "train", *flags, "--training.max_steps=2") == 0
+    ((text, _),) = read
+    # A step of two processes reads eight sentences.
+    assert len(text["sw"]) == 180 - 3 * 8
+
+
+def test_pilot_that_an_earlier_version_recorded_as_part_of_training_is_replaced(root):
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    assert run(root, "run", *flags) == 0
+    manifest = read_json(root / "out/manifest.json")
+    stages = manifest["stages"]
+    stages["train"]["files"] |= stages.pop("pilot")["files"]
+    (root / "out/manifest.json").write_text(json.dumps(manifest))
+    assert run(root, "run", *flags, "--training.max_steps=2") == 0 and (root / "out/pilot.json").exists()
 
 
 @pytest.mark.parametrize(("launch", "num_trainings"), [({}, 1), ({"processes": 2}, 4)])
@@ -484,7 +518,14 @@ def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
         (["--comparison.seeds=0,1"], "tuning_seed 0 is one of seeds"),
         (["--comparison.strategies=full,full"], "comparison.strategies: names full twice"),
         (["--comparison.learning_rates=[-1e-2]"], "comparison.learning_rates"),
-        (["--detection.consistency=1", "--detection.top_ratio=0.01"], "has no neuron to train"),
+        (
+            ["--detection.consistency=1", "--detection.top_ratio=0.01"],
+            "comparison.strategies: 'shared' of sw has no neuron",
+        ),
+        (
+            ["--training.lr_scheduler_type=reduce_lr_on_plateau", "--training.eval_strategy=epoch"],
+            "reduce_lr_on_plateau follows evaluations, and compare",
+        ),
         (["--training.strategy=full", "--training.update=mask", "--training.optim=adafactor"], "training.optim"),
         (["--evaluation.checkpoints=before"], "evaluation.checkpoints: 'before' is a name of this run's own"),
         (["--comparison.seds=1"], "did you mean --comparison.seeds?"),

@@ -19,7 +19,7 @@ from agnostic_train.pipeline.measured import Measured
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import tracked
 from agnostic_train.pipeline.training_text import count_batches
-from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, choice_of
+from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, check_choices
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
     COMPARISON_FILES,
@@ -45,10 +45,8 @@ def check_materials(materials: Materials, arguments: NeuronTrainingArguments) ->
 
 
 def check_strategies(context: Context) -> None:
-    """Raises `UserError` for a strategy that chooses no neuron, before other strategies train for hours."""
-    detected = context.load_neurons()
-    for name in context.recipe.comparison.strategies:
-        choice_of(Trial(name), detected, context.materials)
+    strategies = context.recipe.comparison.strategies
+    check_choices("comparison.strategies", strategies, context.load_neurons(), context.materials)
 
 
 def compare(context: Context) -> dict:

@@ -7,25 +7,31 @@ from tqdm.auto import tqdm
 
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
-from agnostic_train.files import read_json, write_json
+from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.pipeline.settings import launch_inputs
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import split_pilot_text
-from agnostic_train.pipeline.trials import Trial, Trials, choice_of
+from agnostic_train.pipeline.trials import Trial, Trials, check_choices, what_learns
 from agnostic_train.report.tables import pilot_table
 
 PILOT = "pilot.json"
 
 
 def check_candidates(context: Context) -> None:
-    """Raises `UserError` for a candidate that chooses no neuron, before any of them trains."""
-    detected = context.load_neurons()
-    for name in context.recipe.training.pilot_strategies:
-        choice_of(Trial(name), detected, context.materials)
+    candidates = context.recipe.training.pilot_strategies
+    check_choices("training.pilot_strategies", candidates, context.load_neurons(), context.materials)
+
+
+def is_own_key(key: str) -> bool:
+    """Whether a key of the recipe's section `training` is the pilot's."""
+    return key.startswith("pilot_")
 
 
 def pilot(context: Context) -> dict:
-    """Ranks the candidates, by `evaluation.objective`; the record's `strategy` is the winner.
+    """Ranks the candidates, by `evaluation.objective`.
+
+    Returns: the record's fields. `strategy` is the winner; `for_training` says what the pilot leaves to the training:
+        the winner's neurons, and how many sentences of each language the pilot read, the last ones.
 
     Raises:
         UserError: every candidate diverged.
@@ -54,7 +60,16 @@ def pilot(context: Context) -> dict:
         limit = context.recipe.evaluation.max_forgetting
         content = {"steps": steps, "max_forgetting": limit, "ranking": rows, "same": same}
         write_json(context.directory / PILOT, content)
-    return {"outputs": [PILOT], "strategy": rows[0]["strategy"]}
+    if rows[0]["change"] > 0:
+        context.say(
+            f"pilot: no candidate improves {', '.join(section.languages)}; training.learning_rate may be too high"
+        )
+    winner = rows[0]["strategy"]
+    left = {
+        "neurons": fingerprint(what_learns(trials.choose(Trial(winner)))),
+        "sentences_read": {language: len(sentences) for language, sentences in text.items()},
+    }
+    return {"outputs": [PILOT], "strategy": winner, "for_training": left}
 
 
 def publish(context: Context) -> None:

@@ -134,7 +134,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         measure,
         lambda checkpoint: [
             context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
-            checkpoint_identity(section, checkpoint.source),
+            checkpoint.step, checkpoint_identity(section, checkpoint.source),
         ],
         context.work / "emergence",
         write=context.processes.is_main_process,

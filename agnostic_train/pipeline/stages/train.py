@@ -16,7 +16,7 @@ from agnostic_train.pipeline.fitting import make_trainer
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import evaluates_during_training, make_strategy
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, split_pilot_text
+from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import saved_checkpoints
 from agnostic_train.training.strategy import Choice
@@ -38,7 +38,9 @@ def train(context: Context) -> dict:
     recipe, arguments = context.recipe, context.arguments
     training: Sentences = context.materials.training_text
     if recipe.training.has_pilot:
-        training, _ = split_pilot_text(recipe, arguments, context.materials.encoder, training)
+        # The pilot may have been launched with another number of processes, and so have read another number.
+        read = context.manifest.record("pilot")["for_training"]["sentences_read"]
+        training = {language: sentences[: len(sentences) - read[language]] for language, sentences in training.items()}
     choice = _choose(context)
     context.say(f"train: {choice.reason}")
     set_seed(arguments.seed)
