@@ -11,7 +11,7 @@ Update = Literal["compact", "mask"]
 ExportTarget = Literal["merged", "lora", "delta"]
 SetStrategy = Literal["shared", "exclusive", "shared+exclusive", "related"]
 Baseline = Literal["lora", "full"]
-Trainable = Literal[SetStrategy, "random", Baseline]
+ComparedStrategy = Literal[SetStrategy, "random", Baseline]
 
 
 def check_choice(key: str, value: Any, choices: Any) -> None:

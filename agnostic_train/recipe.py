@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, dataclass_transform, get_args
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from agnostic_train.choices import Attention, Exclusive, ExportTarget, Method, SetStrategy, Trainable, Update
+from agnostic_train.choices import Attention, ComparedStrategy, Exclusive, ExportTarget, Method, SetStrategy, Update
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -222,7 +222,7 @@ class TrainingSection:
         default_factory=list,
         description="The languages to enhance, by training on their text. Only detect and score do without.",
     )
-    strategy: Literal[Trainable, "auto", "pilot"] = Field(
+    strategy: Literal[ComparedStrategy, "auto", "pilot"] = Field(
         default="shared+exclusive",
         description="Which neurons to train. 'auto' decides by the score, 'pilot' by short trainings. Baselines: "
         "'full' trains all weights, 'lora' a LoRA of equal size.",
@@ -327,9 +327,9 @@ class ComparisonSection:
     """`compare`: strategies and baselines on the same data and budget."""
 
     strategies: Annotated[
-        list[Trainable], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
+        list[ComparedStrategy], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
     ] = Field(
-        default_factory=lambda: list(get_args(Trainable)),
+        default_factory=lambda: list(get_args(ComparedStrategy)),
         description="What to compare; random and lora have the size of random_like.",
     )
     seeds: Annotated[list[Seed], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)] = Field(

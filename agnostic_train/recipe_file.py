@@ -19,7 +19,7 @@ from agnostic_train.recipe import Recipe, TrainingSection
 from agnostic_train.recipe_keys import OWN_KEYS, SECTIONS, own_types, recipe_keys, training_argument_types
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
-_MOST_VALUES = 10_000
+_MAX_VALUES = 10_000
 _FINITE = ConfigDict(allow_inf_nan=False)
 
 
@@ -157,9 +157,9 @@ def _check_plain(value: Any, where: str) -> None:
     while pending:
         item = pending.pop()
         num_values += 1
-        if num_values > _MOST_VALUES:
+        if num_values > _MAX_VALUES:
             # With aliases of aliases, a few lines of YAML can stand for billions of values, or for endlessly many.
-            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, or it contains itself; make it shorter")
+            raise UserError(f"{where}: more than {_MAX_VALUES:,} values, or it contains itself; make it shorter")
         if isinstance(item, dict):
             pending += [*item.keys(), *item.values()]
         elif isinstance(item, (list, tuple)):

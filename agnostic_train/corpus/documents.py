@@ -7,7 +7,7 @@ from typing import Any
 
 from agnostic_train.errors import UserError, in_one_line
 
-_MOST_WITHOUT_COLUMN = 1000
+_MAX_WITHOUT_COLUMN = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 
@@ -37,7 +37,7 @@ def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:
             raise
         except Exception as error:
             raise UserError(f"{source}: not readable ({in_one_line(error)})") from None
-        if not is_found and num_rows and (row is None or num_rows == _MOST_WITHOUT_COLUMN):
+        if not is_found and num_rows and (row is None or num_rows == _MAX_WITHOUT_COLUMN):
             names = ", ".join(columns) or "none"
             raise UserError(f"{source}: no column {column!r}; corpus.text_column is one of {names}")
         if row is None:

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from agnostic_train.choices import Attention
 from agnostic_train.detection.top_counts import TopCounts, with_batch
 from agnostic_train.files import fingerprint
-from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.hooks import ImpactMeter
 from agnostic_train.model.inference import Batch, find_device
 
@@ -68,10 +67,10 @@ def count_top_neurons(
     with ExitStack() as stack:
         meter = stack.enter_context(
             ImpactMeter(
-                model, options.projections, options.attention, options.memory_gb, top_ratio if options.pruning else None
+                model, options.projections, options.attention, options.memory_gb,
+                top_ratio if options.pruning else None, options.activations,
             )
-        )
-        active = stack.enter_context(ActivationMeter(model).installed()) if options.activations else None
+        )  # fmt: skip
         bar = stack.enter_context(
             tqdm(
                 desc=description, unit=" sentences", total=num_sentences, initial=counts.num_sentences,
@@ -87,13 +86,11 @@ def count_top_neurons(
         saved, is_whole = time.monotonic(), counts.num_batches > 0
         try:
             for batch in remaining:
-                if active is not None:
-                    active.begin(batch)
                 impacts = meter.measure(batch)
                 is_whole = False
                 counts.add(impacts)
-                if active is not None:
-                    counts.add_activations(active.sums, active.num_tokens)
+                if meter.activations is not None:
+                    counts.add_activations(meter.activations.sums, meter.activations.num_tokens)
                 if file is not None:
                     counts.text = with_batch(counts.text, batch)
                 is_whole = True

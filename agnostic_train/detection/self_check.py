@@ -34,7 +34,7 @@ TOLERANCE = 1e-3
 ROUNDING = 16 * torch.finfo(torch.float32).eps
 """How far rounding alone may move a layer's output, as a fraction of the output's norm."""
 NEURONS_PER_SITE, NUM_SENTENCES = 2, 2
-LEAST_VARIETY, NUM_APPENDED = 8, 16
+MIN_VARIETY, NUM_APPENDED = 8, 16
 """A sentence with fewer different tokens is checked with this many random ones appended."""
 _SEED = 0
 
@@ -95,7 +95,7 @@ def verify_impacts(
     Args:
         model: left as found.
         batch: real sentences, as for `neuron_impacts`; the `NUM_SENTENCES` longest are used, with random tokens
-            appended to those with fewer than `LEAST_VARIETY` different ones. For each projection, `NEURONS_PER_SITE`
+            appended to those with fewer than `MIN_VARIETY` different ones. For each projection, `NEURONS_PER_SITE`
             random neurons are checked, and the one of largest impact in the longest sentence.
         pruning: check the impacts computed with certified pruning, here for all neurons, rather than those without it.
         projections: which to check.
@@ -151,13 +151,13 @@ def _varied(batch: Batch, embeddings: Tensor) -> Batch:
     ids = batch["input_ids"]
     masks = batch.get("attention_mask", torch.ones_like(ids))
     rows = [row[mask.bool()] for row, mask in zip(ids, masks, strict=True)]
-    if all(len(row.unique()) >= LEAST_VARIETY for row in rows):
+    if all(len(row.unique()) >= MIN_VARIETY for row in rows):
         return batch
     shuffled = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(_SEED), device="cpu")
     candidates = shuffled[: 2 * NUM_APPENDED].to(embeddings.device)
     # The embedding of a token that no text has may be NaN.
     appended = candidates[embeddings[candidates].isfinite().all(1)][:NUM_APPENDED]
-    rows = [row if len(row.unique()) >= LEAST_VARIETY else torch.cat([row, appended.to(row)]) for row in rows]
+    rows = [row if len(row.unique()) >= MIN_VARIETY else torch.cat([row, appended.to(row)]) for row in rows]
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),

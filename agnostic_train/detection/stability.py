@@ -22,13 +22,13 @@ def jaccard(a: NeuronSet, b: NeuronSet) -> dict[str, float | None]:
 
 
 def detection_stability(
-    detect: Callable[[Sentences], LanguageNeurons], found: LanguageNeurons, sentences: Sentences, others: Sentences
+    detect: Callable[[Sentences], LanguageNeurons], detected: LanguageNeurons, sentences: Sentences, others: Sentences
 ) -> dict[str, Overlaps]:
     """Jaccard overlaps of the related sets, per comparison, language and projection.
 
     Args:
         detect: detects on the given sentences with the run's own settings.
-        found: the neurons detected on all of `sentences`.
+        detected: the neurons detected on all of `sentences`.
         sentences: per language, in random order.
         others: per language, further sentences, for a second sample of equal size if there are enough.
 
@@ -46,11 +46,11 @@ def detection_stability(
         )
     if all(len(others[language]) >= len(it) for language, it in sentences.items()):
         second = detect({language: others[language][: len(it)] for language, it in sentences.items()})
-        result["second sample"] = _overlaps(found, second)
+        result["second sample"] = _overlaps(detected, second)
     for count in NUM_SENTENCES:
         if count < size:
             first = detect({language: it[:count] for language, it in sentences.items()})
-            result[f"first {count}"] = _overlaps(found, first)
+            result[f"first {count}"] = _overlaps(detected, first)
     return result
 
 

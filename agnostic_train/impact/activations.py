@@ -1,13 +1,12 @@
 """Mean absolute activations of neurons, by which activation-matched random controls are drawn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.model.decoder import Layer, Projection, Site, find_decoder
-from agnostic_train.model.inference import Batch, model_inputs, real_and_counted
+from agnostic_train.model.decoder import Layer, Projection, Site
 from agnostic_train.neurons.activity import MEASURED
 
 
@@ -18,16 +17,14 @@ class ActivationMeter:
     its value in the input of `down_proj`.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._layers = find_decoder(model).layers
+    def __init__(self, layers: Sequence[Layer]):
+        self._layers = layers
         self._counted = torch.empty(0)
         self._sums: dict[Site, Tensor] = {}
 
-    def begin(self, batch: Batch) -> None:
-        """Discards the previous batch's sums and determines which tokens of `batch` are counted."""
-        self._counted = real_and_counted(model_inputs(self.model, batch), batch)[1]
-        self._sums = {}
+    def begin(self, counted: Tensor) -> None:
+        """Discards the previous batch's sums. counted: (batch, length), bool, the next batch's tokens that count."""
+        self._counted, self._sums = counted, {}
 
     @property
     def sums(self) -> dict[Site, Tensor]:
@@ -40,8 +37,8 @@ class ActivationMeter:
         return self._counted.sum()
 
     @contextmanager
-    def installed(self) -> Iterator["ActivationMeter"]:
-        """Measures each forward pass of the model inside the `with` block."""
+    def installed(self) -> Iterator[None]:
+        """Measures each forward pass of the layers' model inside the `with` block."""
         with ExitStack() as stack:
             for layer in self._layers:
                 for name in MEASURED:
@@ -52,7 +49,7 @@ class ActivationMeter:
                     else:
                         handle = projection.linear.register_forward_hook(self._see_output(layer, projection))
                     stack.callback(handle.remove)
-            yield self
+            yield
 
     def _see_input(self, layer: Layer) -> Callable:
         def see(module: nn.Module, args: tuple[Tensor]) -> None:

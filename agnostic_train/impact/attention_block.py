@@ -18,7 +18,7 @@ from agnostic_train.impact.attention import LogitChange
 
 # A row's largest power then lies between 2^-40 and 2^40, and its square is far from float32's limits, because values
 # are scaled to a largest norm of 1.
-_MOST_BITS = 40.0
+_MAX_BITS = 40.0
 
 
 def bits_moved(change: LogitChange, largest_logits: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class BlockForms:
 
         Returns: (heads, neurons).
         """
-        far = ~(bits <= _MOST_BITS)
+        far = ~(bits <= _MAX_BITS)
         by_powers = self._squares(self.powers, heads, factors, growths)
         if not bool(far.any()):
             return by_powers

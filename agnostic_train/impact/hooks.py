@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from agnostic_train.choices import Attention, check_choice
 from agnostic_train.errors import UserError
+from agnostic_train.impact.activations import ActivationMeter
 from agnostic_train.impact.attention import AttentionInputs, value_impacts
 from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts, weight_norms
 from agnostic_train.impact.pass_cache import PassCache
@@ -55,7 +56,11 @@ class ImpactMeter:
         top_ratio: prune q and k: the impacts then only tell which neurons are the `num_top` largest of their sentence.
             They are 0 for neurons proven outside. For neurons proven inside they are, on a GPU or with a norm over all
             heads, the middle of a proven interval. If None, every impact is exact.
+        activations: also measure the neurons' activations.
         Other arguments: as for `neuron_impacts`.
+
+    Attributes:
+        activations: the activations of the latest batch; None if they aren't measured.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class ImpactMeter:
         attention: Attention = "exact",
         memory_gb: float = DEFAULT_MEMORY_GB,
         top_ratio: float | None = None,
+        activations: bool = False,
     ):
         projections = check_projections(projections, model)
         check_choice("attention", attention, Attention)
@@ -72,6 +78,7 @@ class ImpactMeter:
         self.decoder: Decoder = find_decoder(model)
         self.decoder.check_on_devices("detection")
         self.projections = projections
+        self.activations = ActivationMeter(self.decoder.layers) if activations else None
         self._stack = ExitStack()
         self._cache = PassCache()
         self._observers = [
@@ -85,6 +92,8 @@ class ImpactMeter:
                 stack.enter_context(observer.installed())
             if "q" in self.projections or "k" in self.projections:
                 stack.enter_context(observed_attention(self._observers, self.decoder.backbone))
+            if self.activations is not None:
+                stack.enter_context(self.activations.installed())
             self._stack = stack.pop_all()
         return self
 
@@ -112,6 +121,8 @@ class ImpactMeter:
         self._cache.clear()
         for observer in self._observers:
             observer.begin(real, counted)
+        if self.activations is not None:
+            self.activations.begin(counted)
         self.decoder.backbone(**inputs)
         return {
             (observer.layer.index, name): observer.impacts[name]

@@ -48,14 +48,14 @@ if triton is not None:
 _SCALE = 256.0
 _HALF = 2.0**-10 * (1 + 2.0**-10)
 _EPS = torch.finfo(torch.float32).eps
-_SMALLEST_VALUE = 1e-12
+_MIN_VALUE = 1e-12
 # Number of parts into which a program divides the sums over its rows: one per warp, if there are four.
 NUM_PARTS = 4
 # Up to which lengths a program keeps all keys (the kernel is compiled for each), and up to which head size. On Hopper,
 # few registers spill then; elsewhere more would, and Triton lays out products of different shapes differently.
 KEPT_LENGTHS = 64, 128, 256
-_LARGEST_KEPT_HEAD = 128
-_LARGEST_KEPT_LENGTH_ELSEWHERE, _LARGEST_KEPT_HEAD_ELSEWHERE = 128, 64
+_MAX_KEPT_HEAD = 128
+_MAX_KEPT_LENGTH_ELSEWHERE, _MAX_KEPT_HEAD_ELSEWHERE = 128, 64
 
 
 class Intervals:
@@ -197,12 +197,12 @@ def launch_options(
 
     grows, capped: how logits change.
     """
-    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e), "SMALLEST": _SMALLEST_VALUE}
+    constants = {"SCALE": _SCALE, "HALF": _HALF, "EPS": _EPS, "LOG2_E": log2(e), "SMALLEST": _MIN_VALUE}
     constants |= {"NUM_PARTS": NUM_PARTS}
     options = kernels.launch_options(head_dim, num_neurons, grows, capped) | constants | {"enable_fp_fusion": True}
-    keeps = head_dim <= _LARGEST_KEPT_HEAD and length <= KEPT_LENGTHS[-1] and not (grows or capped)
+    keeps = head_dim <= _MAX_KEPT_HEAD and length <= KEPT_LENGTHS[-1] and not (grows or capped)
     if not hopper:
-        keeps &= head_dim <= _LARGEST_KEPT_HEAD_ELSEWHERE and length <= _LARGEST_KEPT_LENGTH_ELSEWHERE
+        keeps &= head_dim <= _MAX_KEPT_HEAD_ELSEWHERE and length <= _MAX_KEPT_LENGTH_ELSEWHERE
     num_kept = next(it for it in KEPT_LENGTHS if length <= it) // kernels.BLOCK_KEYS if keeps else 0
     return options | {"KEPT": num_kept, "num_warps": 4 if num_kept else options["num_warps"]}
 

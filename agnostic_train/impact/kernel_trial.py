@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from agnostic_train.impact.intervals import KEPT_LENGTHS, Intervals
-from agnostic_train.impact.kernels import LARGEST_HEAD, key_spans, squared_changes, triton
+from agnostic_train.impact.kernels import MAX_HEAD_DIM, key_spans, squared_changes, triton
 
 # Largest accepted relative error of the exact kernel; plain `tf32` instead of `tf32x3` would exceed it.
 _TOLERANCE = 1e-4
@@ -28,7 +28,7 @@ def available(value: Tensor, grows: bool = False, capped: bool = False) -> bool:
         triton is not None
         and value.is_cuda
         and value.dtype == torch.float32
-        and value.shape[-1] <= LARGEST_HEAD
+        and value.shape[-1] <= MAX_HEAD_DIM
         and torch.version.hip is None
         and torch.cuda.get_device_capability(value.device) >= (8, 0)
         and _work_on(value.device, value.shape[2], _trial_length(value.shape[1], grows or capped), grows, capped)

@@ -28,7 +28,7 @@ BLOCK_ROWS, BLOCK_KEYS, NUM_STAGES = 64, 32, 2
 # Number of neurons of a head that one program handles in turn: they read the same logits from the cache, and their
 # factors share cache lines.
 GROUP = 32
-LARGEST_HEAD = 256
+MAX_HEAD_DIM = 256
 # Arguments whose values don't matter for the code: otherwise Triton would compile it again for a length of 1, or one
 # divisible by 16.
 SIZES = ["num_blocks", "heads_per_sentence", "length"]
@@ -69,7 +69,7 @@ def squared_changes(
     Args:
         logits: S, (heads, length, length), float32, -inf where a query doesn't see a key. Every row sees at least one
             key.
-        centred_value: v, (heads, length, head_dim), float32; head_dim at most `LARGEST_HEAD`.
+        centred_value: v, (heads, length, head_dim), float32; head_dim at most `MAX_HEAD_DIM`.
         weight: (heads, length), float32; rows of weight 0 are skipped, whatever they hold.
         factors: a, b, c and d, (heads, length, neurons of a head), float32.
         spans: `key_spans` of the sentences; the heads of a sentence are consecutive.

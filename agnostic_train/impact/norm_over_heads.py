@@ -20,7 +20,7 @@ from torch import Tensor
 from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pruning import Work, check_enclosed, decide, num_top, settle
-from agnostic_train.impact.rms_norm import LARGEST_GROWTH
+from agnostic_train.impact.rms_norm import MAX_GROWTH
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def pruned_impacts(
     noise = _noise(attention)
     low, high = ((own + it.flatten(1)).sqrt() for it in _intervals(attention, others, excess))
     low, high = (low - noise).clamp(min=0).square(), (high + noise).square()
-    unknown = ~high.isfinite() | (growth.amax(1) > LARGEST_GROWTH)
+    unknown = ~high.isfinite() | (growth.amax(1) > MAX_GROWTH)
     low, high = low.masked_fill(unknown, 0), high.masked_fill(unknown, torch.inf)
     certain, unclear = decide(low, high, num_top(top_ratio, own.shape[1]))
     exact = replayed(unclear)

@@ -8,7 +8,7 @@ from agnostic_train.impact.visibility import Visibility
 from agnostic_train.model.decoder import Layer
 
 # Layers share few masks and angles. Layers on another device receive copies of their own, which aren't worth keeping.
-_MOST_KEPT = 4
+_MAX_KEPT = 4
 
 
 class PassCache:
@@ -43,5 +43,5 @@ class PassCache:
 
 
 def _drop_oldest(made: dict) -> None:
-    if len(made) > _MOST_KEPT:
+    if len(made) > _MAX_KEPT:
         del made[next(iter(made))]

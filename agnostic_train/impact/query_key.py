@@ -22,16 +22,16 @@ from agnostic_train.impact.interval_sieve import interval_impacts
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.pass_cache import PassCache
 from agnostic_train.impact.pruning import Work
-from agnostic_train.impact.rms_norm import LARGEST_GROWTH, growth_without, rms_eps
+from agnostic_train.impact.rms_norm import MAX_GROWTH, growth_without, rms_eps
 from agnostic_train.model.decoder import Layer
 
 # Temporaries that fit into a CPU's cache are several times faster than the largest that memory allows. If a layer's
 # sentences take much memory, the allocator returns it to the system and gets it again page by page for the next layer.
 _CPU_CHUNK_BYTES, _CPU_LAYER_BYTES = 12 << 20, 20 << 20
-# If bounds leave more than `_MOST_LEFT` of the logits, computing all neurons is faster. If a norm makes logits grow,
-# the limit is `_MOST_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
+# If bounds leave more than `_MAX_LEFT` of the logits, computing all neurons is faster. If a norm makes logits grow,
+# the limit is `_MAX_LEFT_GROWING`, because growth costs more for gathered neurons. Bounds are tried again on sentences
 # that are shorter by the factor `_SHORTER`.
-_MOST_LEFT, _MOST_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
+_MAX_LEFT, _MAX_LEFT_GROWING, _SHORTER = 0.3, 0.2, 0.7
 
 
 class QueryKeyImpacts:
@@ -194,7 +194,7 @@ class QueryKeyImpacts:
         found = sieve.impacts(top_ratio)
         total = sum((done for _, done in found.values()), Work())
         grows = any(change.grows for change in closed.values())
-        if total.logits > (_MOST_LEFT_GROWING if grows else _MOST_LEFT) * total.all_logits:
+        if total.logits > (_MAX_LEFT_GROWING if grows else _MAX_LEFT) * total.all_logits:
             self._fruitless_length = attention.length
         return found
 
@@ -236,7 +236,7 @@ class QueryKeyImpacts:
         if largest:
             # One transfer: each `.tolist()` synchronises with the GPU.
             for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
-                if value > LARGEST_GROWTH:
+                if value > MAX_GROWTH:
                     del states[name]
         forms = dict.fromkeys(projected, _Form(None))
         for name, output in states.items():

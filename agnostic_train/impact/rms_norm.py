@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # The closed form subtracts from grown logits, so growth multiplies their rounding error: at a growth of 1000, float32
 # is off by 1e-4 of an impact. Only a head in which one entry holds all but a millionth of the squares' sum grows more.
-LARGEST_GROWTH = 1000.0
+MAX_GROWTH = 1000.0
 _NAMES_OF_EPS = ("variance_epsilon", "eps")
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 # Where blocks end, in sixteenths of a sentence's length: early rows see few keys, cost least and often change most.
 # The last block ends with the sentence.
 _BLOCK_ENDS = (4, 6, 8, 12)
-_LEAST_ROWS = 8
+_MIN_ROWS = 8
 # Torch's softmax is slow over fewer keys than fit into a vector register.
-_LEAST_KEYS = 16
+_MIN_KEYS = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def row_blocks(visible: Tensor) -> list[Block]:
     ends = [0]
     for sixteenths in _BLOCK_ENDS:
         end = -(-length * sixteenths // 16)
-        if end - ends[-1] >= _LEAST_ROWS and length - end >= _LEAST_ROWS:
+        if end - ends[-1] >= _MIN_ROWS and length - end >= _MIN_ROWS:
             ends.append(end)
     rows = [slice(start, end) for start, end in zip(ends, [*ends[1:], length], strict=True)]
     seen = visible.flatten(0, 1).any(0)
@@ -47,6 +47,6 @@ def row_blocks(visible: Tensor) -> list[Block]:
     # One transfer: each `.tolist()` synchronises with the GPU.
     ends_of_keys = torch.stack([seen.argmax(1), length - seen.flip(1).argmax(1)], 1).tolist()
     return [
-        Block(block, slice(first, min(length, max(last, first + _LEAST_KEYS))))
+        Block(block, slice(first, min(length, max(last, first + _MIN_KEYS))))
         for block, (first, last) in zip(rows, ends_of_keys, strict=True)
     ]

@@ -4,7 +4,7 @@ All are in bytes, for one process that holds a whole model. b: bytes per weight;
 length; h, q, f, V: widths of the hidden state, queries, feed-forward and vocabulary; n: the widths of a layer's norms.
 
     weights      b * parameters
-    learnt       (16 + b) * chosen entries: value, gradient and AdamW's two moments in float32, and a copy in the
+    trainable    (16 + b) * chosen entries: value, gradient and AdamW's two moments in float32, and a copy in the
                  weights' dtype; if all weights have gradients, 3 * b * parameters
     activations  per layer T * (4 * sum(n) + b * (2 * h + 4 * q + 3 * f)), + T * 8 * heads * L if attention is 'eager',
                  + T * b * (q + f) if all weights have gradients; with gradient checkpointing, T * b * h per layer and
@@ -74,15 +74,15 @@ class Layout:
     def weights(self) -> int:
         return self.weight_bytes * self.num_parameters
 
-    def learnt(self, num_entries: int | None) -> int:
-        """Returns the bytes of what is learnt: values, gradients and optimizer state.
+    def trainable_state(self, num_trainable: int | None) -> int:
+        """Returns the bytes of the trainable values, their gradients and optimizer state.
 
         Args:
-            num_entries: weights in the chosen rows and columns, in an adapter; None if all weights have gradients.
+            num_trainable: weights in the chosen rows and columns, in an adapter; None if all weights have gradients.
         """
-        if num_entries is None:
+        if num_trainable is None:
             return 3 * self.weight_bytes * self.num_parameters
-        return (16 + self.weight_bytes) * num_entries
+        return (16 + self.weight_bytes) * num_trainable
 
     def layer_activations(self, num_tokens: int, length: int, all_weights: bool = False) -> int:
         """Returns the bytes that one layer keeps for its backward pass over `num_tokens` in sequences of `length`."""

@@ -22,7 +22,7 @@ from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 # The largest ratio between two shares of the training text: beyond it, an epoch mostly repeats one language's text.
-_MOST_TIMES = 10_000
+_MAX_SHARE_RATIO = 10_000
 
 
 def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
@@ -204,9 +204,9 @@ def _check_mixture(recipe: Recipe, mixture: Mapping[str, float]) -> None:
             raise UserError(
                 f"training.mixture: {language!r} isn't in corpus.languages ({', '.join(recipe.corpus.languages)})"
             )
-    if max(mixture.values()) > _MOST_TIMES * min(mixture.values()):
+    if max(mixture.values()) > _MAX_SHARE_RATIO * min(mixture.values()):
         raise UserError(
-            f"training.mixture: one share is more than {_MOST_TIMES:,} times another; leave the language out"
+            f"training.mixture: one share is more than {_MAX_SHARE_RATIO:,} times another; leave the language out"
         )
     for language in recipe.training.languages:
         if language not in mixture:

@@ -25,6 +25,7 @@ def print_plan(recipe: Recipe, stage: str) -> None:
 
 def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     table = Table(title=recipe.model.name, show_header=False)
+    share = plan.num_trainable / plan.layout.num_parameters
     sizes = plan.decoder.sizes
     rows = {
         "class": f"{plan.model_class}, {plan.dtype}",
@@ -37,7 +38,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
         rows |= {
             "strategy": recipe.training.neurons or recipe.training.strategy,
             "update": recipe.training.update,
-            "learning weights, at most": f"{plan.num_entries:,} ({plan.num_entries / plan.layout.num_parameters:.1%})",
+            "trainable weights, at most": f"{plan.num_trainable:,} ({share:.1%})",
             "batch": f"{plan.batch} sequences of at most {plan.length} tokens, over all processes",
             "optimizer steps": _steps(recipe, plan.num_steps, is_read=bool(plan.mean_tokens)),
         }
@@ -79,10 +80,10 @@ def _text_table(recipe: Recipe, plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     table = Table("stage", title="GPU memory of a process, GiB")
-    for name in ("weights", "learnt", "activations", "logits", f"total x {SLACK}"):
+    for name in ("weights", "trainable", "activations", "logits", f"total x {SLACK}"):
         table.add_column(name, justify="right")
     for phase in plan.phases:
-        parts = (phase.weights, phase.learnt, phase.activations, phase.logits, phase.total)
+        parts = (phase.weights, phase.trainable, phase.activations, phase.logits, phase.total)
         table.add_row(phase.name, *(f"{part / GIB:.1f}" for part in parts))
     table.caption = "estimates for the longest batches; the formulas are in recipes/README.md"
     return table

@@ -25,7 +25,7 @@ from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.quickstart.tiny_model import cache_directory
 from agnostic_train.recipe import EMBEDDED, Recipe
-from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
@@ -38,13 +38,13 @@ class Phase:
 
     name: str
     weights: int
-    learnt: int = 0
+    trainable: int = 0
     activations: int = 0
     logits: int = 0
 
     @property
     def total(self) -> float:
-        return SLACK * (self.weights + self.learnt + self.activations + self.logits)
+        return SLACK * (self.weights + self.trainable + self.activations + self.logits)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
         num_sentences: per language and purpose.
         mean_tokens: per language, the mean length of the first detection sentences; empty for streamed text, which
             a dry run doesn't read.
-        num_entries: the largest number of weights that can learn.
+        num_trainable: the largest number of weights that can learn.
         batch: sequences per optimizer step, over all processes.
         num_steps: optimizer steps; None for a stage before the training.
     """
@@ -67,7 +67,7 @@ class Plan:
     length: int
     num_sentences: dict[str, dict[str, int]]
     mean_tokens: dict[str, float]
-    num_entries: int
+    num_trainable: int
     batch: int
     num_steps: int | None
     num_processes: int
@@ -106,9 +106,9 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     }
     length = encoder.max_length or tokenizer.model_max_length
     strategies: list[str] = [*recipe.comparison.strategies] if stage == "compare" else [recipe.training.strategy]
-    entries = {it: _most_entries(recipe, it, decoder, layout) for it in strategies}
+    trainable = {it: _most_trainable(recipe, it, decoder, layout) for it in strategies}
     if stage != "compare" and recipe.training.neurons is not None:
-        entries = dict.fromkeys(strategies, num_weights(read_neurons(recipe.training.neurons, model), model))
+        trainable = dict.fromkeys(strategies, num_trainable(read_neurons(recipe.training.neurons, model), model))
     num_processes = arguments.world_size  # initialises the processes as the recipe asks
     num_steps = None
     if stage not in ("detect", "score"):
@@ -129,11 +129,11 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         length=length,
         num_sentences=num_sentences,
         mean_tokens=mean_tokens,
-        num_entries=max(entries.values()),
+        num_trainable=max(trainable.values()),
         batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes,
         num_steps=num_steps,
         num_processes=num_processes,
-        phases=_up_to(stage, _phases(recipe, layout, arguments, length, entries, num_processes, stage)),
+        phases=_up_to(stage, _phases(recipe, layout, arguments, length, trainable, num_processes, stage)),
     )
 
 
@@ -171,7 +171,7 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
 
 
-def _most_entries(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
+def _most_trainable(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
     """The largest number of weights that a strategy can choose.
 
     Over S sentences a site has n * S top places, where n is its number of top neurons, and a related neuron takes at
@@ -201,19 +201,19 @@ def _phases(
     layout: Layout,
     arguments: NeuronTrainingArguments,
     length: int,
-    entries: Mapping[str, int],
+    trainable: Mapping[str, int],
     num_processes: int,
     stage: str,
 ) -> list[Phase]:
     """The phases in order.
 
-    entries: by strategy, the largest number of weights that can learn.
+    trainable: by strategy, the largest number of weights that can learn.
     """
     tokens = recipe.corpus.batch_size * length
     layer = layout.layer_activations(tokens, length)
     evaluated = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
     detection = Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB))
-    training = {it: _training_phase(recipe, layout, arguments, length, it, number) for it, number in entries.items()}
+    training = {it: _training_phase(recipe, layout, arguments, length, it, number) for it, number in trainable.items()}
     if stage == "compare":
         return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
     ((strategy, train),) = training.items()
@@ -244,7 +244,7 @@ def _phases(
             name=f"train, split over {num_processes} (FSDP2, ZeRO-3)",
             # A layer's weights are gathered while it runs, and the next layer's are prefetched.
             weights=layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
-            learnt=train.learnt // num_processes,
+            trainable=train.trainable // num_processes,
         )
         phases.insert(3, split)
     return phases
@@ -255,13 +255,13 @@ def _trains_all_weights(recipe: Recipe, strategy: str) -> bool:
 
 
 def _training_phase(
-    recipe: Recipe, layout: Layout, arguments: NeuronTrainingArguments, length: int, strategy: str, num_entries: int
+    recipe: Recipe, layout: Layout, arguments: NeuronTrainingArguments, length: int, strategy: str, trainable: int
 ) -> Phase:
     tokens, all_weights = arguments.per_device_train_batch_size * length, _trains_all_weights(recipe, strategy)
     return Phase(
         "train",
         layout.weights,
-        layout.learnt(None if all_weights else num_entries),
+        layout.trainable_state(None if all_weights else trainable),
         layout.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
         layout.trained_logits(tokens),
     )

@@ -22,7 +22,7 @@ from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, sa
 from agnostic_train.pipeline.settings import make_strategy, training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
 from agnostic_train.scores.perplexity import NonFiniteLossError
-from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.strategy import SET_STRATEGIES, Choice
 
 SET_BY_TRIALS = {
@@ -57,18 +57,18 @@ class Trial:
         )
 
 
-def check_choices(key: str, strategies: Sequence[str], found: LanguageNeurons, materials: Materials) -> None:
+def check_choices(key: str, strategies: Sequence[str], detected: LanguageNeurons, materials: Materials) -> None:
     """Raises `UserError` for a strategy that chooses no neuron, before others train. key: the key that lists them."""
     for name in strategies:
         try:
-            _choose(Trial(name), found, materials)
+            _choose(Trial(name), detected, materials)
         except UserError as error:
             raise UserError(f"{key}: {str(error).removeprefix('training.strategy: ')}, or leave it out") from None
 
 
-def _choose(trial: Trial, found: LanguageNeurons, materials: Materials) -> Choice:
+def _choose(trial: Trial, detected: LanguageNeurons, materials: Materials) -> Choice:
     strategy = make_strategy(materials.recipe, trial.strategy, trial.seed)
-    return strategy.choose(found, None, materials.model)
+    return strategy.choose(detected, None, materials.model)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Trials:
 
     Attributes:
         materials: model and text.
-        found: the neurons from which strategies choose.
+        detected: the neurons from which strategies choose.
         training: per language, the sentences to train on.
         texts: per kind of text and language, the batches to measure on.
         directory: keeps the results, two files per trial, and the Trainer's own files while it runs.
@@ -109,7 +109,7 @@ class Trials:
     """
 
     materials: Materials
-    found: LanguageNeurons
+    detected: LanguageNeurons
     training: Mapping[str, Sequence[str]]
     texts: Mapping[str, Mapping[str, Sequence[Batch]]]
     directory: Path
@@ -119,7 +119,7 @@ class Trials:
 
     def choose(self, trial: Trial) -> Choice:
         """Returns what learns in a trial; raises `UserError` if its strategy chooses no neuron."""
-        return _choose(trial, self.found, self.materials)
+        return _choose(trial, self.detected, self.materials)
 
     def twins(self, strategies: Sequence[str]) -> dict[str, str]:
         """Maps a strategy to an earlier one with the same neurons: two equal rows would seem to confirm each other."""
@@ -179,7 +179,7 @@ class Trials:
             trainer.remove_callback(PrinterCallback)  # its output would interrupt the line or two for each trial
             num_with_grad = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
             # With masks, whole matrices require gradients.
-            num_trainable = num_with_grad if choice.neurons is None else num_weights(choice.neurons, trainer.model)
+            trainable = num_with_grad if choice.neurons is None else num_trainable(choice.neurons, trainer.model)
             try:
                 trainer.train()
                 measured = measure(trainer.model, self.texts)
@@ -191,7 +191,7 @@ class Trials:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             record = {
                 "diverged": measured is None,
-                "trainable": num_trainable,
+                "trainable": trainable,
                 "neurons": None if choice.neurons is None else len(choice.neurons),
                 "reason": choice.reason,
                 "steps": trainer.state.global_step,

@@ -86,7 +86,7 @@ def write_report(
             recipe=recipe,
             manifest=manifest,
             training=training,
-            found=detected,
+            detected=detected,
             score=score,
             evaluation=evaluation,
             pilot=read_json(directory / "pilot.json") if has_pilot else None,

@@ -13,12 +13,12 @@ from agnostic_train.percent import percent
 from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, width_of
 
 
-def draw_neurons(found: LanguageNeurons) -> Figure:
+def draw_neurons(detected: LanguageNeurons) -> Figure:
     """Heat maps of neuron counts by layer and projection, for the shared set and each language's exclusive set."""
-    sizes = found.shared.sizes or {}
+    sizes = detected.shared.sizes or {}
     projections = [name for name in PROJECTIONS if any(site[1] == name for site in sizes)] or list(PROJECTIONS)
     num_layers = 1 + max((layer for layer, _ in sizes), default=0)
-    sets = {"shared": found.shared, **{f"exclusive {name}": neurons for name, neurons in found.exclusive.items()}}
+    sets = {"shared": detected.shared, **{f"exclusive {name}": neurons for name, neurons in detected.exclusive.items()}}
     figure, axes = make_grid(len(sets), height=0.9 + len(sets) * (0.5 + 0.22 * len(projections)))
     for axis, (name, neurons) in zip(axes, sets.items(), strict=True):
         counts = np.array([[len(neurons[(layer, it)]) for layer in range(num_layers)] for it in projections])
@@ -31,11 +31,11 @@ def draw_neurons(found: LanguageNeurons) -> Figure:
     return figure
 
 
-def draw_overlap(found: LanguageNeurons) -> Figure:
+def draw_overlap(detected: LanguageNeurons) -> Figure:
     """Jaccard overlap of every two languages' related neurons."""
-    languages = found.languages
+    languages = detected.languages
     values = np.array(
-        [[jaccard(found.related[a], found.related[b])["all"] or 0.0 for b in languages] for a in languages]
+        [[jaccard(detected.related[a], detected.related[b])["all"] or 0.0 for b in languages] for a in languages]
     )
     figure, (axis,) = make_grid(width=1.5 + 0.9 * len(languages), height=1.2 + 0.6 * len(languages))
     draw_heat_map(axis, values, np.vectorize(lambda value: f"{value:.2f}")(values), vmax=1.0)

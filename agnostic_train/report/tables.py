@@ -13,11 +13,11 @@ Table = list[dict[str, object]]
 """Rows whose keys are the columns, in order; a key that a row lacks is an empty cell."""
 
 
-def neuron_table(found: LanguageNeurons) -> Table:
+def neuron_table(detected: LanguageNeurons) -> Table:
     """The number of neurons per set, layer and projection."""
-    sets = {"shared": found.shared}
-    sets |= {f"related {language}": neurons for language, neurons in found.related.items()}
-    sets |= {f"exclusive {language}": neurons for language, neurons in found.exclusive.items()}
+    sets = {"shared": detected.shared}
+    sets |= {f"related {language}": neurons for language, neurons in detected.related.items()}
+    sets |= {f"exclusive {language}": neurons for language, neurons in detected.exclusive.items()}
     sites = dict.fromkeys(site for neurons in sets.values() for site, _ in neurons.items())
     return [
         {"set": name, "layer": layer, "projection": projection, "neurons": len(neurons[(layer, projection)])}

@@ -16,7 +16,7 @@ from agnostic_train.scores.bootstrap import interval, resample_counts
 from agnostic_train.scores.contrast import Contrast, activation_ratios, detected_contrast, random_contrast
 from agnostic_train.scores.result import (
     CONTROLS,
-    SMALLEST_CHANGE,
+    MIN_CHANGE,
     AgnosticScore,
     Controls,
     LanguageScore,
@@ -123,7 +123,7 @@ def _row(ablation: Ablation, contrast: Contrast, language: str) -> LanguageScore
     before = _measured(ablation, NOTHING, language)
     afters = {name: ablation.perplexity(name, language) for name in names}
     changes = {name: None if after is None else float(after - before) for name, after in afters.items()}
-    clipped = {name: change is not None and change < SMALLEST_CHANGE for name, change in changes.items()}
+    clipped = {name: change is not None and change < MIN_CHANGE for name, change in changes.items()}
     is_defined = None not in changes.values()
     return LanguageScore(
         language,
@@ -170,8 +170,8 @@ def _importances(
     """By measure, the shared set's effect over that of the language's exclusive set: (resamples,), or a scalar."""
     before = _measured(ablation, NOTHING, language, resamples)
     names = contrast.names(language)
-    # Clipped before the measures are applied: `SMALLEST_CHANGE` is a change of perplexity, whatever the measure.
-    changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=SMALLEST_CHANGE) for it in names]
+    # Clipped before the measures are applied: `MIN_CHANGE` is a change of perplexity, whatever the measure.
+    changes = [(_measured(ablation, it, language, resamples) - before).clamp(min=MIN_CHANGE) for it in names]
     sizes = [ablation.num_neurons[it] for it in names]
     importances = {}
     for name, measure in MEASURES.items():

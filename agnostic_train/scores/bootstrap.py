@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_AT_ONCE, _MOST_COUNTS = 500, 2**23
+_AT_ONCE, _MAX_COUNTS = 500, 2**23
 
 
 def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
@@ -22,7 +22,7 @@ def resampled_sums(values: Tensor, num_resamples: int, seed: int) -> Tensor:
     Returns: (resamples, columns), float64.
     """
     # In chunks, because each resample has a count for every item: all at once could take gigabytes.
-    at_once = max(1, min(_AT_ONCE, _MOST_COUNTS // len(values)))
+    at_once = max(1, min(_AT_ONCE, _MAX_COUNTS // len(values)))
     chunks = [
         resample_counts(len(values), min(at_once, num_resamples - start), seed + start) @ values
         for start in range(0, num_resamples, at_once)

@@ -47,15 +47,15 @@ class Checkpoint:
         return Path(self.source).name
 
 
-def emergence_row(checkpoint: Checkpoint, found: LanguageNeurons, score: AgnosticScore) -> dict:
+def emergence_row(checkpoint: Checkpoint, detected: LanguageNeurons, score: AgnosticScore) -> dict:
     """Summarises a checkpoint's neurons and score as plain JSON values."""
     return {
         "checkpoint": checkpoint.name,
         "step": checkpoint.step,
-        "shared": len(found.shared),
-        "related": {language: len(neurons) for language, neurons in found.related.items()},
-        "exclusive": {language: len(neurons) for language, neurons in found.exclusive.items()},
-        "shared_ratio": found.shared_ratio,
+        "shared": len(detected.shared),
+        "related": {language: len(neurons) for language, neurons in detected.related.items()},
+        "exclusive": {language: len(neurons) for language, neurons in detected.exclusive.items()},
+        "shared_ratio": detected.shared_ratio,
         "perplexity": {row.language: row.perplexity for row in score.table},
         "score": score.value,
         "interval": score.interval,

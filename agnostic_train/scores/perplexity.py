@@ -27,7 +27,7 @@ class NonFiniteLossError(UserError):
 
 
 # Above 709.8 nats, exp() overflows a float64.
-_MOST_NATS = 700.0
+_MAX_NATS = 700.0
 # Logits are cast to float32 for this many tokens at a time: with a vocabulary of 128k, a token takes 0.5 MB.
 _TOKENS_AT_ONCE = 512
 
@@ -60,7 +60,7 @@ class Perplexity:
     def value(self) -> float:
         """The perplexity, exp(nats per scored token); infinite where that overflows."""
         nats_per_token = self.nats / self.num_tokens
-        return math.exp(nats_per_token) if nats_per_token < _MOST_NATS else math.inf
+        return math.exp(nats_per_token) if nats_per_token < _MAX_NATS else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -101,7 +101,7 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text"
         nats, tokens = nats[order], tokens[order]
     counted = [it.num_bytes for it in parts if it.num_bytes is not None]
     result = Perplexity(nats, tokens, sum(counted) if len(counted) == len(parts) else None)
-    if not math.isfinite(result.nats) or result.nats / result.num_tokens > _MOST_NATS:
+    if not math.isfinite(result.nats) or result.nats / result.num_tokens > _MAX_NATS:
         raise NonFiniteLossError(
             "model.name: its loss is NaN, infinite, or hundreds of nats a token; the model is broken, or its training "
             "diverged (try a lower training.learning_rate)"

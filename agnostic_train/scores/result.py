@@ -8,7 +8,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import read_json
 from agnostic_train.scores.ablation import Ablation
 
-SMALLEST_CHANGE = 1e-6
+MIN_CHANGE = 1e-6
 """Smaller changes of perplexity are set to this value and reported as clipped."""
 CONTROLS = {"random": "random sets of equal size", "matched": "random sets of similar activation"}
 """The kinds of control sets. Both have as many neurons at every site as the detected sets. `matched` ones lie
@@ -24,7 +24,7 @@ class LanguageScore:
         perplexity: with no neuron off.
         change_shared, change_exclusive: how much the perplexity rises with that set off; None if the set is empty.
         importance: the ratio of the two changes; None if undefined.
-        clipped: which of the two changes, `shared` or `exclusive`, were below `SMALLEST_CHANGE`.
+        clipped: which of the two changes, `shared` or `exclusive`, were below `MIN_CHANGE`.
         interval: 95% interval of the importance, from resampled sentences.
     """
 
@@ -91,7 +91,7 @@ class AgnosticScore:
 
     @property
     def clipped(self) -> list[str]:
-        """Languages for which a change was set to `SMALLEST_CHANGE`."""
+        """Languages for which a change was set to `MIN_CHANGE`."""
         return [row.language for row in self.table if row.clipped]
 
     @classmethod

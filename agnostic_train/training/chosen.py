@@ -69,7 +69,7 @@ def check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def num_weights(neurons: NeuronSet, model: nn.Module) -> int:
+def num_trainable(neurons: NeuronSet, model: nn.Module) -> int:
     """Returns the number of weight entries in the rows and columns of a set's neurons."""
     decoder = find_decoder(model)
     return sum(len(indices) * decoder.projection(site).entry_size for site, indices in neurons.items())

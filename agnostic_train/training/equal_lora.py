@@ -7,7 +7,7 @@ from torch import nn
 
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.chosen import num_trainable
 
 SCALING = 2.0
 """`lora_alpha / r`, the same at every rank."""
@@ -27,7 +27,7 @@ def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:
     linears = dict.fromkeys(decoder.projection(site).linear for site in decoder.sizes)
     # Each additional rank adds a row of A (in_features) and a column of B (out_features).
     prices = {names[linear]: linear.in_features + linear.out_features for linear in linears}
-    rank, left = divmod(num_weights(neurons, model), sum(prices.values()))
+    rank, left = divmod(num_trainable(neurons, model), sum(prices.values()))
     ranks = dict.fromkeys(prices, rank)
     for name in random.Random(0).sample(sorted(prices), len(prices)):
         if prices[name] <= left:

@@ -37,7 +37,7 @@ class MaskedParameter:
     frozen: Tensor
 
     @property
-    def num_chosen(self) -> int:
+    def num_trainable(self) -> int:
         """Number of trainable weight entries."""
         return len(self.chosen) * self.parameter.numel() // self.parameter.shape[self.dim]
 
@@ -83,7 +83,7 @@ class GradientMask:
     @property
     def num_trainable(self) -> int:
         """Number of trainable weight entries."""
-        return sum(masked.num_chosen for masked in self.parameters)
+        return sum(masked.num_trainable for masked in self.parameters)
 
     def guard(self, optimizer: Optimizer) -> None:
         """Prevents weight decay and the momentum of an earlier run from changing frozen entries.

@@ -14,8 +14,8 @@ from agnostic_train.choices import Baseline, SetStrategy
 from agnostic_train.errors import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.scores.result import SMALLEST_CHANGE, AgnosticScore
-from agnostic_train.training.chosen import num_weights
+from agnostic_train.scores.result import MIN_CHANGE, AgnosticScore
+from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.equal_lora import equal_lora
 
 SET_STRATEGIES = get_args(SetStrategy)
@@ -99,43 +99,43 @@ class Strategy:
                     "add it to corpus.languages"
                 )
 
-    def choose(self, found: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
+    def choose(self, detected: LanguageNeurons | None, score: AgnosticScore | None, model: nn.Module) -> Choice:
         """Chooses what to train.
 
         Args:
-            found: the result of `detect_neurons`; only `full` works without it.
+            detected: the result of `detect_neurons`; only `full` works without it.
             score: the language-agnostic score; only `auto` needs it.
             model: provides the sizes for `random` and `lora`.
 
         Raises:
-            UserError: `found` is missing, a language wasn't detected, the choice is empty, or, for `auto`, the score
+            UserError: `detected` is missing, a language wasn't detected, the choice is empty, or, for `auto`, the score
                 is undefined or clipped in every language.
         """
         if self.name == "full":
             return Choice("full", None, "all weights")
-        if found is None:
+        if detected is None:
             raise UserError(f"training.strategy: {self.name!r} needs detected neurons, and none were given")
-        self.check_languages(found.languages)
-        languages = list(self.languages or found.languages)
+        self.check_languages(detected.languages)
+        languages = list(self.languages or detected.languages)
         names = ", ".join(languages)
         if self.name == "random":
-            name, neurons = "random", _chosen(self.random_like, found, languages).random_like(self.seed, model)
+            name, neurons = "random", _chosen(self.random_like, detected, languages).random_like(self.seed, model)
             reason = f"as many random neurons at every site as {self.random_like} of {names} has (seed {self.seed})"
         elif self.name == "auto":
             name, reason = self._by_score(score)
-            neurons = _chosen(name, found, languages)
+            neurons = _chosen(name, detected, languages)
         else:
             name = self.random_like if self.name == "lora" else self.name
-            neurons, reason = _chosen(name, found, languages), f"{name} of {names}"
+            neurons, reason = _chosen(name, detected, languages), f"{name} of {names}"
         if not len(neurons):
             remedy = "lower detection.consistency or raise detection.top_ratio"
-            if found.settings.get("method") == "lape":  # LAPE finds few shared neurons
+            if detected.settings.get("method") == "lape":  # LAPE finds few shared neurons
                 remedy = "raise detection.lape_ratio" + ("" if name == "related" else ", or train 'related'")
             raise UserError(f"training.strategy: {name!r} of {names} has no neuron to train; {remedy}")
         if self.name == "lora":
             lora, num_parameters = equal_lora(neurons, model)
             reason = (
-                f"a LoRA of {num_parameters:,} parameters, beside {num_weights(neurons, model):,} of "
+                f"a LoRA of {num_parameters:,} parameters, beside {num_trainable(neurons, model):,} of "
                 f"{self.random_like} of {names}"
             )
             return Choice("lora", None, reason, lora)
@@ -151,7 +151,7 @@ class Strategy:
         if clipped and len(clipped) == len(score.table) - len(score.undefined):
             raise UserError(
                 f"training.strategy: 'auto' needs a measured language-agnostic score, and this one is clipped in "
-                f"{', '.join(clipped)}: switching a set off didn't raise perplexity (by {SMALLEST_CHANGE:g} at least), "
+                f"{', '.join(clipped)}: switching a set off didn't raise perplexity (by {MIN_CHANGE:g} at least), "
                 "and the ratio is arbitrary; raise detection.top_ratio or name a strategy"
             )
         assert self.high is not None
@@ -173,9 +173,9 @@ class Strategy:
         )
 
 
-def _chosen(name: str, found: LanguageNeurons, languages: list[str]) -> NeuronSet:
+def _chosen(name: str, detected: LanguageNeurons, languages: list[str]) -> NeuronSet:
     if name == "shared":
-        return found.shared
-    own = found.related if name == "related" else found.exclusive
+        return detected.shared
+    own = detected.related if name == "related" else detected.exclusive
     of_languages = reduce(or_, (own[language] for language in languages))
-    return found.shared | of_languages if name == "shared+exclusive" else of_languages
+    return detected.shared | of_languages if name == "shared+exclusive" else of_languages

@@ -39,7 +39,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 def test_kernels_are_available_for_supported_dtypes_and_sizes():
     assert kernel_trial.available(torch.zeros(1, 4, 8, device="cuda"))
     assert not kernel_trial.available(torch.zeros(1, 4, 8, device="cuda", dtype=torch.float64))
-    assert not kernel_trial.available(torch.zeros(1, 4, kernels.LARGEST_HEAD + 1, device="cuda"))
+    assert not kernel_trial.available(torch.zeros(1, 4, kernels.MAX_HEAD_DIM + 1, device="cuda"))
 
 
 @pytest.mark.parametrize("more", [{}, {"growth": 0.5}, {"softcap": 5.0}])

@@ -157,7 +157,7 @@ def test_plan_counts_the_neurons_of_a_file(stand_ins, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
     (tmp_path / "mine.json").write_text('{"format": "agnostic_train.neurons", "neurons": {"up": {"0": [1, 2]}}}')
     recipe = load_recipe(tmp_path / "recipe.yaml", {"training.neurons": str(tmp_path / "mine.json")})
-    assert make_plan(recipe, "run").num_entries == 2 * 42
+    assert make_plan(recipe, "run").num_trainable == 2 * 42
 
 
 def test_plan_counts_every_neuron_that_can_be_related(stand_ins, tmp_path):
@@ -168,11 +168,11 @@ def test_plan_counts_every_neuron_that_can_be_related(stand_ins, tmp_path):
     sizes = plan.decoder.sizes
     assert min(sizes.values()) < 50 < max(sizes.values())  # some sites have one top neuron, as the least
     most = {site: min(size, 2 * 2 * max(1, size // 50)) for site, size in sizes.items()}
-    assert plan.num_entries == sum(number * plan.decoder.projection(site).entry_size for site, number in most.items())
+    assert plan.num_trainable == sum(number * plan.decoder.projection(site).entry_size for site, number in most.items())
     units = {site: size for site, size in sizes.items() if site[1] in ("gate", "up", "down")}
     lape = make_plan(load_recipe(tmp_path / "recipe.yaml", {"detection.method": "lape"}), "run")
     entries = sum(plan.decoder.projection((0, it)).entry_size for it in ("gate", "up", "down"))
-    assert lape.num_entries == round(0.01 * sum(units.values()) / 3) * entries
+    assert lape.num_trainable == round(0.01 * sum(units.values()) / 3) * entries
 
 
 def test_memory_of_a_comparison_is_that_of_its_largest_training(stand_ins, tmp_path):
@@ -185,12 +185,12 @@ def test_memory_of_a_comparison_is_that_of_its_largest_training(stand_ins, tmp_p
     def compared(*strategies):
         compare_plan = plan("compare", comparison__strategies=",".join(strategies))
         assert [phase.name for phase in compare_plan.phases] == ["detect", "compare"]
-        return compare_plan.num_entries, compare_plan.phases[-1].total
+        return compare_plan.num_trainable, compare_plan.phases[-1].total
 
     by_strategy = {}
     for strategy in ("shared", "full"):
         alone = plan("train", training__strategy=strategy)
-        by_strategy[strategy] = alone.num_entries, alone.phases[-1].total
+        by_strategy[strategy] = alone.num_trainable, alone.phases[-1].total
     assert compared("shared", "exclusive") == by_strategy["shared"]
     assert compared("shared", "full") == tuple(map(max, *by_strategy.values())) != by_strategy["shared"]
 

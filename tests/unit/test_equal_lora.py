@@ -10,14 +10,14 @@ from test_families import family_model
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.training.chosen import num_weights
+from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.equal_lora import SCALING, equal_lora
 from agnostic_train.training.strategy import Strategy
 
 
 def test_num_weights_counts_the_entries_that_may_learn(llama):
     masks = may_learn(plain_weights(llama), CHOSEN)
-    assert num_weights(CHOSEN, llama) == sum(int(mask.sum()) for mask in masks.values())
+    assert num_trainable(CHOSEN, llama) == sum(int(mask.sum()) for mask in masks.values())
 
 
 @pytest.mark.parametrize("per_site", [1, 7, 20])
@@ -29,7 +29,7 @@ def test_lora_has_as_many_parameters_as_the_neurons_have_weights(per_site, famil
     wrapped = get_peft_model(model, config)
     trainable = {name: it for name, it in wrapped.named_parameters() if it.requires_grad}
     assert num_parameters == sum(it.numel() for it in trainable.values())
-    budget = num_weights(neurons, model)
+    budget = num_trainable(neurons, model)
     # One more rank of the cheapest projection would exceed the budget.
     linears = {layer.projections[name].linear for layer in find_decoder(model).layers for name in layer.projections}
     cheapest = min(linear.in_features + linear.out_features for linear in linears)
@@ -42,7 +42,7 @@ def test_lora_has_as_many_parameters_as_the_neurons_have_weights(per_site, famil
 
 def test_budget_below_one_rank_gives_one_rank(llama):
     config, num_parameters = equal_lora(NeuronSet({(0, "q"): [1]}), llama)
-    assert config.r == 1 and len(config.target_modules) == 1 and num_parameters > num_weights(NeuronSet(), llama)
+    assert config.r == 1 and len(config.target_modules) == 1 and num_parameters > num_trainable(NeuronSet(), llama)
 
 
 def test_strategies_full_and_lora(llama):

@@ -68,5 +68,5 @@ def test_counts_of_a_small_model():
     for (layer, name), entries in layout.entry_sizes.items():
         projection = find_decoder(model).projection((layer, name))
         assert entries * projection.num_neurons == projection.linear.weight.numel()
-    assert layout.learnt(10) == 180 and layout.learnt(None) == 6 * layout.num_parameters
+    assert layout.trainable_state(10) == 180 and layout.trainable_state(None) == 6 * layout.num_parameters
     assert layout.trained_logits(7) == 7 * 500 * 12 and layout.scored_logits(7, 600) == 500 * (14 + 4800)

@@ -146,7 +146,7 @@ def test_pruning_leaves_few_neurons_to_compute():
 
 
 def test_growth_too_large_for_the_closed_form_is_recomputed(monkeypatch):
-    monkeypatch.setattr(norm_over_heads, "LARGEST_GROWTH", 1.0)
+    monkeypatch.setattr(norm_over_heads, "MAX_GROWTH", 1.0)
     _, meter = pruned_impacts(olmo(0.2), padded_batch([37, 20]), 0.1)
     assert all(work.neurons == work.all_neurons for work in meter.work.values())
 

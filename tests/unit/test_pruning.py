@@ -227,7 +227,7 @@ def test_exact_computation_stays_within_the_memory_budget(llama, monkeypatch):
         return original(self, changed)
 
     monkeypatch.setattr(AttentionBlock, "squares", spied)
-    monkeypatch.setattr(query_key, "_MOST_LEFT", 1.0)
+    monkeypatch.setattr(query_key, "_MAX_LEFT", 1.0)
     for budget in (1 << 17, 1 << 19):
         sizes.clear()
         pruned_impacts(llama, padded_batch([42, 40]), 0.1, memory_gb=2 * budget / 2**30)
@@ -259,7 +259,7 @@ def test_detection_reports_the_share_computed_exactly(llama, tmp_path):
 @pytest.mark.parametrize(("most_left", "sieved"), [(0.0, [20, 13]), (1.0, [20, 20, 15, 13])])
 def test_sieve_is_skipped_if_bounds_leave_too_much(llama, monkeypatch, most_left, sieved):
     """The sieve is tried again once sentences are much shorter; the top sets are the same either way."""
-    monkeypatch.setattr(query_key, "_MOST_LEFT", most_left)
+    monkeypatch.setattr(query_key, "_MAX_LEFT", most_left)
     lengths, original = [], bound_sieve.BoundSieve.impacts
 
     def spied(self, *args):

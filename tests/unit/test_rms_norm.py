@@ -88,7 +88,7 @@ def test_growth_equals_that_of_the_norm(norm, spread):
 def test_closed_form_equals_replaying_the_norm(family, monkeypatch):
     model, batch = family_model(family), padded_batch([1, 5, 11])
     closed = unverified_impacts(model, batch, ["q", "k"])
-    monkeypatch.setattr(query_key, "LARGEST_GROWTH", 0)
+    monkeypatch.setattr(query_key, "MAX_GROWTH", 0)
     for site, expected in unverified_impacts(model, batch, ["q", "k"]).items():
         assert not torch.equal(closed[site], expected)
         torch.testing.assert_close(closed[site], expected, rtol=1e-4, atol=1e-5 * expected.max().item())

@@ -56,7 +56,7 @@ def test_impacts_off_by_one_percent_are_refused(llama, monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rounding_noise_passes(name, monkeypatch):
     """If all values are equal, attention has no effect, and deactivating q and k gives only rounding noise."""
-    monkeypatch.setattr(self_check, "LEAST_VARIETY", 0)
+    monkeypatch.setattr(self_check, "MIN_VARIETY", 0)
     batch = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     comparisons = verify_impacts(family_model(name), batch)
     noise = [c for c in comparisons if c.projection in ("q", "k")]

@@ -57,7 +57,7 @@ def compare(context: Context) -> dict:
         context.materials.training_text,
         {"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
         context.work,
-        [_key(context), context.set_hashes],
+        [_key(context), context.set_hashes(with_activations=False)],
         group=_group(context),
     )
     same = trials.twins(recipe.comparison.strategies)

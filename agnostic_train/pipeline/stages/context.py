@@ -56,15 +56,9 @@ class Context:
         """Reads the detected neurons from their files."""
         return LanguageNeurons.load(self.directory / "neurons")
 
-    @property
-    def set_hashes(self) -> dict[str, str]:
-        """Hashes that identify the detected sets; see `language_neurons.set_hashes`."""
-        return set_hashes(self.directory / "neurons")
-
-    @property
-    def neuron_hashes(self) -> dict[str, str]:
-        """`set_hashes` with that of the activations."""
-        return set_hashes(self.directory / "neurons", with_activations=True)
+    def set_hashes(self, with_activations: bool) -> dict[str, str]:
+        """Hashes that identify the detected sets, and optionally the activations; see `language_neurons.set_hashes`."""
+        return set_hashes(self.directory / "neurons", with_activations)
 
     def publish_tables(
         self, tables: Mapping[str, Table | None], files: Mapping[str, Path | None] | None = None

@@ -74,9 +74,9 @@ def publish(context: Context) -> None:
     context.publish_tables({"neurons": neuron_table(detected)})
 
 
-def _hint_at_few(context: Context, found: LanguageNeurons, num_possible: int) -> None:
+def _hint_at_few(context: Context, detected: LanguageNeurons, num_possible: int) -> None:
     """Reports languages with very few related neurons, too few to learn much with."""
-    few = [language for language, neurons in found.related.items() if len(neurons) < _FEW_RATIO * num_possible]
+    few = [language for language, neurons in detected.related.items() if len(neurons) < _FEW_RATIO * num_possible]
     if few:
         context.say(
             f"detect: few neurons of {', '.join(few)} are top in {context.recipe.detection.consistency:.0%} of the "

@@ -46,7 +46,7 @@ def pilot(context: Context) -> dict:
         text,
         {"validation": context.materials.batches("validation")},
         context.work,
-        [_key(context), context.set_hashes, launch_inputs(context.arguments)],
+        [_key(context), context.set_hashes(with_activations=False), launch_inputs(context.arguments)],
         # A warm-up as long as the whole pilot would leave nothing to rank.
         {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )

@@ -30,7 +30,8 @@ def check_materials(materials: Materials, arguments: NeuronTrainingArguments) ->
 
 
 def score(context: Context) -> dict:
-    resume_dir = context.work / fingerprint([context.inputs.of("score"), context.neuron_hashes])[:16]
+    key = [context.inputs.of("score"), context.set_hashes(with_activations=True)]
+    resume_dir = context.work / fingerprint(key)[:16]
     result = _score_of(context, context.materials.model, context.load_neurons(), resume_dir)
     outputs = ["score.json"]
     context.processes.wait_for_everyone()  # until each has read what an interrupted score kept
@@ -96,11 +97,11 @@ def _check_beginning(context: Context, result: AgnosticScore) -> None:
 
 
 def _score_of(
-    context: Context, model: PreTrainedModel, found: LanguageNeurons, resume_dir: Path | None = None
+    context: Context, model: PreTrainedModel, detected: LanguageNeurons, resume_dir: Path | None = None
 ) -> AgnosticScore:
     return language_agnostic_score(
         model,
-        found,
+        detected,
         context.materials.batches("validation"),
         control_seeds=range(1, context.recipe.score.controls + 1),
         progress=context.processes.is_local_main_process,
