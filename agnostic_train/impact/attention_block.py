@@ -1,8 +1,9 @@
 """Attention in a block of query rows, and how far changed logits move its output, in plain torch.
 
 A softmax passes over its logits four times. If a neuron changes them little, powers of two need fewer passes: logits
-are expressed in bits relative to the largest unchanged logit of their row, and the product with the values is divided
-by the sum of the powers. If a neuron changes them much, a softmax of the same logits is computed instead.
+are expressed in bits relative to the largest unchanged logit of their row, and the division by the sum of the powers
+and the comparison with the unchanged attention are one pass. If a neuron changes them much, a softmax of the same
+logits is computed instead.
 """
 
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ class AttentionBlock:
         scale: the logits' unit: `log2(e)` for bits, 1 for natural logits.
         logits: those that neurons change, natural ones times `scale`, (heads, rows, keys), -inf at unseen keys.
         shift: added to logits after they have grown, (heads, rows, 1); None without growth.
-        attention: unchanged, (heads, rows, keys): a softmax, or powers of two.
-        total: the sums of these powers, (heads, rows); None for a softmax.
+        attention: unchanged, (heads, rows, keys); 0 in rows that don't count.
+        counted: (heads, rows), 1 at rows that count, else 0.
+        by_powers: whether changed attention is computed by powers of two, not by a softmax.
         value: (heads, keys, head_dim).
-        weight: (heads, rows), 1 at counted rows.
         value_scale: the factor on squared outputs that undoes the scaling of `value`, (heads, 1).
     """
 
@@ -55,9 +56,9 @@ class AttentionBlock:
     logits: Tensor
     shift: Tensor | None
     attention: Tensor
-    total: Tensor | None
+    counted: Tensor
+    by_powers: bool
     value: Tensor
-    weight: Tensor
     value_scale: Tensor
 
     def of_heads(self, heads: Tensor | slice) -> "AttentionBlock":
@@ -68,7 +69,7 @@ class AttentionBlock:
                 return None
             return part[heads] if isinstance(heads, slice) else part.index_select(0, heads)
 
-        parts = ("logits", "shift", "attention", "total", "value", "weight", "value_scale")
+        parts = ("logits", "shift", "attention", "counted", "value", "value_scale")
         return replace(self, **{name: chosen(getattr(self, name)) for name in parts})
 
     def changed(self, factors: Sequence[Tensor], growths: Sequence[Tensor]) -> Tensor:
@@ -96,24 +97,21 @@ class AttentionBlock:
 
         changed: logits times `scale`, (heads, neurons, rows, keys); overwritten.
         """
-        if self.total is None:
-            weights = changed.mul_(1 / self.scale) if self.scale != 1 else changed
-            weights = weights.softmax(-1).sub_(self.attention.unsqueeze(1))
-        else:
+        counted, attention = self.counted.unsqueeze(1), self.attention.unsqueeze(1)
+        if self.by_powers:
             weights = changed.exp2_()
-            total = weights.sum(-1)
-            # In a row that nothing changes, the ratio is 1 unless exp2 rounds differently at a tensor's end, and no
-            # difference is left.
-            ratio = total / self.total.unsqueeze(1)
-            weights.addcmul_(ratio.unsqueeze(-1), self.attention.unsqueeze(1), value=-1)
+            # Divided by infinity, nothing is left of a row that doesn't count.
+            total = weights.sum(-1).div_(counted)
+            torch.addcdiv(attention, weights, total.unsqueeze(-1), value=-1, out=weights)
+        else:
+            weights = changed.mul_(1 / self.scale) if self.scale != 1 else changed
+            weights = weights.softmax(-1).mul_(counted.unsqueeze(-1)).sub_(attention)
         # One matrix product per head is faster than one per neuron.
-        moved = torch.linalg.vector_norm(weights.flatten(1, 2) @ self.value, dim=-1).view(weights.shape[:3])
-        if self.total is not None:
-            moved.div_(total)
-        return moved.square_().mul_(self.weight.unsqueeze(1)).sum(-1).mul_(self.value_scale)
+        moved = (weights.flatten(1, 2) @ self.value).view(*weights.shape[:2], -1)
+        return torch.linalg.vector_norm(moved, dim=-1).square_().mul_(self.value_scale)
 
 
-def plain_block(logits: Tensor, value: Tensor, weight: Tensor, start: Tensor | None = None) -> AttentionBlock:
+def plain_block(logits: Tensor, value: Tensor, counted: Tensor, start: Tensor | None = None) -> AttentionBlock:
     """Builds a block of natural logits and a softmax, which takes changes of any kind and size.
 
     Args:
@@ -121,9 +119,9 @@ def plain_block(logits: Tensor, value: Tensor, weight: Tensor, start: Tensor | N
         start: the logits that a neuron changes, if not `logits` (before a cap).
     """
     # Over the block's keys, like the changed softmax: a neuron that changes no logit has an impact of exactly zero.
-    attention = logits.softmax(-1)
+    attention = logits.softmax(-1).mul_(counted.unsqueeze(-1))
     start = logits if start is None else start
-    return AttentionBlock(1.0, start, None, attention, None, value, weight, torch.ones_like(weight[:, :1]))
+    return AttentionBlock(1.0, start, None, attention, counted, False, value, torch.ones_like(counted[:, :1]))
 
 
 class BlockForms:
@@ -133,18 +131,18 @@ class BlockForms:
         logits: natural, (heads, rows, keys).
         peaks: each row's largest logit, (heads, rows, 1).
         value: (heads, keys, head_dim).
-        weight: (heads, rows), 1 at counted rows.
+        counted: (heads, rows), 1 at rows that count, else 0.
         grows: whether the changes multiply logits by growths; logits are then shifted by the peaks only afterwards.
     """
 
-    def __init__(self, logits: Tensor, peaks: Tensor, value: Tensor, weight: Tensor, grows: bool = False):
+    def __init__(self, logits: Tensor, peaks: Tensor, value: Tensor, counted: Tensor, grows: bool = False):
         bits, shift = logits * log2(e), peaks * -log2(e)
         self._shifted = bits + shift
         self._start, self._shift = bits if grows else self._shifted, shift if grows else None
         longest = (
             torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True).clamp_(min=torch.finfo(value.dtype).tiny)
         )
-        self._value, self._value_scale, self._weight = value / longest.unsqueeze(-1), longest.square(), weight
+        self._value, self._value_scale, self._counted = value / longest.unsqueeze(-1), longest.square(), counted
 
     def squares(
         self, heads: Tensor | slice, factors: Sequence[Tensor], growths: Sequence[Tensor], bits: Tensor
@@ -175,13 +173,14 @@ class BlockForms:
     @cached_property
     def powers(self) -> AttentionBlock:
         powers = self._shifted.exp2()
-        return self._block(powers, powers.sum(-1))
+        return self._block(powers / powers.sum(-1, keepdim=True), by_powers=True)
 
     @cached_property
     def softmax(self) -> AttentionBlock:
-        return self._block((self._shifted * log(2)).softmax(-1), None)
+        return self._block((self._shifted * log(2)).softmax(-1), by_powers=False)
 
-    def _block(self, attention: Tensor, total: Tensor | None) -> AttentionBlock:
+    def _block(self, attention: Tensor, by_powers: bool) -> AttentionBlock:
+        attention = attention * self._counted.unsqueeze(-1)
         return AttentionBlock(
-            log2(e), self._start, self._shift, attention, total, self._value, self._weight, self._value_scale
+            log2(e), self._start, self._shift, attention, self._counted, by_powers, self._value, self._value_scale
         )
