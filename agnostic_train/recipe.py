@@ -36,9 +36,14 @@ def _distinct(value: list) -> list:
 
 
 def _filled_in(value: str) -> str:
+    for name in re.findall(r"\$(?:\w+|\{[^}]*\})", value):
+        if name.strip("${}") not in os.environ:
+            raise ValueError(f"{name} isn't set in the environment")
     filled = os.path.expandvars(value)
     if "$" in filled:
-        raise ValueError(f"{filled[filled.index('$') :].split('/')[0]} isn't set in the environment")
+        raise ValueError(f"{filled!r} has a $, which stands for the name of a variable; take it out")
+    if not filled:
+        raise ValueError(f"{value!r} is empty; name a folder")
     return filled
 
 

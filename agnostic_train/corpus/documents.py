@@ -8,16 +8,27 @@ from typing import Any
 from agnostic_train.errors import UserError, in_one_line
 
 _MAX_WITHOUT_COLUMN = 1000
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+")
+# Chinese has no spaces between sentences; closing quotes and brackets belong to the sentence that they follow.
+_CHINESE_SENTENCE_END = re.compile(r"[。！？][。！？…]*[”’」』）》】]*")
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
-    """Splits documents at line breaks and, if asked to, after `. ! ? …` and their Chinese forms; skips empty parts."""
+    """Splits documents at line breaks; skips empty parts.
+
+    split_sentences: split after `. ! ? …` and their Chinese forms, too, and skip parts without a letter or digit.
+    """
     for document in documents:
         for line in document.split("\n"):
-            for sentence in _SENTENCE_END.split(line) if split_sentences else (line,):
-                if stripped := sentence.strip():
-                    yield stripped
+            sentences = _sentences(line) if split_sentences else (line,)
+            yield from (stripped for sentence in sentences if (stripped := sentence.strip()))
+
+
+def _sentences(line: str) -> Iterator[str]:
+    for part in _CHINESE_SENTENCE_END.sub("\\g<0>\n", line).split("\n"):
+        for sentence in _SENTENCE_END.split(part):
+            if any(character.isalnum() for character in sentence):
+                yield sentence
 
 
 def texts_of(stream: Iterable[dict], column: str, source: str) -> Iterator[str]:

@@ -50,6 +50,13 @@ class Encoder:
         """
         config = config.get_text_config()
         pad_id = _pad_id(tokenizer)
+        if pad_id >= config.vocab_size:
+            eos_id = tokenizer.eos_token_id
+            logger.warning_once(
+                f"the tokenizer pads with token {pad_id}, the model's vocabulary has {config.vocab_size}: padding with "
+                "another token, always masked"
+            )
+            pad_id = eos_id if eos_id is not None and eos_id < config.vocab_size else 0
         if section.add_bos and tokenizer.bos_token_id is None:
             raise UserError("corpus.add_bos: the tokenizer has no beginning-of-sequence token; set it to false")
         positions = getattr(config, "max_position_embeddings", None)
@@ -247,7 +254,7 @@ def batches_of(
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError("add_bos: the tokenizer has no beginning-of-sequence token")
     # If a tokenizer has no limit, its model_max_length is a number that no text reaches.
-    limit = tokenizer.model_max_length if max_length is None else max_length
+    limit = int(tokenizer.model_max_length) if max_length is None else max_length
     encoder = Encoder(tokenizer, add_bos, limit, _pad_id(tokenizer), vocab_size=None)
     return encoder.batches(texts, "texts", batch_size)
 

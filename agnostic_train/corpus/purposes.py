@@ -5,11 +5,15 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging
+
 from agnostic_train.corpus.local_files import find_file, local_sentences
 from agnostic_train.corpus.streaming import streamed_by_purpose
 from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.recipe import CorpusSection
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def load_corpus(
     Local text is `{lang}.train`, `{lang}.valid` and optionally `{lang}.test`, as `.txt` (one document per line) or
     `.jsonl`, compressed or not, or as `.parquet`. Without a test file, every second sentence of valid is test text, and
     only the others are used to select anything. Documents are split at line breaks (with `corpus.split_sentences`, also
-    at sentence ends), repeated sentences are dropped, and the order is shuffled by `corpus.seed`.
+    at sentence ends; sentences that two of the files share are then left out of train, or else of valid), repeated
+    sentences are dropped, and the order is shuffled by `corpus.seed`.
 
     Args:
         keep: a folder that stores streamed text. Text that it has is neither streamed again nor looked up on the hub.
         trained: the languages whose training text is streamed; all by default. Local text is always read whole.
 
     Raises:
-        UserError: a file is missing, empty or unreadable, has too few sentences, or shares one with another split.
+        UserError: a file is missing, empty or unreadable, has too few sentences, or shares a document with another.
     """
     texts, hashes = {}, {}
     for language in section.languages:
@@ -83,8 +88,27 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
         if len(splits["valid"]) < 2:
             raise UserError(f"{files['valid']}: one sentence can't be shared by validation and test")
         splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
+    if section.split_sentences:
+        splits = _without_repetitions(language, splits)
     _check_disjoint(language, splits, folder)
     return _by_purpose(section, language, splits, folder), [file for file in files.values() if file is not None]
+
+
+def _without_repetitions(language: str, splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Takes sentences out of train that are in valid or test, and out of valid those that are in test.
+
+    Documents that differ may have some in common, such as "Thank you."
+    """
+    kept: dict[str, list[str]] = {}
+    seen = set[str]()
+    for split in ("test", "valid", "train"):
+        kept[split] = [sentence for sentence in splits[split] if sentence not in seen]
+        seen.update(splits[split])
+        if num_repeated := len(splits[split]) - len(kept[split]):
+            logger.warning_once(
+                f"{split} text of {language}: {num_repeated} sentences are left out, which valid or test text has too"
+            )
+    return kept
 
 
 def _check_disjoint(language: str, splits: dict[str, list[str]], path: Path) -> None:

@@ -34,7 +34,8 @@ class CountingOptions:
 
     def key(self, weights: str) -> str:
         """Distinguishes counts from those of other weights or settings."""
-        return fingerprint([weights, self.top_ratio, self.attention, [*self.projections], self.activations])
+        options = [self.top_ratio, self.attention, [*self.projections], self.activations, self.pruning]
+        return fingerprint([weights, options])
 
 
 def count_top_neurons(

@@ -115,7 +115,8 @@ def verify_impacts(
     check_tokens(model, inputs["input_ids"])
     # Short sentences could hide a wrong rotation or window, so the longest are used.
     longest = inputs["attention_mask"].sum(1).cpu().argsort(descending=True)[:NUM_SENTENCES]
-    batch = {name: values[longest] for name, values in batch.items() if isinstance(values, Tensor)}
+    parts = ("input_ids", "attention_mask", "special_tokens_mask")
+    batch = {name: batch[name][longest] for name in parts if batch.get(name) is not None}
     batch = _varied(batch, model.get_input_embeddings().weight)
     try:
         with left_as_found(model):

@@ -162,7 +162,7 @@ class TopCounts:
 
 def with_batch(text: str, batch: Batch) -> str:
     """Identifies a sequence of batches by that of all but the last (at first an empty string) and the last one."""
-    return fingerprint([text, [batch[it].tolist() for it in _OF_TOKENS if batch.get(it) is not None]])
+    return fingerprint([text, {it: batch[it].tolist() for it in _OF_TOKENS if batch.get(it) is not None}])
 
 
 # The sites of each row of a stack. Sites may share a row, as gate, up and down of a layer do.

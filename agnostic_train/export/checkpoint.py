@@ -139,6 +139,11 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) 
     state = {}
     for name, value, own_dtype in trained.weights(trained.model.state_dict().items()):
         rounded = value.to(dtype or own_dtype) if value.is_floating_point() else value
+        if rounded.dtype != value.dtype and not torch.equal(rounded.isfinite(), value.isfinite()):
+            raise UserError(
+                f"{name}: weights beyond the range of {str(rounded.dtype).removeprefix('torch.')}; export in a wider "
+                "export.dtype"
+            )
         if name.removesuffix(".weight") in trained.adapter:
             state[name] = rounded  # not cached by address: the next sum may reuse this one's memory
         else:

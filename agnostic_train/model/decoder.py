@@ -258,14 +258,15 @@ def find_decoder(model: nn.Module) -> Decoder:
         _find_layer(index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None))
         for index, block in enumerate(blocks)
     ]
-    owners: dict[nn.Module, int] = {}
+    owners: dict[nn.Module | nn.Parameter, int] = {}
     for layer in layers:
         for name, projection in layer.projections.items():
-            if owners.setdefault(projection.linear, layer.index) != layer.index:
-                raise UserError(
-                    f"model.name: layers {owners[projection.linear]} and {layer.index} share their {name} projection, "
-                    "so it has no neurons of its own; it isn't supported"
-                )
+            for part in (projection.linear, *projection.linear.parameters(recurse=False)):
+                if owners.setdefault(part, layer.index) != layer.index:
+                    raise UserError(
+                        f"model.name: layers {owners[part]} and {layer.index} share their {name} projection, so it has "
+                        "no neurons of its own; it isn't supported"
+                    )
     return Decoder(backbone, layers)
 
 
@@ -273,12 +274,14 @@ def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[st
     """Returns the named projections, each once, in the order of `PROJECTIONS`; None means all.
 
     Raises:
-        ValueError: a name is unknown, or `names` is a single string.
+        ValueError: a name is unknown, `names` is empty or a single string.
         UserError: the model has none of the projections.
     """
     if isinstance(names, str):
         raise ValueError(f"projections: expected several names, such as [{names!r}], not one text")
     wanted = set(PROJECTIONS if names is None else names)
+    if not wanted:
+        raise ValueError(f"projections: name at least one of {', '.join(PROJECTIONS)}")
     for name in wanted:
         if name not in PROJECTIONS:
             raise ValueError(f"unknown projection {name!r}; it is one of {', '.join(PROJECTIONS)}")

@@ -33,20 +33,21 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             batches.
     """
     check_whole(model, "running a model to measure it")
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers), _longest_seen(module)) for module, _ in modes if module._buffers]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    forked = torch.random.fork_rng(devices=sorted(devices, key=str))
-    with _ONE_AT_A_TIME, forked, torch.no_grad(), full_precision(), without_autocast(model), uncompiled():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for module, own, longest in buffers:
-                module._buffers.update(own)
-                vars(module).update(longest)
+    with _ONE_AT_A_TIME:
+        modes = [(module, module.training) for module in model.modules()]
+        buffers = [(module, dict(module._buffers), _longest_seen(module)) for module, _ in modes if module._buffers]
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        forked = torch.random.fork_rng(devices=sorted(devices, key=str))
+        with forked, torch.no_grad(), full_precision(), without_autocast(model), uncompiled():
+            model.eval()
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+                for module, own, longest in buffers:
+                    module._buffers.update(own)
+                    vars(module).update(longest)
 
 
 def _longest_seen(module: nn.Module) -> dict[str, object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import get_logger
 
@@ -51,7 +51,9 @@ def read(auto_class, name: str | Path, key: str, **settings):
         check_folder(name, key)
     try:
         return auto_class.from_pretrained(name, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # reading damaged or unknown files can raise anything
         problem = shorten(str(error), 400)
         if not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"

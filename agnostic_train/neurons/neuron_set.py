@@ -189,7 +189,7 @@ class NeuronSet:
                 whether the set matters more than other neurons of similar activation.
 
         Raises:
-            UserError: the set can't belong to the model.
+            UserError: the set or the activations can't belong to the model.
         """
         self.check(model)
         generator = torch.Generator().manual_seed(seed)

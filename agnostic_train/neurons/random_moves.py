@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Layer, Site
 
 NUM_NEAREST = 2
@@ -42,6 +43,9 @@ def matched_moves(
     units = torch.cat([members[name] for name in FEED_FORWARD_PROJECTIONS]).unique()
     channels = torch.cat([members["v"], channels_read(layer)[members["o"]]]).unique()
     together = {"down": units, "v": channels, "q": members["q"], "k": members["k"]}
+    for name in together:
+        if len(activations.get((layer.index, name), ())) != layer.projections[name].num_neurons:
+            raise UserError(f"activations: not those of layer {layer.index} {name}; they come from another model")
     drawn = {
         name: _nearest_free(activations[(layer.index, name)], indices, generator) for name, indices in together.items()
     }

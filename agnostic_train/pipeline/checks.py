@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import TorchDynamoPlugin, parse_flag_from_env
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
 from transformers.training_args import ParallelMode
@@ -44,6 +44,17 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
         # Other optimizers need the model itself, or particular modules of it.
         plain = not settings.keys() & {"params", "model", "optimizer_dict"}
         optimizer = kind([probe.weight], **settings) if plain else torch.optim.SGD([probe.weight], lr=1.0)
+    if arguments.torch_compile:
+        with _refused("training.torch_compile_backend: not a backend of torch.compile"):
+            TorchDynamoPlugin(backend=arguments.torch_compile_backend)
+        if arguments.torch_compile_mode not in (None, *torch._inductor.list_mode_options()):
+            raise UserError(
+                f"training.torch_compile_mode: {arguments.torch_compile_mode!r} is no mode of torch.compile"
+            )
+    if arguments.gradient_checkpointing:
+        with _refused("training.gradient_checkpointing_kwargs: torch.utils.checkpoint doesn't take them"):
+            settings = {"use_reentrant": False} | (arguments.gradient_checkpointing_kwargs or {})
+            torch.utils.checkpoint.checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings)
     schedule = _value(arguments.lr_scheduler_type)
     with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):
         get_scheduler(
@@ -59,6 +70,7 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
             num_workers=arguments.dataloader_num_workers,
             prefetch_factor=arguments.dataloader_prefetch_factor,
             persistent_workers=arguments.dataloader_persistent_workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
         )
 
 

@@ -4,6 +4,7 @@ import sys
 
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
@@ -73,7 +74,7 @@ def _text_table(recipe: Recipe, plan: Plan) -> Table:
     for language, counts in plan.num_sentences.items():
         mark = " *" if language in recipe.training.text_languages else ""
         tokens = f"{plan.mean_tokens[language]:.0f}" if language in plan.mean_tokens else "?"
-        table.add_row(language + mark, *(f"{counts[purpose]:,}" for purpose in PURPOSES), tokens)
+        table.add_row(escape(language) + mark, *(f"{counts[purpose]:,}" for purpose in PURPOSES), tokens)
     table.caption = "* its training text is trained on"
     return table
 

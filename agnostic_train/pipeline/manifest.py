@@ -94,9 +94,13 @@ class Manifest:
         launch: the launcher's settings, see `launch_inputs`. head: the manifest's top-level fields.
         """
         previous, key = self.record(stage), fingerprint(inputs)
+        is_there = {name for name in self.outputs(stage) if (self.directory / name).exists()}
         run = previous["run"] if previous.get("key") == key and not previous.get("finished") else uuid.uuid4().hex
-        # The files of the last finished run are still there, and a stage before this one may have to remove them.
-        files: dict[str, Any] = {it: previous[it] for it in ("files", "rewritten") if it in previous}
+        # A stage before this one may have to remove what is still there of the last finished run.
+        files = {
+            "files": {name: size for name, size in previous.get("files", {}).items() if name in is_there},
+            "rewritten": [name for name in previous.get("rewritten", []) if name in is_there],
+        }
         record = {"key": key, "run": run, **launch, "finished": False, "inputs": inputs, **files}
         self._write(stage, record, head)
 

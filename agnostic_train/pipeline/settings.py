@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import trainer_log_levels
 from transformers.utils import logging
 
 from agnostic_train.errors import UserError
@@ -15,6 +16,15 @@ from agnostic_train.training.strategy import Strategy
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 logger = logging.get_logger(__name__)
+
+_ABOVE_ZERO = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "eval_accumulation_steps", "max_steps", "num_train_epochs",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "weight_decay", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "eval_steps", "save_steps",
+    "logging_steps",
+)  # fmt: skip
 
 # What `TrainingArguments` raises for invalid values.
 _MISTAKES = (ValueError, TypeError, ImportError, KeyError, OSError)
@@ -58,11 +68,19 @@ def _check_given(recipe: Recipe) -> None:
     named = given.get("metric_for_best_model")
     if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
         raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"):
+    for key in _ABOVE_ZERO:
         value = given.get(key)
         # In transformers, -1 means that epochs count, not steps.
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
             raise UserError(f"training.{key}: must be above 0, not {value}")
+    for key in _NOT_NEGATIVE:
+        if given.get(key) is not None and given[key] < 0:
+            raise UserError(f"training.{key}: must be at least 0, not {given[key]}")
+    if given.get("label_smoothing_factor", 0) > 1:
+        raise UserError(f"training.label_smoothing_factor: must be at most 1, not {given['label_smoothing_factor']}")
+    for key in ("log_level", "log_level_replica"):
+        if given.get(key) is not None and given[key] not in trainer_log_levels:
+            raise UserError(f"training.{key}: {given[key]!r} isn't one of {', '.join(trainer_log_levels)}")
     for key in ("seed", "data_seed"):
         value = given.get(key)
         # NumPy's generators accept no other seeds.

@@ -278,6 +278,9 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
         ignored += _WHEN_TO_SAVE
     if arguments.get("eval_strategy", "no") == "no" and not arguments.get("eval_on_start"):
         ignored += ["eval_", "per_device_eval_batch_size"]
+    elif arguments.get("eval_strategy") == "steps" and not arguments.get("eval_steps"):
+        # Transformers then evaluates every `logging_steps`; schedules and the best checkpoint may depend on it.
+        arguments = {**arguments, "eval_steps": arguments.get("logging_steps", _DEFAULTS["logging_steps"])}
     max_steps = arguments.get("max_steps", -1)
     if isinstance(max_steps, int) and max_steps > 0:
         ignored.append("num_train_epochs")

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -164,7 +165,7 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
             else (len(related), len(detected.shared & related), len(detected.exclusive[language]))
         )
         table.add_row(
-            language + (" *" if language in enhanced else ""),
+            escape(language) + (" *" if language in enhanced else ""),
             *map(str, counts),
             f"{before['perplexity']:.2f}",
             f"{after['perplexity']:.2f}",

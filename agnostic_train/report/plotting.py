@@ -5,6 +5,7 @@ The files are PNG, and SVG whose text stays text, for which the browser supplies
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ from agnostic_train.report.fonts import font_families
 
 _MARKERS = "osv^DXP*hp"
 _LINES = ("-", "--", ":", "-.")
+_INCHES_PER_SERIES = 0.25
 ENDINGS = (".png", ".svg")
 """The formats in which each figure is written."""
 
@@ -47,8 +49,17 @@ def make_grid(rows: int = 1, width: float = 8, height: float = 4, **settings) ->
 
 
 def line_style(index: int) -> dict:
-    """Marks and lines that differ in black and white, for up to 20 series."""
-    return {"color": "black", "marker": _MARKERS[index % len(_MARKERS)], "linestyle": _LINES[index % len(_LINES)]}
+    """Marks and lines that differ in black and white, for up to 40 series."""
+    line = _LINES[(index // len(_MARKERS) + index) % len(_LINES)]
+    return {"color": "black", "marker": _MARKERS[index % len(_MARKERS)], "linestyle": line}
+
+
+def name_series(axis: Axes, height: float) -> None:
+    """Draws the legend beside an axis of some inches, in as many columns as it needs; widens the figure for them."""
+    num_columns = ceil(len(axis.get_legend_handles_labels()[1]) / max(1, int(height / _INCHES_PER_SERIES)))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=max(1, num_columns))
+    figure = axis.get_figure(root=True)
+    figure.set_figwidth(max(figure.get_figwidth(), 8 + 2 * (num_columns - 1)))
 
 
 def width_of(num_columns: int, inches: float) -> float:

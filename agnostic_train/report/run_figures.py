@@ -10,7 +10,7 @@ from agnostic_train.detection.stability import jaccard
 from agnostic_train.model.decoder import PROJECTIONS
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
-from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, width_of
+from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, name_series, width_of
 
 
 def draw_neurons(detected: LanguageNeurons) -> Figure:
@@ -93,7 +93,7 @@ def draw_training(history: list[dict]) -> Figure:
         axis.plot(*zip(*points, strict=True), markersize=4, label=key[5:-5], **line_style(index + 1))
     axis.set_xlabel("step")
     axis.set_ylabel("loss, nats per token")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    name_series(axis, height=4)
     return figure
 
 

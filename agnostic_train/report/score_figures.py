@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, width_of
+from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, name_series, width_of
 from agnostic_train.scores.ablation import NOTHING
 from agnostic_train.scores.result import CONTROLS
 
@@ -77,7 +77,7 @@ def draw_emergence(rows: list[dict]) -> Figure:
     _plot_scores(axes[2], steps, rows)
     for axis, title in zip(axes, ("shared / related", "neurons", "language-agnostic score"), strict=True):
         axis.set_ylabel(title)
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        name_series(axis, height=3)
     if numeric:
         if min(steps) > 0:
             axes[2].set_xscale("log")

@@ -129,7 +129,7 @@ def _text_of(batches: Sequence[Batch]) -> str:
     """A fingerprint of everything that `perplexity` reads in a language's batches."""
     names = ("input_ids", "attention_mask", "num_bytes", "sentence_index")
     return fingerprint(
-        [[torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None] for batch in batches]
+        [{it: torch.as_tensor(batch[it]).tolist() for it in names if batch.get(it) is not None} for batch in batches]
     )
 
 

@@ -23,6 +23,8 @@ from agnostic_train.scores.result import (
     ScoreVariant,
 )
 
+_MAX_COUNTS = 2**25
+
 MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "perplexity": lambda change, before, size: change,
     "per_neuron": lambda change, before, size: change / size,
@@ -113,9 +115,17 @@ def _resampled(
     ablation: Ablation, contrasts: Sequence[Contrast], language: str, num_resamples: int, seed: int
 ) -> dict[str, dict[str, Tensor]]:
     """Importances by contrast and measure, (resamples,), all for the same draw of sentences."""
-    # With the draw, 160 MB for ten thousand sentences, freed before the next language's are drawn.
-    counts = resample_counts(len(ablation.measured[NOTHING][language].sentence_nats), num_resamples, seed)
-    return {it.name: _importances(ablation, it, language, counts) for it in contrasts}
+    num_sentences = len(ablation.measured[NOTHING][language].sentence_nats)
+    # In chunks, because each resample has a count for every sentence; with the draw, a chunk takes at most 0.5 GB.
+    at_once = max(1, min(num_resamples, _MAX_COUNTS // num_sentences))
+    chunks = []
+    for start in range(0, num_resamples, at_once):
+        counts = resample_counts(num_sentences, min(at_once, num_resamples - start), seed + start)
+        chunks.append({it.name: _importances(ablation, it, language, counts) for it in contrasts})
+    return {
+        it.name: {measure: torch.cat([chunk[it.name][measure] for chunk in chunks]) for measure in MEASURES}
+        for it in contrasts
+    }
 
 
 def _row(ablation: Ablation, contrast: Contrast, language: str) -> LanguageScore:

@@ -37,9 +37,9 @@ class Checkpoint:
             return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
         # A name may contain other numbers too: stage1-step596057-tokens2500B.
-        numbers = re.findall(r"step[-_]?(\d+)", name)
+        numbers = re.findall(r"step[-_=]?(\d+)(?![a-zA-Z\d])", name)
         if not numbers and not re.fullmatch(r"(?=.*[a-f])[0-9a-f]{7,40}", name):
-            numbers = re.findall(r"(?<![\d.])\d+(?![a-zA-Z\d.])", name)
+            numbers = re.findall(r"(?<![\d.])(?<!e-)\d+(?![a-zA-Z\d.])", name)
         return cls(os.path.expanduser(entry), int(numbers[-1]) if numbers else None)
 
     @property

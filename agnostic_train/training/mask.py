@@ -105,11 +105,12 @@ class GradientMask:
         }
         self._guarded.append((optimizer, [group["weight_decay"] for group in optimizer.param_groups]))
         self._take_decay_out(optimizer)
+        self._clean_state(optimizer)
         self._handles += [
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer, decays)),
             # A loaded state restores the optimizer's own decay, and its momentum may belong to other neurons.
             optimizer.register_load_state_dict_post_hook(self._take_decay_out),
-            optimizer.register_load_state_dict_post_hook(self._clean_loaded_state),
+            optimizer.register_load_state_dict_post_hook(self._clean_state),
         ]
 
     @staticmethod
@@ -117,7 +118,7 @@ class GradientMask:
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
 
-    def _clean_loaded_state(self, optimizer: Optimizer) -> None:
+    def _clean_state(self, optimizer: Optimizer) -> None:
         for masked in self.parameters:
             for value in optimizer.state.get(masked.parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == masked.parameter.shape:

@@ -534,6 +534,19 @@ MISTAKES = [
     (["--training.optim=lomo"], "training.optim: lomo"),
     (["--training.lr_scheduler_type=cosine_with_min_lr"], "training.lr_scheduler_type: cosine_with_min_lr"),
     (["--training.dataloader_num_workers=-1"], "training.dataloader_num_workers"),
+    (["--training.torch_compile_backend=foo"], "training.torch_compile_backend"),
+    (["--training.torch_compile_mode=foo"], "training.torch_compile_mode"),
+    (["--training.dataloader_multiprocessing_context=zzz", "--training.dataloader_num_workers=1"], "dataloader_*"),
+    (["--training.log_level=foo"], "training.log_level: 'foo' isn't one of"),
+    (["--training.neftune_noise_alpha=-1"], "training.neftune_noise_alpha: must be at least 0"),
+    (["--training.weight_decay=-1"], "training.weight_decay: must be at least 0"),
+    (["--training.label_smoothing_factor=5"], "training.label_smoothing_factor: must be at most 1"),
+    (["--training.per_device_eval_batch_size=0"], "training.per_device_eval_batch_size: must be above 0"),
+    (["--training.eval_accumulation_steps=0"], "training.eval_accumulation_steps: must be above 0"),
+    (
+        ["--training.gradient_checkpointing=true", "--training.gradient_checkpointing_kwargs={x: 1}"],
+        "training.gradient_checkpointing_kwargs",
+    ),
     (["--training.fsdp=full_shard"], "training.fsdp: needs several processes"),
     (["--training.strategy=auto"], "training.high"),
     (["--training.optim=adamx"], "training.optim: adamx is not a valid OptimizerNames"),
@@ -716,6 +729,22 @@ def test_refused_command_keeps_finished_work(finished, capsys):
             assert_mistake(finished, command, [flag], words, capsys)
     assert run(finished, "run") == 0
     assert capsys.readouterr().out.count("unchanged, kept") == len(RUN)
+
+
+def test_damaged_record_of_published_files_is_named(finished, capsys):
+    (finished / "results").mkdir()
+    flag = [f"--tracking.results_dir={finished / 'results'}"]
+    for content in ("[]", "{"):
+        (finished / "results/.published.json").write_text(content)
+        assert_mistake(finished, "score", flag, "results/.published.json: not", capsys)
+
+
+def test_sentences_of_a_single_token_are_reported(root, capsys):
+    for language, line in (("sw", "a"), ("en", "one more sentence")):
+        with (root / f"text/{language}.train.txt").open("a") as file:
+            file.write(f"\n{line}")
+    assert run(root, "detect", "--corpus.add_bos=false", "--corpus.detection_sentences=201") == 0
+    assert "detect: 1 sentence of sw of a single token, in which no q or k neuron has an" in capsys.readouterr().out
 
 
 def test_strategy_without_neurons_keeps_the_finished_training(root, capsys):

@@ -18,6 +18,7 @@ from agnostic_train.pipeline.stages import evaluate as evaluate_stage
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import own_types
 from agnostic_train.report import page
+from agnostic_train.training.trainer import NeuronTrainer
 
 ALL = {*STAGES}
 CHANGES = [
@@ -310,6 +311,31 @@ def test_weights_of_the_best_step_are_not_saved_as_the_last(root):
     assert state["global_step"] == 6 and state["best_global_step"] == 2
     adapter, best = (root / f"out/{it}/adapter_model.safetensors" for it in ("adapter", "checkpoint-2"))
     assert adapter.read_bytes() == best.read_bytes()
+
+
+def test_interrupted_training_that_replaces_another_resumes_from_its_own_checkpoints(root, monkeypatch, capsys):
+    assert run(root, "train", "--training.max_steps=3") == 0
+    original, steps = NeuronTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(NeuronTrainer, "training_step", interrupted)
+    assert run(root, "train", "--training.learning_rate=2e-2") == 130 and steps == [0, 1, 2, 3, 4]
+    capsys.readouterr()
+    assert run(root, "train", "--training.learning_rate=2e-2") == 0 and steps[5:] == [3, 4, 5]
+    assert "resumed from checkpoint-3" in capsys.readouterr().out
+
+
+def test_logging_counts_only_if_it_says_when_to_evaluate(unchanged):
+    folder, _ = unchanged
+    steps = {"training.eval_strategy": "steps"}
+    for more, same in (({}, False), ({"training.eval_steps": "2"}, True)):
+        one, other = (inputs(folder, steps | more | {"training.logging_steps": it})["train"] for it in ("1", "3"))
+        assert (one == other) == same
 
 
 def test_result_of_an_interrupted_stage_is_removed_with_what_it_came_from(root, monkeypatch, capsys):

@@ -81,3 +81,10 @@ def test_unset_variable_in_the_output_folder_is_refused(root, monkeypatch, capsy
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     assert run(root, "detect", f"--output_dir={root}/runs/$WANDB_RUN_ID") == 2
     assert "output_dir: $WANDB_RUN_ID isn't set in the environment" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    for empty in ('""', "$WANDB_RUN_ID"):
+        assert run(root, "detect", f"--output_dir={empty}") == 2
+        assert "is empty; name a folder" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_RUN_ID", "a$b")
+    assert run(root, "detect", f"--output_dir={root}/runs/${{WANDB_RUN_ID}}") == 2
+    assert "runs/a$b' has a $, which stands for the name of a variable" in capsys.readouterr().err

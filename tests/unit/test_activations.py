@@ -126,6 +126,9 @@ def test_matched_sets_are_outside_the_set_and_near_in_activation(llama, monkeypa
     }
     draws = [neurons.random_like(seed, llama, activations) for seed in range(40)]
     assert draws[0] == neurons.random_like(0, llama, activations) and any(it != draws[0] for it in draws)
+    for others in ({}, {site: values[:-1] for site, values in activations.items()}):
+        with pytest.raises(UserError, match="activations: not those of layer 0"):
+            neurons.random_like(0, llama, others)
     for drawn in draws:
         assert {site: len(it) for site, it in drawn.items()} == {site: len(it) for site, it in neurons.items()}
         # Hidden units move as units: units that projections share stay shared, and none is in the original set.

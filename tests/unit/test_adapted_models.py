@@ -230,5 +230,9 @@ def test_shared_and_wrapped_modules_are_refused():
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(UserError, match="layers 0 and 1 share their gate projection"):
         neuron_impacts(model, BATCH)
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UserError, match="layers 0 and 1 share their up projection"):
+        neuron_impacts(model, BATCH)
     with pytest.raises(UserError, match=r"it is inside a DataParallel; pass the model inside \(model.module\)"):
         neuron_impacts(torch.nn.DataParallel(tiny_llama()), BATCH)

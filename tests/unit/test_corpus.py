@@ -228,6 +228,11 @@ def test_tokenizer_without_a_pad_token_pads_with_masked_eos(tokenizer):
     batch = encoder.collate([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 7, 2]}])
     assert batch["input_ids"][0].tolist() == [5, 2, 2, 2] and batch["attention_mask"][0].tolist() == [1, 1, 0, 0]
     assert batch["labels"][0].tolist() == [5, 2, -100, -100] and torch.equal(batch["labels"][1], batch["input_ids"][1])
+    # A pad token that was added without resizing the model.
+    bare.add_special_tokens({"pad_token": "[PAD]"})
+    for size, expected in ((bare.pad_token_id, 2), (2, 0)):
+        assert Encoder.of(bare, section(), config(vocab_size=size)).pad_id == expected
+    bare.pad_token = None
     bare.eos_token = None
     with pytest.raises(UserError, match="neither a pad nor an end-of-sequence token"):
         Encoder.of(bare, section(), config())
@@ -704,6 +709,21 @@ def test_token_ids_from_the_vocabulary_size_on_are_refused(tokenizer):
 def test_sentences_are_split_at_end_marks():
     text = "One. Two! Three? Four… 五。六！七？八"
     assert list(split_documents([text], True)) == ["One.", "Two!", "Three?", "Four…", "五。", "六！", "七？", "八"]
+    # Closing quotes and brackets end a sentence; marks alone are none.
+    chinese = "他说：“好！！”然后走了。真的？！是。（对。）好。……”"
+    expected = ["他说：“好！！”", "然后走了。", "真的？！", "是。", "（对。）", "好。……”"]
+    assert list(split_documents([chinese, "... !", "？！\n“”"], True)) == expected
+    assert list(split_documents(["... !", chinese], False)) == ["... !", chinese]
+
+
+def test_sentences_that_documents_share_are_left_out(tmp_path, caplog):
+    parts = {"train": "One a. Thank you. Two.", "valid": "Three. Thank you. Bye.", "test": "Four. Bye."}
+    for split, line in parts.items():
+        (tmp_path / f"en.{split}.txt").write_text(line)
+    text = load_corpus(section(split_sentences=True, detection_sentences=1), tmp_path).texts["en"]
+    assert sorted([*text.detection, *text.training]) == ["One a.", "Two."]
+    assert (text.validation, text.test) == (["Three.", "Thank you."], ["Four.", "Bye."])
+    assert "train text of en: 1 sentences are left out" in caplog.text
 
 
 def test_validation_sentence_in_the_test_text_is_refused(tmp_path):

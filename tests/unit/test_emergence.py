@@ -18,7 +18,10 @@ from agnostic_train.scores.result import AgnosticScore, Controls, LanguageScore
         ("global_step_7-v2", "global_step_7-v2", 7),
         ("runs/checkpoint-500", "runs/checkpoint-500", 500),
         ("iter0001000_early", "iter0001000_early", 1000),
-        # Commits, versions and sizes aren't steps.
+        ("epoch=3-step=500.ckpt", "epoch=3-step=500.ckpt", 500),
+        # Commits, versions, sizes and rates aren't steps.
+        ("step1k", "step1k", None),
+        ("lr1e-4", "lr1e-4", None),
         ("9fceb02d0ae598e95dc970b74767f19372d61af8", "9fceb02d0ae598e95dc970b74767f19372d61af8", None),
         ("9fceb02", "9fceb02", None),
         ("v1.0", "v1.0", None),

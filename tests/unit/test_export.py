@@ -108,6 +108,16 @@ def test_half_precision_export_is_checked_in_its_precision(tmp_path):
     assert torch.equal(loaded.state_dict()[name], base.state_dict()[name])
 
 
+def test_frozen_weights_beyond_the_range_of_the_dtype_are_refused(tmp_path):
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[3, 4] = 1e6
+    with pytest.raises(UserError, match=r"embed_tokens.weight: weights beyond the range of float16; .* export.dtype"):
+        export_checkpoint(trained(base), tmp_path / "out", base=base, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    assert export_checkpoint(trained(base), tmp_path / "out", base=base, dtype="bfloat16").status == "identical"
+
+
 def test_tied_embeddings_are_written_once_in_another_dtype(tmp_path):
     export_checkpoint(trained(tiny_llama(tie_word_embeddings=True)), tmp_path / "out", dtype="bfloat16")
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as tensors:

@@ -6,13 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from agnostic_train.percent import percent
 from agnostic_train.report.comparison_figures import draw_rates, draw_trade
 from agnostic_train.report.fonts import font_families
-from agnostic_train.report.plotting import write_figures
-from agnostic_train.report.run_figures import draw_change
+from agnostic_train.report.plotting import line_style, write_figures
+from agnostic_train.report.run_figures import draw_change, draw_training
 from agnostic_train.report.score_figures import draw_emergence, draw_score
 from agnostic_train.scores.result import CONTROLS
 
@@ -139,6 +140,27 @@ def test_controls_with_clipped_changes_do_not_set_the_scale():
     axis = draw_emergence(rows).axes[2]
     assert 1.5 < axis.get_ylim()[1] < 2
     assert "(2 of 4 beyond the scale)" in " ".join(it.get_text() for it in axis.get_legend().get_texts())
+
+
+def test_legends_of_many_languages_fit_beside_their_axes():
+    languages = [f"lang{number}" for number in range(40)]
+    rows = [
+        {
+            "step": step, "checkpoint": str(step), "interval": [0.1, 0.2], "score": 0.15, "shared": 1, "clipped": [],
+            "related": dict.fromkeys(languages, 4), "exclusive": dict.fromkeys(languages, 3),
+            "shared_ratio": dict.fromkeys(languages, 0.25), "controls": {},
+        }
+        for step in (1, 10)
+    ]  # fmt: skip
+    losses = {f"eval_{language}_loss": 5.0 for language in languages}
+    for figure in (draw_emergence(rows), draw_training([{"step": 1, "loss": 6.0}, {"step": 1, **losses}])):
+        FigureCanvasAgg(figure).draw()
+        width, height = figure.canvas.get_width_height()
+        boxes = [axis.get_legend().get_window_extent() for axis in figure.axes]
+        assert all(box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+        assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+        assert all(axis.get_window_extent().width > 200 for axis in figure.axes)
+    assert len({tuple(line_style(index).values()) for index in range(40)}) == 40
 
 
 @pytest.mark.parametrize(

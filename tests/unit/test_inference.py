@@ -1,6 +1,6 @@
 """Measuring leaves the model and torch's global settings unchanged."""
 
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -177,3 +177,24 @@ def test_threads_that_measure_leave_everything_as_found():
     after = state()
     torch.set_float32_matmul_precision("highest")
     assert after == before and all(model.training for model in models)
+
+
+def test_threads_that_measure_the_same_model_leave_it_in_training():
+    model, started, first_is_in = tiny_llama().train(), Event(), Event()
+
+    def batches():
+        first_is_in.set()
+        started.wait(10)
+        yield padded_batch([9, 5])
+
+    def second():
+        started.set()
+        perplexity(model, [padded_batch([9, 5])])
+
+    threads = [Thread(target=perplexity, args=(model, batches())), Thread(target=second)]
+    threads[0].start()
+    first_is_in.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert model.training

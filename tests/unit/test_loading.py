@@ -61,6 +61,24 @@ def test_weights_that_do_not_fit_are_reported_in_one_line(tmp_path, capfd, caplo
     assert "LOAD REPORT" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", '{"model_type": "llama", "num_hidden_layers": "two"}'),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("pytorch_model.bin", "version https://git-lfs.github.com/spec/v1"),
+        ("pytorch_model.bin", ""),
+    ],
+)
+def test_damaged_files_are_reported_in_one_line(tmp_path, file, content):
+    tiny_llama().save_pretrained(tmp_path)
+    if file == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"model.name: can't load .* of {tmp_path}"):
+        load_model(ModelSection(name=str(tmp_path)), tmp_path)
+
+
 def test_code_that_comes_with_a_model_is_refused_by_its_key(tmp_path):
     config = {
         "model_type": "unheard_of",

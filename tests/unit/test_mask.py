@@ -104,7 +104,8 @@ def test_clipping_by_a_nan_norm_does_not_reach_frozen_entries(tmp_path):
         assert value[mask].isnan().all()
 
 
-def test_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries():
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_momentum_and_decay_of_a_used_optimizer_do_not_move_frozen_entries(is_loaded):
     model, other = tiny_llama(), tiny_llama()
     weight, other_weight = (it.model.layers[0].self_attn.q_proj.weight for it in (model, other))
     full = torch.optim.AdamW([other_weight], lr=1e-2, weight_decay=0.5)
@@ -112,8 +113,12 @@ def test_momentum_and_decay_of_a_loaded_optimizer_do_not_move_frozen_entries():
     full.step()
     before = weight.detach().clone()
     optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.5)
-    GradientMask(model, NeuronSet({(0, "q"): [2]})).guard(optimizer)
+    mask = GradientMask(model, NeuronSet({(0, "q"): [2]}))
+    if is_loaded:
+        mask.guard(optimizer)
     optimizer.load_state_dict(full.state_dict())
+    if not is_loaded:
+        mask.guard(optimizer)
     for _ in range(3):
         (weight**2).sum().backward()
         optimizer.step()

@@ -263,6 +263,17 @@ def test_error_names_the_set_whose_deactivation_breaks_the_model(llama, monkeypa
         language_agnostic_score(llama, neurons, corpora)
 
 
+def test_many_sentences_are_resampled_in_chunks(llama, monkeypatch):
+    """Each resample is a draw of its own, and there are as many of them."""
+    neurons, corpora = language_neurons(), {name: [padded_batch([9, 12, 7, 3])] for name in "abc"}
+    counts, original = [], agnostic_score.resample_counts
+    monkeypatch.setattr(agnostic_score, "_MAX_COUNTS", 4 * 16)
+    monkeypatch.setattr(agnostic_score, "resample_counts", lambda *args: counts.append(original(*args)) or counts[-1])
+    score = language_agnostic_score(llama, neurons, corpora, num_resamples=40, control_seeds=[])
+    assert [len(it) for it in counts] == [16, 16, 8] * 3 and not torch.equal(counts[0], counts[1])
+    assert all(row.interval[0] <= row.importance <= row.interval[1] for row in score.table if not row.clipped)
+
+
 def test_variants_and_intervals_equal_brute_force(llama):
     """A resample is a list of sentences: the score is recomputed for each from sums over its sentences."""
     neurons, corpora = (

@@ -103,7 +103,7 @@ def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> t
     total, most = num_trainings(len(strategies), len(rates), len(section.seeds))
     in_all = f"at most {most}" if most > total else str(total)
     hidden = not context.processes.is_local_main_process
-    with tqdm(total=total, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
+    with tqdm(total=most, desc="compare", unit=" trainings", disable=hidden, leave=False) as bar:
 
         def run(trial: Trial) -> TrialResult:
             bar.set_postfix_str(str(trial))

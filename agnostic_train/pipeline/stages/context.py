@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from agnostic_train.errors import UserError
 from agnostic_train.files import read_json, whole_file, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
@@ -72,7 +73,9 @@ class Context:
             return
         folder, own = Path(self.recipe.tracking.results_dir), str(self.directory.resolve())
         record = folder / _PUBLISHED
-        owners: dict[str, str] = read_json(record) if record.exists() else {}
+        owners: dict[str, str] = read_json(record, "delete it") if record.exists() else {}
+        if not isinstance(owners, dict):
+            raise UserError(f"{record}: not a record of this package; delete it")
         results: dict[str, Table | Path | None] = {f"{name}.csv": table for name, table in tables.items()}
         results |= files or {}
         try:

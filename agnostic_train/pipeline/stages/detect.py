@@ -23,7 +23,13 @@ _FEW_RATIO = 0.05
 def check_model(context: Context) -> None:
     """Raises `UserError` for a model that isn't supported or can't read its tokenizer's tokens."""
     find_decoder(context.materials.model)
-    context.materials.batches("detection")
+    for language, batches in context.materials.batches("detection").items():
+        num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in batches)
+        if num_single and context.recipe.detection.method == "impact":
+            context.say(
+                f"detect: {num_single} sentence{'s' * (num_single > 1)} of {language} of a single token, in which no q "
+                "or k neuron has an impact: related ones need a detection.consistency below 1, or longer sentences"
+            )
 
 
 def detect(context: Context) -> dict:
