@@ -40,6 +40,8 @@ _WITHOUT_EFFECT_ON_THE_END = ("save_", "eval_", "per_device_eval_batch_size")
 _WHEN_TO_SAVE = ("save_steps", "save_strategy")
 """Keys with an effect only if the best checkpoint is chosen at the end."""
 _DEFAULTS = {it.name: it.default for it in fields(NeuronTrainingArguments)}
+_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Keys that may name a file."""
 _FROM_ELSEWHERE = ("bf16", "fp16", "use_cpu")
 """Keys whose default depends on the launcher or the machine."""
 
@@ -181,7 +183,10 @@ class StageInputs:
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
         identities = [[it.step, it.name, checkpoint_identity(self._recipe.model, it.source)] for it in checkpoints]
+        # Keys that leave the model's own sets as they are may change those of its checkpoints.
+        detection = {"detection": self.of("detect")["detection"]} if checkpoints else {}
         return {
+            **detection,
             "score": self._recipe.to_dict()["score"],
             "model.checkpoints": identities,
             **self._text("detection", "validation"),
@@ -285,7 +290,7 @@ def learning_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     if isinstance(max_steps, int) and max_steps > 0:
         ignored.append("num_train_epochs")
     return {
-        key: hash_file(it) if isinstance(it, str) and os.path.isfile(it) else it
+        key: hash_file(it) if key in _FILES and isinstance(it, str) and os.path.isfile(it) else it
         for key, it in arguments.items()
         if not key.startswith(tuple(ignored)) and (key in _FROM_ELSEWHERE or it != _DEFAULTS.get(key))
     }

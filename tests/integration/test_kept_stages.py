@@ -119,6 +119,7 @@ def test_config_file_of_an_engine_counts_by_its_content(tmp_path):
     before = learning_arguments(keys)
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
     assert learning_arguments(keys) != before
+    assert learning_arguments({"optim": str(tmp_path / "zero.json")})["optim"].endswith("zero.json")
     written_out = {"deepspeed": '{"a": 1}' * 100}  # longer than a file name can be
     assert learning_arguments(written_out) == written_out
 
@@ -328,6 +329,13 @@ def test_interrupted_training_that_replaces_another_resumes_from_its_own_checkpo
     capsys.readouterr()
     assert run(root, "train", "--training.learning_rate=2e-2") == 0 and steps[5:] == [3, 4, 5]
     assert "resumed from checkpoint-3" in capsys.readouterr().out
+
+
+def test_detection_counts_for_the_score_of_checkpoints(unchanged):
+    folder, _ = unchanged
+    flags = {"model.checkpoints": f"7={folder / 'model'}"}
+    before, after = (inputs(folder, flags | {"detection.consistency": it})["score"] for it in ("0.9", "0.8"))
+    assert before != after
 
 
 def test_logging_counts_only_if_it_says_when_to_evaluate(unchanged):
