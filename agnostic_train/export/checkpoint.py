@@ -69,9 +69,9 @@ def export_checkpoint(
     Returns: the result of the comparison with the base; its `status` is `identical`, `changed` or `unverified`.
 
     Raises:
-        UserError: the target or dtype is unknown, the directory contains anything but an export, the base has other
-            shapes, quantised weights would be merged, weights are offloaded, trained ones aren't finite in `dtype`, or
-            an adapter would lack resized embeddings.
+        UserError: the target or dtype is unknown, the directory contains anything but an export or the model's own
+            base, the base has other shapes, quantised weights would be merged, weights are offloaded, some aren't
+            finite in `dtype`, or an adapter would lack resized embeddings.
         TypeError: `model` is neither a model nor a path, or `tokenizer` is a name instead of a tokenizer.
     """
     check_choice("export.to", to, ExportTarget)
@@ -82,6 +82,12 @@ def export_checkpoint(
     dtype = _dtype(dtype)
     check_replaceable(directory, is_exported)
     trained = Trained.of(model, base, neurons)
+    for name in (trained.base_name, getattr(trained.model, "name_or_path", None)):
+        if name and Path(name).resolve() == Path(directory).resolve():
+            raise UserError(
+                f"directory: {directory} holds the model that the training started from, which would be lost; export "
+                "to another folder"
+            )
     if to == "merged" and trained.is_quantised:
         raise UserError(
             "export.to: 'merged' can't add float32 rows to quantised weights; export the adapter's folder with the "

@@ -240,12 +240,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             inside a wrapper for data parallelism, or it has a prompt or prefix adapter.
         TypeError: `model` isn't a model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a model, such as AutoModelForCausalLM.from_pretrained gives, got {type(model).__name__}"
-        )
-    if not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
-        raise UserError(f"model: it is inside a {type(model).__name__}; pass the model inside (model.module)")
+    check_model(model)
     # Not `active_peft_config`, which raises for a deleted adapter.
     configs, active = getattr(model, "peft_config", None) or {}, getattr(model, "active_adapter", None)
     if isinstance(active, str) and getattr(configs.get(active), "is_prompt_learning", False):
@@ -268,6 +263,28 @@ def find_decoder(model: nn.Module) -> Decoder:
                         "no neurons of its own; it isn't supported"
                     )
     return Decoder(backbone, layers)
+
+
+def check_model(model: nn.Module) -> None:
+    """Checks that an argument is a model, not its name, a part of one or a wrapper around one.
+
+    Raises:
+        UserError: the model is inside a wrapper for data parallelism.
+        TypeError: `model` isn't a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a model, such as AutoModelForCausalLM.from_pretrained gives, got {type(model).__name__}"
+        )
+    if not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
+        raise UserError(f"model: it is inside a {type(model).__name__}; pass the model inside (model.module)")
+
+
+def check_predicts_tokens(model: nn.Module) -> None:
+    """Checks a model as `check_model` does, and raises `UserError` if it predicts classes or nothing, not tokens."""
+    check_model(model)
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+        raise UserError(f"model: a {type(model).__name__} doesn't predict tokens; load it as AutoModelForCausalLM")
 
 
 def check_projections(names: Iterable[str] | None, model: nn.Module) -> tuple[str, ...]:

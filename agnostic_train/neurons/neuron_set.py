@@ -1,6 +1,7 @@
 """A set of neurons (rows and columns of projections), its files, and random sets of the same sizes."""
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from numbers import Integral
@@ -192,7 +193,7 @@ class NeuronSet:
             UserError: the set or the activations can't belong to the model.
         """
         self.check(model)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(operator.index(seed))
         drawn: dict[Site, Tensor] = {}
         for layer in find_decoder(model).layers:
             members = {name: self[(layer.index, name)] for name in PROJECTIONS}

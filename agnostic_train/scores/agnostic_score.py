@@ -63,12 +63,14 @@ def language_agnostic_score(
             other weights, text or neurons aren't reused.
 
     Raises:
-        ValueError: a language without a corpus.
+        ValueError: a language without a corpus, or `num_resamples` below 0.
         TypeError: `neurons` isn't a `LanguageNeurons`, or `corpora` doesn't map languages to batches.
         UserError: the neurons belong to another model.
         NonFiniteLossError: with some set switched off, the loss isn't finite; a `UserError`.
     """
     check_corpora(corpora)
+    if num_resamples < 0:
+        raise ValueError(f"num_resamples must be at least 0, not {num_resamples}")
     if not isinstance(neurons, LanguageNeurons):
         raise TypeError(f"neurons: give the LanguageNeurons of a detection, not a {type(neurons).__name__}")
     missing = [language for language in neurons.languages if language not in corpora]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import whole_file
+from agnostic_train.model.decoder import check_predicts_tokens
 from agnostic_train.model.inference import Batch, left_as_found, model_inputs
 from agnostic_train.processes import gather_in_order, own_share
 
@@ -81,13 +82,14 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, name: str = "text"
         name: the text's name in error messages.
 
     Raises:
-        UserError: there is no token to score.
+        UserError: there is no token to score, or the model doesn't predict tokens.
         NonFiniteLossError: the loss isn't finite.
         ValueError: a batch of wrong shapes or tokens, or without exactly one number per sentence.
-        TypeError: `batches` is a single batch, or batches by language.
+        TypeError: `model` isn't a model; `batches` is a single batch, or batches by language.
     """
     if isinstance(batches, Mapping):
         raise TypeError("batches: got a mapping; expected the batches of one text, such as a list")
+    check_predicts_tokens(model)
     with left_as_found(model):
         parts = gather_in_order(_on_cpu([_score_batch(model, batch) for batch in own_share(batches)]))
     nats, tokens = (

@@ -1,6 +1,7 @@
 """Detection inside a Trainer: the neurons and score of a model during training, on the training device."""
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -43,8 +44,9 @@ class DetectionCallback(TrainerCallback):
         choice: what a `NeuronTrainer` trains.
 
     Raises:
-        ValueError: `every_n_steps` is below 1, or `score_corpora` lacks a language.
-        TypeError: `corpora` aren't batches by language, or `detect_neurons` doesn't accept a keyword.
+        ValueError: `every_n_steps` is below 1 or no whole number, or `score_corpora` lacks a language.
+        TypeError: `corpora` aren't batches by language, `control_seeds` aren't whole numbers, or `detect_neurons`
+            doesn't accept a keyword.
         UserError: the strategy is unknown or names a language that `corpora` lacks.
     """
 
@@ -58,8 +60,8 @@ class DetectionCallback(TrainerCallback):
         control_seeds: Sequence[int] = (),
         **detect_keywords,
     ):
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        if every_n_steps is not None and (every_n_steps < 1 or every_n_steps != int(every_n_steps)):
+            raise ValueError(f"every_n_steps must be a whole number of at least 1, not {every_n_steps}")
         unknown = detect_keywords.keys() - (inspect.signature(detect_neurons).parameters.keys() - {"model", "corpora"})
         if unknown:
             raise TypeError(f"detect_neurons has no option {sorted(unknown)[0]!r}")
@@ -76,7 +78,7 @@ class DetectionCallback(TrainerCallback):
         if self.strategy.name != "full":
             self.strategy.check_languages(self.corpora)
         self.every_n_steps = every_n_steps
-        self.control_seeds = control_seeds
+        self.control_seeds = [operator.index(seed) for seed in control_seeds]
         self.detect_keywords = detect_keywords
         self.neurons: LanguageNeurons | None = None
         self.score: AgnosticScore | None = None

@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from agnostic_train.choices import Update, check_choice
 from agnostic_train.errors import UserError
-from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.decoder import check_predicts_tokens, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.chosen import check_not_compiled, chosen_entries
@@ -274,6 +274,7 @@ class NeuronTrainer(GuardedTrainer):
             self.neurons = trained
         elif neurons is not None:
             chosen_entries(model, neurons)  # refuses other models' neurons, and compiled and offloaded models
+            check_predicts_tokens(model)
             if self.update == "compact":
                 model = get_peft_model(model, NeuronConfig(task_type=TaskType.CAUSAL_LM, neurons=neurons))
         return model

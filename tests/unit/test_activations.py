@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
@@ -126,6 +127,7 @@ def test_matched_sets_are_outside_the_set_and_near_in_activation(llama, monkeypa
     }
     draws = [neurons.random_like(seed, llama, activations) for seed in range(40)]
     assert draws[0] == neurons.random_like(0, llama, activations) and any(it != draws[0] for it in draws)
+    assert neurons.random_like(np.int64(3), llama) == neurons.random_like(3, llama)
     for others in ({}, {site: values[:-1] for site, values in activations.items()}):
         with pytest.raises(UserError, match="activations: not those of layer 0"):
             neurons.random_like(0, llama, others)

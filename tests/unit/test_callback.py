@@ -294,3 +294,12 @@ def test_detection_during_a_sharded_training_is_refused_at_its_start(tmp_path):
     trainer.is_fsdp_enabled = True
     with pytest.raises(UserError, match="every_n_steps: detection needs whole weights"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [({"every_n_steps": 2.5}, ValueError), ({"control_seeds": 5}, TypeError), ({"control_seeds": [0.5]}, TypeError)],
+)
+def test_mistakes_show_before_the_detection(options, error):
+    with pytest.raises(error):
+        DetectionCallback(corpora(), **options)

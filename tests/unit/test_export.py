@@ -108,6 +108,20 @@ def test_half_precision_export_is_checked_in_its_precision(tmp_path):
     assert torch.equal(loaded.state_dict()[name], base.state_dict()[name])
 
 
+@pytest.mark.parametrize("to", ["merged", "lora", "delta"])
+def test_export_into_the_folder_of_its_base_is_refused(tmp_path, to):
+    """The base may itself be an export, which is the only copy of an earlier training."""
+    export_checkpoint(trained(tiny_llama()), tmp_path / "first", base=tiny_llama())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    wrapped = get_peft_model(model, NeuronConfig(neurons=CHOSEN, task_type="CAUSAL_LM"))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    CHOSEN.save(tmp_path / "adapter/neurons.safetensors")
+    for given in (wrapped, tmp_path / "adapter"):
+        with pytest.raises(UserError, match="first holds the model that the training started from"):
+            export_checkpoint(given, tmp_path / "first", to=to)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+
+
 def test_frozen_weights_beyond_the_range_of_the_dtype_are_refused(tmp_path):
     base = tiny_llama()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from conftest import padded_batch, tiny_llama
+from transformers import LlamaForSequenceClassification
 
 from agnostic_train.detection.lape import firing_rates
 from agnostic_train.errors import UserError
@@ -261,6 +262,18 @@ def test_error_names_the_set_whose_deactivation_breaks_the_model(llama, monkeypa
     corpora = {name: [padded_batch([9, 12])] for name in "abc"}
     with pytest.raises(NonFiniteLossError, match="model.dtype: with the shared neurons off, the loss of 'a' is NaN"):
         language_agnostic_score(llama, neurons, corpora)
+
+
+def test_models_that_predict_no_tokens_are_refused(llama):
+    batch = padded_batch([9, 5])
+    for model, error, words in (
+        ("my/model", TypeError, "expected a model, such as AutoModelForCausalLM.from_pretrained gives, got str"),
+        (llama.model, UserError, "a LlamaModel doesn't predict tokens; load it as AutoModelForCausalLM"),
+        (LlamaForSequenceClassification(llama.config), UserError, "doesn't predict tokens"),
+        (torch.nn.DataParallel(llama), UserError, "it is inside a DataParallel"),
+    ):
+        with pytest.raises(error, match=words):
+            perplexity(model, [batch])
 
 
 def test_many_sentences_are_resampled_in_chunks(llama, monkeypatch):

@@ -356,3 +356,8 @@ def test_frozen_delta_stays_frozen_when_moved():
     layer.neuron_delta["default"].requires_grad_(False)
     layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
     assert layer.neuron_delta["default"].is_meta and not layer.neuron_delta["default"].requires_grad
+
+
+def test_task_types_with_a_new_head_are_refused():
+    with pytest.raises(UserError, match="task_type: SEQ_CLS adds a head"):
+        NeuronConfig(neurons=NeuronSet({(0, "q"): [1]}), task_type="SEQ_CLS")

@@ -4,13 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, TaskType
 from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import Site
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
+
+_WITH_A_NEW_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 @dataclass
@@ -25,6 +27,9 @@ class NeuronConfig(PeftConfig):
             needed to load a saved adapter.
         rows, columns: number of chosen rows and columns of each module's weight, by module name; filled from `neurons`.
         Other arguments: as for `PeftConfig`.
+
+    Raises:
+        UserError: `task_type` is one for which PEFT trains a new head, too.
     """
 
     neurons: NeuronSet | Mapping[Site, Iterable[int] | Tensor] | str | Path | None = field(
@@ -45,6 +50,11 @@ class NeuronConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.NEURON
+        if self.task_type in _WITH_A_NEW_HEAD:
+            raise UserError(
+                f"task_type: {self.task_type} adds a head, which a neuron adapter would neither train nor save; use "
+                "CAUSAL_LM"
+            )
 
     def to_dict(self) -> dict:
         """Returns the content of `adapter_config.json`: all fields but `neurons`, which are saved with the weights."""
