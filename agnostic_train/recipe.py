@@ -36,7 +36,7 @@ def _distinct(value: list) -> list:
 
 
 def _filled_in(value: str) -> str:
-    for name in re.findall(r"\$(?:\w+|\{[^}]*\})", value):
+    for name in re.findall(r"\$(?:\w+|\{[^}]*\})", value, re.ASCII):
         if name.strip("${}") not in os.environ:
             raise ValueError(f"{name} isn't set in the environment")
     filled = os.path.expandvars(value)

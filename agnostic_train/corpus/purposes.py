@@ -58,7 +58,8 @@ def load_corpus(
         trained: the languages whose training text is streamed; all by default. Local text is always read whole.
 
     Raises:
-        UserError: a file is missing, empty or unreadable, has too few sentences, or shares a document with another.
+        UserError: a file is missing, empty or unreadable, has too few sentences, or shares one with another (all, with
+            `corpus.split_sentences`).
     """
     texts, hashes = {}, {}
     for language in section.languages:
@@ -89,21 +90,23 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
             raise UserError(f"{files['valid']}: one sentence can't be shared by validation and test")
         splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
     if section.split_sentences:
-        splits = _without_repetitions(language, splits)
+        splits = _without_repetitions(language, splits, folder)
     _check_disjoint(language, splits, folder)
     return _by_purpose(section, language, splits, folder), [file for file in files.values() if file is not None]
 
 
-def _without_repetitions(language: str, splits: dict[str, list[str]]) -> dict[str, list[str]]:
+def _without_repetitions(language: str, splits: dict[str, list[str]], folder: Path) -> dict[str, list[str]]:
     """Takes sentences out of train that are in valid or test, and out of valid those that are in test.
 
-    Documents that differ may have some in common, such as "Thank you."
+    Documents that differ may have some in common, such as "Thank you."; raises `UserError` if none are left of a split.
     """
     kept: dict[str, list[str]] = {}
     seen = set[str]()
     for split in ("test", "valid", "train"):
         kept[split] = [sentence for sentence in splits[split] if sentence not in seen]
         seen.update(splits[split])
+        if splits[split] and not kept[split]:
+            raise UserError(f"{folder}: valid or test text of {language!r} has every sentence of its {split} text")
         if num_repeated := len(splits[split]) - len(kept[split]):
             logger.warning_once(
                 f"{split} text of {language}: {num_repeated} sentences are left out, which valid or test text has too"

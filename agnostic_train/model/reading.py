@@ -51,10 +51,10 @@ def read(auto_class, name: str | Path, key: str, **settings):
         check_folder(name, key)
     try:
         return auto_class.from_pretrained(name, **settings)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # reading damaged or unknown files can raise anything
-        problem = shorten(str(error), 400)
+        problem = shorten(str(error) or type(error).__name__, 400)
         if not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
         if "trust_remote_code" in str(error):

@@ -53,7 +53,9 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
             )
     if arguments.gradient_checkpointing:
         with _refused("training.gradient_checkpointing_kwargs: torch.utils.checkpoint doesn't take them"):
+            # A Trainer itself reads the two that are left out.
             settings = {"use_reentrant": False} | (arguments.gradient_checkpointing_kwargs or {})
+            settings = {key: value for key, value in settings.items() if key not in ("every_n_layers", "offload")}
             torch.utils.checkpoint.checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings)
     schedule = _value(arguments.lr_scheduler_type)
     with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):

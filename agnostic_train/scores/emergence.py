@@ -39,7 +39,8 @@ class Checkpoint:
         # A name may contain other numbers too: stage1-step596057-tokens2500B.
         numbers = re.findall(r"step[-_=]?(\d+)(?![a-zA-Z\d])", name)
         if not numbers and not re.fullmatch(r"(?=.*[a-f])[0-9a-f]{7,40}", name):
-            numbers = re.findall(r"(?<![\d.])(?<!e-)\d+(?![a-zA-Z\d.])", name)
+            whole = r"(?<![\d.])(?<!\de-)\d+(?![a-zA-Z\d.])"
+            numbers = re.findall(rf"(?<![a-zA-Z]){whole}", name) or re.findall(whole, name)
         return cls(os.path.expanduser(entry), int(numbers[-1]) if numbers else None)
 
     @property

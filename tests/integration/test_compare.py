@@ -303,6 +303,7 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     stages = json.loads((root / "out/manifest.json").read_text())["stages"]
     assert stages["train"]["strategy"] == stages["pilot"]["strategy"] == ranking[0]["strategy"]
     page = (root / "out/report.html").read_text()
+    assert f"Strategy <b>{ranking[0]['strategy']}</b>" in page
     assert "<h2>Pilot</h2>" in page and f"<td>{ranking[0]['trainable']:,}</td>" in page
     with (root / "results/pilot.csv").open() as file:
         rows = list(csv.DictReader(file))

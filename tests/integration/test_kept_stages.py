@@ -135,9 +135,11 @@ def test_missing_file_is_printed_as_the_reason(root, capsys):
 def test_detecting_the_same_sets_again_keeps_the_training(root, capsys):
     assert run(root, "export") == 0
     capsys.readouterr()
+    assert run(root, "detect", "--detection.verify=false") == 0
+    assert "the existing result" not in capsys.readouterr().out
     assert run(root, "export", "--detection.stability=true") == 0
     printed = capsys.readouterr().out
-    assert "(changed: detection.stability, training text)" in printed
+    assert "(changed: detection.stability, detection.verify, training text)" in printed
     assert "train: unchanged, kept" in printed and "export: unchanged, kept" in printed
     assert run(root, "export", "--detection.top_ratio=0.3") == 0
     printed = capsys.readouterr().out

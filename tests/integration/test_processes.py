@@ -11,9 +11,11 @@ from safetensors import safe_open
 
 from agnostic_train.detection import counting
 from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.files import fingerprint, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores import ablation
+from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints
 from agnostic_train.scores.perplexity import perplexity
 
 
@@ -53,6 +55,11 @@ def resume_ablation(directory: Path):
     if dist.get_rank() == 1:
         Path.exists = lambda path: False
     ablation.perplexity = None  # nothing is left to measure
+    rows = [{"checkpoint": "a", "step": 1}]
+    file = directory / f"{fingerprint('key')[:16]}.json"
+    if dist.get_rank() == 0:
+        write_json(file, rows[0])
+    assert follow_checkpoints([Checkpoint("a", 1)], None, lambda it: "key", directory) == rows
     assert ablation.ablate(model, sets, corpora(), resume_dir=directory).to_json() == whole.to_json()
 
 

@@ -153,6 +153,8 @@ def test_counts_of_other_settings_or_batches_are_not_resumed(tmp_path):
     for batches, settings in (*changes, (four, {"top_ratio": 0.1}), (four, {"attention": "paper"})):
         resumed, expected = (detect(batches, it, **settings) for it in (tmp_path, None))
         assert resumed.related == expected.related and resumed.settings == expected.settings
+    detect(four, tmp_path / "unpruned", pruning=False)
+    assert detect(four, tmp_path / "unpruned").exact_share == detect(four, None).exact_share
 
 
 def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):

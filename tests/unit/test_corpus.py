@@ -724,6 +724,9 @@ def test_sentences_that_documents_share_are_left_out(tmp_path, caplog):
     assert sorted([*text.detection, *text.training]) == ["One a.", "Two."]
     assert (text.validation, text.test) == (["Three.", "Thank you."], ["Four.", "Bye."])
     assert "train text of en: 1 sentences are left out" in caplog.text
+    (tmp_path / "en.test.txt").write_text(parts["valid"])
+    with pytest.raises(UserError, match="valid or test text of 'en' has every sentence of its valid text"):
+        load_corpus(section(split_sentences=True, detection_sentences=1), tmp_path)
 
 
 def test_validation_sentence_in_the_test_text_is_refused(tmp_path):

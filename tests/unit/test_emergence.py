@@ -19,6 +19,9 @@ from agnostic_train.scores.result import AgnosticScore, Controls, LanguageScore
         ("runs/checkpoint-500", "runs/checkpoint-500", 500),
         ("iter0001000_early", "iter0001000_early", 1000),
         ("epoch=3-step=500.ckpt", "epoch=3-step=500.ckpt", 500),
+        ("olmo-base-1000", "olmo-base-1000", 1000),
+        ("stage-2000", "stage-2000", 2000),
+        ("checkpoint-1000-bf16", "checkpoint-1000-bf16", 1000),
         # Commits, versions, sizes and rates aren't steps.
         ("step1k", "step1k", None),
         ("lr1e-4", "lr1e-4", None),

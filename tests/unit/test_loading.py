@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import write_json
@@ -76,6 +77,17 @@ def test_damaged_files_are_reported_in_one_line(tmp_path, file, content):
         (tmp_path / "model.safetensors").unlink()
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=f"model.name: can't load .* of {tmp_path}"):
+        load_model(ModelSection(name=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_lack_of_memory_is_no_damaged_file(tmp_path, monkeypatch, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(type(error)):
         load_model(ModelSection(name=str(tmp_path)), tmp_path)
 
 

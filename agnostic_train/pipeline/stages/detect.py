@@ -28,7 +28,8 @@ def check_model(context: Context) -> None:
         if num_single and context.recipe.detection.method == "impact":
             context.say(
                 f"detect: {num_single} sentence{'s' * (num_single > 1)} of {language} of a single token, in which no q "
-                "or k neuron has an impact: related ones need a detection.consistency below 1, or longer sentences"
+                "or k neuron has an impact"
+                + (", so none can be related to it" if context.recipe.detection.consistency == 1 else "")
             )
 
 

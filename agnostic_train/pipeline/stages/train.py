@@ -123,8 +123,9 @@ def _choose(context: Context) -> Choice:
     choice = strategy.choose(detected, score, context.materials.model)
     if choice.neurons is None:
         return choice
-    by_pilot = ", the best of the pilot" if has_pilot else ""
-    return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {choice.reason}{by_pilot}")
+    # A pilot that ranks anew may list the same neurons under another name.
+    reason = "the best of the pilot" if has_pilot else choice.reason
+    return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {reason}")
 
 
 def _copy_adapter(context: Context, checkpoint: Path) -> None:
