@@ -89,8 +89,8 @@ class Pipeline:
             nullcontext(Tracker(None)) if command == "compare" else self._tracked() as tracker,
         ):
             ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
-        others = [name for name in STAGES if name not in stages and (name != "pilot" or self.recipe.training.has_pilot)]
-        self._tell_of_older_results(others, ran)
+        of_recipe = [*self.inputs.needs("report"), "report", "compare"]
+        self._tell_of_older_results([name for name in of_recipe if name not in stages], ran)
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
         """Reports which other stages depend on those that ran again: their old results are kept, or were removed."""
@@ -133,11 +133,10 @@ class Pipeline:
         resume = state == "started" and not forced
         if self.processes.is_main_process:
             self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
-            read = self.inputs.needs(stage)
-            # An earlier version may have recorded what this stage reads as the stage's own.
-            spared = {name for it in read for name in self.manifest.outputs(it)}
+            # An earlier version may even have recorded what this stage reads as the stage's own.
+            read = {name for it in self.inputs.needs(stage) for name in self.manifest.outputs(it)}
             for written in STAGE_TABLE[stage].replaces:
-                if written not in read and self.manifest.remove_outputs(written, spared):
+                if self.manifest.remove_outputs(written, spared=read):
                     self._removed.add(written)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)

@@ -24,7 +24,7 @@ _READ_BY = {
     "low": ["auto"], "high": ["auto"], "pilot_strategies": [], "pilot_steps": ["pilot"],
     "random_like": ["random", "lora"],
 }  # fmt: skip
-"""Keys of `training` that only some strategies read."""
+"""Keys of `training` that the training itself reads only with some strategies (of a pilot's candidates, the winner)."""
 
 _WITHOUT_EFFECT = (
     # logging and storage
@@ -202,7 +202,7 @@ class StageInputs:
         return {
             "training": own,
             **self._selecting,
-            **self._text_learnt_and_validated,
+            **self._training_and_validation_text,
         }
 
     def _training_inputs(self) -> dict:
@@ -211,7 +211,7 @@ class StageInputs:
         own = {key: value for key, value in asdict(section).items() if key not in (*unread, "arguments")}
         own["neurons"] = hash_file(section.neurons) if section.neurons else None
         validates = evaluates_during_training(self._arguments)
-        text = self._text_learnt_and_validated if validates else self._training_text
+        text = self._training_and_validation_text if validates else self._training_text
         return {"training": own | learning_arguments(section.arguments), **text}
 
     @property
@@ -224,7 +224,7 @@ class StageInputs:
         return self._text("training", languages=self._recipe.training.text_languages)
 
     @property
-    def _text_learnt_and_validated(self) -> dict:
+    def _training_and_validation_text(self) -> dict:
         text = self._training_text
         text["text"] |= self._text("validation")["text"]
         return text

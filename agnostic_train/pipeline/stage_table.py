@@ -26,8 +26,8 @@ class Stage:
         section: the recipe's section with the stage's own keys; None without any.
         owns: which keys of the section are the stage's own.
         folders: the folders that it replaces as a whole, by recipe, each with a test for its own files.
-        replaces: stages whose files, unless it reads them, are deleted before it writes: which files they write depends
-            on their options, and none of an earlier run may stay.
+        replaces: stages whose files, apart from those it reads, are deleted before it writes: which files they write
+            depends on their options, and none of an earlier run may stay.
         memory_keys: the keys that its memory depends on, apart from the weights.
         check_materials: refuses text and files with which the stage can't run, before any stage runs.
         check: refuses what the stage can't do with the results of earlier ones, before anything is replaced.

@@ -1,4 +1,9 @@
-"""What a comparison of strategies says, in sentences. All functions take the content of `comparison.json`."""
+"""What comparisons of strategies say in sentences, the pilot's among them.
+
+`comparison` is the content of `comparison.json`.
+"""
+
+from collections.abc import Mapping
 
 GROUP_TITLES = {
     "enhanced": "Enhanced",
@@ -14,9 +19,18 @@ def selection(comparison: dict) -> str:
     by_all = comparison["select_by"] == "all"
     words = f"the lowest bits per byte of {'all detected' if by_all else 'the enhanced'} languages on validation text"
     if comparison["select_by"] == "objective" and comparison["groups"].keys() & {"others", "also_trained"}:
-        limit = f"{100 * comparison['max_forgetting']:.3g}%"
-        words += f", with a penalty if those of another detected language rise by more than {limit}"
+        words += penalty(comparison["max_forgetting"])
     return words
+
+
+def penalty(max_forgetting: float) -> str:
+    """What is weighed against a gain, as the end of a sentence about the bits per byte of the enhanced languages."""
+    return f", with a penalty if those of another detected language rise by more than {100 * max_forgetting:.3g}%"
+
+
+def twins(same: Mapping[str, str]) -> list[str]:
+    """Which strategies aren't listed, because an earlier one chooses the same neurons. same: the earlier ones."""
+    return [f"{name} chooses the same neurons as {twin}, and isn't listed separately" for name, twin in same.items()]
 
 
 def verdicts(comparison: dict, text: str) -> list[str]:
@@ -38,10 +52,7 @@ def verdicts(comparison: dict, text: str) -> list[str]:
 
 def remarks(comparison: dict) -> list[str]:
     """What the tables leave out or don't show: twins, diverged strategies, and rates at an end of those tried."""
-    sentences = [
-        f"{name} chooses the same neurons as {twin}, and isn't listed separately."
-        for name, twin in comparison["same"].items()
-    ]
+    sentences = [f"{sentence}." for sentence in twins(comparison["same"])]
     for name in comparison["diverged"]:
         where = "with some seed at its best rate" if name in comparison["tuning"] else "at every rate"
         sentences.append(f"{name} diverged {where}, and isn't compared.")

@@ -20,7 +20,7 @@ from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.report.comparison_figures import costly_group, draw_forgetting, draw_rates, draw_trade
-from agnostic_train.report.comparison_prose import GROUP_TITLES, remarks, selection, verdicts
+from agnostic_train.report.comparison_prose import GROUP_TITLES, penalty, remarks, selection, twins, verdicts
 from agnostic_train.report.plotting import ENDINGS, is_figure, write_figures
 from agnostic_train.report.run_figures import (
     draw_change,
@@ -200,6 +200,7 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = percent
     environment.globals |= {
-        "group_titles": GROUP_TITLES, "selection": selection, "verdicts": verdicts, "remarks": remarks
+        "group_titles": GROUP_TITLES, "selection": selection, "penalty": penalty, "verdicts": verdicts,
+        "remarks": remarks, "twins": twins,
     }  # fmt: skip
     return environment

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from agnostic_train.model.inference import Batch, check_corpora
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.ablation import NOTHING, Ablation, ablate
-from agnostic_train.scores.bootstrap import interval, resample_counts
+from agnostic_train.scores.bootstrap import interval, resample_chunks
 from agnostic_train.scores.contrast import Contrast, activation_ratios, detected_contrast, random_contrast
 from agnostic_train.scores.result import (
     CONTROLS,
@@ -22,8 +22,6 @@ from agnostic_train.scores.result import (
     LanguageScore,
     ScoreVariant,
 )
-
-_MAX_COUNTS = 2**25
 
 MEASURES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "perplexity": lambda change, before, size: change,
@@ -118,12 +116,10 @@ def _resampled(
 ) -> dict[str, dict[str, Tensor]]:
     """Importances by contrast and measure, (resamples,), all for the same draw of sentences."""
     num_sentences = len(ablation.measured[NOTHING][language].sentence_nats)
-    # In chunks, because each resample has a count for every sentence; with the draw, a chunk takes at most 0.5 GB.
-    at_once = max(1, min(num_resamples, _MAX_COUNTS // num_sentences))
-    chunks = []
-    for start in range(0, num_resamples, at_once):
-        counts = resample_counts(num_sentences, min(at_once, num_resamples - start), seed + start)
-        chunks.append({it.name: _importances(ablation, it, language, counts) for it in contrasts})
+    chunks = [
+        {it.name: _importances(ablation, it, language, counts) for it in contrasts}
+        for counts in resample_chunks(num_sentences, num_resamples, seed, at_once=num_resamples)
+    ]
     return {
         it.name: {measure: torch.cat([chunk[it.name][measure] for chunk in chunks]) for measure in MEASURES}
         for it in contrasts

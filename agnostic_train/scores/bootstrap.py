@@ -1,5 +1,7 @@
 """Percentile bootstrap over sentences or items: how much a number would vary on others of the same kind."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
     return torch.zeros_like(drawn, dtype=torch.float64).scatter_add_(1, drawn, one.expand_as(drawn))
 
 
+def resample_chunks(num_items: int, num_resamples: int, seed: int, at_once: int) -> Iterator[Tensor]:
+    """Yields `resample_counts` of all resamples, at most `at_once` at a time, and fewer if there are many items.
+
+    Each resample has a count for every item: all at once could take gigabytes.
+    """
+    at_once = max(1, min(at_once, _MAX_COUNTS // num_items))
+    for start in range(0, num_resamples, at_once):
+        yield resample_counts(num_items, min(at_once, num_resamples - start), seed + start)
+
+
 def resampled_sums(values: Tensor, num_resamples: int, seed: int) -> Tensor:
     """Sums of values over resampled items.
 
@@ -21,13 +33,7 @@ def resampled_sums(values: Tensor, num_resamples: int, seed: int) -> Tensor:
 
     Returns: (resamples, columns), float64.
     """
-    # In chunks, because each resample has a count for every item: all at once could take gigabytes.
-    at_once = max(1, min(_AT_ONCE, _MAX_COUNTS // len(values)))
-    chunks = [
-        resample_counts(len(values), min(at_once, num_resamples - start), seed + start) @ values
-        for start in range(0, num_resamples, at_once)
-    ]
-    return torch.cat(chunks)
+    return torch.cat([counts @ values for counts in resample_chunks(len(values), num_resamples, seed, _AT_ONCE)])
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.stages import score as score_stage
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.report.tables import score_table
-from agnostic_train.scores import ablation, agnostic_score
+from agnostic_train.scores import ablation, bootstrap
 from agnostic_train.scores.ablation import Ablation
 from agnostic_train.scores.agnostic_score import language_agnostic_score, score_contrasts
 from agnostic_train.scores.bootstrap import interval
@@ -279,9 +279,9 @@ def test_models_that_predict_no_tokens_are_refused(llama):
 def test_many_sentences_are_resampled_in_chunks(llama, monkeypatch):
     """Each resample is a draw of its own, and there are as many of them."""
     neurons, corpora = language_neurons(), {name: [padded_batch([9, 12, 7, 3])] for name in "abc"}
-    counts, original = [], agnostic_score.resample_counts
-    monkeypatch.setattr(agnostic_score, "_MAX_COUNTS", 4 * 16)
-    monkeypatch.setattr(agnostic_score, "resample_counts", lambda *args: counts.append(original(*args)) or counts[-1])
+    counts, original = [], bootstrap.resample_counts
+    monkeypatch.setattr(bootstrap, "_MAX_COUNTS", 4 * 16)
+    monkeypatch.setattr(bootstrap, "resample_counts", lambda *args: counts.append(original(*args)) or counts[-1])
     score = language_agnostic_score(llama, neurons, corpora, num_resamples=40, control_seeds=[])
     assert [len(it) for it in counts] == [16, 16, 8] * 3 and not torch.equal(counts[0], counts[1])
     assert all(row.interval[0] <= row.importance <= row.interval[1] for row in score.table if not row.clipped)
@@ -357,7 +357,7 @@ def test_variants_clip_changes_of_perplexity():
 
 
 def test_resample_counts_of_one_language_are_kept_at_a_time(llama, monkeypatch):
-    original, references = agnostic_score.resample_counts, []
+    original, references = bootstrap.resample_counts, []
 
     def watched(*args):
         assert all(it() is None for it in references)
@@ -365,7 +365,7 @@ def test_resample_counts_of_one_language_are_kept_at_a_time(llama, monkeypatch):
         references.append(weakref.ref(counts))
         return counts
 
-    monkeypatch.setattr(agnostic_score, "resample_counts", watched)
+    monkeypatch.setattr(bootstrap, "resample_counts", watched)
     corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("abc")}
     language_agnostic_score(llama, language_neurons(), corpora, control_seeds=[1], num_resamples=10)
     assert len(references) == 3

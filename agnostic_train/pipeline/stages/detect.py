@@ -1,6 +1,7 @@
 """`detect`: finds each language's related, shared and exclusive neurons."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -11,6 +12,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, whole_file
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.tables import neuron_table
@@ -23,14 +25,9 @@ _FEW_RATIO = 0.05
 def check_model(context: Context) -> None:
     """Raises `UserError` for a model that isn't supported or can't read its tokenizer's tokens."""
     find_decoder(context.materials.model)
-    for language, batches in context.materials.batches("detection").items():
-        num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in batches)
-        if num_single and context.recipe.detection.method == "impact":
-            context.say(
-                f"detect: {num_single} sentence{'s' * (num_single > 1)} of {language} of a single token, in which no q "
-                "or k neuron has an impact"
-                + (", so none can be related to it" if context.recipe.detection.consistency == 1 else "")
-            )
+    batches = context.materials.batches("detection")
+    if context.recipe.detection.method == "impact":
+        _hint_at_single_tokens(context, batches)
 
 
 def detect(context: Context) -> dict:
@@ -79,6 +76,17 @@ def publish(context: Context) -> None:
         | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in detected.exclusive.items()}
     )
     context.publish_tables({"neurons": neuron_table(detected)})
+
+
+def _hint_at_single_tokens(context: Context, batches: Mapping[str, Sequence[Batch]]) -> None:
+    """Reports sentences of one token, which attend to nothing else: a few can leave a language without q and k."""
+    unrelated = ", so none can be related to it" if context.recipe.detection.consistency == 1 else ""
+    for language, of_language in batches.items():
+        if num_single := sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language):
+            context.say(
+                f"detect: {num_single} sentence{'s' * (num_single > 1)} of {language} of a single token, in which no q "
+                f"or k neuron has an impact{unrelated}"
+            )
 
 
 def _hint_at_few(context: Context, detected: LanguageNeurons, num_possible: int) -> None:

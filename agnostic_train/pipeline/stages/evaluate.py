@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from agnostic_train.evaluation.languages import compare_languages, describe
@@ -23,6 +22,7 @@ from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.export import EXPORTS
+from agnostic_train.processes import of_first_process
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -120,12 +120,11 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
 
 def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
     """Hashes of a checkpoint's files except card and manifest, which may differ for the same weights."""
-    hashes = [dict[str, str]()]
+    hashes = dict[str, str]()
     if context.processes.is_main_process:
         files = [it for it in sorted(enhanced.rglob("*")) if it.is_file() and it.name not in (CARD, MANIFEST)]
-        hashes[0] = {str(file.relative_to(enhanced)): hash_file(file) for file in files}
-    broadcast_object_list(hashes)
-    return hashes[0]
+        hashes = {str(file.relative_to(enhanced)): hash_file(file) for file in files}
+    return of_first_process(hashes)
 
 
 def _key(context: Context, checkpoint: _Checkpoint) -> list:

@@ -12,6 +12,7 @@ from agnostic_train.pipeline.settings import launch_inputs
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import split_pilot_text
 from agnostic_train.pipeline.trials import Trial, Trials, check_choices, what_learns
+from agnostic_train.report.comparison_prose import twins
 from agnostic_train.report.tables import pilot_table
 
 PILOT = "pilot.json"
@@ -54,8 +55,8 @@ def pilot(context: Context) -> dict:
     rows = _rank(context, trials, [it for it in section.pilot_strategies if it not in same])
     for place, row in enumerate(rows, 1):
         context.say(f"pilot: {place}. {row['strategy']}: {_in_words(row, section.languages)}")
-    for name, twin in same.items():
-        context.say(f"pilot: {name} chooses the same neurons as {twin}, and isn't listed separately")
+    for sentence in twins(same):
+        context.say(f"pilot: {sentence}")
     if context.processes.is_main_process:
         limit = context.recipe.evaluation.max_forgetting
         content = {"steps": steps, "max_forgetting": limit, "ranking": rows, "same": same}

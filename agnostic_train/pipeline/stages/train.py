@@ -20,7 +20,7 @@ from agnostic_train.pipeline.training_text import Sentences, count_batches, desc
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import saved_checkpoints
 from agnostic_train.training.strategy import Choice
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
 
 ADAPTER = "adapter"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
@@ -53,20 +53,7 @@ def train(context: Context) -> dict:
         context.say(f"train: resumed from {checkpoints[-1].name}")
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     context.materials.forget_model()
-    checkpoint = context.directory / f"checkpoint-{trainer.state.global_step}"
-    if arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        checkpoint = Path(trainer.state.best_model_checkpoint)
-    is_saved = (checkpoint / TRAINER_STATE_NAME).exists()
-    context.processes.wait_for_everyone()
-    if not is_saved:
-        trainer.save_model(str(checkpoint))
-    # Of a resumed training, the summary counts only the steps since then.
-    trainer.state.log_history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    if arguments.should_save:
-        # As `Trainer.save_state` does, but whole or not at all. The state in the best checkpoint ends there.
-        for folder in [context.directory] if is_saved else [checkpoint, context.directory]:
-            with whole_file(folder / TRAINER_STATE_NAME) as temporary:
-                trainer.state.save_to_json(str(temporary))
+    checkpoint = _save(context, trainer)
     outputs = [checkpoint.name, TRAINER_STATE_NAME]
     adapted = choice.lora is not None or (choice.neurons is not None and recipe.training.update == "compact")
     if adapted:
@@ -126,6 +113,26 @@ def _choose(context: Context) -> Choice:
     # A pilot that ranks anew may list the same neurons under another name.
     reason = "the best of the pilot" if has_pilot else choice.reason
     return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {reason}")
+
+
+def _save(context: Context, trainer: NeuronTrainer) -> Path:
+    """Saves what the Trainer hasn't; returns the checkpoint that is the training's result, the best or the last one."""
+    arguments, state = context.arguments, trainer.state
+    checkpoint = context.directory / f"checkpoint-{state.global_step}"
+    if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
+        checkpoint = Path(state.best_model_checkpoint)
+    is_saved = (checkpoint / TRAINER_STATE_NAME).exists()
+    context.processes.wait_for_everyone()
+    if not is_saved:
+        trainer.save_model(str(checkpoint))
+    # Of a resumed training, the summary counts only the steps since then.
+    state.log_history = [entry for entry in state.log_history if "train_runtime" not in entry]
+    if arguments.should_save:
+        # As `Trainer.save_state` does, but whole or not at all. The state in the best checkpoint ends there.
+        for folder in [context.directory] if is_saved else [checkpoint, context.directory]:
+            with whole_file(folder / TRAINER_STATE_NAME) as temporary:
+                state.save_to_json(str(temporary))
+    return checkpoint
 
 
 def _copy_adapter(context: Context, checkpoint: Path) -> None:
