@@ -79,7 +79,7 @@ def row_of(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} isn't JSON ({error})") from None
+        raise UserError(f"{where} isn't JSON ({error}); correct it or take it out") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} holds {type(row).__name__}, not an object of named values")
     return row

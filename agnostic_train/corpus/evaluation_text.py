@@ -146,7 +146,8 @@ def parallel_text(
     for language, text in corpus.texts.items():
         seen = {line for line in (*text.detection, *text.training, *text.validation)}
         own_lines = [lines[language][index] for index in kept if language in lines]
-        repeated = [it for it in own_lines if seen.issuperset(split_documents([it], split_sentences))]
+        parts = {line: [*split_documents([line], split_sentences)] for line in own_lines}
+        repeated = [line for line in own_lines if parts[line] and seen.issuperset(parts[line])]
         if repeated:
             raise UserError(
                 f"{key}: {len(repeated)} lines of {files[language]} are in the train or valid text, such as "

@@ -1,12 +1,14 @@
 """Reading documents from datasets on the hub, and from local folders of the same form."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from urllib.parse import quote
 
 from datasets import IterableDataset, load_dataset
 
 from agnostic_train.corpus.documents import row_of, texts_of
+from agnostic_train.corpus.local_files import lines_of
 from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.recipe import CorpusSection
 
@@ -34,7 +36,7 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
         raise UserError(f"corpus.dataset: can't stream {dataset}: {in_one_line(error)}") from None
     rows: Iterable[dict] = stream
     if ending == ".jsonl":
-        rows = (row_of(row["text"], f"{source}: a line") for row in stream if row["text"].strip())
+        rows = (row_of(row["text"], f"{source}: {row.get('where', 'a line')}") for row in stream if row["text"].strip())
     documents = texts_of(rows, section.text_column, source)
     first = next(documents, None)
     if first is None:
@@ -74,11 +76,26 @@ def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDatase
     `datasets` refuses repositories with a loading script, such as OSCAR-2301 and MADLAD-400, but reads their files.
     JSON lines are read as text because a crawl's documents differ in their other keys, which a table's rows can't.
     """
-    root, split = str(section.dataset), section.dataset_split
+    root, split, builder = str(section.dataset), section.dataset_split, _BUILDERS[ending]
     if not Path(root).is_dir():
         root = f"hf://datasets/{root}" + (f"@{quote(section.revision, safe='')}" if section.revision else "")
     pattern = files if _is_whole(files) else f"{root}/{files}"
-    return load_dataset(_BUILDERS[ending], data_files={split: pattern}, split=split, streaming=True)
+    if builder != "text":
+        return load_dataset(builder, data_files={split: pattern}, split=split, streaming=True)
+    if "://" in pattern:
+        # The -sig drops a byte order mark, which isn't text.
+        return load_dataset(builder, data_files={split: pattern}, split=split, streaming=True, encoding="utf-8-sig")
+    # `datasets` reads a truncated .zst file as if it ended there.
+    found = sorted(glob(pattern, recursive=True))
+    if not found and not has_magic(pattern):
+        raise FileNotFoundError(f"no file {pattern}")
+    return IterableDataset.from_generator(_lines, gen_kwargs={"files": found})
+
+
+def _lines(files: Sequence[str]) -> Iterator[dict]:
+    for file in files:
+        for number, line in enumerate(lines_of(file), 1):
+            yield {"text": line, "where": f"{file}: line {number}"}
 
 
 def _is_whole(files: str) -> bool:

@@ -10,7 +10,6 @@ from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet as pq
-from datasets import load_dataset
 
 from agnostic_train.corpus.documents import row_of, split_documents, texts_of
 from agnostic_train.errors import UserError, in_one_line
@@ -44,7 +43,8 @@ def local_sentences(section: CorpusSection, file: Path) -> list[str]:
     Raises:
         UserError: the file isn't readable, isn't UTF-8, lacks the text column, or has no sentence.
     """
-    documents = [read_text(file)] if ".txt" in file.suffixes else texts_of(_rows(file), section.text_column, str(file))
+    column = section.text_column
+    documents = [read_text(file)] if ".txt" in file.suffixes else texts_of(_rows(file, column), column, str(file))
     sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
     if not sentences:
         raise UserError(f"{file}: has no sentence; one sentence per line is expected")
@@ -69,19 +69,31 @@ def _opened(file: Path) -> IO[bytes]:
     return _OPEN[file.suffix](file) if file.suffix in _OPEN else file.open("rb")
 
 
-def _rows(file: Path) -> Iterator[dict]:
-    if ".parquet" not in file.suffixes:
-        yield from _json_lines(file)
+def _rows(file: Path, column: str) -> Iterator[dict]:
+    """Reads rows of JSON lines or a table; of a table only the column, or if it lacks it, the names of the others."""
+    if ".parquet" in file.suffixes:
+        table = pq.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            yield dict.fromkeys(table.schema_arrow.names)
+            return
+        for batch in table.iter_batches(columns=[column]):
+            yield from batch.to_pylist()
         return
-    if not pq.read_metadata(file).num_rows:  # `datasets` can't read it
-        return
-    # Streamed, so that nothing is copied into the cache of `datasets`.
-    yield from load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    # Each line by itself: a crawl's documents differ in their other keys, which a table's rows can't.
+    for number, line in enumerate(lines_of(file), 1):
+        if line.strip():
+            yield row_of(line, f"{file}: line {number}")
 
 
-def _json_lines(file: Path) -> Iterator[dict]:
-    """Parses each line by itself: a crawl's documents differ in their other keys, which a table's rows can't."""
-    with TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield row_of(line, f"{file}: line {number}")
+def lines_of(file: str | Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 text file, compressed or not; raises `UserError` that names the file if it can't."""
+    number = 0
+    try:
+        with TextIOWrapper(_opened(Path(file)), encoding="utf-8-sig") as lines:
+            for line in lines:
+                number += 1
+                yield line
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 after line {number}; convert it, for example with iconv") from None
+    except Exception as error:  # every compression format raises other errors
+        raise UserError(f"{file}: not readable after line {number} ({in_one_line(error)})") from None

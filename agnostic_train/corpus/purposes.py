@@ -51,7 +51,7 @@ def load_corpus(
     `.jsonl`, compressed or not, or as `.parquet`. Without a test file, every second sentence of valid is test text, and
     only the others are used to select anything. Documents are split at line breaks (with `corpus.split_sentences`, also
     at sentence ends; sentences that two of the files share are then left out of train, or else of valid), repeated
-    sentences are dropped, and the order is shuffled by `corpus.seed`.
+    sentences are dropped, and train is shuffled by `corpus.seed`.
 
     Args:
         keep: a folder that stores streamed text. Text that it has is neither streamed again nor looked up on the hub.

@@ -6,6 +6,7 @@ Detection is streamed: per batch, only counts are kept.
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain
+from math import inf
 from operator import add
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -135,13 +136,20 @@ def detect_neurons(
         ImpactMismatchError: `verify` found impacts that don't equal real deactivation; a `UserError`.
     """
     check_choice("method", method, Method)
+    # NumPy's float32 isn't JSON, and rounds a ratio so that another number of neurons may be top.
+    top_ratio, consistency, lape_ratio, memory_gb = map(float, (top_ratio, consistency, lape_ratio, memory_gb))
     for name, value in (("top_ratio", top_ratio), ("consistency", consistency), ("lape_ratio", lape_ratio)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+    if not 0 <= memory_gb < inf:
+        raise ValueError(f"memory_gb must be a number of at least 0, not {memory_gb}")
     check_corpora(corpora)
     if not corpora:
         raise UserError("corpus.languages: no language given; name at least one")
     check_languages(corpora)
+    for language, batches in corpora.items():
+        if isinstance(batches, Sequence) and not batches:
+            raise UserError(f"corpus.languages: {language!r} has no sentence")
     check_min_languages(min_languages, len(corpora))
     check_choice("attention", attention, Attention)
     check_choice("exclusive", exclusive, Exclusive)
@@ -176,9 +184,8 @@ def detect_neurons(
     settings = {
         "method": "impact",
         "attention": attention,
-        # Numbers may be NumPy's, which JSON can't hold.
-        "top_ratio": float(top_ratio),
-        "consistency": float(consistency),
+        "top_ratio": top_ratio,
+        "consistency": consistency,
         "projections": list(projections),
         "num_sentences": {language: it.num_sentences for language, it in counts.items()},
         "verified": verify,
@@ -216,7 +223,7 @@ def _detect_by_lape(
     related = specific_neurons({language: it.rates for language, it in firing.items()}, ratio, sizes)
     settings = {
         "method": "lape",
-        "lape_ratio": float(ratio),
+        "lape_ratio": ratio,
         "num_sentences": {language: it.num_sentences for language, it in firing.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)

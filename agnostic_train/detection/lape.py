@@ -43,7 +43,7 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
     `up`'s in a family without a gate. Several processes share the batches.
 
     Raises:
-        UserError: a unit's input isn't finite, or no token counts.
+        UserError: a unit's value isn't finite, or no token counts.
     """
     decoder = find_decoder(model)
     counts: dict[int, Tensor] = {}
@@ -55,8 +55,14 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
     def count(layer: int, projection: Projection) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             states, is_counted = projection.output(output), counted.to(output.device).unsqueeze(-1)
-            fired, bad = ((states > 0) & is_counted).sum((0, 1)), (~states.isfinite() & is_counted).sum()
+            fired = ((states > 0) & is_counted).sum((0, 1))
             counts[layer] = counts[layer] + fired if layer in counts else fired
+
+        return hook
+
+    def check(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            bad = (~args[0].isfinite() & counted.to(args[0].device).unsqueeze(-1)).sum()
             not_finite[layer] = not_finite[layer] + bad if layer in not_finite else bad
 
         return hook
@@ -74,6 +80,8 @@ def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, prog
         for layer in decoder.layers:
             projection = layer.projections.get("gate", layer.projections["up"])
             stack.callback(projection.linear.register_forward_hook(count(layer.index, projection)).remove)
+            down = layer.projections["down"].linear
+            stack.callback(down.register_forward_pre_hook(check(layer.index), prepend=True).remove)
         for batch in own_share(batches):
             inputs = model_inputs(model, batch)
             counted = real_and_counted(inputs, batch)[1]

@@ -69,9 +69,19 @@ class TopCounts:
             self._activations.add(sites, stack.double())
 
     def mean_activations(self) -> Activations:
-        """Mean absolute activations per token, (neurons,), float32, on the CPU."""
+        """Mean absolute activations per token, (neurons,), float32, on the CPU.
+
+        Raises:
+            UserError: some activation wasn't finite.
+        """
         num_tokens = max(1, int(self.num_tokens))
-        return {site: (values.cpu() / num_tokens).float() for site, values in self._activations.by_site().items()}
+        means = {site: (values.cpu() / num_tokens).float() for site, values in self._activations.by_site().items()}
+        for (layer, projection), values in means.items():
+            if not values.isfinite().all():
+                raise UserError(
+                    f"model.name: activations at layer {layer} {projection} aren't finite; the model computes NaN"
+                )
+        return means
 
     def sum_over_processes(self, sizes: Mapping[Site, int], device: torch.device) -> None:
         """Sums the counts of all processes; a process without a batch contributes zeros.

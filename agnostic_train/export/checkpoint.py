@@ -25,6 +25,7 @@ from agnostic_train.export.trained import Trained
 from agnostic_train.files import check_replaceable, public_name, read_json, whole_directory, write_json
 from agnostic_train.model.weights import bit_patterns
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.processes import process_index
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import KEY_PREFIX, Delta
 from agnostic_train.versions import installed_version
@@ -47,6 +48,8 @@ def export_checkpoint(
     model_card: str | None = None,
 ) -> FrozenWeightCheck:
     """Exports a checkpoint or an adapter, with the frozen-weight check in `manifest.json`; writes all files or none.
+
+    If several processes call it, the first one writes, and the others don't wait for it.
 
     Args:
         model: a model trained by `NeuronTrainer` (`trainer.model`), any model with one active neuron adapter, or the
@@ -98,6 +101,8 @@ def export_checkpoint(
         dtype = torch.promote_types(trained.model.dtype, torch.float32)
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
+    if process_index():
+        return check
     with whole_directory(directory, is_exported) as temporary:
         if to == "merged":
             _write_merged(temporary, trained, dtype)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from agnostic_train.impact.tokens import without_tokens
 from agnostic_train.model.decoder import Layer, Projection, Site
 from agnostic_train.neurons.activity import MEASURED
 
@@ -65,5 +66,5 @@ class ActivationMeter:
 
     def _add(self, site: Site, values: Tensor) -> None:
         # Padding may hold NaN.
-        padding = ~self._counted.to(values.device).unsqueeze(-1)
-        self._sums[site] = values.masked_fill(padding, 0).abs().sum((0, 1), dtype=torch.float32)
+        kept = without_tokens(values, ~self._counted.to(values.device))
+        self._sums[site] = kept.abs().sum((0, 1), dtype=torch.float32)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agnostic_train.impact.angles import Angles
+from agnostic_train.impact.tokens import without_tokens
 from agnostic_train.impact.visibility import Visibility
 
 
@@ -57,11 +58,13 @@ class AttentionInputs:
             As the class's attributes, but key and value are (batch, KV heads, length, head_dim), of any floating dtype.
         """
         dtype = torch.promote_types(query.dtype, torch.float32)
-        padding = visibility.padding
         num_kv_heads = key.shape[1]
         queries_per_kv = query.shape[1] // num_kv_heads
-        query = query.masked_fill(padding, 0).to(dtype).contiguous()
-        key, value = (repeated(heads.masked_fill(padding, 0).to(dtype), queries_per_kv) for heads in (key, value))
+        query, key, value = (
+            without_tokens(it.transpose(1, 2), visibility.padding).transpose(1, 2).to(dtype)
+            for it in (query, key, value)
+        )
+        query, key, value = query.contiguous(), repeated(key, queries_per_kv), repeated(value, queries_per_kv)
         return cls(query, key, value, num_kv_heads, visibility, scaling, softcap)
 
     def sentences(self, part: slice) -> "AttentionInputs":
@@ -94,7 +97,7 @@ class AttentionInputs:
 
     def clean_projection(self, projected: Tensor) -> Tensor:
         """Casts a projection's output (batch, length, features) to the queries' dtype and zeroes padding."""
-        return projected.masked_fill(self.visibility.padding.squeeze(1), 0).to(self.query.dtype)
+        return without_tokens(projected, self.visibility.padding).to(self.query.dtype)
 
     def per_query_head(self, projected: Tensor) -> Tensor:
         """Converts (batch, length, heads * head_dim) to (batch, query heads, length, head_dim)."""
@@ -133,10 +136,10 @@ class LogitChange:
 
         real: (batch, length), bool.
         """
-        real = real[:, None, :, None]
-        num_real = real.sum(2, keepdim=True).clamp(min=1)
+        num_real = real.sum(1).clamp(min=1)[:, None, None, None]
+        centred = (it - it.sum(-2, keepdim=True) / num_real for it in (self.b, self.d))
         # Padding was zero and must stay zero.
-        b, d = ((it - it.sum(-2, keepdim=True) / num_real).masked_fill_(~real, 0) for it in (self.b, self.d))
+        b, d = (without_tokens(it.transpose(1, 2), ~real).transpose(1, 2) for it in centred)
         return replace(self, b=b, d=d)
 
     @property
@@ -179,10 +182,9 @@ def rotated_change(
     if growth is not None:
         states = states * growth
     own, other = (states * part.unsqueeze(1) for part in angles.scaled(inputs.scaling))
-    partner = angles.rotation.partner
     if name == "q":
-        return LogitChange(own, inputs.key, other, inputs.key[..., partner], row_growth=growth)
-    return LogitChange(inputs.query, own, inputs.query[..., partner], other, column_growth=growth)
+        return LogitChange(own, inputs.key, other, angles.rotation.partners(inputs.key), row_growth=growth)
+    return LogitChange(inputs.query, own, angles.rotation.partners(inputs.query), other, column_growth=growth)
 
 
 def paper_change(inputs: AttentionInputs) -> LogitChange:

@@ -17,10 +17,10 @@ from agnostic_train.impact.attention import LogitChange
 from agnostic_train.impact.bounds import square_bounds, value_spread
 from agnostic_train.impact.layer_attention import LayerAttention, without_noise
 from agnostic_train.impact.layout import QueryKeyLayout
-from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, num_top
+from agnostic_train.impact.pruning import ROUNDING_MARGIN, Work, check_enclosed, num_top
 
 # How many neurons of a head share one copy of its logits and values, when few neurons are left and when many are.
-_TILE_SIZES = (4, 16)
+_TILE_SIZES = (8, 16)
 # Number of neurons computed exactly for the threshold, as a multiple of those sought.
 _FIRST = 1.5
 
@@ -92,7 +92,12 @@ class BoundSieve:
             likely = estimate.topk(min(ceil(_FIRST * count), estimate.shape[1]), 1).indices
             part.scatter_(1, likely, True)
         tiles = self._tiles(first)
-        done = self.layout.by_site(sum(self._squares(tiles, number) for number in range(len(self.blocks))))
+        squares = [self.layout.by_site(self._squares(tiles, number)) for number in range(len(self.blocks))]
+        if bool(first.all()):
+            # Nothing can be left out, as in the self-check, which thereby also checks the bounds.
+            for number, exact in enumerate(squares):
+                check_enclosed(exact, torch.zeros_like(exact), bounds[..., number])
+        done = torch.stack(squares).sum(0)
         thresholds = [
             part.topk(count, 1).values[:, -1:] for part, count in zip(self.layout.split(done), counts, strict=True)
         ]

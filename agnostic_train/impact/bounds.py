@@ -8,7 +8,7 @@ under the attention A_i, the output changes by exactly `Cov(w, v) / E[w]`. Three
 - With `t_j = E[x] - x_ij <= delta = E[x] - min x`, `|exp(t) - 1| <= |t| (exp(delta) - 1) / delta`, because
   `(exp(t) - 1) / t` increases in t. The standard deviation of exp(t) is at most its root mean square distance from 1,
   and `E[exp(t)] >= 1` (Jensen), so `sd(w) / E[w] <= sd(x) (exp(delta) - 1) / delta`. The square of the last factor is
-  at most `exp(delta + min(delta^2 / 12, delta))`, because `sinh(z) / z <= exp(z^2 / 6)`.
+  at most `exp(delta + delta^2 / 12)`, because `sinh(z) / z <= exp(z^2 / 6)`.
 - The output stays a convex combination of the values, so it moves by at most its own norm plus the largest norm of a
   value.
 
@@ -19,7 +19,7 @@ here, because float32 would lose their variance in a large common part. What rou
 form with which the bounds are compared, is added to the bounds.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +57,9 @@ def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -
     length, head_dim = value.shape[-2:]
     rounding = _rounding(value.dtype, length + 3 * head_dim)
     longest = torch.linalg.vector_norm(value, dim=-1).amax(-1, keepdim=True)
-    value = value - attention.output[heads].mean(-2, keepdim=True)
+    # In units of the longest value, because fourth powers of small values would underflow.
+    scale = longest.clamp(min=torch.finfo(value.dtype).tiny)
+    value = (value - attention.output[heads].mean(-2, keepdim=True)) / scale.unsqueeze(-1)
     output = probabilities @ value
     square, own = value.square().sum(-1), output.square().sum(-1)
     second = (probabilities @ square.unsqueeze(-1)).squeeze(-1)
@@ -75,15 +77,16 @@ def value_spread(attention: LayerAttention, heads: slice, blocks: list[Block]) -
         common = _largest_in_block(probabilities[:, block.rows, block.keys], value[:, block.keys], rounding)
         largest[:, block.rows] = torch.minimum(largest[:, block.rows], common)
     # Rounding moves each value by a fraction of its norm.
-    unit = longest * torch.finfo(value.dtype).eps / 2
-    largest += (4 * unit).square()
+    unit = torch.finfo(value.dtype).eps / 2
+    largest += (4 * unit) ** 2
     # A logit's rounding error is a fraction of its size, and becomes a relative error of its attention weight.
     roundings = attention.largest_logits[heads, None] + (2 * length**0.5 + 16)
+    area = scale.square()
     return ValueSpread(
-        largest=largest,
-        typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny),
-        farthest=farthest,
-        unit=unit,
+        largest=largest * area,
+        typical=squares / trace.clamp(min=torch.finfo(trace.dtype).tiny) * area,
+        farthest=farthest * area,
+        unit=longest * unit,
         roundings=roundings,
     )
 
@@ -131,37 +134,37 @@ def square_bounds(
     # By `(x + e)^2 <= (1 + p) x^2 + (1 + 1 / p) e^2`, rounding adds one term to every row: (heads, 1, head_dim).
     noise = spread.unit.unsqueeze(1) * (spread.roundings.unsqueeze(1) + 2 * reach)
     noise = (1 + 1 / _PART) * noise.square()
-    products = (b, d, b.square(), d.square(), b * d)
-    bounds, estimates = [], []
-    for block in blocks:
-        left, right = a[:, block.rows], c[:, block.rows]
-        seen = probabilities[:, block.rows, block.keys]
-        mean_b, mean_d, square_b, square_d, product = (seen @ it[:, block.keys] for it in products)
-        size = left.square().mul_(square_b).addcmul_(right.square(), square_d)
-        mean = (left * mean_b).addcmul_(right, mean_d)
-        mixed = (left * right).mul_(product)
-        if growth is not None:
-            grown = growth.rows(block.rows)
-            size += grown.square
-            mean -= grown.mean
-            mixed.addcmul_(left, grown.with_b, value=-1).addcmul_(right, grown.with_d, value=-1)
-        variance = torch.add(size, mixed, alpha=2).addcmul_(mean, mean, value=-1)
-        variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
-        delta = mean
-        for factor, values in ((left, b[:, block.keys]), (right, d[:, block.keys])):
+    mean_b, mean_d, square_b, square_d, product = (probabilities @ it for it in (b, d, b.square(), d.square(), b * d))
+    size = a.square().mul_(square_b).addcmul_(c.square(), square_d)
+    mean = (a * mean_b).addcmul_(c, mean_d)
+    mixed = (a * c).mul_(product)
+    if growth is not None:
+        size += growth.square
+        mean -= growth.mean
+        mixed.addcmul_(a, growth.with_b, value=-1).addcmul_(c, growth.with_d, value=-1)
+    variance = torch.add(size, mixed, alpha=2, out=mixed).addcmul_(mean, mean, value=-1)
+    variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
+    delta = mean
+    for factor, values in ((a, b), (c, d)):
+        size = factor.abs()
+        for block in blocks:
+            rows = block.rows
             # The minimum of f * value for a value in [low, high]: `f (low + high) / 2 - |f| (high - low) / 2`.
-            low, high = (limit(values, -2, keepdim=True) / 2 for limit in (torch.amin, torch.amax))
-            delta.addcmul_(factor, low + high, value=-1).addcmul_(factor.abs(), high - low)
-        if growth is not None:
-            delta += grown.largest
-        delta = delta.add_(4 * rounding * reach).clamp_(min=0)
-        factor = torch.minimum(delta.square().div_(12), delta).add_(delta).exp_()
-        bound = factor.mul_(variance).mul_(spread.largest[:, block.rows, None])
-        bound = torch.minimum(bound, spread.farthest[:, block.rows, None], out=bound)
-        weight = attention.counted[heads, None, block.rows]
-        bounds.append((1 + _PART) * (weight @ bound) + weight.sum(-1, keepdim=True) * noise)
-        estimates.append((weight * spread.typical[:, None, block.rows]) @ variance)
-    return torch.cat(bounds, 1), torch.cat(estimates, 1).sum(1)
+            low, high = (limit(values[:, block.keys], -2, keepdim=True) / 2 for limit in (torch.amin, torch.amax))
+            delta[:, rows].addcmul_(factor[:, rows], low + high, value=-1).addcmul_(size[:, rows], high - low)
+    if growth is not None:
+        delta += growth.largest
+    delta = delta.add_(4 * rounding * reach).clamp_(min=0)
+    factor = delta.addcmul(delta, delta, value=1 / 12).exp_()
+    bound = factor.mul_(variance).mul_(spread.largest.unsqueeze(-1))
+    bound = torch.minimum(bound, spread.farthest.unsqueeze(-1), out=bound)
+    weight = attention.counted[heads].unsqueeze(1)
+    estimates = ((weight * spread.typical.unsqueeze(1)) @ variance).squeeze(1)
+    bounds = [
+        (1 + _PART) * (weight[..., rows] @ bound[:, rows]) + weight[..., rows].sum(-1, keepdim=True) * noise
+        for rows in (block.rows for block in blocks)
+    ]
+    return torch.cat(bounds, 1), estimates
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,6 @@ class _Growth:
     with_d: Tensor
     largest: Tensor
     reach: Tensor
-
-    def rows(self, part: slice) -> "_Growth":
-        by_row = ("mean", "square", "with_b", "with_d", "largest")
-        return replace(self, **{name: getattr(self, name)[:, part] for name in by_row})
 
 
 def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, d: Tensor) -> _Growth | None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from agnostic_train.impact.tokens import without_tokens
+
 
 def column_norms(values: Tensor, counted: Tensor) -> Tensor:
     """L2 norm of each column over a sentence's counted tokens.
@@ -14,10 +16,10 @@ def column_norms(values: Tensor, counted: Tensor) -> Tensor:
     Returns: (batch, size), float32.
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
-    kept = values.masked_fill(~counted.unsqueeze(-1), 0)
+    kept = without_tokens(values, ~counted)
     if kept.device.type == "cpu":
         # On a CPU, torch's norm over any dimension but the last takes six times as long.
-        return kept.to(dtype).square_().sum(1).sqrt_().float()
+        return kept.to(dtype).square().sum(1).sqrt_().float()
     return torch.linalg.vector_norm(kept, dim=1, dtype=dtype).float()
 
 

@@ -190,7 +190,7 @@ class QueryKeyImpacts:
     ) -> dict[str, tuple[Tensor, Work]]:
         """Impacts of the neurons that bounds can't rule out, zero for the others."""
         chunk_bytes = self._limit(attention.inputs, _CPU_CHUNK_BYTES)
-        sieve = BoundSieve(attention, closed, chunk_bytes, self._half_bytes)
+        sieve = BoundSieve(attention, closed, chunk_bytes, self._limit(attention.inputs, _CPU_LAYER_BYTES))
         found = sieve.impacts(top_ratio)
         total = sum((done for _, done in found.values()), Work())
         grows = any(change.grows for change in closed.values())

@@ -38,8 +38,8 @@ class Visibility:
 
     @cached_property
     def padding(self) -> Tensor:
-        """(batch, 1, length, 1), bool."""
-        return ~self.real[:, None, :, None]
+        """(batch, length), bool."""
+        return ~self.real
 
     @cached_property
     def hidden(self) -> Tensor:

@@ -132,8 +132,22 @@ class Rotation:
         rotated_second = self.apply((1 - first).expand(shape), cos, sin).squeeze(1)
         is_first = first.bool()
         own = torch.where(is_first, rotated_first, rotated_second)
-        other = torch.where(is_first, rotated_first[..., self.partner], rotated_second[..., self.partner])
+        other = torch.where(is_first, self.partners(rotated_first), self.partners(rotated_second))
         return own, other * (self.partner != index)
+
+    def partners(self, values: Tensor) -> Tensor:
+        """Returns each entry's partner: `values[..., partner]`. values: (..., head_dim)."""
+        if self._swaps_halves:
+            return values.roll(len(self.partner) // 2, -1)
+        return values[..., self.partner]
+
+    @cached_property
+    def _swaps_halves(self) -> bool:
+        """Whether entry n mixes with n +- head_dim / 2; False on a GPU, which would synchronise, and gathers fast."""
+        partner = self.partner
+        return partner.device.type == "cpu" and partner.equal(
+            torch.arange(len(partner), device=partner.device).roll(len(partner) // 2)
+        )
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,16 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
     """Builds the Trainer's optimizer, schedule and loader for a single weight, so that unusable arguments fail at once.
 
     Raises:
-        UserError: the arguments don't make an optimizer, a schedule or a loader, or ask for FSDP in a single process.
+        UserError: the arguments don't make an optimizer, a schedule or a loader, or don't fit the number of processes.
     """
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
+    even = arguments.accelerator_config.even_batches or arguments.dataloader_drop_last
+    if arguments.parallel_mode == ParallelMode.DISTRIBUTED and not even:
+        raise UserError(
+            "training.accelerator_config: with even_batches false, processes get different numbers of batches and wait "
+            "for each other forever; leave it out, or set training.dataloader_drop_last"
+        )
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
     if arguments.learning_rate < 0:

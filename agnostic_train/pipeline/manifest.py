@@ -30,7 +30,7 @@ class Manifest:
         """Returns the current manifest; raises `UserError` if the file isn't one."""
         content = read_json(self.file) if self.file.exists() else {"stages": {}}
         stages = content.get("stages") if isinstance(content, dict) else None
-        if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
+        if not isinstance(stages, dict) or not all(map(_is_record, stages.values())):
             raise UserError(f"{self.file}: not a manifest of this package; delete it, or use another output_dir")
         return content
 
@@ -42,13 +42,14 @@ class Manifest:
         """Names the inputs (`key` or `section.key`) that differ from the stage's last run; if none, its lost files."""
         before, now = self.record(stage).get("inputs", {}), json.loads(json.dumps(inputs))
         changed: list[str] = []
-        for name in now.keys() | before.keys():
-            old, new = before.get(name), now.get(name)
+        for name in now.keys() & before.keys():
+            old, new = before[name], now[name]
             if isinstance(old, dict) and isinstance(new, dict):
                 changed += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
             elif old != new:
                 changed.append(name)
-        return sorted(changed) or self._lost(stage)
+        # An input that only one of them reads comes from another key's change.
+        return sorted(changed) or sorted(now.keys() ^ before.keys()) or self._lost(stage)
 
     def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
         """How far the stage has come with these inputs.
@@ -121,6 +122,11 @@ class Manifest:
     def _write(self, stage: str, record: dict[str, Any], head: dict[str, Any]) -> None:
         stages = self.read()["stages"] | {stage: record}
         write_json(self.file, {**head, "stages": stages})
+
+
+def _is_record(value: object) -> bool:
+    """Whether a value has the form of a stage's record."""
+    return isinstance(value, dict) and all(isinstance(value.get(part, {}), dict) for part in ("inputs", "files"))
 
 
 def in_words(changed: list[str]) -> str:

@@ -1,6 +1,6 @@
 """The model, tokenizer and text that a recipe names, each loaded when it is first needed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +158,7 @@ class Materials:
         """The batches per language of the sentences for a purpose, or of given sentences prepared in the same way."""
         if sentences is None:
             sentences = {language: getattr(text, purpose) for language, text in self.corpus.texts.items()}
-        batches = {
+        return {
             language: self.encoder.batches(
                 lines,
                 f"{purpose} text of {language}",
@@ -167,9 +167,6 @@ class Materials:
             )
             for language, lines in sentences.items()
         }
-        if purpose == "detection":
-            _warn_of_single_tokens(batches)
-        return batches
 
     def take_model(self) -> PreTrainedModel:
         """Returns the model and drops the reference kept here."""
@@ -192,16 +189,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _warn_of_single_tokens(batches: Mapping[str, list]) -> None:
-    for language, of_language in batches.items():
-        num_single = sum(int((batch["attention_mask"].sum(1) == 1).sum()) for batch in of_language)
-        if num_single:
-            logger.warning_once(
-                f"detection text of {language}: {num_single} sentences are a single token, in which q and k neurons "
-                "have no impact; with a detection.consistency of 1, no q or k neuron can be related"
-            )
 
 
 def kept_text(recipe: Recipe) -> Path:

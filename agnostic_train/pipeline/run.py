@@ -73,6 +73,8 @@ class Pipeline:
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
+        # May read text, which takes all processes if it is streamed; later only the main process asks.
+        _ = self.inputs.has_comparison
         forced = {name: self.force and name in asked for name in stages}
         any_runs = False
         for name in stages:

@@ -91,8 +91,8 @@ class StageInputs:
         """All that a stage's result depends on: `of(stage)` and the results of the stages it reads.
 
         A result is identified by the run that made it; a detection by its sets, because detecting again, with another
-        memory limit or with `stability`, often gives the same sets; a pilot by what it leaves to the training: the
-        winner's neurons and the text. The report shows more of both.
+        memory limit or with `stability`, often gives the same sets; a score and a pilot by what they leave to the
+        training: what `auto` looks at, the winner's neurons and the text. The report shows more of all three.
         """
         return self.of(stage) | self._results(stage)
 
@@ -103,8 +103,8 @@ class StageInputs:
             # Random controls of the score also depend on the activations.
             neurons = self._manifest.directory / "neurons"
             results["detect"] = fingerprint(set_hashes(neurons, with_activations=stage == "score"))
-        if "pilot" in results and stage != "report":
-            results["pilot"] = self._manifest.record("pilot").get("for_training")
+        for name in results.keys() & {"score", "pilot"} if stage == "train" else ():
+            results[name] = self._manifest.record(name).get("for_training")
         return {f"the result of {it}": result for it, result in results.items()}
 
     def is_outdated(self, stage: str) -> bool:

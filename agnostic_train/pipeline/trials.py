@@ -149,19 +149,17 @@ class Trials:
         inputs = [self.key, self.changes, trial.seed, trial.learning_rate, what_learns(choice), package_versions()]
         name = fingerprint(inputs)[:16]
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
-        if not record_file.exists():
+        record = read_json(record_file) if record_file.exists() else None
+        if record is None or not (record["diverged"] or file.exists()):
             record, measured = self._measure(trial, choice, self.directory / f".{name}")
             if self.materials.processes.is_main_process:
                 if measured is not None:
                     save_by_kind(measured, file)
-                # Written last: its presence means that the result is complete.
+                # Written last, so that an interrupted trial has none.
                 write_json(record_file, {**asdict(trial), **record})
             self.materials.processes.wait_for_everyone()
             return TrialResult(record, measured, kept=False)
-        record = read_json(record_file)
-        if record["diverged"]:
-            return TrialResult(record, None, kept=True)
-        return TrialResult(record, load_by_kind(file), kept=True)
+        return TrialResult(record, None if record["diverged"] else load_by_kind(file), kept=True)
 
     def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
         if choice is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from measuring import new_report, timed, write_report
+from measuring import new_report, positive, timed, write_report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -62,9 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--length", type=int, nargs="+", default=[64], help="tokens, for random weights")
     parser.add_argument("--top-ratio", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--no-unpruned", action="store_true", help="leave out the measurement without pruning")
-    parser.add_argument("--growth", action="store_true", help="also measure growth, with random weights")
+    parser.add_argument("--growth", action="store_true", help="also measure growth, with random tokens")
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file of the growth")
     return parser
@@ -238,7 +238,10 @@ def draw(report: dict, file: Path) -> None:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.figure is not None and not options.growth:
+        parser.error("--figure: shows the growth, which needs --growth")
     torch.manual_seed(0)
     cuda = options.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -1,5 +1,6 @@
 """What the benchmarks share: timing a call, and a report that says where and when it was measured."""
 
+import argparse
 import json
 import platform
 import time
@@ -11,6 +12,13 @@ from typing import Any
 import torch
 
 from agnostic_train.versions import installed_version
+
+
+def positive(text: str) -> int:
+    """A number of at least one, as an `argparse` type."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def timed(function: Callable[[], object], device: str) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from measuring import new_report, timed, write_report
+from measuring import new_report, positive, timed, write_report
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -42,6 +42,7 @@ SHAPES = {
         num_key_value_heads=8, head_dim=128,
     ),
 }  # fmt: skip
+METHODS = ["floor", "compact", "mask", "full", "lora", "shira"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -55,8 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--fraction", type=float, nargs="+", default=[0.05], help="fraction of each projection's neurons to train"
     )
     parser.add_argument("--neurons", type=Path, help="file of a neuron set for these shapes, instead of a fraction")
-    parser.add_argument("--methods", nargs="+", default=["floor", "compact", "mask", "full", "lora", "shira"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="one method after another instead of in turns, for large models"
     )
@@ -243,7 +244,12 @@ def draw(report: dict, file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.figure and "floor" not in options.methods:
+        parser.error("--figure: shows multiples of the floor, which --methods must include")
+    if not all(0 < it <= 1 for it in options.fraction):
+        parser.error("--fraction: must be above 0 and at most 1")
     warnings.filterwarnings("ignore")
 
     def make() -> nn.Module:

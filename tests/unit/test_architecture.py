@@ -12,9 +12,9 @@ ORDER = {
     "model": ["decoder", "memory", "weights", "inference", "reading", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
-        "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning", "row_blocks",
-        "visibility", "angles", "pass_cache", "attention", "attention_block", "layer_attention", "bounds", "layout",
-        "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
+        "tokens", "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning",
+        "row_blocks", "visibility", "angles", "pass_cache", "attention", "attention_block", "layer_attention", "bounds",
+        "layout", "norm_over_heads", "bound_sieve", "interval_sieve", "query_key", "hooks",
     ],
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],

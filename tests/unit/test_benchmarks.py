@@ -17,14 +17,14 @@ print("imported:", *sorted({ABSENT} & sys.modules.keys()))
 """
 LEAST = {
     "detection": ["--length=9", "--batch-size=1", "--rounds=1", "--device=cpu"],
-    "kernels": ["--rounds=1", "--device=cpu"],
+    "kernel_options": ["--rounds=1", "--device=cpu"],
     "training": ["--length=4", "--batch-size=1", "--rounds=1", "--device=cpu", "--methods", "floor", "compact"],
 }
 
 
 IS_COMPLETE = {
     "detection": lambda found: len(found["by_length"]["9"]["times_forward"]) == 3,
-    "kernels": lambda found: len(found["results"]["heads of 6, 9 tokens"]) == 2,
+    "kernel_options": lambda found: len(found["results"]["heads of 6, 9 tokens"]) == 2,
     "training": lambda found: len(found["results"]["0.05"]) == 2,
 }
 
@@ -33,7 +33,7 @@ IS_COMPLETE = {
 def test_benchmark_runs_without_recipe_and_text_packages(pytestconfig, tmp_path, name):
     file, results = pytestconfig.rootpath / f"scripts/benchmarks/{name}.py", tmp_path / "results.json"
     command = [sys.executable, "-c", PROGRAM, str(file), *LEAST[name], f"--output={results}"]
-    if name == "kernels":
+    if name == "kernel_options":
         pytest.importorskip("triton")
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from test_families import FAMILIES, family_model
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import in_top
 from agnostic_train.errors import UserError
 from agnostic_train.impact import bound_sieve, query_key
@@ -278,11 +279,42 @@ def test_sieve_is_skipped_if_bounds_leave_too_much(llama, monkeypatch, most_left
     assert lengths == [length for length in sieved for _ in range(2)] and not meter.unpruned
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3"])
+def test_small_values_give_the_same_top(family):
+    """The model computes the same with tiny values and large `o` weights; fourth powers of such values underflow."""
+    model, batch = family_model(family), padded_batch([40, 30])
+    expected = pruned_impacts(model, batch, 0.1)[0]
+    with torch.no_grad():
+        for layer in find_decoder(model).layers:
+            layer.projections["v"].linear.weight *= 2.0**-50
+            layer.projections["o"].linear.weight *= 2.0**50
+    impacts = assert_same_top(model, batch, 0.1) and pruned_impacts(model, batch, 0.1)[0]
+    for site, values in impacts.items():
+        torch.testing.assert_close(values * 2.0**50, expected[site], rtol=1e-3, atol=0)
+
+
+def test_self_check_notices_bounds_that_do_not_hold(llama, monkeypatch):
+    batch, original = padded_batch([40, 30]), bound_sieve.square_bounds
+    verify_impacts(llama, batch, pruning=True)
+
+    def too_low(*arguments):
+        bounds, estimates = original(*arguments)
+        return bounds * 1e-3, estimates
+
+    monkeypatch.setattr(bound_sieve, "square_bounds", too_low)
+    with pytest.raises(UserError, match=r"detection\.pruning: impacts lie outside the intervals proven for them"):
+        verify_impacts(llama, batch, pruning=True)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_neuron_that_changes_no_logit_has_zero_impact(side, monkeypatch):
-    """Its impact is exactly zero although a little rounding error is added to every square here."""
+    """Its impact is exactly zero although a little rounding error is added here to every square of rows that count."""
     original = AttentionBlock.squares
-    monkeypatch.setattr(AttentionBlock, "squares", lambda self, changed: original(self, changed) + 1e-12)
+
+    def imprecise(self, changed):
+        return original(self, changed) + 1e-12 * self.counted.amax(-1, keepdim=True)
+
+    monkeypatch.setattr(AttentionBlock, "squares", imprecise)
     model, batch = family_model("Mistral", sliding_window=5), padded_batch([40, 21], side)
     with torch.no_grad():
         for layer in find_decoder(model).layers:

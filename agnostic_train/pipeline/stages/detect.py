@@ -64,7 +64,8 @@ def detect(context: Context) -> dict:
             context, detected, sum(num_top(section.top_ratio, size) for size in detected.shared.sizes.values())
         )
     for name, share in (detected.exact_share or {}).items():
-        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly; pruning ruled out the others")
+        ruled_out = "; pruning ruled out the others" if share < 1 else ""
+        context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly{ruled_out}")
     return {"outputs": ["neurons"], "shared": len(detected.shared)}
 
 

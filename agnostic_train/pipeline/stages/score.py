@@ -59,7 +59,8 @@ def score(context: Context) -> dict:
             context.say(f"score: {problem}: {', '.join(languages)}")
     _check_beginning(context, result)
     outputs += _follow_checkpoints(context)
-    return {"outputs": outputs, "value": result.value}
+    read_by_auto = {"value": result.value, "clipped": result.clipped, "undefined": result.undefined}
+    return {"outputs": outputs, "value": result.value, "for_training": read_by_auto}
 
 
 def publish(context: Context) -> None:

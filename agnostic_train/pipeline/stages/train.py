@@ -17,6 +17,7 @@ from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import evaluates_during_training, make_strategy
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text
+from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import saved_checkpoints
 from agnostic_train.training.strategy import Choice
@@ -121,8 +122,8 @@ def _save(context: Context, trainer: NeuronTrainer) -> Path:
     checkpoint = context.directory / f"checkpoint-{state.global_step}"
     if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
         checkpoint = Path(state.best_model_checkpoint)
-    is_saved = (checkpoint / TRAINER_STATE_NAME).exists()
-    context.processes.wait_for_everyone()
+    # Asked by one process: saving takes all of them, and another may look when it has begun.
+    is_saved = of_first_process((checkpoint / TRAINER_STATE_NAME).exists())
     if not is_saved:
         trainer.save_model(str(checkpoint))
     # Of a resumed training, the summary counts only the steps since then.

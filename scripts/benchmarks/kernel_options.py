@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from measuring import new_report, timed, write_report
+from measuring import new_report, positive, timed, write_report
 from torch import Tensor
 
 from agnostic_train.impact import intervals, kernels
@@ -44,7 +44,7 @@ NUM_HEADS = {"cuda": 16 * 32, "cpu": 1}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--output", type=Path, help="JSON file; standard output by default")
     return parser
 
