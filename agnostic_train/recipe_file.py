@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from agnostic_train.errors import UserError
 from agnostic_train.recipe import Recipe, TrainingSection
-from agnostic_train.recipe_keys import OWN_KEYS, SECTIONS, own_types, recipe_keys, training_argument_types
+from agnostic_train.recipe_keys import OWN_KEYS, RENAMED, SECTIONS, own_types, recipe_keys, training_argument_types
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MAX_VALUES = 10_000
@@ -100,12 +100,15 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
 
 
 def _parse_flag(key: str, value: str) -> Any:
-    takes_text = _takes_text(key)
+    takes_text, text = _takes_text(key), value.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] in "'\""
+    if takes_text == "one" and text.lower() not in ("", "~", "null") and not is_quoted:
+        return text  # YAML would read {lang}_Latn, 1e3 or "a #1" as something else
     try:
         parsed = _parse_yaml(value, f"--{key}")
     except UserError:
-        if takes_text == "one":  # {lang}_Latn
-            return value
+        if takes_text == "one":
+            return text
         raise
     if parsed is None or not takes_text or isinstance(parsed, str):
         return parsed
@@ -139,6 +142,8 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
     for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
+        if key in RENAMED and key not in known:
+            raise UserError(f"{source}: unknown key training.{key}; since transformers 5 it is {RENAMED[key]}")
         if key not in known:
             raise UserError(
                 f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own_keys, *known)])}"
@@ -232,4 +237,6 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
+        if not isinstance(error, YAMLError):
+            problem = f"{problem}; is it a date? put text in quotes"
         raise UserError(f"{source}: not valid YAML{where} ({problem})") from None

@@ -8,8 +8,16 @@ from pydantic.fields import FieldInfo
 from agnostic_train.recipe import Recipe
 
 SECTIONS = {it.name: it.type for it in fields(Recipe) if it.name != "output_dir"}
-OWN_KEYS = {"output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name"}
+OWN_KEYS = {
+    "output_dir": "output_dir", "report_to": "tracking.wandb", "run_name": "tracking.run_name",
+    "project": "tracking.project",
+}  # fmt: skip
 """TrainingArguments that a recipe sets by other keys of its own."""
+RENAMED = {
+    "group_by_length": "train_sampling_strategy: group_by_length", "warmup_ratio": "warmup_steps (a fraction, below 1)",
+    "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
+}  # fmt: skip
+"""TrainingArguments of transformers 4 that have another name now."""
 
 
 def training_argument_types() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Export of trained models: complete checkpoints, and adapters with only the trained rows and columns."""
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from agnostic_train.choices import ExportTarget, check_choice
 from agnostic_train.errors import UserError
@@ -34,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 CARD = "README.md"
 MANIFEST = "manifest.json"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def export_checkpoint(
@@ -112,6 +114,8 @@ def export_checkpoint(
             _write_delta(temporary, trained)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if to == "merged":
+            _copy_processor(temporary, trained)
         if model_card is not None:
             (temporary / CARD).write_text(model_card, encoding="utf-8")
         write_json(
@@ -120,6 +124,7 @@ def export_checkpoint(
                 "format": to,
                 "dtype": str(dtype or trained.model.dtype).removeprefix("torch."),
                 "base": trained.base_name and public_name(trained.base_name),
+                "revision": trained.base_revision,
                 "frozen_weights": asdict(check),
                 "neurons": None if trained.neurons is None else trained.neurons.counts(),
                 "files": sorted(file.name for file in temporary.iterdir()),
@@ -176,6 +181,23 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) 
     if trained.base is not None and hasattr(trained.base.config, "use_cache"):
         config.use_cache = trained.base.config.use_cache  # a Trainer sets it to False
     config.save_pretrained(directory)
+
+
+def _copy_processor(directory: Path, trained: Trained) -> None:
+    """Copies what prepares a multimodal model's other inputs, such as images, from where its base was loaded."""
+    config = trained.model.config
+    if trained.base_name is None or config.get_text_config() is config:
+        return
+    for name in _PROCESSOR_FILES:
+        file = cached_file(
+            trained.base_name,
+            name,
+            revision=trained.base_revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, directory / name)
 
 
 @contextmanager
@@ -237,7 +259,9 @@ def _check_vocabulary(trained: Trained, tokenizer: PreTrainedTokenizerBase | Non
     if whole or trained.base_name is None:
         return
     try:
-        config = AutoConfig.from_pretrained(trained.base_name, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            trained.base_name, revision=trained.base_revision, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):  # not at hand, or with code of its own
         return
     of_base = config.get_text_config().vocab_size
@@ -270,8 +294,8 @@ def _write_delta(directory: Path, trained: Trained) -> None:
     deltas = trained.deltas()
     sizes = [{name: len(it.index) for name, it in deltas.items() if it.dim == dim} for dim in (0, 1)]
     config = NeuronConfig(
-        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, inference_mode=True,
-        rows=sizes[0], columns=sizes[1],
+        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, revision=trained.base_revision,
+        inference_mode=True, rows=sizes[0], columns=sizes[1],
     )  # fmt: skip
     tensors = {f"{name}.neuron_delta": delta.values for name, delta in deltas.items()}
     tensors |= {f"{name}.neuron_index": delta.index for name, delta in deltas.items()}
@@ -283,8 +307,9 @@ def _write_lora(directory: Path, trained: Trained) -> None:
     ranks = {name: len(delta.index) for name, delta in deltas.items()}
     largest = max(ranks.values())
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, inference_mode=True,
-        r=largest, lora_alpha=largest, rank_pattern=ranks, alpha_pattern=ranks, target_modules=sorted(ranks),
+        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=trained.base_name, revision=trained.base_revision,
+        inference_mode=True, r=largest, lora_alpha=largest, rank_pattern=ranks, alpha_pattern=ranks,
+        target_modules=sorted(ranks),
     )  # fmt: skip
     tensors = {}
     for name, delta in deltas.items():

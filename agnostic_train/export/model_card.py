@@ -56,6 +56,8 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     arguments = [f"{key} {_shown(value)}" for key, value in recipe.to_dict()["training"]["arguments"].items()]
     update = None if counts is None else f"update: {recipe.training.update}"
     details.append("; ".join(filter(None, (update, ", ".join(arguments)))))
+    if hub_name and recipe.model.revision:
+        details.insert(0, f"revision of the base: {recipe.model.revision}")
     if training.get("text"):
         details.append(f"training text: {training['text']}")
     listed = "\n".join(f"- {it}" for it in details if it)

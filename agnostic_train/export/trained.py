@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
-from agnostic_train.model.reading import read_model
+from agnostic_train.model.reading import commit_of, read_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import check_whole
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
@@ -31,6 +31,7 @@ class Trained:
         base: the model before training, or None if unknown.
         neurons: the trained neurons, or None if unknown.
         base_name: the name or path that the base was loaded from; None if unknown, or if it has been trained since.
+        base_revision: the commit of the hub repository `base_name`; None if it is none or unknown.
         trained_before: whether neurons were trained before the adapter: the weights around it may not be the base's.
     """
 
@@ -39,6 +40,7 @@ class Trained:
     base: nn.Module | None
     neurons: NeuronSet | None
     base_name: str | None
+    base_revision: str | None = None
     trained_before: bool = False
 
     @classmethod
@@ -64,10 +66,11 @@ class Trained:
         """
         named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
-            adapter, name = read_deltas(model)
+            adapter, config = read_deltas(model)
+            name = config.base_model_name_or_path
             if base is None and not name:
                 raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
-            loaded = _loaded(name if base is None else base)
+            loaded = _loaded(name, config.revision) if base is None else _loaded(base)
             own = _neurons_at(loaded, adapter)
             file = Path(model) / NEURONS_FILE
             if file.exists() and NeuronSet.load(file) != own:
@@ -75,7 +78,7 @@ class Trained:
                     f"{model}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
                 )
             chosen = _all_trained(own, named)
-            return cls(loaded, adapter, loaded, chosen, _name_of(loaded), chosen != own)
+            return cls(loaded, adapter, loaded, chosen, *_origin_of(loaded), trained_before=chosen != own)
         check_whole(model, "exporting")
         plain = plain_model(model)
         find_decoder(plain).check_on_devices("exporting")
@@ -96,10 +99,10 @@ class Trained:
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
             raise UserError("base: it is the trained model itself; give the model from before training, or its folder")
-        name = plain.name_or_path or None
+        name, revision = plain.name_or_path or None, commit_of(plain)
         if loaded is not None or adapter:
-            name = _name_of(plain if loaded is None else loaded)
-        return cls(plain, adapter, loaded, trained, name, trained_before)
+            name, revision = _origin_of(plain if loaded is None else loaded)
+        return cls(plain, adapter, loaded, trained, name, revision, trained_before)
 
     @property
     def is_quantised(self) -> bool:
@@ -166,9 +169,11 @@ def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:
     return named
 
 
-def _name_of(base: nn.Module) -> str | None:
-    """The name that a base was loaded by; None if it has been trained since."""
-    return None if getattr(base, "trained_neurons", None) is not None else base.name_or_path or None
+def _origin_of(base: nn.Module) -> tuple[str | None, str | None]:
+    """The name that a base was loaded by, and its hub commit, if any; None if it has been trained since."""
+    if getattr(base, "trained_neurons", None) is not None:
+        return None, None
+    return base.name_or_path or None, commit_of(base)
 
 
 def _share_weights(model: nn.Module, other: nn.Module) -> bool:
@@ -188,11 +193,11 @@ def _neurons_at(model: nn.Module, deltas: Mapping[str, Delta]) -> NeuronSet:
     )
 
 
-def _loaded(base: nn.Module | str | Path) -> nn.Module:
+def _loaded(base: nn.Module | str | Path, revision: str | None = None) -> nn.Module:
     if isinstance(base, nn.Module):
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise UserError("base: it has adapters; give the model without them")
         return base
-    model = read_model(base, "base", dtype="auto")
+    model = read_model(base, "base", dtype="auto", revision=revision)
     check_whole(model, "exporting")
     return model

@@ -8,7 +8,9 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.logging import get_logger
 
 from agnostic_train.errors import UserError
@@ -62,10 +64,21 @@ def read(auto_class, name: str | Path, key: str, **settings):
         raise UserError(f"{key}: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
 
 
+def commit_of(model: nn.Module) -> str | None:
+    """The commit of the hub repository that a model was loaded from; None if it came from elsewhere."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
 def check_folder(folder: str | Path, key: str) -> None:
     """Raises `UserError` that names `key` if a folder holds no checkpoint."""
     if not (Path(folder) / "config.json").exists():
-        raise UserError(f"{key}: {folder} has no config.json; name the folder of a checkpoint")
+        found = " but an adapter; merge it into its base and save the result" if has_adapter(folder) else ""
+        raise UserError(f"{key}: {folder} has no config.json{found}; name the folder of a checkpoint")
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter, which transformers loads along with the model."""
+    return (Path(folder) / ADAPTER_CONFIG_NAME).exists()
 
 
 def _check_complete(info: dict[str, Any], name: str | Path, key: str) -> None:

@@ -64,7 +64,8 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
             settings = {key: value for key, value in settings.items() if key not in ("every_n_layers", "offload")}
             torch.utils.checkpoint.checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings)
     schedule = _value(arguments.lr_scheduler_type)
-    with _refused(f"training.lr_scheduler_type: {schedule} can't be made of lr_scheduler_kwargs"):
+    key = "lr_scheduler_kwargs" if arguments.lr_scheduler_kwargs else "lr_scheduler_type"
+    with _refused(f"training.{key}: {schedule} can't be made of lr_scheduler_kwargs"):
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=optimizer,

@@ -15,6 +15,7 @@ from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
 from agnostic_train.model.loading import checkpoint_config, load_config, load_model, load_tokenizer
+from agnostic_train.model.reading import has_adapter
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, Recipe
 
@@ -137,6 +138,20 @@ class Materials:
     def encoder(self) -> Encoder:
         config = load_config(self.recipe.model, self.model_path)
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
+
+    def check_trainable(self, plain: str | None = None) -> None:
+        """Raises `UserError` for a checkpoint that a training can't start from.
+
+        plain: what needs weights that aren't quantised; None if nothing does.
+        """
+        if has_adapter(self.model_path):
+            raise UserError(
+                f"model.name: {self.model_path} holds an adapter, too; merge it into the model (PEFT's "
+                "merge_and_unload), save the result, and name that folder"
+            )
+        config = load_config(self.recipe.model, self.model_path)
+        if plain is not None and getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"model.name: {plain} needs the unquantised model, not {self.recipe.model.name}; name that")
 
     def check_vocabularies(self, key: str, sources: Sequence[str]) -> None:
         """Raises `UserError` that names `key` for a checkpoint that lacks tokens of the model's tokenizer.

@@ -68,6 +68,8 @@ def _check_given(recipe: Recipe) -> None:
     named = given.get("metric_for_best_model")
     if named is not None and named not in [*metrics, *(it.removeprefix("eval_") for it in metrics)]:
         raise UserError(f"training.metric_for_best_model: {named!r} isn't measured; it is one of {', '.join(metrics)}")
+    if given.get("greater_is_better"):
+        raise UserError("training.greater_is_better: the best checkpoint has the lowest loss; remove the key")
     for key in _ABOVE_ZERO:
         value = given.get(key)
         # In transformers, -1 means that epochs count, not steps.

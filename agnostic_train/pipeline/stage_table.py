@@ -97,6 +97,7 @@ STAGE_TABLE = {
         "export",
         folders=lambda recipe: {export.EXPORTS[to]: is_exported for to in ("merged", recipe.export.to)},
         replaces=("export", "evaluate"),
+        check_materials=export.check_materials,
     ),
     "evaluate": Stage(
         evaluate.evaluate,

@@ -305,7 +305,7 @@ good | news person | 好 好 | -ema | gut | before bon bonne
 tall | person | 高 高 | -refu | groß | before grand grande
 clever | person | 聪明的 聪明 | -erevu | klug | after intelligent intelligente
 generous | person | 慷慨的 慷慨 | -karimu | großzügig | after généreux généreuse
-famous | someone | 有名的 有名 | maarufu | berühmt | after célèbre célèbre
+famous | someone | 出名的 出名 | maarufu | berühmt | after célèbre célèbre
 """)
 
 # Reasons to stay away. Swahili: a state ("me"), an activity ("na") or something one is "with"; German and

@@ -5,8 +5,9 @@ its sentences must be real language: real words with real agreement, so that a m
 something that differs between languages. Each pattern of `grammar.meaning` is filled with words that make
 sense together, and rendered by every language's grammar.
 
-The splits share words and patterns but no filling: the combination "sister, buy, hat" occurs in one split
-only, in any tense, number or negation, so a model cannot do well on held-out sentences by memory alone.
+The splits share words and patterns but no filling of a pattern: what "my sister buys a hat" is filled with
+occurs in one split only, in any tense, number or negation, so a model cannot do well on held-out sentences by
+memory alone. (Another pattern, such as a wish, may have the same words in another split.)
 """
 
 import random

@@ -18,6 +18,7 @@ from agnostic_train.report.fonts import font_families
 _MARKERS = "osv^DXP*hp"
 _LINES = ("-", "--", ":", "-.")
 _INCHES_PER_SERIES = 0.25
+_INCHES_PER_CHARACTER, _SHARE_OF_COLUMNS = 0.09, 0.8
 ENDINGS = (".png", ".svg")
 """The formats in which each figure is written."""
 
@@ -29,7 +30,10 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], lab
         labels: texts in the figures that may be in any script, such as names of languages.
     """
     # With a fixed salt, equal figures are equal files.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": font_families("".join(labels))}
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": "agnostic_train", "font.family": font_families("".join(labels)),
+        "text.parse_math": False,  # a name may hold dollar signs
+    }  # fmt: skip
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `font_families` has said so, once
         for name, draw in figures.items():
@@ -69,7 +73,8 @@ def width_of(num_columns: int, inches: float) -> float:
 
 def name_columns(axis: Axes, names: Sequence[str], enhanced: Collection[str] = ()) -> None:
     """Labels the columns; long names are turned, so that they don't overlap."""
-    is_long = max(map(len, names), default=0) > 8 and len(names) > 5
+    inches = _SHARE_OF_COLUMNS * axis.get_figure(root=True).get_figwidth() / max(1, len(names))
+    is_long = _INCHES_PER_CHARACTER * max(map(len, names), default=0) > inches
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
     labels = [name + ((" " if is_long else "\n") + "(enhanced)" if name in enhanced else "") for name in names]
     axis.set_xticks(range(len(names)), labels, **turned)

@@ -1,6 +1,7 @@
 """Figures of a run: neurons, languages before and after, the training."""
 
 import re
+from itertools import combinations_with_replacement
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,9 +35,9 @@ def draw_neurons(detected: LanguageNeurons) -> Figure:
 def draw_overlap(detected: LanguageNeurons) -> Figure:
     """Jaccard overlap of every two languages' related neurons."""
     languages = detected.languages
-    values = np.array(
-        [[jaccard(detected.related[a], detected.related[b])["all"] or 0.0 for b in languages] for a in languages]
-    )
+    values = np.zeros((len(languages), len(languages)))
+    for (row, a), (column, b) in combinations_with_replacement(enumerate(languages), 2):
+        values[row, column] = values[column, row] = jaccard(detected.related[a], detected.related[b])["all"] or 0.0
     figure, (axis,) = make_grid(width=1.5 + 0.9 * len(languages), height=1.2 + 0.6 * len(languages))
     draw_heat_map(axis, values, np.vectorize(lambda value: f"{value:.2f}")(values), vmax=1.0)
     name_columns(axis, languages)

@@ -86,7 +86,7 @@ def draw_emergence(rows: list[dict]) -> Figure:
         axes[2].set_xticks(steps, [str(step) for step in steps])
         axes[2].minorticks_off()
     else:
-        axes[2].set_xticks(steps, [row["checkpoint"] for row in rows])
+        name_columns(axes[2], [row["checkpoint"][:20] for row in rows])  # of a commit, the beginning suffices
     axes[2].set_xlabel("training step" if numeric else "checkpoint")
     return figure
 

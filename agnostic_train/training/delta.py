@@ -119,8 +119,8 @@ def weight_deltas(
     return deltas
 
 
-def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
-    """Reads a saved adapter: its deltas by module name, and the name or folder of its base model, if recorded.
+def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], NeuronConfig]:
+    """Reads a saved adapter: its deltas by module name, and its configuration, which may name the base model.
 
     Raises:
         UserError: the folder is missing, or has no neuron adapter, or a damaged one.
@@ -157,7 +157,7 @@ def read_deltas(directory: str | Path) -> tuple[dict[str, Delta], str | None]:
         elif file.with_name(WEIGHTS_NAME).exists():
             remedy = "save it with safe_serialization=True, or pass it loaded"
         raise UserError(f"{directory}: no readable neuron adapter ({shorten(str(error), 200)}); {remedy}") from None
-    return deltas, config.base_model_name_or_path
+    return deltas, config
 
 
 def add_deltas(weights: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Tensor]]:

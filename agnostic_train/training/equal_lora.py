@@ -6,6 +6,7 @@ from peft import LoraConfig, TaskType
 from torch import nn
 
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.reading import commit_of
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import num_trainable
 
@@ -38,5 +39,6 @@ def equal_lora(neurons: NeuronSet, model: nn.Module) -> tuple[LoraConfig, int]:
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=largest, lora_alpha=SCALING * largest, lora_dropout=0.0, rank_pattern=ranks,
         alpha_pattern={name: SCALING * rank for name, rank in ranks.items()}, target_modules=sorted(ranks),
+        revision=commit_of(model),
     )  # fmt: skip
     return config, sum(rank * prices[name] for name, rank in ranks.items())

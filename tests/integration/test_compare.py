@@ -134,6 +134,20 @@ def test_interrupted_comparison_trains_nothing_twice(root, monkeypatch, capsys):
     assert "| related |" not in text and "| difference |" in text
 
 
+def test_trial_whose_measurements_are_missing_is_trained_again(root, monkeypatch, capsys):
+    few = ["--comparison.strategies=exclusive,shared", *SMALL[1:]]
+    assert run(root, "compare", *few) == 0
+    before, original, trained = read_json(root / "out/comparison.json"), Trials._measure, []
+    (root / "out/comparison.json").unlink()
+    kept = sorted((root / "out/.work/compare").glob("*.safetensors"))
+    kept[0].write_bytes(kept[0].read_bytes()[:50])
+    monkeypatch.setattr(Trials, "_measure", lambda self, *rest: trained.append(1) or original(self, *rest))
+    assert_mistake(root, "compare", few, f"{kept[0]}: not readable", capsys)
+    kept[0].unlink()  # as the message says
+    assert run(root, "compare", *few) == 0
+    assert len(trained) == 1 and read_json(root / "out/comparison.json") == before
+
+
 def test_diverging_rates_and_strategies_are_passed_over(root, capsys):
     flags = ["--comparison.strategies=shared,full", "--comparison.seeds=1", "--training.max_steps=3"]
     rates = "--comparison.learning_rates=[1e-3, 1e-2, 1e30]"
@@ -557,3 +571,18 @@ def test_two_processes_give_the_comparison_of_one(root):
     assert printed.count("full, rate 0.01, seed 2") == 1 and "diverged" in printed
     for name, by_seed in sw_changes(root).items():
         assert by_seed == pytest.approx(alone[name], abs=1e-4)
+
+
+def test_processes_agree_to_read_streamed_text_for_the_manifest(root):
+    """Only the main process writes the manifest, for which it asks whether the comparison is up to date."""
+    (root / "hub").mkdir()
+    for language in ("en", "sw"):
+        lines = (root / f"text/{language}.train.txt").read_text().splitlines()
+        (root / f"hub/{language}.txt").write_text("\n".join(lines))
+    flags = ["--corpus.path=", f"--corpus.dataset={root / 'hub'}", "--corpus.data_files={lang}.txt"]
+    flags += [f"--corpus.{it}_sentences=10" for it in ("detection", "training", "validation", "test")]
+    flags += ["--comparison.strategies=shared,exclusive", "--comparison.seeds=1", "--comparison.learning_rates=1e-2"]
+    flags += ["--training.max_steps=2", "--training.per_device_train_batch_size=2"]
+    recipe = str(root / "recipe.yaml")
+    in_two_processes("agnostic_train.cli", "main", ["compare", recipe, *flags])
+    assert "detect: " in in_two_processes("agnostic_train.cli", "main", ["detect", recipe, *flags, "--force"])

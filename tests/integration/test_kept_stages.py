@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from small_run import RECIPE, root, run, template  # noqa: F401 (fixtures)
+from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from tokenizers import normalizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -529,3 +529,36 @@ def test_interrupted_stage_resumes_as_the_same_run(tmp_path):
         if finishes:
             manifest.finish("compare", [], {}, {})
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_auto_depends_only_on_what_it_reads_of_the_score(root, capsys):
+    flags = ["--training.strategy=auto", "--training.high=20", "--detection.consistency=0.3"]
+    assert run(root, "train", *flags) == 0
+    capsys.readouterr()
+    assert run(root, "train", *flags, "--score.controls=0") == 0
+    printed = capsys.readouterr().out
+    assert "score: " in printed and "changed: score.controls" in printed and "train: unchanged, kept" in printed
+    assert run(root, "train", *flags, f"--model.checkpoints={root / 'model'}") == 0
+    printed = capsys.readouterr().out
+    assert "(changed: model.checkpoints, score.controls)" in printed and "train: unchanged, kept" in printed
+
+
+def test_checkpoints_that_cannot_be_trained_or_exported_are_refused_before_any_stage(root, capsys):
+    config = json.loads((root / "model/config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (root / "model/config.json").write_text(json.dumps(quantised))
+    for stage, flags, what in (
+        ("train", ["--training.update=mask"], "training.update 'mask'"),
+        ("train", ["--training.strategy=lora"], "training.strategy 'lora'"),
+        ("export", [], "enhanced/, the sum of weights and changes,"),
+        ("run", [], "enhanced/, the sum of weights and changes,"),
+        ("compare", [], "a comparison"),
+    ):
+        assert_mistake(root, stage, flags, f"model.name: {what} needs the unquantised model, not", capsys)
+    (root / "model/config.json").write_text(json.dumps(config))
+    (root / "model/adapter_config.json").write_text("{}")
+    for stage in ("train", "run", "compare"):
+        assert_mistake(root, stage, [], "model.name: ", capsys)
+    assert not (root / "out/neurons").exists()
+    (root / "model/config.json").unlink()
+    assert_mistake(root, "detect", [], "has no config.json but an adapter; merge it into its base", capsys)

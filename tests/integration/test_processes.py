@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from agnostic_train.detection import counting
 from agnostic_train.detection.detect import detect_neurons
+from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.files import fingerprint, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -76,6 +77,21 @@ def test_two_processes_give_the_results_of_one(tmp_path):
     result = perplexity(model, corpora()["a"])
     torch.testing.assert_close(nats, result.sentence_nats)
     assert torch.equal(tokens, result.sentence_tokens) and num_bytes == result.num_bytes
+
+
+def export_on_each(directory: Path):
+    dist.init_process_group("gloo")
+    base, model = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[1] += 1
+    model.trained_neurons = NeuronSet({(0, "q"): [1]})
+    check = export_checkpoint(model, directory, base=base)
+    assert (check.status, check.chosen_moved) == ("identical", 1.0)
+
+
+def test_first_process_exports(tmp_path):
+    launched(tmp_path, __file__, f"it.export_on_each(it.Path({str(tmp_path / 'out')!r}))")
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

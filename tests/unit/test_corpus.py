@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
@@ -10,6 +11,8 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
@@ -23,6 +26,7 @@ from agnostic_train.corpus import streaming
 from agnostic_train.corpus.documents import split_documents, texts_of
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.evaluation_text import read_test_text
+from agnostic_train.corpus.local_files import local_sentences
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline.training_text import training_examples
@@ -734,3 +738,40 @@ def test_validation_sentence_in_the_test_text_is_refused(tmp_path):
         (tmp_path / f"en.{split}.txt").write_text(lines)
     with pytest.raises(UserError, match="1 sentences of 'en' are in two"):
         load_corpus(section(detection_sentences=1), tmp_path)
+
+
+def test_truncated_file_of_a_dataset_is_refused(tmp_path):
+    """The zstandard package, which `datasets` uses, reads such a file as if it ended there."""
+    lines = [f"line {it} {hashlib.sha256(str(it).encode()).hexdigest()}" for it in range(20_000)]
+    packed = zstandard.compress("\n".join(lines).encode())
+    (tmp_path / "sw.txt.zst").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"sw\.txt\.zst: not readable after line \d+ \(OSError: Truncated"):
+        by_files(tmp_path, "{lang}.txt.zst", training_sentences=15_000)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_byte_order_mark_of_a_streamed_file_is_no_text(tmp_path, ending):
+    lines = [f"line {it}" for it in range(60)]
+    text = "\n".join(json.dumps({"text": it}) if ending == "jsonl" else it for it in lines)
+    (tmp_path / f"sw.{ending}").write_text(text, encoding="utf-8-sig")
+    text = by_files(tmp_path, f"{{lang}}.{ending}")
+    read = {*text.training, *text.detection, *text.validation, *text.test}
+    assert read <= {*lines} and "line 0" in {*read, *lines[:1]}
+
+
+def test_only_the_text_of_a_parquet_file_is_read(folder):
+    """Other columns may be of types that `datasets` doesn't know."""
+    others = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int32()))
+    text = pa.array(["one", None, "two"]).dictionary_encode()
+    pq.write_table(pa.table({"other": others, "text": text}), folder / "en.train.parquet")
+    (folder / "en.train.txt").unlink()
+    assert local_sentences(section(), folder / "en.train.parquet") == ["one", "two"]
+    with pytest.raises(UserError, match=r"no column 'body'; corpus\.text_column is one of other, text"):
+        local_sentences(section(text_column="body"), folder / "en.train.parquet")
+
+
+def test_line_that_is_not_utf8_is_located(folder):
+    (folder / "en.train.txt").unlink()
+    (folder / "en.train.jsonl").write_bytes(b'{"text": "a"}\n' * 9000 + b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"en\.train\.jsonl: not UTF-8 after line 8\d\d\d; convert it"):
+        local_sentences(section(), folder / "en.train.jsonl")

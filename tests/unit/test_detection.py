@@ -281,3 +281,33 @@ def test_numbers_of_numpy_can_be_saved(llama, tmp_path):
     neurons = detect_neurons(llama, {"a": [padded_batch([5, 9])]}, **options, progress=False)
     neurons.save(tmp_path / "neurons")
     assert LanguageNeurons.load(tmp_path / "neurons").settings == neurons.settings
+
+
+def test_numbers_of_numpy_are_those_of_python(llama, tmp_path):
+    """0.53 of 100 neurons are 53, but float32's 0.53 is less."""
+    corpora = {"a": [padded_batch([5, 9])]}
+    settings = dict(top_ratio=np.float32(0.53), consistency=np.float32(0.5), memory_gb=np.float32(1))
+    with pytest.raises(ValueError, match="memory_gb must be a number of at least 0, not nan"):
+        detect_neurons(llama, corpora, **settings | {"memory_gb": np.nan})
+    found = detect_neurons(llama, corpora, **settings, progress=False, resume_dir=tmp_path)
+    assert found == detect_neurons(llama, corpora, float(np.float32(0.53)), 0.5, progress=False)
+
+
+def test_nan_in_activations_is_refused():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = torch.nan  # after the last attention
+    corpora = {"a": [padded_batch([5, 9])]}
+    assert len(
+        detect_neurons(
+            model, corpora, projections=["q", "k"], activations=False, consistency=0.5, progress=False
+        ).shared
+    )
+    with pytest.raises(UserError, match=r"model\.name: activations at layer 1 down aren't finite"):
+        detect_neurons(model, corpora, projections=["q", "k"], progress=False)
+
+
+def test_empty_language_is_refused_before_any_is_measured(llama, monkeypatch):
+    monkeypatch.setattr(detect, "count_top_neurons", None)
+    with pytest.raises(UserError, match=r"corpus\.languages: 'b' has no sentence"):
+        detect_neurons(llama, {"a": [padded_batch([5, 9])], "b": []}, verify=False, progress=False)

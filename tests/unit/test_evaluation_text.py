@@ -106,3 +106,12 @@ def test_text_that_is_trained_on_under_another_language_is_named():
         "test text of en: 2 of 4 sentences are also in the training text of sw, such as 'moja'",
         "test text of en: 1 of 4 sentences are also in the training text of th, such as 'two'",
     ]
+
+
+def test_parallel_line_without_a_sentence_is_no_repetition(folder):
+    """With `split_sentences`, parts without a letter or digit are no sentences."""
+    (folder / "parallel/sw.txt").write_text("habari\n...\nkwaheri")
+    (folder / "parallel/en.txt").write_text("hello\n...\nbye")
+    corpus = load_corpus(section(split_sentences=True), folder)
+    text = parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0, split_sentences=True)
+    assert text["sw"] == ["habari", "...", "kwaheri"]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agnostic_train.errors import UserError
 from agnostic_train.export import checkpoint
+from agnostic_train.export import trained as trained_module
 from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
@@ -30,6 +31,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.delta import Delta, adapter_deltas, read_deltas, weight_deltas
+from agnostic_train.training.equal_lora import equal_lora
 
 CHOSEN = NeuronSet({(0, "q"): [1, 17], (1, "down"): [0, 52]})
 
@@ -623,3 +625,28 @@ def test_adapter_names_the_base_rather_than_the_trained_model():
     base, model = tiny_llama(), tiny_llama()
     base.name_or_path, model.name_or_path = "the/base", "the/trained"
     assert Trained.of(model, base, CHOSEN).base_name == "the/base"
+
+
+def test_adapters_name_the_commit_of_their_base(tmp_path, monkeypatch):
+    """A hub repository's other revisions have other weights: an adapter on them would be another model."""
+    base = tiny_llama()
+    base.name_or_path, base.config._commit_hash = "me/mine", "abc123"
+    lora = equal_lora(CHOSEN, base)[0]
+    model = get_peft_model(base, NeuronConfig(neurons=CHOSEN))
+    model.save_pretrained(tmp_path / "adapter")
+    for to in ("lora", "delta"):
+        export_checkpoint(model, tmp_path / to, to=to)
+    configs = [tmp_path / name / "adapter_config.json" for name in ("adapter", "lora", "delta")]
+    revisions = [json.loads(config.read_text())["revision"] for config in configs]
+    assert [lora.revision, *revisions] == ["abc123"] * 4
+    assert json.loads((tmp_path / "lora/manifest.json").read_text())["revision"] == "abc123"
+    asked = []
+
+    def read_model(name, key, revision=None, **settings):
+        asked.append((name, revision))
+        return tiny_llama()
+
+    monkeypatch.setattr(trained_module, "read_model", read_model)
+    export_checkpoint(tmp_path / "adapter", tmp_path / "out")
+    export_checkpoint(tmp_path / "adapter", tmp_path / "out", base="me/other")
+    assert asked == [("me/mine", "abc123"), ("me/other", None)]

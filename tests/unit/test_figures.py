@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from agnostic_train.percent import percent
 from agnostic_train.report.comparison_figures import draw_rates, draw_trade
 from agnostic_train.report.fonts import font_families
-from agnostic_train.report.plotting import line_style, write_figures
+from agnostic_train.report.plotting import line_style, make_grid, name_columns, width_of, write_figures
 from agnostic_train.report.run_figures import draw_change, draw_training
 from agnostic_train.report.score_figures import draw_emergence, draw_score
 from agnostic_train.scores.result import CONTROLS
@@ -208,3 +208,18 @@ def test_both_files_are_written_and_svg_keeps_text(tmp_path):
     first = (tmp_path / "one.svg").read_text()
     write_figures(tmp_path, {"one": draw})
     assert first == (tmp_path / "one.svg").read_text()  # it has neither a date nor random ids
+
+
+@pytest.mark.figures
+def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
+    row = {"language": "$_$", "importance": 0.2, "interval": [0.1, 0.3]}
+    score = {"table": [row], "value": 0.18, "controls": {}}
+    write_figures(tmp_path, {"score": lambda: draw_score(score)})
+    assert "$_$" in (tmp_path / "score.svg").read_text()
+
+
+@pytest.mark.parametrize("count, name, turned", [(10, "swh_Latn", True), (10, "sw", False), (4, "swh_Latn", False)])
+def test_names_of_columns_are_turned_if_they_would_overlap(count, name, turned):
+    axis = make_grid(width=width_of(count, 0.6))[1][0]
+    name_columns(axis, [name] * count)
+    assert all((it.get_rotation() == 30) is turned for it in axis.get_xticklabels())

@@ -119,3 +119,13 @@ def test_file_that_appears_during_writing_is_kept(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/late.txt").write_text("late")
     assert [it.name for it in (tmp_path / "out").iterdir()] == ["late.txt"] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("write", [save_neurons, export])
+def test_written_files_have_the_permissions_of_any_new_file(tmp_path, write):
+    """The safetensors library makes its files readable to their owner only."""
+    (tmp_path / "new").touch()
+    write(tmp_path / "out")
+    assert {it.stat().st_mode for it in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
+    NeuronSet({(0, "q"): [0]}).save(tmp_path / "one.safetensors")
+    assert (tmp_path / "one.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode

@@ -83,6 +83,11 @@ def test_lape_as_a_detection_method(llama):
         with torch.no_grad():
             broken.model.layers[1].mlp.gate_proj.weight[3] = torch.nan
         detect_neurons(broken, corpora, method="lape", progress=False)
+    with pytest.raises(UserError, match="hidden units of layer 0 aren't finite; the model computes NaN"):
+        broken = tiny_llama()
+        with torch.no_grad():
+            broken.model.layers[0].mlp.up_proj.weight[3] = torch.nan  # the gate, which says what fires, is fine
+        detect_neurons(broken, corpora, method="lape", progress=False)
     special = padded_batch([4]) | {"special_tokens_mask": torch.ones(1, 4)}
     with pytest.raises(UserError, match="no token of 'd' counts"):
         detect_neurons(llama, corpora | {"d": [special]}, method="lape", progress=False)

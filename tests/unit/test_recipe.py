@@ -55,7 +55,10 @@ def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):
     assert lists.checkpoints == ["/home/someone/a", "b"] and lists.task_paths == ["/home/someone/c", "d"]
 
 
-@pytest.mark.parametrize("text", ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no"])
+@pytest.mark.parametrize(
+    "text",
+    ["{lang}", "{lang}_Latn", "[{lang}]", "1e5", "007", "2024-01-01", "yes: no: so", "no", "a #1", "&a b", "|"],
+)
 def test_text_flags_are_taken_literally(tmp_path, text):
     recipe = load(tmp_path, model__revision=text, tracking__run_name=text, output_dir=text, training__hub_token=text)
     values = (

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from conftest import UPDATES, padded_batch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from agnostic_train import NeuronTrainer, export_checkpoint
+from agnostic_train import NeuronConfig, NeuronTrainer, export_checkpoint
 from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -78,3 +79,15 @@ def test_weight_that_differs_after_writing_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="wasn't written correctly"):
         export_checkpoint(gemma_with_images(), tmp_path / "out", base=gemma_with_images(), neurons=CHOSEN)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_the_processor_are_kept(tmp_path):
+    gemma_with_images().save_pretrained(tmp_path / "base")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / "base" / name).write_text(f'{{"it": "{name}"}}')
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, NeuronConfig(neurons=CHOSEN))
+    export_checkpoint(model, tmp_path / "out")
+    export_checkpoint(model, tmp_path / "out")  # its own files may be replaced
+    assert (tmp_path / "out/processor_config.json").read_text() == '{"it": "processor_config.json"}'
+    assert (tmp_path / "out/preprocessor_config.json").exists()

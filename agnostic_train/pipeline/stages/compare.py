@@ -40,7 +40,8 @@ Results = dict[str, dict[int, TrialResult]]
 
 
 def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` if there is too little text to train on."""
+    """Raises `UserError` if there is too little text, or a model that not every strategy can train."""
+    materials.check_trainable("a comparison")
     count_batches(materials.recipe, arguments, materials.encoder, materials.training_text, has_pilot=False)
 
 

@@ -20,7 +20,7 @@ from agnostic_train.pipeline.training_text import Sentences, count_batches, desc
 from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import saved_checkpoints
-from agnostic_train.training.strategy import Choice
+from agnostic_train.training.strategy import BASELINES, Choice
 from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
 
 ADAPTER = "adapter"
@@ -28,8 +28,11 @@ _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
 def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` if there is too little text to train on, or the file of neurons isn't for this model."""
+    """Raises `UserError` if there is too little text, or the model or the file of neurons can't be trained."""
     recipe = materials.recipe
+    strategy, update = recipe.training.strategy, recipe.training.update
+    plain = f"strategy {strategy!r}" if strategy in BASELINES else f"update {update!r}" if update == "mask" else None
+    materials.check_trainable(plain and f"training.{plain}")
     count_batches(recipe, arguments, materials.encoder, materials.training_text, recipe.training.has_pilot)
     if recipe.training.neurons is not None:
         read_neurons(recipe.training.neurons, load_empty_model(recipe.model, materials.model_path))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import Site
+from agnostic_train.model.reading import commit_of
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import ChosenEntries, chosen_entries
 
@@ -26,6 +27,7 @@ class NeuronConfig(PeftConfig):
         neurons: a `NeuronSet`, a mapping to build one from, or the path of a file that `NeuronSet.read` accepts. Not
             needed to load a saved adapter.
         rows, columns: number of chosen rows and columns of each module's weight, by module name; filled from `neurons`.
+        revision: the commit of the hub repository that the base was loaded from; filled from the base.
         Other arguments: as for `PeftConfig`.
 
     Raises:
@@ -42,6 +44,9 @@ class NeuronConfig(PeftConfig):
     columns: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Number of chosen columns of each module's weight; filled from `neurons`."},
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "The revision of the base's hub repository; filled from the base model."}
     )
 
     target_modules = None
@@ -61,7 +66,7 @@ class NeuronConfig(PeftConfig):
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "neurons"}
 
     def resolve(self, model: nn.Module) -> dict[str, ChosenEntries]:
-        """Fills `rows` and `columns` from `neurons`, and returns the chosen entries by module name.
+        """Fills `rows` and `columns` from `neurons`, and `revision`; returns the chosen entries by module name.
 
         Returns an empty dict for the configuration of a saved adapter, which has no `neurons`.
 
@@ -78,6 +83,8 @@ class NeuronConfig(PeftConfig):
         self.neurons = NeuronSet.of(self.neurons)
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, there is nothing to train")
+        if self.revision is None:
+            self.revision = commit_of(model)
         chosen = chosen_entries(model, self.neurons)
         if any(name.startswith("base_model.") for name in chosen):
             raise UserError(
