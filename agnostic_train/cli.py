@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from safetensors import SafetensorError
@@ -16,7 +15,7 @@ from agnostic_train import __version__
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline import COMMANDS, OutOfMemoryError
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.recipe_keys import OWN_KEYS, RENAMED, recipe_keys, training_argument_types
+from agnostic_train.recipe_keys import OWN_KEYS, RENAMED, recipe_keys, suggestion, training_argument_types
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, these errors name no file
 
@@ -145,8 +144,7 @@ def _explain_unknown(argument: str) -> str:
     if renamed is not None:
         return f"unknown flag {name}; since transformers 5 it is {renamed}"
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
-    nearest = get_close_matches(name, [*keys, "--force", "--dry-run"], n=1, cutoff=0.6)
-    return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    return f"unknown flag {name}{suggestion(name, [*keys, '--force', '--dry-run'])}"
 
 
 def _fail(message: str, status: int = 2) -> int:

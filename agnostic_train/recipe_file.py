@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
@@ -16,7 +15,15 @@ from ruamel.yaml.error import YAMLError
 
 from agnostic_train.errors import UserError
 from agnostic_train.recipe import Recipe, TrainingSection
-from agnostic_train.recipe_keys import OWN_KEYS, RENAMED, SECTIONS, own_types, recipe_keys, training_argument_types
+from agnostic_train.recipe_keys import (
+    OWN_KEYS,
+    RENAMED,
+    SECTIONS,
+    own_types,
+    recipe_keys,
+    suggestion,
+    training_argument_types,
+)
 
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MAX_VALUES = 10_000
@@ -224,8 +231,7 @@ def _explain(error: dict) -> str:
 
 
 def _unknown(key: str, candidates: list[str]) -> str:
-    nearest = get_close_matches(key, candidates, n=1, cutoff=0.6)
-    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    return f"unknown key {key}{suggestion(key, candidates)}"
 
 
 def _parse_yaml(text: str, source: str) -> Any:

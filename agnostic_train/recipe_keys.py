@@ -1,6 +1,8 @@
 """Every key of a recipe, with its type, help text, choices and default."""
 
+from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
@@ -57,6 +59,12 @@ def recipe_keys() -> dict[str, str]:
             parts.append(row.default if row.default == "required" else f"default {row.default}")
         texts[row.key] = row.description + (f" ({'; '.join(parts)})" if parts else "")
     return texts
+
+
+def suggestion(name: str, candidates: Sequence[str]) -> str:
+    """A question that names the candidate nearest to a misspelt name; empty if none is near."""
+    nearest = get_close_matches(name, candidates, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _own_infos() -> dict[str, FieldInfo]:

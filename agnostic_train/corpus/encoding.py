@@ -18,7 +18,7 @@ Example = dict[str, np.ndarray]
 """A sequence to train on: its `input_ids` as int32, which take a quarter of the memory of a list."""
 
 # Sentences per tokenizer call, limited because its output takes far more memory than the token ids alone.
-_AT_ONCE = 1000
+_SENTENCES_AT_ONCE = 1000
 SAMPLE = 200
 """The number of sentences whose length is measured where an estimate is enough."""
 
@@ -78,8 +78,8 @@ class Encoder:
         """Yields what `encode` lists; with `to_train`, `input_ids` alone, with an end-of-sequence token added."""
         tokenizer, num_cut = self.tokenizer, 0
         with_offsets = tokenizer.is_fast and not to_train
-        for start in range(0, len(sentences), _AT_ONCE):
-            part = list(sentences[start : start + _AT_ONCE])
+        for start in range(0, len(sentences), _SENTENCES_AT_ONCE):
+            part = list(sentences[start : start + _SENTENCES_AT_ONCE])
             encoded = tokenizer(
                 part,
                 return_special_tokens_mask=True,

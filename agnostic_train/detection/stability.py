@@ -6,7 +6,7 @@ from agnostic_train.model.decoder import PROJECTIONS
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 
-NUM_SENTENCES = (100, 300, 1000)
+SAMPLE_SIZES = (100, 300, 1000)
 
 Sentences = dict[str, list[str]]
 Overlaps = dict[str, dict[str, float | None]]
@@ -33,7 +33,7 @@ def detection_stability(
         others: per language, further sentences, for a second sample of equal size if there are enough.
 
     Returns: `halves` (the two halves of the sample, if it has two), `second sample` (another sample of equal size, as
-        another seed would draw it), and `first N` (N sentences against all), for each N of `NUM_SENTENCES` below the
+        another seed would draw it), and `first N` (N sentences against all), for each N of `SAMPLE_SIZES` below the
         sample's size.
     """
     size = min(len(it) for it in sentences.values())
@@ -47,7 +47,7 @@ def detection_stability(
     if all(len(others[language]) >= len(it) for language, it in sentences.items()):
         second = detect({language: others[language][: len(it)] for language, it in sentences.items()})
         result["second sample"] = _overlaps(detected, second)
-    for count in NUM_SENTENCES:
+    for count in SAMPLE_SIZES:
         if count < size:
             first = detect({language: it[:count] for language, it in sentences.items()})
             result[f"first {count}"] = _overlaps(detected, first)

@@ -34,6 +34,7 @@ from agnostic_train.evaluation.task_loading import (
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks, result_of_group, result_of_task
 from agnostic_train.files import fingerprint, hash_file, read_json, write_json
 from agnostic_train.model.inference import left_as_found
+from agnostic_train.processes import process_index
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -197,7 +198,6 @@ def evaluate_tasks(
     *,
     directory: Path | None = None,
     identity: Callable[[str], object] | None = None,
-    write: bool = True,
     progress: bool = True,
 ) -> dict:
     """Runs a suite on several checkpoints, and compares every pair of them on the same items.
@@ -210,7 +210,6 @@ def evaluate_tasks(
             caching by default.
         identity: required with `directory`. Maps a checkpoint's name to everything that its results depend on besides
             the tasks (weights, dtype, tokenizer), as plain JSON values.
-        write: whether this process writes to `directory`.
         progress: show progress bars.
 
     Returns: `tasks`, the result of `compare_tasks`, with the harness's version and the limit.
@@ -235,7 +234,7 @@ def evaluate_tasks(
                 else:
                     model = source() if model is None else model
                     task_results = suite.run(name, model, tokenizer, progress)
-                    if file is not None and write:
+                    if file is not None and process_index() == 0:
                         write_json(file, {it: asdict(result) for it, result in task_results.items()})
                 results[checkpoint] |= task_results
                 bar.update()

@@ -103,7 +103,7 @@ def export_checkpoint(
         dtype = torch.promote_types(trained.model.dtype, torch.float32)
     check = check_frozen_weights(trained, dtype)
     _check_finite(trained, dtype)
-    if process_index():
+    if process_index() > 0:
         return check
     with whole_directory(directory, is_exported) as temporary:
         if to == "merged":

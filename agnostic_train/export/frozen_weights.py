@@ -1,6 +1,7 @@
 """The check that training changed only the chosen neurons."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,8 +28,8 @@ class FrozenWeightCheck:
             checkpoint's dtype.
     """
 
-    status: str
-    against: str | None = None
+    status: Literal["identical", "changed", "unverified"]
+    against: Literal["base", "frozen weights"] | None = None
     num_compared: int = 0
     changed: tuple[str, ...] = ()
     num_chosen: int = 0

@@ -121,7 +121,10 @@ def plain_block(logits: Tensor, value: Tensor, counted: Tensor, start: Tensor | 
     # Over the block's keys, like the changed softmax: a neuron that changes no logit has an impact of exactly zero.
     attention = logits.softmax(-1).mul_(counted.unsqueeze(-1))
     start = logits if start is None else start
-    return AttentionBlock(1.0, start, None, attention, counted, False, value, torch.ones_like(counted[:, :1]))
+    return AttentionBlock(
+        scale=1.0, logits=start, shift=None, attention=attention, counted=counted, by_powers=False,
+        value=value, value_scale=torch.ones_like(counted[:, :1]),
+    )  # fmt: skip
 
 
 class BlockForms:
@@ -182,5 +185,6 @@ class BlockForms:
     def _block(self, attention: Tensor, by_powers: bool) -> AttentionBlock:
         attention = attention * self._counted.unsqueeze(-1)
         return AttentionBlock(
-            log2(e), self._start, self._shift, attention, self._counted, by_powers, self._value, self._value_scale
-        )
+            scale=log2(e), logits=self._start, shift=self._shift, attention=attention, counted=self._counted,
+            by_powers=by_powers, value=self._value, value_scale=self._value_scale,
+        )  # fmt: skip

@@ -146,22 +146,22 @@ def square_bounds(
     variance = variance.clamp_(min=0).add_(size, alpha=12 * rounding)
     delta = mean
     for factor, values in ((a, b), (c, d)):
-        size = factor.abs()
+        absolute = factor.abs()
         for block in blocks:
             rows = block.rows
             # The minimum of f * value for a value in [low, high]: `f (low + high) / 2 - |f| (high - low) / 2`.
             low, high = (limit(values[:, block.keys], -2, keepdim=True) / 2 for limit in (torch.amin, torch.amax))
-            delta[:, rows].addcmul_(factor[:, rows], low + high, value=-1).addcmul_(size[:, rows], high - low)
+            delta[:, rows].addcmul_(factor[:, rows], low + high, value=-1).addcmul_(absolute[:, rows], high - low)
     if growth is not None:
         delta += growth.largest
     delta = delta.add_(4 * rounding * reach).clamp_(min=0)
-    factor = delta.addcmul(delta, delta, value=1 / 12).exp_()
-    bound = factor.mul_(variance).mul_(spread.largest.unsqueeze(-1))
+    excess = delta.addcmul(delta, delta, value=1 / 12).exp_()
+    bound = excess.mul_(variance).mul_(spread.largest.unsqueeze(-1))
     bound = torch.minimum(bound, spread.farthest.unsqueeze(-1), out=bound)
-    weight = attention.counted[heads].unsqueeze(1)
-    estimates = ((weight * spread.typical.unsqueeze(1)) @ variance).squeeze(1)
+    counted = attention.counted[heads].unsqueeze(1)
+    estimates = ((counted * spread.typical.unsqueeze(1)) @ variance).squeeze(1)
     bounds = [
-        (1 + _PART) * (weight[..., rows] @ bound[:, rows]) + weight[..., rows].sum(-1, keepdim=True) * noise
+        (1 + _PART) * (counted[..., rows] @ bound[:, rows]) + counted[..., rows].sum(-1, keepdim=True) * noise
         for rows in (block.rows for block in blocks)
     ]
     return torch.cat(bounds, 1), estimates
@@ -194,30 +194,31 @@ def _growth(attention: LayerAttention, heads: slice, x: LogitChange, b: Tensor, 
     if not x.grows:
         return None
     probabilities, logits = attention.probabilities[heads], attention.logits[heads]
-    hidden = logits == -torch.inf
-    size = logits.masked_fill(hidden, 0).abs_().amax((-2, -1), keepdim=True)
+    seen = logits.masked_fill(logits == -torch.inf, 0)
+    size, highest = seen.abs().amax((-2, -1), keepdim=True), logits.amax(-1, keepdim=True)
     if x.column_growth is not None:
         v = x.column_growth.flatten(0, 1)[heads] - 1
-        weighted = probabilities * logits.masked_fill(hidden, 0)
+        weighted = probabilities * seen
         return _Growth(
             mean=weighted @ v,
-            square=(weighted * logits.masked_fill(hidden, 0)) @ v.square(),
+            square=(weighted * seen) @ v.square(),
             with_b=weighted @ (v * b),
             with_d=weighted @ (v * d),
-            largest=logits.amax(-1, keepdim=True).clamp_(min=0) * v.amax(-2, keepdim=True),
+            largest=highest.clamp(min=0) * v.amax(-2, keepdim=True),
             reach=size * (4 + v.amax(-2, keepdim=True)),
         )
     assert x.row_growth is not None
     u = x.row_growth.flatten(0, 1)[heads] - 1
     # Subtracting a constant from a row of x changes nothing either.
-    logits = logits - (probabilities * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True)
-    weighted = probabilities * logits.masked_fill(hidden, 0)
+    mean = (probabilities * seen).sum(-1, keepdim=True)
+    seen = seen - mean
+    weighted = probabilities * seen  # 0 at hidden keys, like the attention
     return _Growth(
         mean=u * weighted.sum(-1, keepdim=True),
-        square=u.square() * (weighted * logits.masked_fill(hidden, 0)).sum(-1, keepdim=True),
+        square=u.square() * (weighted * seen).sum(-1, keepdim=True),
         with_b=u * (weighted @ b),
         with_d=u * (weighted @ d),
-        largest=u * logits.amax(-1, keepdim=True).clamp_(min=0),
+        largest=u * (highest - mean).clamp(min=0),
         reach=size * (4 + u.amax(-2, keepdim=True)),
     )
 

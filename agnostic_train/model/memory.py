@@ -10,7 +10,7 @@ length; h, q, f, V: widths of the hidden state, queries, feed-forward and vocabu
                  + T * b * (q + f) if all weights have gradients; with gradient checkpointing, T * b * h per layer and
                  the above for one layer
     logits       in training T * V * (2 * b + 8): logits and their gradient, and log-probabilities and their gradient in
-                 float32; if they are only scored, T * V * b + max(L, 512) * V * 8
+                 float32; if they are only scored, T * V * b + max(L, SCORED_AT_ONCE) * V * 8
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from agnostic_train.model.decoder import Decoder, Site
 
 GIB = 2**30
+SCORED_AT_ONCE = 512
+"""The number of tokens whose logits `perplexity` casts to float32 at a time: of a vocabulary of 128k, 0.5 MB each."""
 SLACK = 1.1
 """A factor on every estimate, for the allocator's overhead and for what the formulas leave out."""
 
@@ -101,4 +103,4 @@ class Layout:
         return num_tokens * self.vocabulary * (2 * self.weight_bytes + 8)
 
     def scored_logits(self, num_tokens: int, length: int) -> int:
-        return self.vocabulary * (num_tokens * self.weight_bytes + max(length, 512) * 8)
+        return self.vocabulary * (num_tokens * self.weight_bytes + max(length, SCORED_AT_ONCE) * 8)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from agnostic_train.files import fingerprint
 
-_AT_ONCE = 1 << 22
+_ENTRIES_AT_ONCE = 1 << 22
 SILENCED = "_silenced"
 """The attribute of a linear whose neurons are switched off by hooks: their dimension and indices, for each hook."""
 
@@ -60,5 +60,5 @@ def _sums(values: Tensor) -> list[int]:
 
     The parts bound the memory of the products, which are int64.
     """
-    positions = torch.arange(1, 1 + min(_AT_ONCE, values.numel()), device=values.device)
-    return [int((part * positions[: len(part)]).sum()) for part in values.flatten().split(_AT_ONCE)]
+    positions = torch.arange(1, 1 + min(_ENTRIES_AT_ONCE, values.numel()), device=values.device)
+    return [int((part * positions[: len(part)]).sum()) for part in values.flatten().split(_ENTRIES_AT_ONCE)]

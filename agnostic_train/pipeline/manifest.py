@@ -13,12 +13,15 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.versions import installed_version
 
+State = Literal["finished", "started", "stale"]
+
 
 class Manifest:
     """The record of a run's stages in its `output_dir`.
 
     A stage's inputs, JSON values, are all that its result depends on, including the results of earlier stages. Its key
     is the hash of its inputs.
+
     Only `start`, `finish` and `refuse` write to the file; with several processes, only the main one calls them.
     """
 
@@ -51,7 +54,7 @@ class Manifest:
         # An input that only one of them reads comes from another key's change.
         return sorted(changed) or sorted(now.keys() ^ before.keys()) or self._lost(stage)
 
-    def state(self, stage: str, inputs: dict[str, Any]) -> Literal["finished", "started", "stale"]:
+    def state(self, stage: str, inputs: dict[str, Any]) -> State:
         """How far the stage has come with these inputs.
 
         `finished`: it ended, and every file is still there. `started`: it didn't end. `stale`: it never ran with these
@@ -129,7 +132,7 @@ def _is_record(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(part, {}), dict) for part in ("inputs", "files"))
 
 
-def in_words(changed: list[str]) -> str:
+def changed_in_words(changed: list[str]) -> str:
     """Formats names from `Manifest.changed` for a message: keys first, at most five, and how many more."""
     # Results and `text.PURPOSE` aren't keys of a recipe.
     keys_first = sorted(changed, key=lambda it: it.startswith("the result of"))

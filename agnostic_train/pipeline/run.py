@@ -15,7 +15,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, sole_user
 from agnostic_train.pipeline import STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_inputs, check_stage
-from agnostic_train.pipeline.manifest import Manifest, in_words, package_versions
+from agnostic_train.pipeline.manifest import Manifest, changed_in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.resuming import check_checkpoints, clear_checkpoints
 from agnostic_train.pipeline.settings import launch_inputs, training_arguments
@@ -175,7 +175,7 @@ class Pipeline:
         else:
             return ""
         changed = self.manifest.changed(stage, inputs)
-        return f"{replaced} (changed: {in_words(changed)})" if changed else replaced
+        return f"{replaced} (changed: {changed_in_words(changed)})" if changed else replaced
 
     def _publish(self, context: Context) -> None:
         """Publishes a stage's result, even if it ran earlier: tracking may have been enabled since."""

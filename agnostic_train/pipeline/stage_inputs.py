@@ -11,7 +11,7 @@ from agnostic_train.files import fingerprint, hash_file
 from agnostic_train.model.loading import checkpoint_identity, model_identity
 from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline import STAGES
-from agnostic_train.pipeline.manifest import Manifest
+from agnostic_train.pipeline.manifest import Manifest, State
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs
 from agnostic_train.pipeline.trials import SET_BY_TRIALS
@@ -114,7 +114,7 @@ class StageInputs:
             map(self.is_outdated, self.depends(stage))
         )
 
-    def state(self, stage: str) -> str:
+    def state(self, stage: str) -> State:
         """How far a stage has come for this recipe; see `Manifest.state`."""
         return self._manifest.state(stage, self.whole(stage))
 

@@ -43,29 +43,29 @@ def score_table(score: dict) -> Table:
 def _score_rows(kind: str, seed: str | None, score: dict) -> Table:
     """The rows of one score, then those of its variants."""
     clipped = score["clipped"]
-    rows = _rows(
-        kind, seed, score["value"], score["interval"], score["importance"], score["importance_intervals"], clipped
-    )
-    for name, it in score["variants"].items():
-        rows += _rows(f"{kind}, {name}", seed, it["value"], it["interval"], it["importance"], it["intervals"], clipped)
+    rows = _rows(kind, seed, score | {"intervals": score["importance_intervals"]}, clipped)
+    for name, variant in score["variants"].items():
+        rows += _rows(f"{kind}, {name}", seed, variant, clipped)
     return rows
 
 
-def _rows(
-    kind: str, seed: str | None, value: float | None, interval, importance: dict, intervals: dict, clipped: list[str]
-) -> Table:
-    def row(language: str, ratio: float | None, ratios, score: float | None, scores, clipped: bool) -> dict:
-        (ratio_low, ratio_high), (low, high) = ratios or (None, None), scores or (None, None)
+def _rows(kind: str, seed: str | None, variant: dict, clipped: list[str]) -> Table:
+    Ends = Sequence[float] | None
+
+    def row(
+        language: str, ratio: float | None, ratio_ends: Ends, score: float | None, score_ends: Ends, is_clipped: bool
+    ) -> dict:
+        (ratio_low, ratio_high), (low, high) = ratio_ends or (None, None), score_ends or (None, None)
         return {
             "sets": kind, "seed": seed, "language": language,
             "importance": ratio, "importance_low": ratio_low, "importance_high": ratio_high,
-            "score": score, "score_low": low, "score_high": high, "clipped": clipped,
+            "score": score, "score_low": low, "score_high": high, "clipped": is_clipped,
         }  # fmt: skip
 
-    rows = [row("all", None, None, value, interval, bool(clipped))]
-    for language, ratio in importance.items():
+    rows = [row("all", None, None, variant["value"], variant["interval"], bool(clipped))]
+    for language, ratio in variant["importance"].items():
         # log1p increases, so it maps the ends of an interval to the ends of the new interval.
-        ends = intervals[language]
+        ends = variant["intervals"][language]
         logs = None if ends is None else [math.log1p(it) for it in ends]
         rows.append(row(language, ratio, ends, None if ratio is None else math.log1p(ratio), logs, language in clipped))
     return rows

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_AT_ONCE, _MAX_COUNTS = 500, 2**23
+_AT_ONCE = 500
+_MAX_COUNTS = 2**23  # float64: 64 MiB
 
 
 def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
@@ -19,7 +20,8 @@ def resample_counts(num_items: int, count: int, seed: int) -> Tensor:
 def resample_chunks(num_items: int, num_resamples: int, seed: int, at_once: int) -> Iterator[Tensor]:
     """Yields `resample_counts` of all resamples, at most `at_once` at a time, and fewer if there are many items.
 
-    Each resample has a count for every item: all at once could take gigabytes.
+    Each resample has a count for every item: all at once could take gigabytes. Each chunk has a seed of its own, from
+    `seed` to `seed + num_resamples - 1`: for independent draws, seeds must be that far apart.
     """
     at_once = max(1, min(at_once, _MAX_COUNTS // num_items))
     for start in range(0, num_resamples, at_once):

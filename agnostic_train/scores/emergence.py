@@ -9,7 +9,7 @@ from pathlib import Path
 from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, read_json, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.processes import of_first_process
+from agnostic_train.processes import of_first_process, process_index
 from agnostic_train.scores.result import AgnosticScore
 
 
@@ -74,7 +74,6 @@ def follow_checkpoints(
     measure: Callable[[Checkpoint], tuple[LanguageNeurons, AgnosticScore]],
     identity: Callable[[Checkpoint], object],
     directory: Path,
-    write: bool = True,
 ) -> list[dict]:
     """Measures each checkpoint and saves its row; an interrupted run continues with the next checkpoint.
 
@@ -83,7 +82,6 @@ def follow_checkpoints(
         measure: detects and scores one checkpoint.
         identity: everything that a checkpoint's row depends on, as plain JSON values.
         directory: where finished rows are saved, a JSON file each.
-        write: whether this process writes them.
 
     Returns: the rows, sorted by step if every checkpoint has one.
     """
@@ -97,7 +95,7 @@ def follow_checkpoints(
             rows.append(read_json(file) | {"checkpoint": checkpoint.name, "step": checkpoint.step})
             continue
         row = emergence_row(checkpoint, *measure(checkpoint))
-        if write:
+        if process_index() == 0:
             write_json(file, row)
         rows.append(row)
     if all(row["step"] is not None for row in rows):

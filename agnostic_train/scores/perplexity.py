@@ -20,6 +20,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import whole_file
 from agnostic_train.model.decoder import check_predicts_tokens
 from agnostic_train.model.inference import Batch, left_as_found, model_inputs
+from agnostic_train.model.memory import SCORED_AT_ONCE
 from agnostic_train.processes import gather_in_order, own_share
 
 
@@ -29,8 +30,6 @@ class NonFiniteLossError(UserError):
 
 # Above 709.8 nats, exp() overflows a float64.
 _MAX_NATS = 700.0
-# Logits are cast to float32 for this many tokens at a time: with a vocabulary of 128k, a token takes 0.5 MB.
-_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors with == gives no single bool
@@ -200,7 +199,7 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target: (batch, length), float32 or wider."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-    rows = max(1, _TOKENS_AT_ONCE // max(1, targets.shape[1]))
+    rows = max(1, SCORED_AT_ONCE // max(1, targets.shape[1]))
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         # Flattened, so that the softmax is over the last dimension; otherwise it would copy the logits once more.

@@ -148,7 +148,7 @@ class Controls:
     Attributes:
         scores: by seed.
         activation_ratio: how active the sets are relative to the `shared` set and each language's `exclusive` one, see
-            `activity.activation_ratio`; None if that wasn't measured.
+            `contrast.activation_ratio`; None if that wasn't measured.
     """
 
     scores: dict[int, AgnosticScore]

@@ -215,7 +215,7 @@ def test_encoding_in_parts_gives_the_same_result(tokenizer, monkeypatch, caplog)
 
     whole = encoded()
     encoding.logger.addHandler(caplog.handler)
-    monkeypatch.setattr(encoding, "_AT_ONCE", 3)
+    monkeypatch.setattr(encoding, "_SENTENCES_AT_ONCE", 3)
     monkeypatch.setattr(encoding.logger, "warning_once", encoding.logger.warning)
     assert encoded() == whole
     encoding.logger.removeHandler(caplog.handler)

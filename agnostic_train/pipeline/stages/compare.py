@@ -53,12 +53,12 @@ def check_strategies(context: Context) -> None:
 def compare(context: Context) -> dict:
     recipe = context.recipe
     trials = Trials(
-        context.materials,
-        context.load_neurons(),
-        context.materials.training_text,
-        {"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
-        context.work,
-        [_key(context), context.set_hashes(with_activations=False)],
+        materials=context.materials,
+        detected=context.load_neurons(),
+        training=context.materials.training_text,
+        texts={"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
+        directory=context.work,
+        key=[_key(context), context.set_hashes(with_activations=False)],
         group=_group(context),
     )
     same = trials.twins(recipe.comparison.strategies)

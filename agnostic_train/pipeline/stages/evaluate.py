@@ -172,7 +172,6 @@ def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) ->
         suite,
         directory=context.work,
         identity=lambda name: _key(context, checkpoints[name]),
-        write=context.processes.is_main_process,
         progress=context.processes.is_local_main_process,
     )
     for name, task in result["tasks"].items():

@@ -42,14 +42,14 @@ def pilot(context: Context) -> dict:
         context.recipe, context.arguments, context.materials.encoder, context.materials.training_text
     )
     trials = Trials(
-        context.materials,
-        context.load_neurons(),
-        text,
-        {"validation": context.materials.batches("validation")},
-        context.work,
-        [_key(context), context.set_hashes(with_activations=False), launch_inputs(context.arguments)],
+        materials=context.materials,
+        detected=context.load_neurons(),
+        training=text,
+        texts={"validation": context.materials.batches("validation")},
+        directory=context.work,
+        key=[_key(context), context.set_hashes(with_activations=False), launch_inputs(context.arguments)],
         # A warm-up as long as the whole pilot would leave nothing to rank.
-        {"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
+        changes={"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )
     same = trials.twins(section.pilot_strategies)
     rows = _rank(context, trials, [it for it in section.pilot_strategies if it not in same])

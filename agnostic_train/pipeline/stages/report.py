@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from agnostic_train.pipeline.manifest import in_words
+from agnostic_train.pipeline.manifest import changed_in_words
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.report.page import COMPARISON_TEXT, RUN_FILES, write_report
 
@@ -11,7 +11,7 @@ def report(context: Context) -> dict:
     if context.processes.is_main_process:
         has_comparison = context.inputs.has_comparison
         if not has_comparison and context.manifest.record("compare").get("finished"):
-            changed = in_words(context.manifest.changed("compare", context.inputs.whole("compare")))
+            changed = changed_in_words(context.manifest.changed("compare", context.inputs.whole("compare")))
             context.say(
                 f"report: without the comparison, which is out of date; `compare` renews it (changed: {changed})"
             )

@@ -139,7 +139,6 @@ def _follow_checkpoints(context: Context) -> list[str]:
             checkpoint.step, checkpoint_identity(section, checkpoint.source),
         ],
         context.work / "emergence",
-        write=context.processes.is_main_process,
     )  # fmt: skip
     if context.processes.is_main_process:
         write_json(context.directory / "emergence.json", rows)

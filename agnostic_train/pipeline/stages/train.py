@@ -20,8 +20,9 @@ from agnostic_train.pipeline.training_text import Sentences, count_batches, desc
 from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import saved_checkpoints
+from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.strategy import BASELINES, Choice
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments
 
 ADAPTER = "adapter"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
@@ -119,7 +120,7 @@ def _choose(context: Context) -> Choice:
     return Choice(choice.strategy, choice.neurons, f"{len(choice.neurons)} neurons: {reason}")
 
 
-def _save(context: Context, trainer: NeuronTrainer) -> Path:
+def _save(context: Context, trainer: GuardedTrainer) -> Path:
     """Saves what the Trainer hasn't; returns the checkpoint that is the training's result, the best or the last one."""
     arguments, state = context.arguments, trainer.state
     checkpoint = context.directory / f"checkpoint-{state.global_step}"
