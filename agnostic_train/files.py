@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from stat import S_IMODE, S_ISREG
+from stat import S_IMODE
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -18,15 +18,6 @@ from agnostic_train.errors import UserError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
 """Names that `whole_file` and `whole_directory` give to unfinished files or folders (tmp) and replaced ones (old)."""
-
-
-def _new_file_mode() -> int:
-    umask = os.umask(0o077)  # can only be read by setting it
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-_NEW_FILE_MODE = _new_file_mode()
 
 
 @contextmanager
@@ -69,12 +60,24 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _follow_umask(file: Path) -> None:
-    """Gives a file the permissions of any other new file: safetensors makes its files readable to their owner only."""
-    mode = file.lstat().st_mode
-    if S_ISREG(mode) and _NEW_FILE_MODE & ~mode:
-        with suppress(OSError):  # a file system without permissions
-            file.chmod(S_IMODE(mode) | _NEW_FILE_MODE)
+def share_as_usual(path: Path) -> None:
+    """Gives a file, or the files below a folder, the permissions of any other new file in the same place.
+
+    The safetensors library makes its files readable to their owner only.
+    """
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for entry in path.iterdir():
+            share_as_usual(entry)
+        return
+    if path.stat().st_mode & 0o077:  # the library didn't make it
+        return
+    probe = _temporary(path)
+    with suppress(OSError):  # a file system without permissions
+        probe.touch()
+        path.chmod(S_IMODE(probe.stat().st_mode))
+    probe.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _follow_umask(temporary)
+        share_as_usual(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -133,8 +136,7 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            _follow_umask(file)
+        share_as_usual(temporary)
         check_replaceable(path, is_own)
         if path.exists():
             # A non-empty directory can't be replaced in one step, so the old one is moved aside first.

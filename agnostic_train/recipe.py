@@ -323,7 +323,9 @@ class EvaluationSection:
         description="A folder of {lang}.tsv files (question, tab, answer) for the mgsm tasks to read offline.",
     )
     num_fewshot: int | None = Field(
-        default=None, ge=0, description="Few-shot examples per item; default: as the task defines."
+        default=None,
+        ge=0,
+        description="Few-shot examples per item; default: as the task defines. A task that sets 0 keeps it.",
     )
     limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task.")
     max_new_tokens: int | None = Field(

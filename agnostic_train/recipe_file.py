@@ -243,6 +243,6 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
-        if not isinstance(error, YAMLError):
-            problem = f"{problem}; is it a date? put text in quotes"
+        if re.search(r"\d{4}-\d+-\d+", text):
+            problem = f"{problem}; put a text that looks like a date in quotes"
         raise UserError(f"{source}: not valid YAML{where} ({problem})") from None

@@ -1,14 +1,14 @@
 """Reading documents from datasets on the hub, and from local folders of the same form."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 from urllib.parse import quote
 
 from datasets import IterableDataset, load_dataset
 
 from agnostic_train.corpus.documents import row_of, texts_of
-from agnostic_train.corpus.local_files import lines_of
+from agnostic_train.corpus.local_files import can_open, lines_of
 from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.recipe import CorpusSection
 
@@ -82,12 +82,12 @@ def _files_of(section: CorpusSection, files: str, ending: str) -> IterableDatase
     pattern = files if _is_whole(files) else f"{root}/{files}"
     if builder != "text":
         return load_dataset(builder, data_files={split: pattern}, split=split, streaming=True)
-    if "://" in pattern:
+    if "://" in pattern or not can_open(pattern):
         # The -sig drops a byte order mark, which isn't text.
         return load_dataset(builder, data_files={split: pattern}, split=split, streaming=True, encoding="utf-8-sig")
     # `datasets` reads a truncated .zst file as if it ended there.
-    found = sorted(glob(pattern, recursive=True))
-    if not found and not has_magic(pattern):
+    found = sorted(glob(files if _is_whole(files) else f"{escape(root)}/{files}", recursive=True))
+    if not found and not has_magic(files):
         raise FileNotFoundError(f"no file {pattern}")
     return IterableDataset.from_generator(_lines, gen_kwargs={"files": found})
 

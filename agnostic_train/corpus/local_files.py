@@ -85,6 +85,11 @@ def _rows(file: Path, column: str) -> Iterator[dict]:
             yield row_of(line, f"{file}: line {number}")
 
 
+def can_open(name: str | Path) -> bool:
+    """Whether `lines_of` knows how a file of this name is compressed, if it is."""
+    return Path(name).suffix in (".txt", ".jsonl", *_OPEN)
+
+
 def lines_of(file: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 text file, compressed or not; raises `UserError` that names the file if it can't."""
     number = 0

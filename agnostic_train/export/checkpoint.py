@@ -112,10 +112,10 @@ def export_checkpoint(
             _write_lora(temporary, trained)
         else:
             _write_delta(temporary, trained)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
         if to == "merged":
             _copy_processor(temporary, trained)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         if model_card is not None:
             (temporary / CARD).write_text(model_card, encoding="utf-8")
         write_json(
@@ -189,13 +189,16 @@ def _copy_processor(directory: Path, trained: Trained) -> None:
     if trained.base_name is None or config.get_text_config() is config:
         return
     for name in _PROCESSOR_FILES:
-        file = cached_file(
-            trained.base_name,
-            name,
-            revision=trained.base_revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        try:
+            file = cached_file(
+                trained.base_name,
+                name,
+                revision=trained.base_revision,
+                _raise_exceptions_for_missing_entries=False,
+            )
+        except (OSError, ValueError) as error:
+            logger.warning(f"{trained.base_name}: its processor's files aren't at hand ({shorten(str(error), 200)})")
+            return
         if file is not None:
             shutil.copyfile(file, directory / name)
 

@@ -86,5 +86,5 @@ def _memory_table(plan: Plan) -> Table:
     for phase in plan.phases:
         parts = (phase.weights, phase.trainable, phase.activations, phase.logits, phase.total)
         table.add_row(phase.name, *(f"{part / GIB:.1f}" for part in parts))
-    table.caption = "estimates for the longest batches; the formulas are in recipes/README.md"
+    table.caption = "estimates for the longest batches of text, not of tasks; the formulas are in recipes/README.md"
     return table

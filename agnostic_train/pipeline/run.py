@@ -73,8 +73,6 @@ class Pipeline:
         _ = self.materials.tokenizer
         if self.recipe.training.packing:
             self.materials.encoder.check_packing()
-        # May read text, which takes all processes if it is streamed; later only the main process asks.
-        _ = self.inputs.has_comparison
         forced = {name: self.force and name in asked for name in stages}
         any_runs = False
         for name in stages:
@@ -85,6 +83,9 @@ class Pipeline:
                 STAGE_TABLE[name].check_materials(self.materials, self.training_arguments)
             if runs:
                 self._check_folders(name, forced[name])
+        if any_runs:
+            # May read text, which takes all processes if it is streamed; later only the main process asks.
+            _ = self.inputs.has_comparison
         with (
             sole_user(self.directory) if self.processes.is_main_process else nullcontext(),
             # Each training of a comparison is tracked as a separate run, in one group.

@@ -26,6 +26,9 @@ _READ_BY = {
 }  # fmt: skip
 """Keys of `training` that the training itself reads only with some strategies (of a pilot's candidates, the winner)."""
 
+_READ_BY_TASKS = ("tasks", "task_paths", "mgsm", "num_fewshot", "limit", "max_new_tokens")
+"""Keys of `evaluation` without an effect if there are no tasks."""
+
 _WITHOUT_EFFECT = (
     # logging and storage
     "logging_", "log_", "disable_tqdm", "include_num_input_tokens_seen", "hub_", "save_total_limit",
@@ -232,9 +235,13 @@ class StageInputs:
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
         checkpoints = [[it, checkpoint_identity(self._recipe.model, it)] for it in named]
-        tasks = {name: suite.identity(name) for name in suite.names} if suite else None
+        own = self._recipe.to_dict()["evaluation"] | {"checkpoints": checkpoints}
+        if suite is None:
+            own = {key: value for key, value in own.items() if key not in _READ_BY_TASKS}
+        else:
+            own |= {"tasks": {name: suite.identity(name) for name in suite.names}}
         return {
-            "evaluation": self._recipe.to_dict()["evaluation"] | {"tasks": tasks, "checkpoints": checkpoints},
+            "evaluation": own,
             **self._evaluation_text,
         }
 

@@ -1,6 +1,7 @@
 """Weights & Biases: a run per `output_dir` and per trial of a comparison, with fixed names for what is logged."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -78,19 +79,23 @@ def tracked(
     if not recipe.tracking.wandb or not processes.is_main_process:
         yield Tracker(None)
         return
-    import wandb  # takes a second, and most runs don't need it
-
-    settings = {} if run_id is None or "WANDB_RUN_ID" in os.environ else {"id": run_id, "resume": "allow"}
+    # A run of a group is never the one that the environment names.
+    if group is not None:
+        run_id = run_id or uuid.uuid4().hex[:8]
+    elif "WANDB_RUN_ID" in os.environ:
+        run_id = None
+    settings = {} if run_id is None else {"id": run_id, "resume": "allow"}
     try:
+        import wandb  # takes a second, and most runs don't need it
+
         run = wandb.init(
             project=recipe.tracking.project, name=name or recipe.tracking.run_name, group=group,
             config={"recipe": recipe.to_dict()}, dir=os.environ.get("WANDB_DIR", recipe.output_dir), **settings,
         )  # fmt: skip
-    except (wandb.errors.UsageError, wandb.errors.CommError) as error:
-        raise UserError(
-            f"tracking.wandb: can't start a run ({shorten(str(error), 200)}); log in (wandb login), or set "
-            "WANDB_MODE=offline"
-        ) from None
+    except Exception as error:  # of its own types, of pydantic's for its settings, or of the network's
+        is_offline = os.environ.get("WANDB_MODE") == "offline"
+        remedy = "" if is_offline else "; log in (wandb login), or set WANDB_MODE=offline"
+        raise UserError(f"tracking.wandb: can't start a run ({shorten(str(error), 200)}){remedy}") from None
     try:
         yield Tracker(run)
     except BaseException:
@@ -102,10 +107,19 @@ def tracked(
 def run_id_of(directory: Path) -> str:
     """Returns the id of a folder's run, the same for every command in it; the first call makes one up and keeps it."""
     file, folder = directory / ".tracking", str(directory.resolve())
-    run_id, _, made_in = file.read_text(encoding="utf-8").strip().partition("\n") if file.exists() else ("", "", "")
+    run_id, made_in = _recorded(file)
     # A copy of the folder must not continue the original's run.
-    if not run_id or (made_in not in ("", folder) and Path(made_in).exists()):
+    is_copy = made_in not in ("", folder) and _recorded(Path(made_in) / file.name)[0] == run_id
+    if not re.fullmatch("[0-9a-f]{8}", run_id) or is_copy:
         run_id = uuid.uuid4().hex[:8]
     with whole_file(file) as temporary:
         temporary.write_text(f"{run_id}\n{folder}\n", encoding="utf-8")
     return run_id
+
+
+def _recorded(file: Path) -> tuple[str, str]:
+    """The run's id in a `.tracking` file, and the folder that it was made in; empty if there is none."""
+    if not file.is_file():
+        return "", ""
+    run_id, _, made_in = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")
+    return run_id, made_in

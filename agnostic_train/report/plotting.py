@@ -71,10 +71,13 @@ def width_of(num_columns: int, inches: float) -> float:
     return max(8.0, 2.0 + inches * num_columns)
 
 
-def name_columns(axis: Axes, names: Sequence[str], enhanced: Collection[str] = ()) -> None:
-    """Labels the columns; long names are turned, so that they don't overlap."""
-    inches = _SHARE_OF_COLUMNS * axis.get_figure(root=True).get_figwidth() / max(1, len(names))
-    is_long = _INCHES_PER_CHARACTER * max(map(len, names), default=0) > inches
+def name_columns(axis: Axes, names: Sequence[str], enhanced: Collection[str] = (), width: float | None = None) -> None:
+    """Labels the columns; long names are turned, so that they don't overlap.
+
+    width: that of all columns in inches; by default most of the figure's.
+    """
+    width = _SHARE_OF_COLUMNS * axis.get_figure(root=True).get_figwidth() if width is None else width
+    is_long = _INCHES_PER_CHARACTER * max(map(len, names), default=0) > width / max(1, len(names))
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
     labels = [name + ((" " if is_long else "\n") + "(enhanced)" if name in enhanced else "") for name in names]
     axis.set_xticks(range(len(names)), labels, **turned)

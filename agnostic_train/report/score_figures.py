@@ -86,7 +86,8 @@ def draw_emergence(rows: list[dict]) -> Figure:
         axes[2].set_xticks(steps, [str(step) for step in steps])
         axes[2].minorticks_off()
     else:
-        name_columns(axes[2], [row["checkpoint"][:20] for row in rows])  # of a commit, the beginning suffices
+        # Of a commit, the beginning suffices. The legend takes the rest of the width.
+        name_columns(axes[2], [row["checkpoint"][:20] for row in rows], width=4)
     axes[2].set_xlabel("training step" if numeric else "checkpoint")
     return figure
 

@@ -34,6 +34,8 @@ class Checkpoint:
         """
         step, equals, source = entry.partition("=")
         if equals and step.isdecimal():
+            if not source:
+                raise UserError(f"model.checkpoints: {entry!r} names no checkpoint after the step")
             return cls(os.path.expanduser(source), int(step))
         name = Path(entry).name
         # A name may contain other numbers too: stage1-step596057-tokens2500B.

@@ -80,6 +80,7 @@ class DetectionCallback(TrainerCallback):
         self.every_n_steps = every_n_steps
         self.control_seeds = [operator.index(seed) for seed in control_seeds]
         self.detect_keywords = detect_keywords
+        self._progress = True
         self.neurons: LanguageNeurons | None = None
         self.score: AgnosticScore | None = None
         self.choice: Choice | None = None
@@ -89,7 +90,7 @@ class DetectionCallback(TrainerCallback):
 
     def run(self, model: nn.Module) -> None:
         """Runs `detect_neurons` and `language_agnostic_score`, whose errors it raises; leaves the model as found."""
-        self.neurons = detect_neurons(model, self.corpora, **self.detect_keywords)
+        self.neurons = detect_neurons(model, self.corpora, **{"progress": self._progress} | self.detect_keywords)
         self.score = language_agnostic_score(model, self.neurons, self.score_corpora, control_seeds=self.control_seeds)
 
     def choose(self, model: nn.Module) -> Choice:
@@ -132,7 +133,7 @@ class DetectionCallback(TrainerCallback):
         """
         neurons, score = self.neurons, self.score
         if neurons is None or score is None:
-            raise ValueError("nothing was detected so far: training was resumed where no detection was due")
+            raise ValueError("nothing was detected so far: no training began, or it was resumed where none was due")
         values: dict[str, float | None] = {"neurons/shared": len(neurons.shared)}
         for language in neurons.languages:
             values[f"neurons/related/{language}"] = len(neurons.related[language])
@@ -141,6 +142,10 @@ class DetectionCallback(TrainerCallback):
             values[f"agnostic_score/importance/{language}"] = score.importance[language]
         values["agnostic_score"] = score.value
         return {name: value for name, value in values.items() if value is not None}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Shows progress bars if the trainer does."""
+        self._progress = not args.disable_tqdm
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Detects and scores, unless a `NeuronTrainer` has just done so, and reports. Does nothing in a resumed run."""

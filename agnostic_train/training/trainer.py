@@ -112,6 +112,12 @@ class NeuronTrainer(GuardedTrainer):
             model = self._with_adapter(model)
             if getattr(arguments, "load_best_model_at_end", False) and isinstance(model, PeftModel):
                 self._check_restorable(model)
+            is_plain = not isinstance(model, PeftModel) and kwargs.get("peft_config") is None
+            if self.neurons is None and is_plain and getattr(model, "hf_quantizer", None) is not None:
+                raise UserError(
+                    "neurons: a Trainer takes a quantised model only with an adapter, so they must be known at once: "
+                    "call detect_neurons first, and pass them"
+                )
         adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
         values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)

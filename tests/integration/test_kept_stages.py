@@ -558,7 +558,7 @@ def test_checkpoints_that_cannot_be_trained_or_exported_are_refused_before_any_s
     (root / "model/config.json").write_text(json.dumps(config))
     (root / "model/adapter_config.json").write_text("{}")
     for stage in ("train", "run", "compare"):
-        assert_mistake(root, stage, [], "model.name: ", capsys)
+        assert_mistake(root, stage, [], "holds an adapter, too; merge it into the model", capsys)
     assert not (root / "out/neurons").exists()
     (root / "model/config.json").unlink()
     assert_mistake(root, "detect", [], "has no config.json but an adapter; merge it into its base", capsys)

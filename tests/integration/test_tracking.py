@@ -11,6 +11,7 @@ from small_run import root, run, template  # noqa: F401 (fixtures)
 
 from agnostic_train.files import read_json
 from agnostic_train.pipeline.stages.evaluate import objectives
+from agnostic_train.pipeline.tracking import run_id_of
 
 
 @pytest.fixture
@@ -98,13 +99,34 @@ def test_comparison_is_a_group_of_runs(root, runs):
     assert {"tables/comparison", "figures/trade"} <= by_name["comparison"]["history"]
 
 
-def test_error_without_an_account_names_offline_mode(root):
+@pytest.mark.parametrize("mode", [None, "foo"])
+def test_error_without_an_account_or_with_an_unknown_mode_names_offline_mode(root, mode):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(root)} | ({} if mode is None else {"WANDB_MODE": mode})
     command = [sys.executable, "-m", "agnostic_train", "detect", str(root / "recipe.yaml"), "--tracking.wandb=true"]
     done = subprocess.run(
-        command, env=environment | {"HOME": str(root)}, capture_output=True, text=True, timeout=300,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("agnostic-train: error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and "tracking.wandb" in errors[0] and "WANDB_MODE=offline" in errors[0]
+
+
+@pytest.mark.figures
+def test_id_of_the_environment_is_only_that_of_the_whole_run(root, runs, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert run(root, "detect", "--tracking.wandb=true") == 0
+    few = ["--comparison.strategies=shared,exclusive", "--comparison.seeds=1", "--comparison.learning_rates=1e-2"]
+    assert run(root, "compare", "--tracking.wandb=true", "--training.max_steps=2", *few) == 0
+    ids = [it["id"] for it in runs]
+    assert ids[0] == "mine" and "mine" not in ids[1:] and len(set(ids)) == len(ids) > 3
+
+
+def test_moved_folder_keeps_its_run_and_a_damaged_record_is_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    first = run_id_of(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    assert run_id_of(tmp_path / "a") != first == run_id_of(tmp_path / "b") == run_id_of(tmp_path / "b")
+    (tmp_path / "a/.tracking").write_bytes(b"\xff\xfe")
+    assert len(run_id_of(tmp_path / "a")) == 8

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.errors import UserError
+from agnostic_train.impact.hooks import ImpactMeter
 from agnostic_train.model.decoder import find_decoder
+from agnostic_train.model.inference import left_as_found
 from agnostic_train.neurons import random_moves
 from agnostic_train.neurons.activity import MEASURED
 from agnostic_train.neurons.language_neurons import LanguageNeurons
@@ -317,3 +319,19 @@ def test_drawing_is_fast_at_the_size_of_a_large_model():
     start = time.process_time()
     random_moves._nearest_free(activation, members, generator)
     assert time.process_time() - start < 0.2  # a sort for every member takes most of a second
+
+
+def test_measuring_leaves_the_forward_pass_as_it_is(llama):
+    """Tokens that don't count are zeroed in copies, not in the model's own activations."""
+    batch = padded_batch([9, 12])
+    special = torch.zeros_like(batch["input_ids"])
+    special[:, 2] = 1
+    expected = llama(**batch, output_hidden_states=True).hidden_states
+    with left_as_found(llama), ImpactMeter(llama, activations=True) as meter:
+        seen = []
+        hook = llama.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        meter.measure(batch | {"special_tokens_mask": special})
+        hook.remove()
+    real = batch["attention_mask"].bool()
+    last = llama.model.norm(seen[0])[real]
+    torch.testing.assert_close(last, expected[-1][real], rtol=1e-4, atol=1e-5)

@@ -754,9 +754,21 @@ def test_byte_order_mark_of_a_streamed_file_is_no_text(tmp_path, ending):
     lines = [f"line {it}" for it in range(60)]
     text = "\n".join(json.dumps({"text": it}) if ending == "jsonl" else it for it in lines)
     (tmp_path / f"sw.{ending}").write_text(text, encoding="utf-8-sig")
-    text = by_files(tmp_path, f"{{lang}}.{ending}")
-    read = {*text.training, *text.detection, *text.validation, *text.test}
-    assert read <= {*lines} and "line 0" in {*read, *lines[:1]}
+    for pattern in (f"{{lang}}.{ending}", f"file://{tmp_path}/{{lang}}.{ending}"):
+        text = by_files(tmp_path, pattern, training_sentences=39)
+        assert {*text.training, *text.detection, *text.validation, *text.test} == {*lines}
+
+
+def test_files_of_a_dataset_whose_compression_is_not_our_own_are_streamed(tmp_path):
+    folder = tmp_path / "a [x]"  # no pattern
+    folder.mkdir()
+    lines = [f"line {it}" for it in range(60)]
+    (folder / "sw.txt.gzip").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "sw.txt").write_text("\n".join(lines))
+    whole = by_files(folder, "{lang}.txt", training_sentences=39)
+    assert {*whole.training, *whole.detection, *whole.validation, *whole.test} == {*lines}
+    shutil.copy(folder / "sw.txt.gzip", tmp_path)
+    assert {*by_files(tmp_path, "{lang}.txt.gzip").training} < {*lines}
 
 
 def test_only_the_text_of_a_parquet_file_is_read(folder):

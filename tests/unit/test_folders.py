@@ -129,3 +129,12 @@ def test_written_files_have_the_permissions_of_any_new_file(tmp_path, write):
     assert {it.stat().st_mode for it in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
     NeuronSet({(0, "q"): [0]}).save(tmp_path / "one.safetensors")
     assert (tmp_path / "one.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_private_folder_stays_private(tmp_path):
+    before = os.umask(0o077)
+    try:
+        save_neurons(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {it.stat().st_mode & 0o777 for it in (tmp_path / "out").iterdir()} == {0o600}

@@ -8,6 +8,7 @@ from small_training import arguments, sentences
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agnostic_train import (
+    DetectionCallback,
     NeuronConfig,
     NeuronTrainer,
     UserError,
@@ -92,3 +93,9 @@ def test_trl_leaves_the_adapter_in_float32(four_bits, tmp_path, made_by_trl):
     )  # fmt: skip
     (delta,) = (it for it in trainer.model.parameters() if it.requires_grad)
     assert delta.dtype == torch.float32
+
+
+def test_detection_within_a_training_is_refused_at_construction(four_bits, tmp_path):
+    callback = DetectionCallback({"en": [BATCH], "sw": [padded_batch([6, 7], seed=4)]})
+    with pytest.raises(UserError, match="neurons: a Trainer takes a quantised model only with an adapter"):
+        NeuronTrainer(four_bits, arguments(tmp_path), train_dataset=sentences(), callbacks=[callback])

@@ -91,3 +91,6 @@ def test_files_of_the_processor_are_kept(tmp_path):
     export_checkpoint(model, tmp_path / "out")  # its own files may be replaced
     assert (tmp_path / "out/processor_config.json").read_text() == '{"it": "processor_config.json"}'
     assert (tmp_path / "out/preprocessor_config.json").exists()
+    base.name_or_path = str(tmp_path / "moved")
+    export_checkpoint(model, tmp_path / "without")
+    assert not (tmp_path / "without/processor_config.json").exists()

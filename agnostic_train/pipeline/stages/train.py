@@ -9,7 +9,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import public_name, whole_directory, whole_file
+from agnostic_train.files import public_name, share_as_usual, whole_directory, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer
@@ -132,6 +132,9 @@ def _save(context: Context, trainer: GuardedTrainer) -> Path:
         trainer.save_model(str(checkpoint))
     # Of a resumed training, the summary counts only the steps since then.
     state.log_history = [entry for entry in state.log_history if "train_runtime" not in entry]
+    if context.processes.is_main_process:
+        for saved in saved_checkpoints(context.directory):
+            share_as_usual(saved)
     if arguments.should_save:
         # As `Trainer.save_state` does, but whole or not at all. The state in the best checkpoint ends there.
         for folder in [context.directory] if is_saved else [checkpoint, context.directory]:
