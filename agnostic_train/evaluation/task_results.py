@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from agnostic_train.evaluation.paired_comparison import compare_scores
-from agnostic_train.files import public_name
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -102,7 +101,7 @@ def result_of_task(name: str, task: "Task", found: Mapping, num_truncated: int) 
     data = task.get_config("dataset_path")
     local = task.get_config("custom_dataset")
     if isinstance(local, partial):
-        data = public_name(str(local.args[0]))
+        data = str(local.args[0])
     elif data is not None and task.get_config("dataset_name") is not None:
         data = f"{data}, {task.get_config('dataset_name')}"
     return TaskResult(

@@ -288,13 +288,22 @@ def test_manifest_keeps_the_settings_each_stage_ran_with(root):
     assert after["frozen_weights"]["status"] == "identical"
 
 
-def test_loss_figure_extends_to_the_end_of_training(root, monkeypatch):
+@pytest.fixture
+def rising_loss(monkeypatch):
+    """Evaluations report losses that rise, so that the first checkpoint is the best."""
+    evaluate = NeuronTrainer.evaluate
+
+    def rising(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        return metrics | {name: self.state.global_step for name in metrics if name.endswith("_loss")}
+
+    monkeypatch.setattr(NeuronTrainer, "evaluate", rising)
+
+
+def test_loss_figure_extends_to_the_end_of_training(root, rising_loss, monkeypatch):
     """It does so even if an earlier checkpoint was the best."""
     flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.eval_steps=3"]
-    flags += [
-        "--training.greater_is_better=true",
-        "--training.logging_steps=1",
-    ]  # so that the worst checkpoint is taken as the best
+    flags += ["--training.logging_steps=1"]
     drawn = []
     original = page.draw_training
     monkeypatch.setattr(page, "draw_training", lambda history: drawn.append(history) or original(history))
@@ -305,9 +314,9 @@ def test_loss_figure_extends_to_the_end_of_training(root, monkeypatch):
     assert max(entry["step"] for entry in drawn[0] if "loss" in entry) == 6
 
 
-def test_weights_of_the_best_step_are_not_saved_as_the_last(root):
+def test_weights_of_the_best_step_are_not_saved_as_the_last(root, rising_loss):
     flags = ["--training.load_best_model_at_end=true", "--training.eval_strategy=steps", "--training.eval_steps=2"]
-    flags += ["--training.save_strategy=best", "--training.greater_is_better=true"]
+    flags += ["--training.save_strategy=best"]
     assert run(root, "train", *flags) == 0
     assert {it.name for it in (root / "out").glob("checkpoint-*")} == {"checkpoint-2"}
     state = read_json(root / "out/trainer_state.json")
