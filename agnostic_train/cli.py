@@ -15,7 +15,7 @@ from agnostic_train import __version__
 from agnostic_train.errors import UserError
 from agnostic_train.pipeline import COMMANDS, OutOfMemoryError
 from agnostic_train.recipe_file import load_recipe
-from agnostic_train.recipe_keys import OWN_KEYS, RENAMED, recipe_keys, suggestion, training_argument_types
+from agnostic_train.recipe_keys import OWN_KEYS, recipe_keys, suggestion, training_argument_types
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, these errors name no file
 
@@ -140,9 +140,6 @@ def _explain_unknown(argument: str) -> str:
     own_key = OWN_KEYS.get(name.removeprefix("--training."))
     if own_key is not None:
         return f"unknown flag {name}; it comes from the recipe's own key, --{own_key}"
-    renamed = RENAMED.get(name.removeprefix("--training."))
-    if renamed is not None:
-        return f"unknown flag {name}; since transformers 5 it is {renamed}"
     keys = [f"--{key}" for key in (*recipe_keys(), *(f"training.{key}" for key in training_argument_types()))]
     return f"unknown flag {name}{suggestion(name, [*keys, '--force', '--dry-run'])}"
 

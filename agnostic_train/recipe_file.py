@@ -17,7 +17,6 @@ from agnostic_train.errors import UserError
 from agnostic_train.recipe import Recipe, TrainingSection
 from agnostic_train.recipe_keys import (
     OWN_KEYS,
-    RENAMED,
     SECTIONS,
     own_types,
     recipe_keys,
@@ -149,8 +148,6 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
     for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
-        if key in RENAMED and key not in known:
-            raise UserError(f"{source}: unknown key training.{key}; since transformers 5 it is {RENAMED[key]}")
         if key not in known:
             raise UserError(
                 f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own_keys, *known)])}"

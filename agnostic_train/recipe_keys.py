@@ -15,7 +15,7 @@ OWN_KEYS = {
     "project": "tracking.project",
 }  # fmt: skip
 """TrainingArguments that a recipe sets by other keys of its own."""
-RENAMED = {
+_RENAMED = {
     "group_by_length": "train_sampling_strategy: group_by_length", "warmup_ratio": "warmup_steps (a fraction, below 1)",
     "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
 }  # fmt: skip
@@ -62,7 +62,10 @@ def recipe_keys() -> dict[str, str]:
 
 
 def suggestion(name: str, candidates: Sequence[str]) -> str:
-    """A question that names the candidate nearest to a misspelt name; empty if none is near."""
+    """What a message adds about an unknown key or flag: its new name, the nearest candidate, or nothing."""
+    renamed = _RENAMED.get(name.removeprefix("--").removeprefix("training."))
+    if renamed is not None:
+        return f"; since transformers 5 it is {renamed}"
     nearest = get_close_matches(name, candidates, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
