@@ -18,7 +18,7 @@ from transformers import (
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import hash_file
-from agnostic_train.model.reading import check_folder, read, read_model
+from agnostic_train.model.reading import check_folder, hub_commit, read, read_model
 from agnostic_train.recipe import ModelSection
 
 _SMALL_FILE = 1 << 20
@@ -97,11 +97,11 @@ def checkpoint_config(section: ModelSection, source: str, key: str) -> PreTraine
     return load_config(replace(section, revision=source), section.name, key)
 
 
-def checkpoint_identity(section: ModelSection, source: str) -> dict:
+def checkpoint_identity(section: ModelSection, source: str, key: str) -> dict:
     """Returns the `model_identity` of the state that `load_checkpoint` loads."""
     if Path(source).is_dir():
-        return model_identity(section, source)
-    return model_identity(replace(section, revision=source), section.name)
+        return model_identity(section, source, key)
+    return model_identity(replace(section, revision=source), section.name, key)
 
 
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
@@ -117,16 +117,17 @@ def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokeniz
     return read(AutoTokenizer, name, "model.name", **_source(section))
 
 
-def model_identity(section: ModelSection, name: str | Path) -> dict:
+def model_identity(section: ModelSection, name: str | Path, key: str = "model.name") -> dict:
     """Returns what distinguishes a model from others: the hub's commit, or the files of a local folder.
+
+    key: the recipe key that names it, for error messages.
 
     Small files are identified by content, large ones by size and modification time: hashing 16 GB of weights at every
     start would be slow.
     """
     folder = Path(name)
     if not folder.is_dir():
-        config = load_config(section, name)
-        return {"name": str(name), "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
+        return {"name": str(name), "commit": hub_commit(name, key, section.revision) or section.revision}
     files = {}
     for file in sorted(folder.glob("*")):
         # All files but documentation: weights and tokenizers have many names, and a model's own code counts, too.

@@ -8,9 +8,10 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, extract_commit_hash
 from transformers.utils.logging import get_logger
 
 from agnostic_train.errors import UserError
@@ -20,22 +21,25 @@ logger = get_logger(__name__)
 _PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
 
 
-def read_model(name: str | Path, key: str, **settings) -> PreTrainedModel:
+def read_model(name: str | Path, key: str, revision: str | None = None, **settings) -> PreTrainedModel:
     """Reads a causal language model into main memory.
 
     Args:
         name: a local checkpoint folder or a hub name.
         key: the recipe key or argument that names it, for error messages.
+        revision: a branch, tag or commit of the hub repository; its main branch by default.
         settings: passed on to `from_pretrained`.
 
     Raises:
         UserError: the model doesn't exist, can't be loaded, or its checkpoint isn't complete.
     """
+    commit = hub_commit(name, key, revision)
+    settings |= {"revision": commit or revision, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _without_report():
-        model, info = read(
-            AutoModelForCausalLM, name, key, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
+        model, info = read(AutoModelForCausalLM, name, key, **settings)
     _check_complete(info, name, key)
+    # Under the name that transformers used, which doesn't record it any more.
+    model.config._commit_hash = commit
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         logger.warning_once(
@@ -46,27 +50,63 @@ def read_model(name: str | Path, key: str, **settings) -> PreTrainedModel:
 
 def read(auto_class, name: str | Path, key: str, **settings):
     """Calls `auto_class.from_pretrained(name, **settings)`; raises `UserError` that names `key` if it can't."""
-    if (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1) and not Path(name).exists():
-        # This can't be a hub name; without the check, the hub would be asked for it repeatedly.
+    if _is_local(name) and not Path(name).exists():
         raise UserError(f"{key}: no such folder {name}")
     if Path(name).is_dir():
         check_folder(name, key)
-    try:
+    with _in_one_line(_PARTS[auto_class], name, key, settings.get("revision")):
         return auto_class.from_pretrained(name, **settings)
+
+
+def hub_commit(name: str | Path, key: str, revision: str | None = None) -> str | None:
+    """Returns the commit that a revision of a hub repository stands for now; None for a local folder.
+
+    Args:
+        name: a local checkpoint folder or a hub name.
+        key: the recipe key or argument that names it, for error messages.
+        revision: a branch, tag or commit; the main branch by default.
+
+    Raises:
+        UserError: there is no such repository or revision, or neither the hub nor its local cache has it.
+    """
+    if _is_local(name):
+        return None
+    with _in_one_line(_PARTS[AutoConfig], name, key, revision):
+        # The cache keeps files in folders named by commit.
+        return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
+
+
+def commit_of(model: nn.Module) -> str | None:
+    """The commit of the hub repository from which `read_model` loaded a model; None if it came from elsewhere."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def _is_local(name: str | Path) -> bool:
+    # A path with more than one slash can't be a hub name; the hub would be asked for it repeatedly.
+    return Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+
+
+@contextmanager
+def _in_one_line(part: str, name: str | Path, key: str, revision: str | None) -> Iterator[None]:
+    """Turns any error of reading a part of a model into a `UserError` that names `key` and says what to do."""
+    try:
+        yield
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # reading damaged or unknown files can raise anything
         problem = shorten(str(error) or type(error).__name__, 400)
-        if not Path(name).exists():
-            problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
-        if "trust_remote_code" in str(error):
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            key = "model.revision" if key == "model.name" else key
+            raise UserError(f"{key}: {name} has no revision {revision!r}") from None
+        if isinstance(error.__cause__, GatedRepoError):
+            problem = "it is gated; accept its terms on its page of the hub, then run `hf auth login`"
+        elif isinstance(error.__cause__, RepositoryNotFoundError):
+            problem = "no such folder, and no such repository on the hub (a private one needs `hf auth login`)"
+        elif "trust_remote_code" in str(error):
             problem = "it comes with code of its own; if you trust that, set model.trust_remote_code: true"
-        raise UserError(f"{key}: can't load {_PARTS[auto_class]} of {name}: {problem}") from None
-
-
-def commit_of(model: nn.Module) -> str | None:
-    """The commit of the hub repository that a model was loaded from; None if it came from elsewhere."""
-    return getattr(getattr(model, "config", None), "_commit_hash", None)
+        elif not Path(name).exists():
+            problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
+        raise UserError(f"{key}: can't load {part} of {name}: {problem}") from None
 
 
 def check_folder(folder: str | Path, key: str) -> None:

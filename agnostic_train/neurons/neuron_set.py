@@ -174,7 +174,13 @@ class NeuronSet:
                     "detect the neurons of this model"
                 )
 
-    def random_like(self, seed: int, model: nn.Module, activations: Activations | None = None) -> "NeuronSet":
+    def random_like(
+        self,
+        seed: int,
+        model: nn.Module,
+        activations: Activations | None = None,
+        excluded: "NeuronSet | None" = None,
+    ) -> "NeuronSet":
         """Draws a random set with as many neurons at every site, without replacement.
 
         Gate, up and down of a hidden unit are drawn together, and so are v and the o columns that it feeds: one
@@ -188,19 +194,22 @@ class NeuronSet:
                 from `LanguageNeurons.activations`, or `LanguageNeurons.mean_activations`. If given, each neuron is
                 replaced by one of the neurons outside the set that are nearest in activation, so that the control shows
                 whether the set matters more than other neurons of similar activation.
+            excluded: with `activations`, further neurons that replace none, unless too few others are left at a site.
 
         Raises:
-            UserError: the set or the activations can't belong to the model.
+            UserError: the sets or the activations can't belong to the model.
         """
+        excluded = NeuronSet({}) if excluded is None else excluded
         self.check(model)
+        excluded.check(model)
         generator = torch.Generator().manual_seed(operator.index(seed))
         drawn: dict[Site, Tensor] = {}
         for layer in find_decoder(model).layers:
-            members = {name: self[(layer.index, name)] for name in PROJECTIONS}
+            members, others = ({name: it[(layer.index, name)] for name in PROJECTIONS} for it in (self, excluded))
             if activations is None:
                 moves = random_moves(layer, generator)
             else:
-                moves = matched_moves(layer, members, activations, generator)
+                moves = matched_moves(layer, members, others, activations, generator)
             drawn |= {(layer.index, name): move[members[name]] for name, move in moves.items()}
         return NeuronSet(drawn, find_decoder(model).sizes)
 

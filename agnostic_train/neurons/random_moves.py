@@ -29,34 +29,49 @@ def random_moves(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def matched_moves(
-    layer: Layer, members: Mapping[str, Tensor], activations: Mapping[Site, Tensor], generator: torch.Generator
+    layer: Layer,
+    members: Mapping[str, Tensor],
+    excluded: Mapping[str, Tensor],
+    activations: Mapping[Site, Tensor],
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Draws moves like `random_moves`, but from each member to a neuron of similar activation that isn't a member.
 
     Args:
         members: by projection, the neurons of the set that the control is for.
+        excluded: by projection, further neurons to which no member moves.
         activations: mean absolute activations, (layer, `q`, `k`, `v` or `down`) -> (neurons,).
 
-    Returns: int64 by projection, meaningful only at members. If members are more than half of a site, they may also
-        move to members.
+    Returns: int64 by projection, meaningful only at members. If too few other neurons of a site are left, members may
+        also move to excluded ones, and if these are too few, to members.
     """
-    units = torch.cat([members[name] for name in FEED_FORWARD_PROJECTIONS]).unique()
-    channels = torch.cat([members["v"], channels_read(layer)[members["o"]]]).unique()
-    together = {"down": units, "v": channels, "q": members["q"], "k": members["k"]}
-    for name in together:
+    moving, closed = _drawn_together(layer, members), _drawn_together(layer, excluded)
+    for name in moving:
         if len(activations.get((layer.index, name), ())) != layer.projections[name].num_neurons:
             raise UserError(f"activations: not those of layer {layer.index} {name}; they come from another model")
     drawn = {
-        name: _nearest_free(activations[(layer.index, name)], indices, generator) for name, indices in together.items()
+        name: _nearest_free(activations[(layer.index, name)], indices, closed[name], generator)
+        for name, indices in moving.items()
     }
     return _joint_moves(layer, drawn, generator)
 
 
-def _nearest_free(activation: Tensor, members: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn_together(layer: Layer, neurons: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The hidden units, value channels, q and k rows of a set: what `_joint_moves` moves."""
+    return {
+        "down": torch.cat([neurons[name] for name in FEED_FORWARD_PROJECTIONS]).unique(),
+        "v": torch.cat([neurons["v"], channels_read(layer)[neurons["o"]]]).unique(),
+        "q": neurons["q"],
+        "k": neurons["k"],
+    }
+
+
+def _nearest_free(activation: Tensor, members: Tensor, excluded: Tensor, generator: torch.Generator) -> Tensor:
     """Maps all indices; each member goes to one of its `NUM_NEAREST` nearest free neurons, which is used only once."""
     free = torch.ones(len(activation), dtype=torch.bool, device="cpu")
-    if 2 * len(members) <= len(activation):
-        free[members] = False
+    for taken in (members, excluded):
+        fewer = free.index_fill(0, taken, False)
+        free = fewer if int(fewer.sum()) >= len(members) else free
     move = torch.arange(len(activation), device="cpu")
     levels = activation.double().tolist()
     candidates = sorted((levels[index], index) for index in free.nonzero().flatten().tolist())

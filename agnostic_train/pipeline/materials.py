@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
 from agnostic_train.model.loading import checkpoint_config, load_config, load_model, load_tokenizer
-from agnostic_train.model.reading import has_adapter
+from agnostic_train.model.reading import has_adapter, hub_commit
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
-from agnostic_train.recipe import EMBEDDED, Recipe
+from agnostic_train.recipe import EMBEDDED, ModelSection, Recipe
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +46,13 @@ class Materials:
             raise UserError(f"model.name: {EMBEDDED} is made by a single process; run this once without a launcher")
         self.say("model: the embedded default (at first use it is trained from scratch, which takes a minute or more)")
         return str(quickstart_model())
+
+    @cached_property
+    def model_section(self) -> ModelSection:
+        """The recipe's section, with the hub's commit as revision: a branch may move during the run."""
+        section = self.recipe.model
+        commit = hub_commit(self.model_path, "model.name", section.revision)
+        return replace(section, revision=commit or section.revision)
 
     @cached_property
     def _corpus_path(self) -> str | Path | None:
@@ -122,7 +130,7 @@ class Materials:
     def model(self) -> PreTrainedModel:
         # A comparison reloads the model for each training; only the first load shows progress.
         with _without_bars() if self._told_model else nullcontext():
-            model = load_model(self.recipe.model, self.model_path)
+            model = load_model(self.model_section, self.model_path)
         if not self._told_model:
             # ZeRO-3 partitions a weight and keeps its full size in `ds_numel`.
             millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
@@ -132,11 +140,11 @@ class Materials:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model, self.model_path)
+        return load_tokenizer(self.model_section, self.model_path)
 
     @cached_property
     def encoder(self) -> Encoder:
-        config = load_config(self.recipe.model, self.model_path)
+        config = load_config(self.model_section, self.model_path)
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
 
     def check_trainable(self, plain: str | None = None) -> None:
@@ -149,7 +157,7 @@ class Materials:
                 f"model.name: {self.model_path} holds an adapter, too; merge it into the model (PEFT's "
                 "merge_and_unload), save the result, and name that folder"
             )
-        config = load_config(self.recipe.model, self.model_path)
+        config = load_config(self.model_section, self.model_path)
         if plain is not None and getattr(config, "quantization_config", None) is not None:
             raise UserError(f"model.name: {plain} needs the unquantised model, not {self.recipe.model.name}; name that")
 

@@ -123,15 +123,16 @@ class StageInputs:
 
     @cached_property
     def model_identity(self) -> dict:
-        """What identifies the model: its files' hashes, or its name and revision."""
-        return model_identity(self._recipe.model, self._materials.model_path)
+        """What identifies the model: its files' hashes, or its name, revision and commit."""
+        return model_identity(self._materials.model_section, self._materials.model_path)
 
     @cached_property
     def _common_inputs(self) -> dict:
-        model = self._recipe.to_dict()["model"] | {"checkpoints": [], "files": self.model_identity}
+        # Identified by its commit whatever branch that is on, or by its files wherever the folder is.
+        model = self._recipe.to_dict()["model"] | {"checkpoints": []} | self.model_identity
+        del model["revision"]
         if Path(self._materials.model_path).is_dir():
-            # A folder is identified by its files, wherever it is, and has no revisions.
-            del model["name"], model["revision"]
+            del model["name"]
         return {
             "model": model,
             "agnostic_train": installed_version("agnostic_train"),
@@ -185,7 +186,10 @@ class StageInputs:
 
     def _score_inputs(self) -> dict:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
-        identities = [[it.step, it.name, checkpoint_identity(self._recipe.model, it.source)] for it in checkpoints]
+        section = self._recipe.model
+        identities = [
+            [it.step, it.name, checkpoint_identity(section, it.source, "model.checkpoints")] for it in checkpoints
+        ]
         # Keys that leave the model's own sets as they are may change those of its checkpoints.
         detection = {"detection": self.of("detect")["detection"]} if checkpoints else {}
         return {
@@ -234,7 +238,8 @@ class StageInputs:
 
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
-        checkpoints = [[it, checkpoint_identity(self._recipe.model, it)] for it in named]
+        section = self._recipe.model
+        checkpoints = [[it, checkpoint_identity(section, it, "evaluation.checkpoints")] for it in named]
         own = self._recipe.to_dict()["evaluation"] | {"checkpoints": checkpoints}
         if suite is None:
             own = {key: value for key, value in own.items() if key not in _READ_BY_TASKS}

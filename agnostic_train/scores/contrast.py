@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +55,18 @@ def detected_contrast(neurons: LanguageNeurons) -> Contrast:
 def random_contrast(neurons: LanguageNeurons, seed: int, model: nn.Module, kind: str) -> Contrast:
     """Draws a random counterpart of each detected set, of equal size at every site; see `NeuronSet.random_like`.
 
-    kind: `random`, or `matched` for counterparts of similar activation.
+    kind: `random`, or `matched` for counterparts of similar activation outside all detected sets.
     """
     # Matched by activations on the languages where they are scored: all for the shared set, its own for exclusive ones.
     overall = neurons.mean_activations if kind == "matched" else None
     own = neurons.activations or {} if kind == "matched" else {}
+    detected = reduce(or_, neurons.related.values())
     return Contrast(
-        neurons.shared.random_like(seed, model, overall),
-        {language: it.random_like(seed, model, own.get(language)) for language, it in neurons.exclusive.items()},
+        neurons.shared.random_like(seed, model, overall, detected),
+        {
+            language: it.random_like(seed, model, own.get(language), detected)
+            for language, it in neurons.exclusive.items()
+        },
         f"{kind} {seed}",
     )
 

@@ -12,8 +12,8 @@ MIN_CHANGE = 1e-6
 """Smaller changes of perplexity are set to this value and reported as clipped."""
 CONTROLS = {"random": "random sets of equal size", "matched": "random sets of similar activation"}
 """The kinds of control sets. Both have as many neurons at every site as the detected sets. `matched` ones lie
-outside them and have similar mean absolute activations: for the shared set over all languages, for an exclusive one in
-its own."""
+outside all of them, unless a site has too few other neurons, and have similar mean absolute activations: for the shared
+set over all languages, for an exclusive one in its own."""
 
 
 @dataclass(frozen=True)

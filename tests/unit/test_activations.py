@@ -20,7 +20,7 @@ from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores import agnostic_score
 from agnostic_train.scores.agnostic_score import language_agnostic_score
-from agnostic_train.scores.contrast import activation_ratio
+from agnostic_train.scores.contrast import activation_ratio, random_contrast
 
 
 def activations_by_definition(model, batches):
@@ -168,6 +168,39 @@ def test_set_of_most_neurons_still_has_a_matched_set(llama):
     assert drawn.counts() == most.counts() and drawn != most
 
 
+def test_matched_sets_avoid_excluded_neurons_while_others_are_left(llama):
+    sizes = find_decoder(llama).sizes
+    members = NeuronSet({(0, "q"): [0, 1], (1, "o"): [3], (1, "up"): [5]}, sizes)
+    # Of the q rows, two are left: they are taken, though the excluded ones are nearest in activation.
+    excluded = NeuronSet({(0, "q"): range(2, 58), (1, "v"): range(4, 20), (1, "gate"): range(6, 53)}, sizes)
+    activations = {site: torch.arange(size).float() for site, size in sizes.items()}
+    for seed in range(20):
+        drawn = members.random_like(seed, llama, activations, excluded)
+        assert drawn[(0, "q")].tolist() == [58, 59]
+        assert drawn[(1, "o")].item() // 30 * 10 + drawn[(1, "o")].item() % 10 < 3
+        assert drawn[(1, "up")].item() < 5
+    # One q row is left for two members: excluded ones are used, too, but still no member.
+    most = NeuronSet({(0, "q"): range(2, 59)}, sizes)
+    drawn = members.random_like(0, llama, activations, most)[(0, "q")]
+    assert len(drawn) == 2 and drawn.min() > 1
+    with pytest.raises(UserError, match="neurons"):
+        members.random_like(0, llama, activations, NeuronSet({(9, "q"): [0]}))
+
+
+def test_matched_controls_of_a_score_hold_no_detected_neuron(llama):
+    corpora = {name: [padded_batch([9, 12, 7], seed=seed)] for seed, name in enumerate("ab")}
+    neurons = detect_neurons(
+        llama, corpora, top_ratio=0.1, consistency=0.6, verify=False, progress=False, activations=True
+    )
+    detected = neurons.related["a"] | neurons.related["b"]
+    assert len(neurons.shared) and len(neurons.exclusive["a"])
+    drawn = [random_contrast(neurons, seed, llama, "matched") for seed in range(5)]
+    assert not any(detected & chosen for contrast in drawn for chosen in contrast.sets.values())
+    # Without the rule some would be drawn.
+    own = neurons.activations["a"]
+    assert any(detected & neurons.exclusive["a"].random_like(seed, llama, own) for seed in range(5))
+
+
 def active(activations, site, index):
     """Return a neuron's mean |activation|: its hidden unit's for gate, up and down, the channel's it reads for o."""
     layer, name = site
@@ -279,12 +312,14 @@ def test_score_with_matched_controls_resumes_where_it_was_interrupted(llama, tmp
         assert resumed.to_json() == expected.to_json() != whole.to_json()
 
 
-def nearest_free_by_definition(activation, members, generator):
+def nearest_free_by_definition(activation, members, excluded, generator):
     """Draw each member's counterpart after comparing it with every free neuron."""
     activation = activation.double()
-    free = torch.ones(len(activation), dtype=torch.bool)
-    if 2 * len(members) <= len(activation):
-        free[members] = False
+    others = set(range(len(activation)))
+    for closed in (members, excluded):
+        left = others - set(closed.tolist())
+        others = left if len(left) >= len(members) else others
+    free = torch.tensor([index in others for index in range(len(activation))])
     move = torch.arange(len(activation))
     for member in members[torch.randperm(len(members), generator=generator)].tolist():
         candidates = free.nonzero().flatten()
@@ -306,18 +341,20 @@ def test_nearest_free_equals_a_comparison_with_all(monkeypatch, num_nearest, num
         # The set holds mostly the most active neurons.
         members = activation.argsort(descending=True)[: size // 2 + count // 2][-count:] if count else torch.arange(0)
         members = members.sort().values
-        actual, expected = (
-            draw(activation, members, torch.Generator().manual_seed(seed))
-            for draw in (random_moves._nearest_free, nearest_free_by_definition)
-        )
-        assert torch.equal(actual, expected)
+        for num_excluded in (0, size // 3, size - 1):
+            excluded = torch.randperm(size, generator=generator)[:num_excluded]
+            actual, expected = (
+                draw(activation, members, excluded, torch.Generator().manual_seed(seed))
+                for draw in (random_moves._nearest_free, nearest_free_by_definition)
+            )
+            assert torch.equal(actual, expected)
 
 
 def test_drawing_is_fast_at_the_size_of_a_large_model():
     generator = torch.Generator().manual_seed(0)
     activation, members = torch.rand(14336, generator=generator), torch.arange(0, 14336, 20)
     start = time.process_time()
-    random_moves._nearest_free(activation, members, generator)
+    random_moves._nearest_free(activation, members, members, generator)
     assert time.process_time() - start < 0.2  # a sort for every member takes most of a second
 
 

@@ -1,16 +1,32 @@
-"""The device that a model is loaded onto, its identity, and files that don't fit its config."""
+"""The device that a model is loaded onto, its identity, files that don't fit its config, and commits of the hub."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import tiny_llama
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from agnostic_train.errors import UserError
+from agnostic_train.export.checkpoint import export_checkpoint
 from agnostic_train.files import write_json
-from agnostic_train.model.loading import find_accelerator, load_config, load_model, model_identity
+from agnostic_train.model.loading import (
+    checkpoint_identity,
+    find_accelerator,
+    load_config,
+    load_model,
+    model_identity,
+)
+from agnostic_train.model.reading import commit_of, hub_commit
+from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.pipeline.materials import Materials
 from agnostic_train.recipe import ModelSection
+from agnostic_train.recipe_file import make_recipe
+from agnostic_train.training.compact import NeuronConfig
 
 
 def test_model_identity_covers_custom_code_and_vocabulary(tmp_path):
@@ -102,3 +118,71 @@ def test_code_that_comes_with_a_model_is_refused_by_its_key(tmp_path):
         UserError, match="it comes with code of its own; if you trust that, set model.trust_remote_code"
     ):
         load_config(ModelSection(name=str(tmp_path)), tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache, as downloads leave it: of `me/mine`, branches `main` and `older` with different weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--me--mine"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit, factor in (("main", "a" * 40, 1), ("older", "b" * 40, 0.5)):
+        (repository / "refs" / branch).write_text(commit)
+        model = tiny_llama()
+        model.lm_head.weight.data *= factor
+        model.save_pretrained(repository / "snapshots" / commit)
+    return repository
+
+
+def test_model_of_the_hub_is_identified_by_its_commit(hub):
+    section = ModelSection(name="me/mine")
+    assert model_identity(section, "me/mine") == {"name": "me/mine", "commit": "a" * 40}
+    assert model_identity(replace(section, revision="older"), "me/mine")["commit"] == "b" * 40
+    assert checkpoint_identity(section, "older", "model.checkpoints")["commit"] == "b" * 40
+    assert hub_commit("me/mine", "model.name", "b" * 40) == "b" * 40
+    assert hub_commit(hub / "snapshots" / ("a" * 40), "model.name") is None
+    (hub / "refs/main").write_text("b" * 40)
+    assert model_identity(section, "me/mine")["commit"] == "b" * 40
+
+
+def test_models_of_the_hub_know_the_commit_that_they_were_loaded_from(hub, tmp_path):
+    section = ModelSection(name="me/mine", dtype="float32")
+    main, older = load_model(section, "me/mine"), load_model(replace(section, revision="older"), "me/mine")
+    assert [commit_of(it) for it in (main, older)] == ["a" * 40, "b" * 40]
+    assert commit_of(load_model(section, hub / "snapshots" / ("a" * 40))) is None
+    assert not torch.equal(main.lm_head.weight, older.lm_head.weight)
+    # An adapter is read on the commit that it was trained on, not on that of a branch.
+    chosen = NeuronSet({(0, "up"): [1]})
+    get_peft_model(older, NeuronConfig(neurons=chosen, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").unload()
+    assert torch.equal(loaded.lm_head.weight, load_model(section, hub / "snapshots" / ("b" * 40)).lm_head.weight)
+    check = export_checkpoint(tmp_path / "adapter", tmp_path / "out")
+    assert check.status == "identical" and "_commit_hash" not in (tmp_path / "out/config.json").read_text()
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["revision"] == "b" * 40
+
+
+def test_a_run_reads_one_commit_although_a_branch_moves(hub):
+    recipe = make_recipe(
+        {"model": {"name": "me/mine"}, "corpus": {"path": "x", "languages": ["en"]}, "output_dir": "o"}
+    )
+    materials = Materials(recipe, PartialState(), say=lambda line: None)
+    assert materials.model_section.revision == "a" * 40
+    (hub / "refs/main").write_text("b" * 40)
+    assert commit_of(materials.model) == "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (RevisionNotFoundError, "model.revision: me/mine has no revision 'v1'"),
+        (GatedRepoError, "model.name: .* it is gated; accept its terms .* then run `hf auth login`"),
+        (RepositoryNotFoundError, "model.name: .* no such folder, and no such repository on the hub"),
+    ],
+)
+def test_errors_of_the_hub_name_key_and_remedy(monkeypatch, cause, message):
+    def fail(name, file, revision):
+        raise OSError("a long text") from cause.__new__(cause)
+
+    monkeypatch.setattr("agnostic_train.model.reading.cached_file", fail)
+    with pytest.raises(UserError, match=message):
+        hub_commit("me/mine", "model.name", "v1")

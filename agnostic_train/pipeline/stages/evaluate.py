@@ -110,7 +110,10 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
         "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, own_dtype, enhanced)),
         **{
             source: _Checkpoint(
-                {"checkpoint": checkpoint_identity(section, source), "dtype": section.dtype},
+                {
+                    "checkpoint": checkpoint_identity(section, source, "evaluation.checkpoints"),
+                    "dtype": section.dtype,
+                },
                 partial(load_checkpoint, section, source, "evaluation.checkpoints"),
             )
             for source in context.recipe.evaluation.checkpoints

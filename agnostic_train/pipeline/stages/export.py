@@ -92,7 +92,7 @@ def export(context: Context) -> dict:
 def _merged_lora(context: Context) -> PreTrainedModel:
     # The base weights as in training, then converted to the LoRA's float32: a sum in a narrower dtype would be rounded
     # before `export.dtype` applies.
-    base = load_model(context.recipe.model, context.materials.model_path)
+    base = load_model(context.materials.model_section, context.materials.model_path)
     dtypes = {name: weight.dtype for name, weight in base.named_parameters()}
     merged = PeftModel.from_pretrained(base.float(), context.directory / ADAPTER).merge_and_unload()
     if context.recipe.export.dtype is None:

@@ -136,7 +136,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         measure,
         lambda checkpoint: [
             context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
-            checkpoint.step, checkpoint_identity(section, checkpoint.source),
+            checkpoint.step, checkpoint_identity(section, checkpoint.source, "model.checkpoints"),
         ],
         context.work / "emergence",
     )  # fmt: skip

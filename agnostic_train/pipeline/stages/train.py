@@ -36,7 +36,7 @@ def check_materials(materials: Materials, arguments: NeuronTrainingArguments) ->
     materials.check_trainable(plain and f"training.{plain}")
     count_batches(recipe, arguments, materials.encoder, materials.training_text, recipe.training.has_pilot)
     if recipe.training.neurons is not None:
-        read_neurons(recipe.training.neurons, load_empty_model(recipe.model, materials.model_path))
+        read_neurons(recipe.training.neurons, load_empty_model(materials.model_section, materials.model_path))
 
 
 def train(context: Context) -> dict:

@@ -27,7 +27,8 @@ class NeuronConfig(PeftConfig):
         neurons: a `NeuronSet`, a mapping to build one from, or the path of a file that `NeuronSet.read` accepts. Not
             needed to load a saved adapter.
         rows, columns: number of chosen rows and columns of each module's weight, by module name; filled from `neurons`.
-        revision: the commit of the hub repository that the base was loaded from; filled from the base.
+        revision: the commit of the hub repository that the base was loaded from; by default, what the base knows of
+            it: models that transformers itself loads may not.
         Other arguments: as for `PeftConfig`.
 
     Raises:
