@@ -12,6 +12,7 @@ ExportTarget = Literal["merged", "lora", "delta"]
 SetStrategy = Literal["shared", "exclusive", "shared+exclusive", "related"]
 Baseline = Literal["lora", "full"]
 ComparedStrategy = Literal[SetStrategy, "random", Baseline]
+StrategyName = Literal[SetStrategy, "random", "auto", Baseline]
 
 
 def check_choice(key: str, value: Any, choices: Any) -> None:

@@ -182,6 +182,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def file_key(value: Any) -> str:
+    """Returns the start of a JSON value's fingerprint, which names the file or folder of what was made from it."""
+    return fingerprint(value)[:16]
+
+
 def public_name(name: str) -> str:
     """Returns a name as it may be published: if it is an existing path, without the folders that lead to it."""
     return Path(name).resolve().name if os.path.exists(name) else name

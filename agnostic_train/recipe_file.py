@@ -27,6 +27,7 @@ from agnostic_train.recipe_keys import (
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _MAX_VALUES = 10_000
 _FINITE = ConfigDict(allow_inf_nan=False)
+_TRAINING_KEYS = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
 
 
 def load_recipe(file: str | Path, flags: dict[str, str] | None = None) -> Recipe:
@@ -89,9 +90,8 @@ def make_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
             _check_truth(value, own_types().get(where), f"{source}: {where}")
     training, arguments = values.get("training"), {}
     if isinstance(training, dict):
-        own_keys = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
-        arguments = {key: value for key, value in training.items() if key not in own_keys}
-        values["training"] = {key: value for key, value in training.items() if key in own_keys}
+        arguments = {key: value for key, value in training.items() if key not in _TRAINING_KEYS}
+        values["training"] = {key: value for key, value in training.items() if key in _TRAINING_KEYS}
     try:
         recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
@@ -143,15 +143,13 @@ def _check_arguments(arguments: dict[str, Any], source: str) -> dict[str, Any]:
     if not arguments:
         return {}
     known = training_argument_types()
-    own_keys = [it.name for it in fields(TrainingSection) if it.name != "arguments"]
     checked = {}
     for key, value in arguments.items():
         if key in OWN_KEYS:
             raise UserError(f"{source}: training.{key} comes from the recipe's own key {OWN_KEYS[key]}")
         if key not in known:
-            raise UserError(
-                f"{source}: {_unknown(f'training.{key}', [f'training.{it}' for it in (*own_keys, *known)])}"
-            )
+            candidates = [f"training.{it}" for it in (*_TRAINING_KEYS, *known)]
+            raise UserError(f"{source}: {_unknown(f'training.{key}', candidates)}")
         _check_truth(value, known[key], f"{source}: training.{key}")
         try:
             checked[key] = TypeAdapter(known[key], config=_FINITE).validate_python(value)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.hub import hub_documents
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.files import file_key, fingerprint, read_json, write_json
 from agnostic_train.recipe import CorpusSection
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,7 @@ def _kept(
     if folder is None:
         return read()
     source = {key: getattr(section, key) for key in _OF_THE_SOURCE}
-    file = folder / f"{name}-{fingerprint([source, wanted])[:16]}.json"
+    file = folder / f"{name}-{file_key([source, wanted])}.json"
     if not file.exists():
         write_json(file, read())
     return read_json(file)

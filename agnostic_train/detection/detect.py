@@ -149,28 +149,43 @@ def detect_neurons(
     check_languages(corpora)
     for language, batches in corpora.items():
         if isinstance(batches, Sequence) and not batches:
-            raise UserError(f"corpus.languages: {language!r} has no sentence")
+            raise _no_sentence(language)
     check_min_languages(min_languages, len(corpora))
     check_choice("attention", attention, Attention)
     check_choice("exclusive", exclusive, Exclusive)
     projections = check_projections(projections, model)
-    sizes = find_decoder(model).sizes
     if method == "lape":
-        return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, sizes, progress)
+        return _detect_by_lape(model, corpora, lape_ratio, exclusive, min_languages, progress)
     options = CountingOptions(top_ratio, attention, projections, memory_gb, activations, pruning, progress)
+    return _detect_by_impact(model, corpora, options, consistency, exclusive, min_languages, verify, resume_dir)
+
+
+def _detect_by_impact(
+    model: nn.Module,
+    corpora: Mapping[str, Iterable[Batch]],
+    options: CountingOptions,
+    consistency: float,
+    exclusive: Exclusive,
+    min_languages: int | None,
+    verify: bool,
+    resume_dir: str | Path | None,
+) -> LanguageNeurons:
     counts: dict[str, TopCounts] = {}
     related: dict[str, NeuronSet] = {}
     unpruned: set[int] = set()
+    sizes = find_decoder(model).sizes
     key = "" if resume_dir is None else options.key(model_checksum(model))
     with left_as_found(model):
         for language, corpus in corpora.items():
             batches = iter(corpus)
             first = next(batches, None)
             if first is None:
-                raise UserError(f"corpus.languages: {language!r} has no sentence")
+                raise _no_sentence(language)
             check_batch(model, first)
             if verify and not counts:
-                verify_impacts(model, first, pruning=pruning, projections=projections, memory_gb=memory_gb)
+                verify_impacts(
+                    model, first, pruning=options.pruning, projections=options.projections, memory_gb=options.memory_gb
+                )
             file = None
             if resume_dir is not None:
                 file = Path(resume_dir) / f"{language}.{process_index()}-of-{num_processes()}.safetensors"
@@ -183,17 +198,17 @@ def detect_neurons(
             related[language] = counts[language].consistent(consistency, sizes)
     settings = {
         "method": "impact",
-        "attention": attention,
-        "top_ratio": top_ratio,
+        "attention": options.attention,
+        "top_ratio": options.top_ratio,
         "consistency": consistency,
-        "projections": list(projections),
+        "projections": list(options.projections),
         "num_sentences": {language: it.num_sentences for language, it in counts.items()},
         "verified": verify,
     }
     neurons = LanguageNeurons.from_related(related, exclusive, min_languages, settings)
-    if activations:
+    if options.activations:
         neurons.activations = {language: it.mean_activations() for language, it in counts.items()}
-    if pruning:
+    if options.pruning:
         if unpruned:
             num_layers = len(find_decoder(model).layers)
             logger.warning(
@@ -212,18 +227,23 @@ def _detect_by_lape(
     ratio: float,
     exclusive: Exclusive,
     min_languages: int | None,
-    sizes: Mapping[Site, int],
     progress: bool,
 ) -> LanguageNeurons:
     with left_as_found(model):
         firing = {language: firing_rates(model, batches, language, progress) for language, batches in corpora.items()}
     for language, rates in firing.items():
         if not rates.num_sentences:
-            raise UserError(f"corpus.languages: {language!r} has no sentence")
-    related = specific_neurons({language: it.rates for language, it in firing.items()}, ratio, sizes)
+            raise _no_sentence(language)
+    related = specific_neurons(
+        {language: it.rates for language, it in firing.items()}, ratio, find_decoder(model).sizes
+    )
     settings = {
         "method": "lape",
         "lape_ratio": ratio,
         "num_sentences": {language: it.num_sentences for language, it in firing.items()},
     }
     return LanguageNeurons.from_related(related, exclusive, min_languages, settings)
+
+
+def _no_sentence(language: str) -> UserError:
+    return UserError(f"corpus.languages: {language!r} has no sentence")

@@ -32,7 +32,7 @@ from agnostic_train.evaluation.task_loading import (
     set_up,
 )
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks, result_of_group, result_of_task
-from agnostic_train.files import fingerprint, hash_file, read_json, write_json
+from agnostic_train.files import file_key, fingerprint, hash_file, read_json, write_json
 from agnostic_train.model.inference import left_as_found
 from agnostic_train.processes import process_index
 
@@ -227,8 +227,7 @@ def evaluate_tasks(
                 file = None
                 if directory is not None:
                     assert identity is not None
-                    key = fingerprint([identity(checkpoint), task_identities[name]])
-                    file = directory / f"{key[:16]}.json"
+                    file = directory / f"{file_key([identity(checkpoint), task_identities[name]])}.json"
                 if file is not None and file.exists():
                     task_results = {it: TaskResult(**row) for it, row in read_json(file).items()}
                 else:

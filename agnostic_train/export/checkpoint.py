@@ -108,12 +108,11 @@ def export_checkpoint(
     with whole_directory(directory, is_exported) as temporary:
         if to == "merged":
             _write_merged(temporary, trained, dtype)
+            _copy_processor(temporary, trained)
         elif to == "lora":
             _write_lora(temporary, trained)
         else:
             _write_delta(temporary, trained)
-        if to == "merged":
-            _copy_processor(temporary, trained)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model_card is not None:

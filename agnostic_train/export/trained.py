@@ -15,10 +15,10 @@ from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.reading import commit_of, read_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import check_whole
-from agnostic_train.training.chosen import ChosenEntries, chosen_entries
+from agnostic_train.training.checkpoints import NEURONS_FILE
+from agnostic_train.training.chosen import ChosenEntries, chosen_entries, trained_neurons
 from agnostic_train.training.compact import adapter_neurons
 from agnostic_train.training.delta import Delta, adapter_deltas, add_deltas, plain_model, read_deltas, weight_deltas
-from agnostic_train.training.trainer import NEURONS_FILE
 
 
 @dataclass(frozen=True)
@@ -66,36 +66,45 @@ class Trained:
         """
         named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
-            adapter, config = read_deltas(model)
-            name = config.base_model_name_or_path
-            if base is None and not name:
-                raise UserError(f"base: {model} doesn't name the model that it was trained on; give it as base")
-            loaded = _loaded(name, config.revision) if base is None else _loaded(base)
-            own = _neurons_at(loaded, adapter)
-            file = Path(model) / NEURONS_FILE
-            if file.exists() and NeuronSet.load(file) != own:
-                raise UserError(
-                    f"{model}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
-                )
-            chosen = _all_trained(own, named)
-            return cls(loaded, adapter, loaded, chosen, *_origin_of(loaded), trained_before=chosen != own)
+            return cls._in_folder(Path(model), base, named)
+        return cls._in_memory(model, base, named)
+
+    @classmethod
+    def _in_folder(cls, folder: Path, base: PreTrainedModel | str | Path | None, named: NeuronSet | None) -> "Trained":
+        """Reads an adapter's folder, and its base."""
+        adapter, config = read_deltas(folder)
+        if base is None and not config.base_model_name_or_path:
+            raise UserError(f"base: {folder} doesn't name the model that it was trained on; give it as base")
+        loaded = _loaded(config.base_model_name_or_path, config.revision) if base is None else _loaded(base)
+        own = _neurons_at(loaded, adapter)
+        file = folder / NEURONS_FILE
+        if file.exists() and NeuronSet.load(file) != own:
+            raise UserError(
+                f"{folder}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
+            )
+        trained = _all_trained(own, named)
+        return cls(loaded, adapter, loaded, trained, *_origin_of(loaded), trained_before=trained != own)
+
+    @classmethod
+    def _in_memory(
+        cls, model: nn.Module, base: PreTrainedModel | str | Path | None, named: NeuronSet | None
+    ) -> "Trained":
+        """Takes a loaded model apart."""
         check_whole(model, "exporting")
         plain = plain_model(model)
         find_decoder(plain).check_on_devices("exporting")
-        adapter = adapter_deltas(plain)
-        earlier = getattr(plain, "trained_neurons", None)
-        trained: NeuronSet | None = earlier if named is None else named
-        trained_before = False
+        adapter, earlier = adapter_deltas(plain), trained_neurons(plain)
+        trained, trained_before = earlier if named is None else named, False
         if adapter:
             own = adapter_neurons(plain)
             trained = _all_trained(own, named)
             trained_before = earlier is not None or trained != own
             if named is None and earlier is not None:
-                if base is None and len(earlier - trained):
+                if base is None and len(earlier - own):
                     raise UserError(
                         "base: neurons were trained before this adapter; give the model from before that training"
                     )
-                trained = trained | earlier
+                trained = own | earlier
         loaded = None if base is None else _loaded(base)
         if loaded is not None and _share_weights(plain, loaded):
             raise UserError("base: it is the trained model itself; give the model from before training, or its folder")
@@ -171,7 +180,7 @@ def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:
 
 def _origin_of(base: nn.Module) -> tuple[str | None, str | None]:
     """The name that a base was loaded by, and its hub commit, if any; None if it has been trained since."""
-    if getattr(base, "trained_neurons", None) is not None:
+    if trained_neurons(base) is not None:
         return None, None
     return base.name_or_path or None, commit_of(base)
 

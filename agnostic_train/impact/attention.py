@@ -125,10 +125,14 @@ class LogitChange:
     row_growth: Tensor | None = None
     column_growth: Tensor | None = None
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.a, self.b, self.c, self.d
+
     @cached_property
     def reach(self) -> Tensor:
         """An upper bound on the absolute value of `a_i b_j + c_i d_j`: (batch, query heads, head_dim)."""
-        a, b, c, d = (it.abs().amax(-2) for it in (self.a, self.b, self.c, self.d))
+        a, b, c, d = (it.abs().amax(-2) for it in self.factors)
         return a * b + c * d
 
     def centred(self, real: Tensor) -> "LogitChange":

@@ -123,7 +123,7 @@ def square_bounds(
 
     Returns: bounds (heads, blocks, head_dim), which may be infinite or NaN, and estimates (heads, head_dim).
     """
-    a, b, c, d = (part.flatten(0, 1)[heads] for part in (x.a, x.b, x.c, x.d))
+    a, b, c, d = (part.flatten(0, 1)[heads] for part in x.factors)
     rounding = _rounding(a.dtype, a.shape[1])
     # The largest possible change of a logit; rounding errors are a fraction of it: (heads, 1, head_dim).
     reach = x.reach.flatten(0, 1)[heads].unsqueeze(1)

@@ -52,7 +52,7 @@ def _impacts(
     name: str, attention: LayerAttention, intervals: Intervals, change: LogitChange, top_ratio: float
 ) -> tuple[Tensor, Work]:
     """`interval_impacts` of q or k."""
-    factors = [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)]
+    factors = [part.flatten(0, 1) for part in change.factors]
     growths = [part.flatten(0, 1) for part in change.growths()]
     low, high = (attention.summed_over_heads(name, it) for it in intervals.around(factors, growths))
     certain, unclear = decide(low, high, num_top(top_ratio, low.shape[1]))

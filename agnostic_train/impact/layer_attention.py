@@ -116,7 +116,7 @@ class LayerAttention:
                 self.changed_logits,
                 self.centred_value,
                 self.counted,
-                [part.flatten(0, 1) for part in (change.a, change.b, change.c, change.d)],
+                [part.flatten(0, 1) for part in change.factors],
                 self.inputs.visibility.key_spans,
                 growths=[part.flatten(0, 1) for part in change.growths()],
                 softcap=self.softcap,

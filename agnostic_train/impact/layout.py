@@ -29,7 +29,8 @@ class QueryKeyLayout:
         self._attention = attention
         self.sizes = [attention.num_own_heads(name) * attention.head_dim for name in logit_changes]
         # (batch * heads * neurons, length) each.
-        self.factors = [self._stacked([getattr(x, part) for x in logit_changes.values()]) for part in "abcd"]
+        by_factor = zip(*(x.factors for x in logit_changes.values()), strict=True)
+        self.factors = [self._stacked(list(parts)) for parts in by_factor]
         # Both sites get growths, ones where nothing grows, because they are computed together.
         self.growths: list[Tensor] = []
         if any(x.grows for x in logit_changes.values()):

@@ -257,7 +257,7 @@ class QueryKeyImpacts:
         """Impacts of every neuron of q or k, (sentences, neurons), float32; replayed if there is no closed form."""
         spans_heads = form.of_all_heads is None and self.layer.norm_spans_heads(name)
         if spans_heads:
-            impacts = self._replayed_over_heads(attention, name, projected, angles).sqrt().float()
+            impacts = attention.replayed_over_heads(name, projected, self.layer.norms[name], angles).sqrt().float()
         else:
             squares = (
                 attention.replayed(name, projected, self.layer.norms[name], angles)
@@ -280,14 +280,8 @@ class QueryKeyImpacts:
         self, attention: LayerAttention, name: str, form: "_Form", projected: Tensor, angles: Angles
     ) -> tuple[Tensor, Work]:
         assert form.change is not None and form.growth is not None and self._top_ratio is not None
-        replayed = partial(self._replayed_over_heads, attention, name, projected, angles)
+        replayed = partial(attention.replayed_over_heads, name, projected, self.layer.norms[name], angles)
         return norm_over_heads.pruned_impacts(name, attention, form.change, form.growth, replayed, self._top_ratio)
-
-    def _replayed_over_heads(
-        self, attention: LayerAttention, name: str, projected: Tensor, angles: Angles, marked: Tensor | None = None
-    ) -> Tensor:
-        norm = self.layer.norms[name]
-        return attention.replayed_over_heads(name, projected, norm, angles, marked)
 
 
 @dataclass(frozen=True)

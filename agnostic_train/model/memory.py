@@ -28,7 +28,7 @@ SLACK = 1.1
 
 
 @dataclass(frozen=True)
-class Layout:
+class MemoryModel:
     """A model's sizes, as the formulas need them. Widths are those of the largest layer.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
     entry_sizes: Mapping[Site, int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, decoder: Decoder) -> "Layout":
+    def of(cls, model: PreTrainedModel, decoder: Decoder) -> "MemoryModel":
         """Reads the sizes from a model, which may be on the meta device."""
         hidden = decoder.layers[0].projections["o"].linear.out_features
         norm_widths = []

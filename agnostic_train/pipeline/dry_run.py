@@ -26,12 +26,12 @@ def print_plan(recipe: Recipe, stage: str) -> None:
 
 def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     table = Table(title=recipe.model.name, show_header=False)
-    share = plan.num_trainable / plan.layout.num_parameters
+    share = plan.num_trainable / plan.memory.num_parameters
     sizes = plan.decoder.sizes
     rows = {
         "class": f"{plan.model_class}, {plan.dtype}",
-        "parameters": f"{plan.layout.num_parameters:,}",
-        "neurons": f"{sum(sizes.values()):,} in {plan.layout.num_layers} layers",
+        "parameters": f"{plan.memory.num_parameters:,}",
+        "neurons": f"{sum(sizes.values()):,} in {plan.memory.num_layers} layers",
         "processes": str(plan.num_processes),
         "output": recipe.output_dir,
     }

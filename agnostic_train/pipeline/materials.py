@@ -105,6 +105,14 @@ class Materials:
             self.say(line)
         return texts, hashes
 
+    @cached_property
+    def detection_batches(self) -> dict[str, list]:
+        return self.batches("detection")
+
+    @cached_property
+    def validation_batches(self) -> dict[str, list]:
+        return self.batches("validation")
+
     def evaluation_batches(self) -> dict[str, dict[str, list]]:
         """The batches of `evaluation_texts`, per kind and language."""
         size = self.recipe.evaluation.batch_size

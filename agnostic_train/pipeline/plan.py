@@ -3,24 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
+from pathlib import Path
 from statistics import fmean
 
 import torch
+from accelerate import PartialState
 
-from agnostic_train.corpus.encoding import SAMPLE, Encoder
-from agnostic_train.corpus.evaluation_text import read_evaluation_text
+from agnostic_train.corpus.encoding import SAMPLE
 from agnostic_train.corpus.hub import check_dataset
-from agnostic_train.corpus.purposes import LanguageText, load_corpus
+from agnostic_train.corpus.purposes import LanguageText
 from agnostic_train.corpus.streaming import wanted_sentences
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import find_tasks
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
-from agnostic_train.model.loading import load_empty_model, load_tokenizer
-from agnostic_train.model.memory import GIB, SLACK, Layout
+from agnostic_train.model.loading import load_empty_model
+from agnostic_train.model.memory import GIB, SLACK, MemoryModel
 from agnostic_train.pipeline.checks import check_inputs, check_stage
-from agnostic_train.pipeline.materials import kept_text
+from agnostic_train.pipeline.manifest import Manifest
+from agnostic_train.pipeline.materials import Materials, kept_text
 from agnostic_train.pipeline.settings import training_arguments
+from agnostic_train.pipeline.stage_inputs import StageInputs
+from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages.train import read_neurons
 from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.quickstart.tiny_model import cache_directory
@@ -60,7 +64,7 @@ class Plan:
         num_steps: optimizer steps; None for a stage before the training.
     """
 
-    layout: Layout
+    memory: MemoryModel
     decoder: Decoder
     model_class: str
     dtype: str
@@ -88,28 +92,33 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     check_stage(recipe, arguments, stage)
     if recipe.evaluation.tasks and stage in ("run", "evaluate", "report"):
         find_tasks(recipe.evaluation.tasks, recipe.evaluation.task_paths)
-    model_path, corpus_path = _local_paths(recipe)
-    texts = {} if corpus_path is None else _local_texts(recipe, corpus_path)
+    _check_embedded_exist(recipe)
+    _ = arguments.device  # initialises the processes as the recipe asks
+    materials = Materials(recipe, PartialState(), say=lambda line: None)
+    texts = {} if recipe.corpus.dataset else _local_texts(materials)
     num_sentences = _count_sentences(recipe, texts)
-    model = load_empty_model(recipe.model, model_path)
+    model = load_empty_model(materials.model_section, materials.model_path)
     decoder = find_decoder(model)
-    layout = Layout.of(model, decoder)
-    tokenizer = load_tokenizer(recipe.model, model_path)
-    encoder = Encoder.of(tokenizer, recipe.corpus, model.config)
+    memory = MemoryModel.of(model, decoder)
+    encoder = materials.encoder
     if recipe.training.packing:
         encoder.check_packing()
+    inputs = StageInputs(recipe, arguments, materials, Manifest(Path(recipe.output_dir)))
+    last = "report" if stage == "run" else stage
+    for name in (*inputs.needs(last), last):
+        STAGE_TABLE[name].check_files(materials)
     mean_tokens = {
         language: fmean(
             len(row["input_ids"]) for row in encoder.encode(text.detection[:SAMPLE], f"detection text of {language}")
         )
         for language, text in texts.items()
     }
-    length = encoder.max_length or tokenizer.model_max_length
+    length = encoder.max_length or materials.tokenizer.model_max_length
     strategies: list[str] = [*recipe.comparison.strategies] if stage == "compare" else [recipe.training.strategy]
-    trainable = {it: _most_trainable(recipe, it, decoder, layout) for it in strategies}
+    trainable = {it: _most_trainable(recipe, it, decoder, memory) for it in strategies}
     if stage != "compare" and recipe.training.neurons is not None:
         trainable = dict.fromkeys(strategies, num_trainable(read_neurons(recipe.training.neurons, model), model))
-    num_processes = arguments.world_size  # initialises the processes as the recipe asks
+    num_processes = arguments.world_size
     num_steps = None
     if stage not in ("detect", "score"):
         # Streamed sentences aren't read here; only their number is known.
@@ -122,7 +131,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         epochs = arguments.num_train_epochs * ceil(num_batches / arguments.gradient_accumulation_steps)
         num_steps = arguments.max_steps if arguments.max_steps > 0 else ceil(epochs)
     return Plan(
-        layout=layout,
+        memory=memory,
         decoder=decoder,
         model_class=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -133,33 +142,24 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * num_processes,
         num_steps=num_steps,
         num_processes=num_processes,
-        phases=_up_to(stage, _phases(recipe, layout, arguments, length, trainable, num_processes, stage)),
+        phases=_up_to(stage, _phases(recipe, memory, arguments, length, trainable, num_processes, stage)),
     )
 
 
-def _local_paths(recipe: Recipe) -> tuple[str, str | None]:
-    """The paths of model and text; raises `UserError` for embedded ones not made yet: a dry run writes nothing."""
-    corpus = recipe.corpus.path
-    return (
-        _local_path("model.name", recipe.model.name, "model"),
-        None if corpus is None else _local_path("corpus.path", corpus, "corpus"),
-    )
+def _check_embedded_exist(recipe: Recipe) -> None:
+    """Raises `UserError` for an embedded model or text not made yet: a dry run writes nothing."""
+    for key, name, folder in (
+        ("model.name", recipe.model.name, "model"),
+        ("corpus.path", recipe.corpus.path, "corpus"),
+    ):
+        if name == EMBEDDED and not (cache_directory() / folder).exists():
+            raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
 
 
-def _local_texts(recipe: Recipe, path: str) -> Mapping[str, LanguageText]:
+def _local_texts(materials: Materials) -> Mapping[str, LanguageText]:
     """The text of every language; test and parallel text is read too, so that mistakes in it show."""
-    corpus = load_corpus(recipe.corpus, path)
-    read_evaluation_text(corpus, recipe.corpus, recipe.evaluation, path)
-    return corpus.texts
-
-
-def _local_path(key: str, name: str, folder: str) -> str:
-    if name != EMBEDDED:
-        return name
-    directory = cache_directory() / folder
-    if not directory.exists():
-        raise UserError(f"{key}: {EMBEDDED} is made by its first run; run the recipe once without --dry-run")
-    return str(directory)
+    _ = materials.evaluation_texts
+    return materials.corpus.texts
 
 
 def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[str, dict[str, int]]:
@@ -171,7 +171,7 @@ def _count_sentences(recipe: Recipe, texts: Mapping[str, LanguageText]) -> dict[
     return {it: wanted_sentences(recipe.corpus, it in trained) for it in recipe.corpus.languages}
 
 
-def _most_trainable(recipe: Recipe, strategy: str, decoder: Decoder, layout: Layout) -> int:
+def _most_trainable(recipe: Recipe, strategy: str, decoder: Decoder, memory: MemoryModel) -> int:
     """The largest number of weights that a strategy can choose.
 
     Over S sentences a site has n * S top places, where n is its number of top neurons, and a related neuron takes at
@@ -180,11 +180,11 @@ def _most_trainable(recipe: Recipe, strategy: str, decoder: Decoder, layout: Lay
     """
     training, detection = recipe.training, recipe.detection
     if strategy == "full":
-        return layout.num_parameters
+        return memory.num_parameters
     if detection.method == "lape":
         # LAPE selects among the hidden units of all layers, for all languages together.
         units = {layer: size for (layer, projection), size in decoder.sizes.items() if projection == "down"}
-        of_unit = max(sum(layout.entry_sizes[layer, it] for it in FEED_FORWARD_PROJECTIONS) for layer in units)
+        of_unit = max(sum(memory.entry_sizes[layer, it] for it in FEED_FORWARD_PROJECTIONS) for layer in units)
         return round(detection.lape_ratio * sum(units.values())) * of_unit
     num_languages = len(recipe.corpus.languages)
     least = detection.min_languages or num_languages
@@ -193,12 +193,12 @@ def _most_trainable(recipe: Recipe, strategy: str, decoder: Decoder, layout: Lay
         site: min(size, floor(languages * num_top(detection.top_ratio, size) / detection.consistency))
         for site, size in decoder.sizes.items()
     }
-    return sum(number * layout.entry_sizes[site] for site, number in most.items())
+    return sum(number * memory.entry_sizes[site] for site, number in most.items())
 
 
 def _phases(
     recipe: Recipe,
-    layout: Layout,
+    memory: MemoryModel,
     arguments: NeuronTrainingArguments,
     length: int,
     trainable: Mapping[str, int],
@@ -210,26 +210,26 @@ def _phases(
     trainable: by strategy, the largest number of weights that can learn.
     """
     tokens = recipe.corpus.batch_size * length
-    layer = layout.layer_activations(tokens, length)
+    layer = memory.layer_activations(tokens, length)
     evaluated = (recipe.evaluation.batch_size or recipe.corpus.batch_size) * length
-    detection = Phase("detect", layout.weights, activations=layer + int(recipe.detection.memory_gb * GIB))
-    training = {it: _training_phase(recipe, layout, arguments, length, it, number) for it, number in trainable.items()}
+    detection = Phase("detect", memory.weights, activations=layer + int(recipe.detection.memory_gb * GIB))
+    training = {it: _training_phase(recipe, memory, arguments, length, it, number) for it, number in trainable.items()}
     if stage == "compare":
         return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
     ((strategy, train),) = training.items()
     all_weights = _trains_all_weights(recipe, strategy)
     exported = recipe.export.dtype
-    itemsize = layout.weight_bytes if exported is None else getattr(torch, exported).itemsize
-    enhanced = replace(layout, weight_bytes=itemsize)
+    itemsize = memory.weight_bytes if exported is None else getattr(torch, exported).itemsize
+    enhanced = replace(memory, weight_bytes=itemsize)
     # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers.
-    trained = 4 * layout.num_parameters if strategy == "lora" else all_weights * layout.weights
+    trained = 4 * memory.num_parameters if strategy == "lora" else all_weights * memory.weights
     # Models are evaluated one at a time: the base, the enhanced one and others.
-    widest = replace(layout, weight_bytes=max(layout.weight_bytes, itemsize))
+    widest = replace(memory, weight_bytes=max(memory.weight_bytes, itemsize))
     phases = [
         detection,
-        Phase("score", layout.weights, 0, layer, layout.scored_logits(tokens, length)),
+        Phase("score", memory.weights, 0, layer, memory.scored_logits(tokens, length)),
         train,
-        Phase("export", layout.weights + trained + enhanced.weights),
+        Phase("export", memory.weights + trained + enhanced.weights),
         Phase(
             "evaluate",
             widest.weights,
@@ -243,7 +243,7 @@ def _phases(
             train,
             name=f"train, split over {num_processes} (FSDP2, ZeRO-3)",
             # A layer's weights are gathered while it runs, and the next layer's are prefetched.
-            weights=layout.weights // num_processes + 2 * layout.weights // layout.num_layers,
+            weights=memory.weights // num_processes + 2 * memory.weights // memory.num_layers,
             trainable=train.trainable // num_processes,
         )
         phases.insert(3, split)
@@ -255,15 +255,15 @@ def _trains_all_weights(recipe: Recipe, strategy: str) -> bool:
 
 
 def _training_phase(
-    recipe: Recipe, layout: Layout, arguments: NeuronTrainingArguments, length: int, strategy: str, trainable: int
+    recipe: Recipe, memory: MemoryModel, arguments: NeuronTrainingArguments, length: int, strategy: str, trainable: int
 ) -> Phase:
     tokens, all_weights = arguments.per_device_train_batch_size * length, _trains_all_weights(recipe, strategy)
     return Phase(
         "train",
-        layout.weights,
-        layout.trainable_state(None if all_weights else trainable),
-        layout.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
-        layout.trained_logits(tokens),
+        memory.weights,
+        memory.trainable_state(None if all_weights else trainable),
+        memory.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
+        memory.trained_logits(tokens),
     )
 
 

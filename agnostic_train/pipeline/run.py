@@ -80,7 +80,8 @@ class Pipeline:
             runs = forced[name] or self.inputs.state(name) != "finished"
             any_runs |= runs
             if any_runs:  # a stage after one that runs may have to run again
-                STAGE_TABLE[name].check_materials(self.materials, self.training_arguments)
+                STAGE_TABLE[name].check_files(self.materials)
+                STAGE_TABLE[name].check_text(self.materials, self.training_arguments)
             if runs:
                 self._check_folders(name, forced[name])
         if any_runs:
@@ -121,10 +122,7 @@ class Pipeline:
         """Runs a stage unless its result is up to date; returns whether it ran."""
         inputs = self.inputs.whole(stage)
         state = self.manifest.state(stage, inputs)
-        context = Context(
-            stage=stage, recipe=self.recipe, arguments=self.training_arguments, materials=self.materials,
-            manifest=self.manifest, inputs=self.inputs, say=self.say, tracker=tracker,
-        )  # fmt: skip
+        context = Context(stage, self.training_arguments, self.materials, self.manifest, self.inputs, tracker)
         if state == "finished" and not forced:
             self.say(f"{stage}: unchanged, kept (--force runs it again)")
             self._publish(context)

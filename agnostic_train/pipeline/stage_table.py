@@ -29,7 +29,8 @@ class Stage:
         replaces: stages whose files, apart from those it reads, are deleted before it writes: which files they write
             depends on their options, and none of an earlier run may stay.
         memory_keys: the keys that its memory depends on, apart from the weights.
-        check_materials: refuses text and files with which the stage can't run, before any stage runs.
+        check_files: refuses a model or files with which the stage can't run, before any stage runs; loads no weights.
+        check_text: refuses too little text, before any stage runs.
         check: refuses what the stage can't do with the results of earlier ones, before anything is replaced.
         resumes: whether it continues from the Trainer's checkpoints in `output_dir`.
     """
@@ -41,7 +42,8 @@ class Stage:
     folders: Callable[[Recipe], _Folders] = lambda recipe: {}
     replaces: tuple[str, ...] = ()
     memory_keys: str | None = None
-    check_materials: Callable[[Materials, NeuronTrainingArguments], None] = lambda materials, arguments: None
+    check_files: Callable[[Materials], None] = lambda materials: None
+    check_text: Callable[[Materials, NeuronTrainingArguments], None] = lambda materials, arguments: None
     check: Callable[[Context], None] = lambda context: None
     resumes: bool = False
 
@@ -69,7 +71,7 @@ STAGE_TABLE = {
         folders=lambda recipe: {score.EMERGENCE: is_emergence_file} if recipe.model.checkpoints else {},
         replaces=("score",),
         memory_keys="corpus.batch_size",
-        check_materials=score.check_materials,
+        check_files=score.check_files,
     ),
     "pilot": Stage(
         pilot.pilot,
@@ -87,7 +89,8 @@ STAGE_TABLE = {
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
         replaces=("train", "pilot"),
         memory_keys=_TRAINING_MEMORY,
-        check_materials=train.check_materials,
+        check_files=train.check_files,
+        check_text=train.check_text,
         check=train.check_strategy,
         resumes=True,
     ),
@@ -97,14 +100,14 @@ STAGE_TABLE = {
         "export",
         folders=lambda recipe: {export.EXPORTS[to]: is_exported for to in ("merged", recipe.export.to)},
         replaces=("export", "evaluate"),
-        check_materials=export.check_materials,
+        check_files=export.check_files,
     ),
     "evaluate": Stage(
         evaluate.evaluate,
         evaluate.publish,
         "evaluation",
         memory_keys="evaluation.batch_size",
-        check_materials=evaluate.check_materials,
+        check_files=evaluate.check_files,
     ),
     "report": Stage(report.report, report.publish, None, folders=lambda recipe: {"figures": is_run_figure}),
     "compare": Stage(
@@ -113,7 +116,8 @@ STAGE_TABLE = {
         "comparison",
         folders=lambda recipe: {compare.COMPARISON: is_comparison_file},
         memory_keys="training.per_device_train_batch_size or evaluation.batch_size",
-        check_materials=compare.check_materials,
+        check_files=compare.check_files,
+        check_text=compare.check_text,
         check=compare.check_strategies,
     ),
 }

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, set_seed
 
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.comparison import relative_change
-from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.files import file_key, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -147,7 +147,7 @@ class Trials:
         """Returns a trial's result, from its files or by training; strategies with the same choice train once."""
         choice = None if trial.strategy == BASE else self.choose(trial)
         inputs = [self.key, self.changes, trial.seed, trial.learning_rate, what_learns(choice), package_versions()]
-        name = fingerprint(inputs)[:16]
+        name = file_key(inputs)
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
         record = read_json(record_file) if record_file.exists() else None
         if record is None or not (record["diverged"] or file.exists()):

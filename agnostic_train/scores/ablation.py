@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.files import fingerprint
+from agnostic_train.files import file_key, fingerprint
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.deactivation import deactivate
@@ -121,7 +121,7 @@ def _files(
     files = {}
     for name, neurons in sets.items():
         off = [[*site, indices.tolist()] for site, indices in neurons.items()]
-        files[name] = directory / f"{fingerprint([off, wanted[name], common])[:16]}.safetensors"
+        files[name] = directory / f"{file_key([off, wanted[name], common])}.safetensors"
     return files
 
 

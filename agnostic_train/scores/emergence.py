@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.files import file_key, read_json, write_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.processes import of_first_process, process_index
 from agnostic_train.scores.result import AgnosticScore
@@ -88,7 +88,7 @@ def follow_checkpoints(
     Returns: the rows, sorted by step if every checkpoint has one.
     """
     rows = []
-    files = [directory / f"{fingerprint(identity(it))[:16]}.json" for it in checkpoints]
+    files = [directory / f"{file_key(identity(it))}.json" for it in checkpoints]
     # Measuring takes all processes, and each would look for a file at another time.
     kept = of_first_process([file.exists() for file in files])
     for checkpoint, file, is_kept in zip(checkpoints, files, kept, strict=True):

@@ -12,6 +12,9 @@ from transformers.trainer_pt_utils import safe_globals
 from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.files import read_json
 
+NEURONS_FILE = "neurons.safetensors"
+"""The file of the trained neurons in a `NeuronTrainer`'s checkpoints."""
+
 
 def saved_checkpoints(directory: Path) -> list[Path]:
     """Returns a Trainer's checkpoints in its output folder, oldest first."""

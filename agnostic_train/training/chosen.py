@@ -69,6 +69,17 @@ def check_not_compiled(model: nn.Module) -> None:
         )
 
 
+def trained_neurons(model: nn.Module) -> NeuronSet | None:
+    """The neurons of a model's own weights that were trained since it was loaded; None if none were."""
+    return getattr(model, "trained_neurons", None)
+
+
+def record_trained(model: nn.Module, neurons: NeuronSet) -> None:
+    """Adds to the model's `trained_neurons`, which `export_checkpoint` reads."""
+    earlier = trained_neurons(model)
+    model.trained_neurons = neurons if earlier is None else earlier | neurons
+
+
 def num_trainable(neurons: NeuronSet, model: nn.Module) -> int:
     """Returns the number of weight entries in the rows and columns of a set's neurons."""
     decoder = find_decoder(model)

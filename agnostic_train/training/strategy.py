@@ -10,7 +10,7 @@ from typing import get_args
 from peft import LoraConfig
 from torch import nn
 
-from agnostic_train.choices import Baseline, SetStrategy
+from agnostic_train.choices import Baseline, SetStrategy, StrategyName, check_choice
 from agnostic_train.errors import UserError
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -70,10 +70,8 @@ class Strategy:
     def __post_init__(self) -> None:
         if isinstance(self.languages, str):  # a string is also a sequence, of letters
             raise UserError(f"training.languages: expected a list of languages, such as [{self.languages!r}]")
-        if self.name not in (*STRATEGIES, *BASELINES):
-            raise UserError(f"training.strategy: {self.name!r} isn't one of {', '.join((*STRATEGIES, *BASELINES))}")
-        if self.random_like not in SET_STRATEGIES:
-            raise UserError(f"training.random_like: {self.random_like!r} isn't one of {', '.join(SET_STRATEGIES)}")
+        check_choice("training.strategy", self.name, StrategyName)
+        check_choice("training.random_like", self.random_like, SetStrategy)
         if self.name == "auto":
             if self.high is None:
                 raise UserError("training.high: strategy 'auto' needs it; the paper supports no default")

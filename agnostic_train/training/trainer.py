@@ -17,13 +17,13 @@ from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import check_predicts_tokens, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.callbacks import DetectionCallback
-from agnostic_train.training.chosen import check_not_compiled, chosen_entries
+from agnostic_train.training.checkpoints import NEURONS_FILE
+from agnostic_train.training.chosen import check_not_compiled, chosen_entries, record_trained
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear, adapter_neurons
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.mask import GradientMask
 from agnostic_train.training.strategy import BASELINES, STRATEGIES, Choice
 
-NEURONS_FILE = "neurons.safetensors"
 _DEFAULT_ADAPTER = "default"
 """The name that PEFT gives to an adapter by default."""
 
@@ -303,8 +303,9 @@ class NeuronTrainer(GuardedTrainer):
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
             self._guarded = bare
-            neurons, earlier = self._read_neurons(self.model), getattr(self.model, "trained_neurons", None)
-            self.model.trained_neurons = neurons if earlier is None else earlier | neurons
+            neurons = self._read_neurons(self.model)
+            assert neurons is not None
+            record_trained(self.model, neurons)
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -563,11 +563,13 @@ def test_checkpoints_that_cannot_be_trained_or_exported_are_refused_before_any_s
         ("run", [], "enhanced/, the sum of weights and changes,"),
         ("compare", [], "a comparison"),
     ):
-        assert_mistake(root, stage, flags, f"model.name: {what} needs the unquantised model, not", capsys)
+        for dry in ([], ["--dry-run"]):
+            assert_mistake(root, stage, [*flags, *dry], f"model.name: {what} needs the unquantised model, not", capsys)
     (root / "model/config.json").write_text(json.dumps(config))
     (root / "model/adapter_config.json").write_text("{}")
     for stage in ("train", "run", "compare"):
-        assert_mistake(root, stage, [], "holds an adapter, too; merge it into the model", capsys)
+        for dry in ([], ["--dry-run"]):
+            assert_mistake(root, stage, dry, "holds an adapter, too; merge it into the model", capsys)
     assert not (root / "out/neurons").exists()
     (root / "model/config.json").unlink()
     assert_mistake(root, "detect", [], "has no config.json but an adapter; merge it into its base", capsys)

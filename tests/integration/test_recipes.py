@@ -57,7 +57,7 @@ def test_recipe_of_a_model_has_the_papers_settings_and_stated_memory(recipe, sta
     before = files_below(stand_ins, RECIPES)
     flags = {"model.name": str(stand_ins / model)}
     plan = make_plan(load_recipe(recipe, flags), "run")
-    assert plan.layout.num_parameters / 1e9 == pytest.approx(PUBLISHED[model], abs=0.02)
+    assert plan.memory.num_parameters / 1e9 == pytest.approx(PUBLISHED[model], abs=0.02)
     assert plan.batch == 128 and plan.length == 1024
     read = load_recipe(recipe)
     assert read.detection.top_ratio == 0.05 and read.corpus.training_sentences == 100_000
@@ -78,14 +78,14 @@ def test_recipe_of_a_model_has_the_papers_settings_and_stated_memory(recipe, sta
     local = ["--corpus.dataset=", f"--corpus.path={stand_ins / 'text'}", "--corpus.detection_sentences=20"]
     assert main(["run", str(recipe), "--dry-run", f"--model.name={stand_ins / model}", *local]) == 0
     printed = capsys.readouterr().out
-    assert f"{plan.layout.num_parameters:,}" in printed and re.search(r"sw \* +│ +20 │ +40 │ +10 │ +10 ", printed)
+    assert f"{plan.memory.num_parameters:,}" in printed and re.search(r"sw \* +│ +20 │ +40 │ +10 │ +10 ", printed)
     assert not list(tmp_path.iterdir()) and files_below(stand_ins, RECIPES) == before
 
 
 def test_plan_of_a_vision_language_model_counts_the_text_decoder(stand_ins):
     recipe = load_recipe(RECIPES / "gemma-3-4b/swahili.yaml", {"model.name": str(stand_ins / "gemma-3-4b")})
     plan = make_plan(recipe, "run")
-    assert plan.model_class == "Gemma3ForConditionalGeneration" and plan.layout.num_layers == 34
+    assert plan.model_class == "Gemma3ForConditionalGeneration" and plan.memory.num_layers == 34
     assert plan.decoder.sizes[(33, "down")] == 10240
     text = [it for name, it in plan.decoder.backbone.named_parameters()]
     assert sum(it.numel() for it in text) / 1e9 == pytest.approx(3.88, abs=0.01)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, L
 
 from agnostic_train import NeuronConfig
 from agnostic_train.model.decoder import find_decoder
-from agnostic_train.model.memory import Layout
+from agnostic_train.model.memory import MemoryModel
 from agnostic_train.neurons.neuron_set import NeuronSet
 
 SENTENCES, LENGTH = 2, 96
@@ -48,7 +48,7 @@ def test_activation_estimate_matches_what_a_forward_pass_keeps(config_class, dty
     kept, estimates = [], []
     for num_layers in (3, 6):
         model = small(config_class, dtype, num_layers)
-        layout = Layout.of(model, find_decoder(model))
+        layout = MemoryModel.of(model, find_decoder(model))
         estimates.append(layout.activations(SENTENCES * LENGTH, LENGTH, checkpointing, all_weights))
         if not all_weights:
             chosen = {site: range(max(1, size // 20)) for site, size in find_decoder(model).sizes.items()}
@@ -61,7 +61,7 @@ def test_activation_estimate_matches_what_a_forward_pass_keeps(config_class, dty
 
 def test_counts_of_a_small_model():
     model = small(Gemma3TextConfig, torch.bfloat16)
-    layout = Layout.of(model, find_decoder(model))
+    layout = MemoryModel.of(model, find_decoder(model))
     assert layout.num_parameters == sum(it.numel() for it in model.parameters()) and layout.weight_bytes == 2
     assert (layout.hidden, layout.queries, layout.feed_forward, layout.vocabulary) == (64, 96, 160, 500)
     assert layout.norm_widths == 4 * 64 + 96 + 48 and layout.num_heads == 4 and not layout.is_eager

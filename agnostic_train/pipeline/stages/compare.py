@@ -39,9 +39,13 @@ Results = dict[str, dict[int, TrialResult]]
 """Results of trials by strategy and seed."""
 
 
-def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` if there is too little text, or a model that not every strategy can train."""
+def check_files(materials: Materials) -> None:
+    """Raises `UserError` for a model that not every strategy can train."""
     materials.check_trainable("a comparison")
+
+
+def check_text(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` if there is too little text."""
     count_batches(materials.recipe, arguments, materials.encoder, materials.training_text, has_pilot=False)
 
 
@@ -56,7 +60,7 @@ def compare(context: Context) -> dict:
         materials=context.materials,
         detected=context.load_neurons(),
         training=context.materials.training_text,
-        texts={"validation": context.materials.batches("validation"), **context.materials.evaluation_batches()},
+        texts={"validation": context.materials.validation_batches, **context.materials.evaluation_batches()},
         directory=context.work,
         key=[_key(context), context.set_hashes(with_activations=False)],
         group=_group(context),

@@ -1,6 +1,6 @@
 """The context that every stage receives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,24 +21,29 @@ _PUBLISHED = ".published.json"
 """In `tracking.results_dir`: which `output_dir` each file comes from."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Context:
     """One stage of a recipe's run in its `output_dir`.
 
     Attributes:
         arguments: the training arguments.
         inputs: what every stage's result depends on.
-        say: receives the stage's output, one line at a time.
     """
 
     stage: str
-    recipe: Recipe
     arguments: NeuronTrainingArguments
     materials: Materials
     manifest: Manifest
     inputs: StageInputs
-    say: Callable[[str], None]
     tracker: Tracker
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.materials.recipe
+
+    def say(self, line: str) -> None:
+        """Prints a line of the stage's output, once for all processes."""
+        self.materials.say(line)
 
     @property
     def directory(self) -> Path:

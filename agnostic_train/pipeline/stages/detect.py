@@ -9,7 +9,7 @@ from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import ImpactMismatchError
 from agnostic_train.detection.stability import detection_stability
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, whole_file
+from agnostic_train.files import file_key, whole_file
 from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import Batch
@@ -25,7 +25,7 @@ _FEW_RATIO = 0.05
 def check_model(context: Context) -> None:
     """Raises `UserError` for a model that isn't supported or can't read its tokenizer's tokens."""
     find_decoder(context.materials.model)
-    batches = context.materials.batches("detection")
+    batches = context.materials.detection_batches
     if context.recipe.detection.method == "impact":
         _hint_at_single_tokens(context, batches)
 
@@ -33,15 +33,19 @@ def check_model(context: Context) -> None:
 def detect(context: Context) -> dict:
     section = context.recipe.detection
     # Partial counts cover a number of batches, so they hold for one batch size only.
-    resume_dir = context.work / fingerprint([context.inputs.of("detect"), context.recipe.corpus.batch_size])[:16]
+    resume_dir = context.work / file_key([context.inputs.of("detect"), context.recipe.corpus.batch_size])
     texts, model = context.materials.corpus.texts, context.materials.model
-    sample = {language: text.detection for language, text in texts.items()}
-    detected = detect_in(context, model, sample, verify=section.verify, resume_dir=resume_dir)
+    detected = detect_in(
+        context, model, context.materials.detection_batches, verify=section.verify, resume_dir=resume_dir
+    )
     if section.stability:
+        sample = {language: text.detection for language, text in texts.items()}
         others = {language: text.training for language, text in texts.items()}
-        detected.stability = detection_stability(
-            lambda part: detect_in(context, model, part, verify=False), detected, sample, others
-        )
+
+        def detect_part(part: dict[str, list[str]]) -> LanguageNeurons:
+            return detect_in(context, model, context.materials.batches("detection", part), verify=False)
+
+        detected.stability = detection_stability(detect_part, detected, sample, others)
         for name, overlaps in detected.stability.items():
             values = "  ".join(
                 f"{language} {'none' if it['all'] is None else format(it['all'], '.2f')}"
@@ -100,8 +104,10 @@ def _hint_at_few(context: Context, detected: LanguageNeurons, num_possible: int)
         )
 
 
-def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, list[str]], **settings) -> LanguageNeurons:
-    """Detects with the recipe's settings on the given sentences; `settings` are passed on to `detect_neurons`.
+def detect_in(
+    context: Context, model: PreTrainedModel, batches: Mapping[str, Sequence[Batch]], **settings
+) -> LanguageNeurons:
+    """Detects with the recipe's settings on the given batches; `settings` are passed on to `detect_neurons`.
 
     Raises:
         UserError: by `detect_neurons`; if the self-check failed, its comparisons are written to `SELF_CHECK_FILE`.
@@ -110,7 +116,7 @@ def detect_in(context: Context, model: PreTrainedModel, sentences: dict[str, lis
     try:
         return detect_neurons(
             model,
-            context.materials.batches("detection", sentences),
+            batches,
             method=section.method,
             lape_ratio=section.lape_ratio,
             top_ratio=section.top_ratio,

@@ -14,7 +14,7 @@ from agnostic_train.evaluation.objective import largest_forgetting, objective, t
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
-from agnostic_train.files import fingerprint, hash_file, read_json, whole_file, write_json
+from agnostic_train.files import file_key, hash_file, read_json, whole_file, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
 from agnostic_train.pipeline.manifest import package_versions
@@ -25,7 +25,6 @@ from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.processes import of_first_process
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
 from agnostic_train.scores.perplexity import NonFiniteLossError
-from agnostic_train.training.trainer import NeuronTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class _Checkpoint:
     load: Callable[[], PreTrainedModel]
 
 
-def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+def check_files(materials: Materials) -> None:
     """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
     materials.check_vocabularies("evaluation.checkpoints", materials.recipe.evaluation.checkpoints)
 
@@ -49,7 +48,7 @@ def evaluate(context: Context) -> dict:
     """Measures the base, the exported enhanced checkpoint and the checkpoints of the recipe, on text and on tasks."""
     recipe = context.recipe
     # Validation text is measured too, because sweeps select by it.
-    batches = {**context.materials.evaluation_batches(), "validation": context.materials.batches("validation")}
+    batches = {**context.materials.evaluation_batches(), "validation": context.materials.validation_batches}
     checkpoints = _checkpoints(context)
     measured = {name: _measure(context, name, checkpoint, batches) for name, checkpoint in checkpoints.items()}
     before, after = measured["before"], measured["after"]
@@ -145,7 +144,7 @@ def _measure(
     """
     sizes = [context.recipe.evaluation.batch_size, context.recipe.corpus.batch_size]
     key = [*_key(context, checkpoint), context.inputs.of("evaluate")["text"], sizes]
-    file = context.work / f"{fingerprint(key)[:16]}.safetensors"
+    file = context.work / f"{file_key(key)}.safetensors"
     if file.exists():
         context.say(f"evaluate: {name} was measured before (kept)")
         context.materials.forget_model()  # the next model may not fit in memory beside it

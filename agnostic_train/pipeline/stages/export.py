@@ -17,13 +17,13 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.stages.train import ADAPTER
+from agnostic_train.training.checkpoints import NEURONS_FILE
 from agnostic_train.training.strategy import BASELINES
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments
 
 EXPORTS = {"merged": "enhanced", "lora": "lora", "delta": "delta"}
 
 
-def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+def check_files(materials: Materials) -> None:
     """Raises `UserError` for a model to which float32 changes can't be added."""
     materials.check_trainable("enhanced/, the sum of weights and changes,")
 

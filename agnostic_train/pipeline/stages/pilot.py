@@ -45,7 +45,7 @@ def pilot(context: Context) -> dict:
         materials=context.materials,
         detected=context.load_neurons(),
         training=text,
-        texts={"validation": context.materials.batches("validation")},
+        texts={"validation": context.materials.validation_batches},
         directory=context.work,
         key=[_key(context), context.set_hashes(with_activations=False), launch_inputs(context.arguments)],
         # A warm-up as long as the whole pilot would leave nothing to rank.

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, read_json, whole_directory, write_json
+from agnostic_train.files import file_key, read_json, whole_directory, write_json
 from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.materials import Materials
@@ -18,12 +18,11 @@ from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
 from agnostic_train.scores.perplexity import knows_beginning
 from agnostic_train.scores.result import CONTROLS, AgnosticScore
-from agnostic_train.training.trainer import NeuronTrainingArguments
 
 EMERGENCE = "emergence"
 
 
-def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+def check_files(materials: Materials) -> None:
     """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
     sources = [it.source for it in parse_checkpoints(materials.recipe.model.checkpoints)]
     materials.check_vocabularies("model.checkpoints", sources)
@@ -31,7 +30,7 @@ def check_materials(materials: Materials, arguments: NeuronTrainingArguments) ->
 
 def score(context: Context) -> dict:
     key = [context.inputs.of("score"), context.set_hashes(with_activations=True)]
-    resume_dir = context.work / fingerprint(key)[:16]
+    resume_dir = context.work / file_key(key)
     result = _score_of(context, context.materials.model, context.load_neurons(), resume_dir)
     outputs = ["score.json"]
     context.processes.wait_for_everyone()  # until each has read what an interrupted score kept
@@ -84,7 +83,7 @@ def publish(context: Context) -> None:
 
 def _check_beginning(context: Context, result: AgnosticScore) -> None:
     """Says if a model that has learnt something doesn't know the token with which sentences begin."""
-    tokenizer, batches = context.materials.tokenizer, context.materials.batches("validation")
+    tokenizer, batches = context.materials.tokenizer, context.materials.validation_batches
     first = [of_language[0] for of_language in batches.values()]
     if tokenizer.bos_token_id is None or any((it["input_ids"][:, 0] != tokenizer.bos_token_id).any() for it in first):
         return
@@ -103,7 +102,7 @@ def _score_of(
     return language_agnostic_score(
         model,
         detected,
-        context.materials.batches("validation"),
+        context.materials.validation_batches,
         control_seeds=range(1, context.recipe.score.controls + 1),
         progress=context.processes.is_local_main_process,
         resume_dir=resume_dir,
@@ -117,12 +116,13 @@ def _follow_checkpoints(context: Context) -> list[str]:
     if not checkpoints:
         return []
     context.materials.forget_model()  # a checkpoint may not fit in memory beside it
-    sample = {language: text.detection for language, text in context.materials.corpus.texts.items()}
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
         model = load_checkpoint(section, checkpoint.source)
         try:
-            detected = detect_in(context, model, sample, verify=context.recipe.detection.verify)
+            detected = detect_in(
+                context, model, context.materials.detection_batches, verify=context.recipe.detection.verify
+            )
             score = _score_of(context, model, detected)
         except UserError as error:
             problem = str(error).removeprefix("model.name: ")

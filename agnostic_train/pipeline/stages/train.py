@@ -19,24 +19,29 @@ from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text
 from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
-from agnostic_train.training.checkpoints import saved_checkpoints
+from agnostic_train.training.checkpoints import NEURONS_FILE, saved_checkpoints
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.strategy import BASELINES, Choice
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainingArguments
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 ADAPTER = "adapter"
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NEURONS_FILE)
 
 
-def check_materials(materials: Materials, arguments: NeuronTrainingArguments) -> None:
-    """Raises `UserError` if there is too little text, or the model or the file of neurons can't be trained."""
-    recipe = materials.recipe
-    strategy, update = recipe.training.strategy, recipe.training.update
+def check_files(materials: Materials) -> None:
+    """Raises `UserError` if the model or the file of neurons can't be trained."""
+    section = materials.recipe.training
+    strategy, update = section.strategy, section.update
     plain = f"strategy {strategy!r}" if strategy in BASELINES else f"update {update!r}" if update == "mask" else None
     materials.check_trainable(plain and f"training.{plain}")
+    if section.neurons is not None:
+        read_neurons(section.neurons, load_empty_model(materials.model_section, materials.model_path))
+
+
+def check_text(materials: Materials, arguments: NeuronTrainingArguments) -> None:
+    """Raises `UserError` if there is too little text."""
+    recipe = materials.recipe
     count_batches(recipe, arguments, materials.encoder, materials.training_text, recipe.training.has_pilot)
-    if recipe.training.neurons is not None:
-        read_neurons(recipe.training.neurons, load_empty_model(materials.model_section, materials.model_path))
 
 
 def train(context: Context) -> dict:

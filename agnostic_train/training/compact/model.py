@@ -12,7 +12,7 @@ from transformers.utils import logging
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.training.chosen import ChosenEntries
+from agnostic_train.training.chosen import ChosenEntries, record_trained, trained_neurons
 from agnostic_train.training.compact.config import NeuronConfig
 from agnostic_train.training.compact.layer import NeuronLinear
 
@@ -36,8 +36,8 @@ class NeuronModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NeuronConfig, model: nn.Module) -> None:
         self._chosen: dict[str, ChosenEntries] = peft_config.resolve(model)
-        name, was_trained = peft_config.base_model_name_or_path, getattr(model, "trained_neurons", None) is not None
-        if name and was_trained and peft_config.neurons is not None:
+        name = peft_config.base_model_name_or_path
+        if name and trained_neurons(model) is not None and peft_config.neurons is not None:
             logger.warning(
                 "the model was trained since it was loaded from %s, so a saved adapter won't name that as its base; to "
                 "save one that does, save the model first, load it from there, and train that",
@@ -86,8 +86,7 @@ class NeuronModel(BaseTuner):
         merged = adapter_neurons(self.model, names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if len(merged):
-            earlier = getattr(model, "trained_neurons", None)
-            model.trained_neurons = merged if earlier is None else earlier | merged
+            record_trained(model, merged)
         return model
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
