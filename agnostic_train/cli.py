@@ -105,12 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
         if known.stage == "run" and pipeline.processes.is_main_process:
-            from rich.console import Console
+            from agnostic_train.report.page import print_summary
 
-            from agnostic_train.report.page import summary_table
-
-            console = Console(width=None if sys.stdout.isatty() else 110)
-            console.print(summary_table(pipeline.directory, recipe.training.languages))
+            print_summary(pipeline.directory, recipe.training.languages)
         if known.stage in ("run", "report"):
             pipeline.say(f"report: {pipeline.directory / 'report.html'}")
     except UserError as error:

@@ -222,6 +222,8 @@ def _explain(error: dict) -> str:
     # Errors of our own validators already say what was given.
     is_own = error["type"] == "value_error"
     given = "" if is_own or isinstance(error["input"], (dict, ArgsKwargs)) else f", not {_short(error['input'])}"
+    if error["input"] is None and re.search(r":\S*$", key):
+        given += "; YAML needs a space after the colon"
     return f"{key}: {message[0].lower() + message[1:]}{given}"
 
 

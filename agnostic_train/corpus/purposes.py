@@ -3,6 +3,7 @@
 import random
 from collections.abc import Container
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from transformers.utils import logging
@@ -80,14 +81,18 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
     files = {split: find_file(folder, language, split) for split in ("train", "valid", "test")}
     for split in ("train", "valid"):
         if files[split] is None:
+            others = sorted(it.name for it in folder.glob(f"{escape(language)}.{split}.*"))
+            found = f"; {others[0]} isn't read" if others else ""
             raise UserError(
                 f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'} (nor .jsonl, "
-                ".parquet); add it or take the language out"
+                f".parquet){found}; add it or take the language out"
             )
     splits = {split: local_sentences(section, file) for split, file in files.items() if file is not None}
     if "test" not in splits:
         if len(splits["valid"]) < 2:
-            raise UserError(f"{files['valid']}: one sentence can't be shared by validation and test")
+            raise UserError(
+                f"{files['valid']}: one sentence can't be shared by validation and test; add others, one per line"
+            )
         splits["test"], splits["valid"] = splits["valid"][1::2], splits["valid"][0::2]
     if section.split_sentences:
         splits = _without_repetitions(language, splits, folder)

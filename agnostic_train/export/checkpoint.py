@@ -153,16 +153,20 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) 
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
     for name, value, own_dtype in trained.weights(trained.model.state_dict().items()):
+        storage = value.data_ptr(), value.shape
+        is_sum = name.removesuffix(".weight") in trained.adapter  # the next sum may reuse this one's memory
+        if storage in cast and not is_sum:
+            state[name] = cast[storage]
+            continue
         rounded = value.to(dtype or own_dtype) if value.is_floating_point() else value
-        if rounded.dtype != value.dtype and not torch.equal(rounded.isfinite(), value.isfinite()):
+        if _has_smaller_range(rounded.dtype, value.dtype) and not torch.equal(rounded.isfinite(), value.isfinite()):
             raise UserError(
                 f"{name}: weights beyond the range of {str(rounded.dtype).removeprefix('torch.')}; export in a wider "
                 "export.dtype"
             )
-        if name.removesuffix(".weight") in trained.adapter:
-            state[name] = rounded  # not cached by address: the next sum may reuse this one's memory
-        else:
-            state[name] = cast.setdefault((value.data_ptr(), value.shape), rounded)
+        state[name] = rounded
+        if not is_sum:
+            cast[storage] = rounded
         del value, rounded
     model = trained.model
     try:
@@ -180,6 +184,10 @@ def _write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) 
     if trained.base is not None and hasattr(trained.base.config, "use_cache"):
         config.use_cache = trained.base.config.use_cache  # a Trainer sets it to False
     config.save_pretrained(directory)
+
+
+def _has_smaller_range(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return dtype != than and torch.finfo(dtype).max < torch.finfo(than).max
 
 
 def _copy_processor(directory: Path, trained: Trained) -> None:

@@ -188,9 +188,9 @@ class Layer:
         """Whether the norm of `q` or `k` spans all heads (OLMo 2) rather than each head (Qwen3, Gemma 3)."""
         size = self.norms[name].weight.numel()
         if size not in (self.head_dim, self.projections[name].num_neurons):
-            raise UserError(
-                f"model.name: {type(self.attention).__name__} normalises {name} over {size} entries, neither a head "
-                f"({self.head_dim}) nor all ({self.projections[name].num_neurons}); it isn't supported"
+            raise _unsupported(
+                f"{type(self.attention).__name__} normalises {name} over {size} entries, neither a head "
+                f"({self.head_dim}) nor all ({self.projections[name].num_neurons})"
             )
         return size != self.head_dim
 
@@ -198,10 +198,7 @@ class Layer:
         """Returns the rotation of this layer's family; its pairs are found by rotating each unit vector once."""
         rotate_both = getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
         if rotate_both is None:
-            raise UserError(
-                f"model.name: {type(self.attention).__name__} has no apply_rotary_pos_emb to take its rotation "
-                "from; this family isn't supported yet"
-            )
+            raise _unsupported(f"{type(self.attention).__name__} has no apply_rotary_pos_emb to take its rotation from")
 
         def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             return rotate_both(x, x, cos, sin)[0]
@@ -262,7 +259,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
     blocks = getattr(backbone, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(f"model.name: {type(model).__name__} has no list of decoder layers; it isn't supported")
+        raise _unsupported(f"{type(model).__name__} has no list of decoder layers")
     layers = [
         _find_layer(index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None))
         for index, block in enumerate(blocks)
@@ -272,9 +269,9 @@ def find_decoder(model: nn.Module) -> Decoder:
         for name, projection in layer.projections.items():
             for part in (projection.linear, *projection.linear.parameters(recurse=False)):
                 if owners.setdefault(part, layer.index) != layer.index:
-                    raise UserError(
-                        f"model.name: layers {owners[part]} and {layer.index} share their {name} projection, so it has "
-                        "no neurons of its own; it isn't supported"
+                    raise _unsupported(
+                        f"layers {owners[part]} and {layer.index} share their {name} projection, so it has no neurons "
+                        "of its own"
                     )
     return Decoder(backbone, layers)
 
@@ -332,10 +329,14 @@ def float32_copy(layer: Layer) -> Layer:
     return _find_layer(layer.index, attention.float(), feed_forward.float())
 
 
+def _unsupported(problem: str) -> UserError:
+    return UserError(f"model.name: {problem}; such models aren't supported, those that are stand in README.md")
+
+
 def _find_layer(index: int, attention: nn.Module | None, feed_forward: nn.Module | None) -> Layer:
     head_dim = getattr(attention, "head_dim", getattr(attention, "head_size", None))
     if head_dim is None:
-        raise UserError(f"model.name: layer {index} has no attention module with a head_dim; it isn't supported")
+        raise _unsupported(f"layer {index} has no attention module with a head_dim")
     projections = _attention_projections(index, attention, head_dim) | _feed_forward_projections(index, feed_forward)
     norms = {name: norm for name in ("q", "k") if (norm := getattr(attention, f"{name}_norm", None)) is not None}
     return Layer(
@@ -406,8 +407,5 @@ def _dequantised(linear: nn.Linear) -> nn.Linear:
 def _linear(index: int, owner: nn.Module | None, name: str) -> "nn.Linear | BaseTunerLayer":
     linear = getattr(owner, name, None)
     if not isinstance(getattr(linear, "get_base_layer", lambda: linear)(), nn.Linear):
-        raise UserError(
-            f"model.name: layer {index} has no nn.Linear called {name} in its {type(owner).__name__}; "
-            "this family isn't supported"
-        )
+        raise _unsupported(f"layer {index} has no nn.Linear called {name} in its {type(owner).__name__}")
     return linear

@@ -10,7 +10,8 @@ length; h, q, f, V: widths of the hidden state, queries, feed-forward and vocabu
                  + T * b * (q + f) if all weights have gradients; with gradient checkpointing, T * b * h per layer and
                  the above for one layer
     logits       in training T * V * (2 * b + 8): logits and their gradient, and log-probabilities and their gradient in
-                 float32; if they are only scored, T * V * b + max(L, SCORED_AT_ONCE) * V * 8
+                 float32, + T * V * b if logits are soft-capped; if they are only scored, T * V * b + max(L,
+                 SCORED_AT_ONCE) * V * 8
 """
 
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ class MemoryModel:
     norm_widths: int
     num_heads: int
     is_eager: bool
+    caps_logits: bool
     entry_sizes: Mapping[Site, int]
 
     @classmethod
@@ -69,6 +71,7 @@ class MemoryModel:
             norm_widths=max(norm_widths),
             num_heads=max(layer.num_query_heads for layer in decoder.layers),
             is_eager=model.config.get_text_config()._attn_implementation == "eager",
+            caps_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None,
             entry_sizes={site: decoder.projection(site).entry_size for site in decoder.sizes},
         )
 
@@ -100,7 +103,7 @@ class MemoryModel:
         return self.num_layers * layer
 
     def trained_logits(self, num_tokens: int) -> int:
-        return num_tokens * self.vocabulary * (2 * self.weight_bytes + 8)
+        return num_tokens * self.vocabulary * ((2 + self.caps_logits) * self.weight_bytes + 8)
 
     def scored_logits(self, num_tokens: int, length: int) -> int:
         return self.vocabulary * (num_tokens * self.weight_bytes + max(length, SCORED_AT_ONCE) * 8)

@@ -18,6 +18,8 @@ from agnostic_train.errors import UserError
 
 logger = get_logger(__name__)
 
+_LFS = b"version https://git-lfs"
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
 _PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
 
 
@@ -52,7 +54,7 @@ def read(auto_class, name: str | Path, key: str, **settings):
     """Calls `auto_class.from_pretrained(name, **settings)`; raises `UserError` that names `key` if it can't."""
     if _is_local(name) and not Path(name).exists():
         raise UserError(f"{key}: no such folder {name}")
-    if Path(name).is_dir():
+    if Path(name).exists():
         check_folder(name, key)
     with _in_one_line(_PARTS[auto_class], name, key, settings.get("revision")):
         return auto_class.from_pretrained(name, **settings)
@@ -104,16 +106,38 @@ def _in_one_line(part: str, name: str | Path, key: str, revision: str | None) ->
             problem = "no such folder, and no such repository on the hub (a private one needs `hf auth login`)"
         elif "trust_remote_code" in str(error):
             problem = "it comes with code of its own; if you trust that, set model.trust_remote_code: true"
+        elif "Unrecognized configuration class" in str(error):
+            problem = "it isn't a decoder-only language model"
+        elif Path(name).is_dir():
+            problem = _problem_of_files(Path(name), part) or problem
         elif not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
         raise UserError(f"{key}: can't load {part} of {name}: {problem}") from None
 
 
+def _problem_of_files(folder: Path, part: str) -> str | None:
+    """What a folder's files say about why a part of the model can't be read from them, if anything."""
+    for file in sorted(it for it in folder.iterdir() if it.is_file()):
+        with file.open("rb") as content:
+            if content.read(len(_LFS)) == _LFS:
+                return f"{file.name} is only a pointer of Git LFS; run `git lfs pull` there"
+    if part == _PARTS[AutoTokenizer] and not any(any(folder.glob(it)) for it in _TOKENIZER_FILES):
+        return "it has no tokenizer, such as a tokenizer.json; save the model's there"
+    return None
+
+
 def check_folder(folder: str | Path, key: str) -> None:
     """Raises `UserError` that names `key` if a folder holds no checkpoint."""
-    if not (Path(folder) / "config.json").exists():
-        found = " but an adapter; merge it into its base and save the result" if has_adapter(folder) else ""
-        raise UserError(f"{key}: {folder} has no config.json{found}; name the folder of a checkpoint")
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{key}: {folder} is a file; name the folder of a checkpoint")
+    if not (folder / CONFIG_NAME).exists():
+        found = ""
+        if has_adapter(folder):
+            found = " but an adapter; merge it into its base and save the result"
+        elif any(folder.glob("*.gguf")):
+            found = " but a GGUF file, which isn't supported"
+        raise UserError(f"{key}: {folder} has no {CONFIG_NAME}{found}; name the folder of a checkpoint")
 
 
 def has_adapter(folder: str | Path) -> bool:

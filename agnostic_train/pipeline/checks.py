@@ -14,7 +14,7 @@ from transformers.utils import is_liger_kernel_available
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.loading import check_checkpoint
-from agnostic_train.pipeline.settings import make_strategy
+from agnostic_train.pipeline.settings import SCHEDULES_BY_LOSS, make_strategy
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
 from agnostic_train.training.mask import OPTIMIZERS
@@ -212,7 +212,7 @@ def check_trials(recipe: Recipe, arguments: NeuronTrainingArguments, strategies:
             "without FSDP or DeepSpeed"
         )
     schedule = _value(arguments.lr_scheduler_type)
-    if schedule in ("reduce_lr_on_plateau", "greedy"):
+    if schedule in SCHEDULES_BY_LOSS:
         raise UserError(
             f"training.lr_scheduler_type: {schedule} follows evaluations, and {what} trains without any; choose another"
         )

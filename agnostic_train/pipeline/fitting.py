@@ -1,12 +1,14 @@
-"""Trainers for a recipe: its model, its training text, and the weights that learn."""
+"""Training for a recipe: its model, its text, and the weights that learn."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from peft import get_peft_model
 from transformers import PrinterCallback
 
+from agnostic_train.corpus.encoding import Example
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.training_text import Sentences, check_batches, training_examples
+from agnostic_train.pipeline.training_text import check_batches
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.strategy import Choice
 from agnostic_train.training.trainer import NeuronTrainer, NeuronTrainingArguments
@@ -16,23 +18,21 @@ def make_trainer(
     materials: Materials,
     arguments: NeuronTrainingArguments,
     choice: Choice,
-    training: Sentences,
+    examples: Sequence[Example],
     validation: Mapping[str, Sequence[str]] | None = None,
 ) -> GuardedTrainer:
     """Returns a trainer for the recipe's model, in which the chosen weights learn.
 
     Args:
-        training: per language, the sentences to train on.
+        examples: what to train on.
         validation: per language, sentences to evaluate during training, as `eval_strategy` says.
 
     Training modifies the model in `materials`; call `Materials.forget_model` afterwards.
 
     Raises:
-        UserError: a language has no training sentence, or an epoch no batch.
+        UserError: an epoch has no batch.
     """
     encoder = materials.encoder
-    section = materials.recipe.training
-    examples = training_examples(encoder, training, section)
     check_batches(len(examples), arguments)
     settings = dict(args=arguments, train_dataset=examples, data_collator=encoder.collate)
     if validation is not None:
@@ -42,9 +42,20 @@ def make_trainer(
         }
     model = materials.model
     if choice.neurons is not None:
-        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=section.update)
+        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
     else:
         trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
     if not arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
     return trainer
+
+
+def train_to_end(trainer: GuardedTrainer, checkpoint: Path | None = None) -> None:
+    """Trains to the last step, from a checkpoint if there is one.
+
+    Raises:
+        KeyboardInterrupt: a signal ended the training early (`enable_jit_checkpoint`), so its result isn't one.
+    """
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt

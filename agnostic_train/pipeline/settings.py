@@ -17,6 +17,8 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 
 logger = logging.get_logger(__name__)
 
+SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+"""Learning rate schedules that follow the evaluations during training."""
 _ABOVE_ZERO = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "eval_accumulation_steps", "max_steps", "num_train_epochs",
@@ -90,6 +92,8 @@ def _check_given(recipe: Recipe) -> None:
             raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
     if given.get("resume_from_checkpoint") is not None:
         raise UserError("training.resume_from_checkpoint: an interrupted training resumes by itself; remove the key")
+    if given.get("parallelism_config") is not None:
+        raise UserError("training.parallelism_config: comes from the launcher; set it in accelerate's config")
     if given.get("push_to_hub"):
         raise UserError(
             "training.push_to_hub: would upload all of output_dir, the text included; after the export, run "
@@ -110,7 +114,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     needs_metric = (
         given.get("load_best_model_at_end")
         or given.get("save_strategy") == "best"
-        or given.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        or given.get("lr_scheduler_type") in SCHEDULES_BY_LOSS
     )
     if needs_metric and recipe.training.languages:
         defaults["metric_for_best_model"] = f"eval_{recipe.training.languages[0]}_loss"

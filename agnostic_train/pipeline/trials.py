@@ -4,23 +4,26 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from accelerate.utils.memory import clear_device_cache
 from transformers import PrinterCallback, set_seed
 
+from agnostic_train.corpus.encoding import Example
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.comparison import relative_change
 from agnostic_train.files import file_key, read_json, write_json
 from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.fitting import make_trainer, train_to_end
 from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.settings import make_strategy, training_arguments
 from agnostic_train.pipeline.tracking import Tracker, tracked
+from agnostic_train.pipeline.training_text import training_examples
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.strategy import SET_STRATEGIES, Choice
@@ -117,6 +120,10 @@ class Trials:
     changes: Mapping[str, object] = field(default_factory=dict)
     group: str | None = None
 
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return training_examples(self.materials.encoder, self.training, self.materials.recipe.training)
+
     def choose(self, trial: Trial) -> Choice:
         """Returns what learns in a trial; raises `UserError` if its strategy chooses no neuron."""
         return _choose(trial, self.detected, self.materials)
@@ -173,13 +180,13 @@ class Trials:
         tracking = tracked(self.materials.recipe, self.materials.processes, str(trial), self.group)
         with tracking if self.group else nullcontext(Tracker(None)) as tracker:
             set_seed(arguments.seed)
-            trainer = make_trainer(self.materials, arguments, choice, self.training)
+            trainer = make_trainer(self.materials, arguments, choice, self._examples)
             trainer.remove_callback(PrinterCallback)  # its output would interrupt the line or two for each trial
             num_with_grad = sum(it.numel() for it in trainer.model.parameters() if it.requires_grad)
             # With masks, whole matrices require gradients.
             trainable = num_with_grad if choice.neurons is None else num_trainable(choice.neurons, trainer.model)
             try:
-                trainer.train()
+                train_to_end(trainer)
                 measured = measure(trainer.model, self.texts)
             except NonFiniteLossError:
                 measured = None

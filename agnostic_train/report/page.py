@@ -1,6 +1,7 @@
 """A run's results for readers: a self-contained HTML page with figures, the final table, and the comparison's text."""
 
 import base64
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -31,7 +32,10 @@ from agnostic_train.report.run_figures import (
 )
 from agnostic_train.report.score_figures import draw_ablation, draw_emergence, draw_score
 from agnostic_train.scores.ablation import NOTHING
+from agnostic_train.scores.result import describe_score
 
+_SMALLEST_SCALE = 0.6
+"""Figures of many languages are wide; smaller than this, their text can't be read."""
 COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
 _EMERGENCE_FIGURES = frozenset(["emergence"])
 _COMPARISON_FIGURES = frozenset(["trade", "rates", "forgetting"])
@@ -94,13 +98,21 @@ def write_report(
             comparison=comparison,
             frozen=manifest["frozen_weights"],
             figures={
-                name: (title, base64.b64encode((directory / "figures" / f"{name}.svg").read_bytes()).decode())
+                name: {"title": title, **_embedded(directory / "figures" / f"{name}.svg")}
                 for name, (title, _) in titles.items()
             },
         )
     )
     with whole_file(directory / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _embedded(figure: Path) -> dict[str, str]:
+    """An SVG file's content for the page, and the width below which it scrolls instead of shrinking."""
+    content = figure.read_bytes()
+    width = re.search(rb'width="([0-9.]+)pt"', content)
+    assert width is not None
+    return {"content": base64.b64encode(content).decode(), "least_width": f"{_SMALLEST_SCALE * float(width[1]):.0f}pt"}
 
 
 def is_run_figure(path: Path) -> bool:
@@ -143,18 +155,29 @@ def in_terminal(text: str) -> str:
     return console.file.getvalue()
 
 
-def summary_table(directory: Path, enhanced: list[str]) -> Table:
+def print_summary(directory: Path, enhanced: list[str]) -> None:
+    """Prints the table that ends a run, without perplexities if the terminal has no room for them."""
+    # A file has room for the widest table.
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    table = summary_table(directory, enhanced)
+    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
+        table = summary_table(directory, enhanced, with_perplexity=False)
+    console.print(table)
+
+
+def summary_table(directory: Path, enhanced: list[str], with_perplexity: bool = True) -> Table:
     """The table that ends a run: per language its neurons, and perplexity and bits per byte before and after."""
     detected = LanguageNeurons.load(directory / "neurons")
     evaluation = read_json(directory / "evaluation.json")["languages"]
     score = read_json(directory / "score.json")
-    value = "undefined" if score["value"] is None else f"{score['value']:.3f}"
+    value = describe_score(score["value"], score["clipped"])
     table = Table(
         title=f"language-agnostic score {value}, {len(detected.shared)} shared neurons",
         caption="test text; * enhanced; exclusive: " + detected.settings["exclusive"],
     )
-    table.add_column("language", no_wrap=True)
-    for header in ("related", "shared", "exclusive", "perplexity", "after", "bits/byte", "after", "change"):
+    table.add_column("language", overflow="fold")
+    perplexity = ("perplexity", "after") if with_perplexity else ()
+    for header in ("related", "shared", "exclusive", *perplexity, "bits/byte", "after", "change"):
         table.add_column(header, justify="right", no_wrap=True)
     for language, row in evaluation.items():
         before, after = row["before"], row["after"]
@@ -167,8 +190,7 @@ def summary_table(directory: Path, enhanced: list[str]) -> Table:
         table.add_row(
             escape(language) + (" *" if language in enhanced else ""),
             *map(str, counts),
-            f"{before['perplexity']:.2f}",
-            f"{after['perplexity']:.2f}",
+            *([f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"] if with_perplexity else []),
             f"{before['bits_per_byte']:.4f}",
             f"{after['bits_per_byte']:.4f}",
             percent(row["bits_per_byte_change"]),

@@ -6,6 +6,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from agnostic_train.detection.stability import jaccard
 from agnostic_train.model.decoder import PROJECTIONS
@@ -23,11 +24,11 @@ def draw_neurons(detected: LanguageNeurons) -> Figure:
     figure, axes = make_grid(len(sets), height=0.9 + len(sets) * (0.5 + 0.22 * len(projections)))
     for axis, (name, neurons) in zip(axes, sets.items(), strict=True):
         counts = np.array([[len(neurons[(layer, it)]) for layer in range(num_layers)] for it in projections])
-        image = axis.imshow(counts, aspect="auto", cmap="Greys", vmin=0)
+        image = axis.imshow(counts, aspect="auto", cmap="Greys", vmin=0, vmax=max(1, counts.max()))
         axis.set_yticks(range(len(projections)), projections)
         axis.set_title(f"{name}: {len(neurons)}", fontsize=10, loc="left")
         axis.set_xticks(range(num_layers) if num_layers <= 16 else range(0, num_layers, 4))
-        figure.colorbar(image, ax=axis, fraction=0.02)
+        figure.colorbar(image, ax=axis, fraction=0.02, ticks=MaxNLocator(integer=True))
     axes[-1].set_xlabel("layer")
     return figure
 

@@ -1,5 +1,6 @@
 """Results of scoring a model: the language-agnostic score, its table, its controls, and its file."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class LanguageScore:
         change_shared, change_exclusive: how much the perplexity rises with that set off; None if the set is empty.
         importance: the ratio of the two changes; None if undefined.
         clipped: which of the two changes, `shared` or `exclusive`, were below `MIN_CHANGE`.
-        interval: 95% interval of the importance, from resampled sentences.
+        interval: 95% interval of the importance, from resampled sentences. Changes of resamples are clipped like the
+            language's own: an end in the millions, or near zero, comes from clipped ones.
     """
 
     language: str
@@ -139,6 +141,11 @@ class AgnosticScore:
             "clipped": self.clipped,
             "variants": {name: vars(it) for name, it in self.variants.items()},
         }
+
+
+def describe_score(value: float | None, clipped: Collection[str]) -> str:
+    """A score in words; `clipped` are the languages for which a change was set to `MIN_CHANGE`."""
+    return "undefined" if value is None else f"{value:.3f}" + (" (clipped)" if clipped else "")
 
 
 @dataclass(frozen=True)

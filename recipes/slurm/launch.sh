@@ -9,24 +9,31 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
 #SBATCH --requeue
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then
-  echo "usage: sbatch --nodes=N --gpus-per-node=G $0 CONFIG STAGE RECIPE [--section.key=value ...]" >&2
+  echo "usage: sbatch --nodes=N --gpus-per-node=G recipes/slurm/launch.sh CONFIG STAGE RECIPE [--KEY=VALUE ...]" >&2
   exit 2
 fi
 config="recipes/accelerate/$1.yaml"
 shift
 if [ ! -f "$config" ]; then
-  echo "no such config: $config" >&2
+  echo "no such config: $PWD/$config (submit from the repository's root)" >&2
   exit 2
 fi
 gpus="${SLURM_GPUS_ON_NODE:?run this with sbatch --gpus-per-node=G}"
+if [ "$((SLURM_NNODES * gpus))" -gt 1 ] && grep -q '^distributed_type: "NO"' "$config"; then
+  echo "$config starts one process, but the job has $((SLURM_NNODES * gpus)) GPUs; use ddp, or one node and GPU" >&2
+  exit 2
+fi
 hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 main_address="${hosts%%$'\n'*}"
-# The port depends on the job, because two jobs may share a node.
-main_port=$((20000 + SLURM_JOB_ID % 20000))
+# The port depends on the job, because two jobs may share a node; below Linux's ephemeral ports, which begin at 32768.
+main_port=$((20000 + SLURM_JOB_ID % 12000))
+# srun doesn't take over sbatch's --cpus-per-task.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-32}"
 
 # SLURM_NODEID differs between nodes, so each node must expand it, not this script.
 # shellcheck disable=SC2016

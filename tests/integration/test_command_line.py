@@ -17,7 +17,7 @@ from conftest import padded_batch, tiny_llama
 from killing import run_and_kill
 from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from agnostic_train.cli import main
 from agnostic_train.export.frozen_weights import check_frozen_weights
@@ -29,6 +29,7 @@ from agnostic_train.pipeline import COMMANDS, STAGES, stage_inputs
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.recipe_file import load_recipe
+from agnostic_train.training.guarded import GuardedTrainer
 
 RUN = {*STAGES} - {"pilot", "compare"}
 """The stages of `run` without a pilot."""
@@ -303,6 +304,28 @@ def test_interrupted_training_resumes_to_the_same_weights(root, monkeypatch, cap
     assert not (root / "out/checkpoint-5").exists()
 
 
+def test_training_ended_by_a_signal_is_not_finished(root, monkeypatch, capsys):
+    """With `enable_jit_checkpoint`, transformers saves a checkpoint and ends the training as if it were complete."""
+
+    def stop(trainer, *args, **kwargs):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_save = control.should_training_stop = state.global_step == 3
+
+        trainer.add_callback(Stop())
+        return original(trainer, *args, **kwargs)
+
+    original = GuardedTrainer.train
+    with monkeypatch.context() as patched:
+        patched.setattr(GuardedTrainer, "train", stop)
+        assert run(root, "train") == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    assert not (root / "out/adapter").exists()
+    assert run(root, "train") == 0
+    printed = capsys.readouterr().out
+    assert "train: resumed from checkpoint-3" in printed and "train: 6 steps" in printed
+
+
 def test_killed_detection_resumes_from_its_counts(root):
     """After kill -9 in the middle, complete files of counts remain, and the resumed run finds the same sets."""
     flags = ["--corpus.batch_size=1", "--detection.verify=false"]
@@ -327,7 +350,7 @@ def test_interrupted_run_with_other_keys_does_not_resume_old_checkpoints(root, m
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agnostic_train.pipeline.fitting.training_examples", interrupted)
+    monkeypatch.setattr("agnostic_train.pipeline.stages.train.training_examples", interrupted)
     assert run(root, "train", "--training.learning_rate=5e-2") == 130
     monkeypatch.undo()
     assert run(root, "train", "--training.learning_rate=5e-2") == 0
@@ -428,7 +451,9 @@ def test_changing_the_update_removes_the_adapter(root):
     assert not (root / "out/adapter").exists() and (root / "out/enhanced/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("flag", ["lr_scheduler_type=reduce_lr_on_plateau", "save_strategy=best"])
+@pytest.mark.parametrize(
+    "flag", ["lr_scheduler_type=reduce_lr_on_plateau", "lr_scheduler_type=greedy", "save_strategy=best"]
+)
 def test_keys_that_need_a_metric_take_the_first_enhanced_language(root, flag):
     assert run(root, "train", f"--training.{flag}", "--training.eval_strategy=steps", "--training.eval_steps=2") == 0
 
@@ -518,7 +543,7 @@ MISTAKES = [
     (["--training.languages=xx"], "training.languages: 'xx' isn't in corpus.languages"),
     (["--corpus.detection_sentences=500"], "corpus.detection_sentences: 500 asked for, 'en' has 200"),
     (["--corpus.path=nowhere"], "corpus.path: nowhere isn't a folder"),
-    (["--model.name=nowhere"], "model.name: can't load the tokenizer of nowhere: no such folder"),
+    (["--model.name=nowhere"], "model.name: can't load the config of nowhere: no such folder"),
     (["--model.name=./no/where"], "model.name: no such folder ./no/where"),
     (["--model.dtype=bf16"], "--model.dtype: "),
     (
@@ -588,6 +613,8 @@ MISTAKES = [
     (["--model.checkpoints=5=/tmp,5=/proc"], "model.checkpoints: two have step 5 (one is /proc); write STEP="),
     (["--training.neurons=x", "--training.strategy=random"], "training.neurons: takes the place of a strategy"),
     (["--training.per_device_train_batch_size=0"], "training.per_device_train_batch_size: must be above 0"),
+    (["--training.parallelism_config={dp_replicate_size: 1}"], "training.parallelism_config: comes from the launcher"),
+    (["--training.mixture={sw:4}"], "not None; YAML needs a space after the colon"),
     (["--training.push_to_hub=true"], "training.push_to_hub: would upload all of output_dir, the text included"),
     (["other.yaml"], "unexpected argument other.yaml"),
     (["--training.max_steps=0"], "training.max_steps: must be above 0"),

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline import fitting
+from agnostic_train.pipeline import fitting, training_text, trials
 from agnostic_train.pipeline.stages import pilot as pilot_stage
+from agnostic_train.pipeline.stages import train
 from agnostic_train.pipeline.trials import Trials
 from agnostic_train.report.page import in_terminal
 
@@ -337,6 +339,23 @@ def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
     assert re.search(r"optimizer steps +│ 9 ", capsys.readouterr().out)
 
 
+def test_pilot_says_if_its_winner_gains_nothing_because_others_cost_too_much(root, monkeypatch, capsys):
+    changes = {"shared": {"en": 0.0, "sw": 0.001}, "related": {"en": 0.1, "sw": -0.05}}
+    monkeypatch.setattr(
+        Trials, "run", lambda self, trial: SimpleNamespace(
+            record={"trainable": 1}, measured={}, changes=lambda base: changes[trial.strategy]
+        ),
+    )  # fmt: skip
+    flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
+    for gain, message in (
+        (-0.05, "pilot: the best doesn't improve sw; candidates that do cost another language too much"),
+        (0.05, "pilot: no candidate improves sw; training.learning_rate may be too high"),
+    ):
+        changes["related"]["sw"] = gain
+        assert run(root, "train", *flags, "--force") == 0
+        assert message in capsys.readouterr().out
+
+
 def test_another_ranking_trains_again_only_if_another_candidate_wins(root, read, monkeypatch, capsys):
     flags = ["--training.strategy=pilot", "--training.pilot_steps=3", "--training.pilot_strategies=shared,related"]
     assert run(root, "train", *flags) == 0
@@ -427,14 +446,20 @@ def test_pilot_reuses_only_candidates_of_the_same_launcher(root, read, monkeypat
 @pytest.fixture
 def read(monkeypatch):
     """Collect each training's sentences by language, and the number of sequences made of them."""
-    trainings, original = [], fitting.training_examples
+    texts, trainings = {}, []
 
-    def examples(encoder, text, section):
-        sequences = original(encoder, text, section)
-        trainings.append((text, len(sequences)))
-        return sequences
+    def encoded(encoder, text, section):
+        examples = training_text.training_examples(encoder, text, section)
+        texts[id(examples)] = text
+        return examples
 
-    monkeypatch.setattr(fitting, "training_examples", examples)
+    def made(materials, arguments, choice, examples, *validation):
+        trainings.append((texts[id(examples)], len(examples)))
+        return fitting.make_trainer(materials, arguments, choice, examples, *validation)
+
+    for module in (train, trials):
+        monkeypatch.setattr(module, "training_examples", encoded)
+        monkeypatch.setattr(module, "make_trainer", made)
     return trainings
 
 

@@ -24,7 +24,7 @@ HALF = ["--model.dtype=bfloat16", "--export.dtype=float32"]
 
 def weight_phases(recipe, **flags):
     plan = make_plan(load_recipe(recipe, {name.replace("__", "."): it for name, it in flags.items()}), "run")
-    return {phase.name: phase.weights / plan.layout.num_parameters for phase in plan.phases}
+    return {phase.name: phase.weights / plan.memory.num_parameters for phase in plan.phases}
 
 
 def test_after_measures_the_exported_checkpoint_in_its_dtype(root, monkeypatch):

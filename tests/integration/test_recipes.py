@@ -245,13 +245,27 @@ def test_slurm_script_starts_one_launcher_per_node(tmp_path):
     assert done.returncode == 0, done.stderr
     expected = (
         "<launch><--config_file><recipes/accelerate/fsdp2.yaml><--num_machines><2><--num_processes><16>"
-        "<--machine_rank><{}><--main_process_ip><alpha><--main_process_port><23210><-m><agnostic_train><train>"
+        "<--machine_rank><{}><--main_process_ip><alpha><--main_process_port><27210><-m><agnostic_train><train>"
         "<a recipe.yaml><--training.max_steps=3>"
     )
     assert done.stdout.splitlines() == [expected.format(0), expected.format(1)]
-    for wrong in (command[:2], [*command[:2], "none", "train", "x"]):
+    for arguments, message in (
+        ([], "usage: sbatch --nodes=N --gpus-per-node=G recipes/slurm/launch.sh CONFIG"),
+        (["none", "train", "x"], f"no such config: {RECIPES.parent}/recipes/accelerate/none.yaml"),
+        (["single_gpu", "train", "x"], "starts one process, but the job has 16 GPUs"),
+    ):
+        wrong = [*command[:2], *arguments]
         refused = subprocess.run(wrong, capture_output=True, text=True, env=environment, cwd=RECIPES.parent)
-        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and message in refused.stderr
+    one_gpu = [*command[:2], "single_gpu", *command[3:]]
+    alone = environment | {"SLURM_GPUS_ON_NODE": "1", "SLURM_NNODES": "1"}
+    subprocess.run(one_gpu, capture_output=True, env=alone, cwd=RECIPES.parent, check=True)
+
+
+def test_deepspeed_starts_processes_without_a_host_file():
+    """Its default launcher would train separately on each node, and write the environment to a file."""
+    config = load_config_from_file(str(RECIPES / "accelerate/zero3.yaml"))
+    assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"
 
 
 def test_slurm_script_passes_shellcheck():

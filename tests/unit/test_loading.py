@@ -9,7 +9,7 @@ from accelerate import PartialState
 from conftest import tiny_llama
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
 from agnostic_train.errors import UserError
 from agnostic_train.export.checkpoint import export_checkpoint
@@ -19,6 +19,7 @@ from agnostic_train.model.loading import (
     find_accelerator,
     load_config,
     load_model,
+    load_tokenizer,
     model_identity,
 )
 from agnostic_train.model.reading import commit_of, hub_commit
@@ -118,6 +119,24 @@ def test_code_that_comes_with_a_model_is_refused_by_its_key(tmp_path):
         UserError, match="it comes with code of its own; if you trust that, set model.trust_remote_code"
     ):
         load_config(ModelSection(name=str(tmp_path)), tmp_path)
+
+
+def test_folders_that_hold_something_else_are_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    section = ModelSection(name=str(tmp_path))
+    with pytest.raises(UserError, match=r"can't load the tokenizer .*: it has no tokenizer, such as a tokenizer.json"):
+        load_tokenizer(section, tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(UserError, match=r"model.safetensors is only a pointer of Git LFS; run `git lfs pull` there"):
+        load_model(section, tmp_path)
+    with pytest.raises(UserError, match=r"model.name: .*/config.json is a file; name the folder of a checkpoint"):
+        load_config(section, tmp_path / "config.json")
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match=r"model.name: .*/t5: it isn't a decoder-only language model"):
+        load_model(section, tmp_path / "t5")
+    (tmp_path / "t5/config.json").rename(tmp_path / "t5/small.gguf")
+    with pytest.raises(UserError, match=r"has no config.json but a GGUF file, which isn't supported"):
+        load_config(section, tmp_path / "t5")
 
 
 @pytest.fixture

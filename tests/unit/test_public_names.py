@@ -39,7 +39,10 @@ def raised(function):
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            yield ast.unparse(node.exc.func)
+            name = ast.unparse(node.exc.func)
+            maker = vars(sys.modules[function.__module__]).get(name)
+            # A function that makes the error says which.
+            yield maker.__annotations__["return"].__name__ if inspect.isfunction(maker) else name
         if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
             todo.extend(ast.iter_child_nodes(node))
 

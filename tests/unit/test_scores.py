@@ -558,7 +558,7 @@ def test_unknown_beginning_is_reported_of_a_model_that_has_learnt(monkeypatch, k
     tokenizer.bos_token = tokenizer.eos_token
     batch["input_ids"][:, 0] = tokenizer.bos_token_id
     monkeypatch.setattr(score_stage, "knows_beginning", lambda *_: knows)
-    materials = SimpleNamespace(tokenizer=tokenizer, batches=lambda _: {"en": [batch]}, model=None)
+    materials = SimpleNamespace(tokenizer=tokenizer, validation_batches={"en": [batch]}, model=None)
     context = SimpleNamespace(materials=materials, say=said.append)
     result = SimpleNamespace(table=[SimpleNamespace(perplexity=perplexity_of_all)])
     score_stage._check_beginning(context, result)

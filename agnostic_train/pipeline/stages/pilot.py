@@ -61,10 +61,11 @@ def pilot(context: Context) -> dict:
         limit = context.recipe.evaluation.max_forgetting
         content = {"steps": steps, "max_forgetting": limit, "ranking": rows, "same": same}
         write_json(context.directory / PILOT, content)
-    if rows[0]["change"] > 0:
-        context.say(
-            f"pilot: no candidate improves {', '.join(section.languages)}; training.learning_rate may be too high"
-        )
+    enhanced = ", ".join(section.languages)
+    if all(row["change"] is None or row["change"] > 0 for row in rows):
+        context.say(f"pilot: no candidate improves {enhanced}; training.learning_rate may be too high")
+    elif rows[0]["change"] > 0:
+        context.say(f"pilot: the best doesn't improve {enhanced}; candidates that do cost another language too much")
     winner = rows[0]["strategy"]
     left = {
         "neurons": fingerprint(what_learns(trials.choose(Trial(winner)))),

@@ -17,7 +17,7 @@ from agnostic_train.report.tables import ablation_table, emergence_table, score_
 from agnostic_train.scores.agnostic_score import language_agnostic_score
 from agnostic_train.scores.emergence import Checkpoint, follow_checkpoints, parse_checkpoints
 from agnostic_train.scores.perplexity import knows_beginning
-from agnostic_train.scores.result import CONTROLS, AgnosticScore
+from agnostic_train.scores.result import CONTROLS, AgnosticScore, describe_score
 
 EMERGENCE = "emergence"
 
@@ -37,25 +37,23 @@ def score(context: Context) -> dict:
     if context.processes.is_main_process:
         write_json(context.directory / "score.json", result.to_json())
         shutil.rmtree(resume_dir, ignore_errors=True)
-    value = "undefined" if result.value is None else f"{result.value:.3f}"
+    value = describe_score(result.value, result.clipped)
     if result.interval:
         value += " (95% interval {:.3f} to {:.3f})".format(*result.interval)
     context.say(f"score: language-agnostic score {value}")
     for kind, controls in result.controls.items():
-        values = ", ".join(
-            "undefined" if it.value is None else f"{it.value:.3f}" + (" (clipped)" if it.clipped else "")
-            for it in controls.scores.values()
-        )
+        values = ", ".join(describe_score(it.value, it.clipped) for it in controls.scores.values())
         if values:
             context.say(f"score: for comparison, {CONTROLS[kind]}: {values}")
-    if any(it.clipped for controls in result.controls.values() for it in controls.scores.values()):
-        context.say("score: (clipped): switching a set off didn't raise perplexity")
-    for problem, languages in (
-        ("undefined, the shared or exclusive set is empty", result.undefined),
-        ("clipped, switching a set off didn't raise perplexity", result.clipped),
-    ):
-        if languages:
-            context.say(f"score: {problem}: {', '.join(languages)}")
+    scores = [result, *(it for controls in result.controls.values() for it in controls.scores.values())]
+    if any(it.value is not None and it.clipped for it in scores):
+        own = f" (here of {', '.join(result.clipped)})" if result.clipped else ""
+        context.say(
+            f"score: clipped means that switching a set off didn't raise a language's perplexity{own}; the ratio of "
+            "its changes is arbitrary then"
+        )
+    if result.undefined:
+        context.say(f"score: undefined, the shared or exclusive set is empty: {', '.join(result.undefined)}")
     _check_beginning(context, result)
     outputs += _follow_checkpoints(context)
     read_by_auto = {"value": result.value, "clipped": result.clipped, "undefined": result.undefined}
@@ -127,7 +125,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         except UserError as error:
             problem = str(error).removeprefix("model.name: ")
             raise UserError(f"model.checkpoints: {checkpoint.name}: {problem}") from None
-        value = "undefined" if score.value is None else f"{score.value:.3f}" + (" (clipped)" if score.clipped else "")
+        value = describe_score(score.value, score.clipped)
         context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
         return detected, score
 

@@ -12,11 +12,11 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import public_name, share_as_usual, whole_directory, whole_file
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.neurons.neuron_set import NeuronSet
-from agnostic_train.pipeline.fitting import make_trainer
+from agnostic_train.pipeline.fitting import make_trainer, train_to_end
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import evaluates_during_training, make_strategy
 from agnostic_train.pipeline.stages.context import Context
-from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text
+from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, training_examples
 from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
 from agnostic_train.training.checkpoints import NEURONS_FILE, saved_checkpoints
@@ -57,11 +57,12 @@ def train(context: Context) -> dict:
     validation = None
     if evaluates_during_training(arguments):
         validation = {language: text.validation for language, text in context.materials.corpus.texts.items()}
-    trainer = make_trainer(context.materials, arguments, choice, training, validation)
+    examples = training_examples(context.materials.encoder, training, recipe.training)
+    trainer = make_trainer(context.materials, arguments, choice, examples, validation)
     checkpoints = saved_checkpoints(context.directory)
     if checkpoints:
         context.say(f"train: resumed from {checkpoints[-1].name}")
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    train_to_end(trainer, checkpoints[-1] if checkpoints else None)
     context.materials.forget_model()
     checkpoint = _save(context, trainer)
     outputs = [checkpoint.name, TRAINER_STATE_NAME]

@@ -39,6 +39,7 @@ class NeuronLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.neuron_delta = nn.ParameterDict()
         self.neuron_index = BufferDict(persistent=True)
+        self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it on every layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._before_merge: list[Tensor] = []
