@@ -6,6 +6,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from datasets import IterableDataset, load_dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from agnostic_train.corpus.documents import row_of, texts_of
 from agnostic_train.corpus.local_files import can_open, lines_of
@@ -40,16 +42,35 @@ def hub_documents(section: CorpusSection, language: str) -> Iterator[str]:
     documents = texts_of(rows, section.text_column, source)
     first = next(documents, None)
     if first is None:
-        raise UserError(f"{source} has no document of {language!r}; corpus.languages must use the dataset's own names")
+        remedy = "corpus.languages must use the dataset's own names" + (", and corpus.data_files too" if files else "")
+        raise UserError(f"{source} has no document of {language!r}; {remedy}")
     yield first
     yield from documents
 
 
 def check_dataset(section: CorpusSection) -> None:
-    """Raises `UserError` if `corpus.dataset` is the path of a folder that doesn't exist."""
+    """Raises `UserError` if `corpus.dataset` is no folder, or if the hub, if it can be asked, doesn't give it."""
     name = str(section.dataset)
-    if name.startswith(("/", ".")) and not Path(name).is_dir():
+    if Path(name).is_dir():
+        return
+    if name.startswith(("/", ".")):
         raise UserError(f"corpus.dataset: no such folder {name}")
+    if "/" not in name:  # a format, such as json
+        return
+    try:
+        # `datasets` finds no file in a repository or revision that doesn't exist, and reports nothing else.
+        HfApi().dataset_info(name, revision=section.revision)
+        HfApi().auth_check(name, repo_type="dataset")
+    except RevisionNotFoundError:
+        raise UserError(f"corpus.revision: {name} has no revision {section.revision!r}") from None
+    except GatedRepoError:
+        remedy = "accept its terms on its page of the hub, then run `hf auth login`"
+        raise UserError(f"corpus.dataset: {name} is gated; {remedy}") from None
+    except RepositoryNotFoundError:
+        missing = "no such folder, and no such dataset on the hub (a private one needs `hf auth login`)"
+        raise UserError(f"corpus.dataset: {name}: {missing}") from None
+    except Exception:  # such as no network: reading the text will say
+        return
 
 
 def _ending(section: CorpusSection, files: str | None) -> str | None:

@@ -223,6 +223,6 @@ def _environment() -> Environment:
     environment.filters["percent"] = percent
     environment.globals |= {
         "group_titles": GROUP_TITLES, "selection": selection, "penalty": penalty, "verdicts": verdicts,
-        "remarks": remarks, "twins": twins,
+        "remarks": remarks, "twins": twins, "describe_score": describe_score,
     }  # fmt: skip
     return environment

@@ -8,6 +8,7 @@ import json
 import lzma
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 
@@ -18,6 +19,8 @@ import torch
 import zstandard
 from conftest import tiny_llama
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast, PythonBackend
 
@@ -26,6 +29,7 @@ from agnostic_train.corpus import streaming
 from agnostic_train.corpus.documents import split_documents, texts_of
 from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.evaluation_text import read_test_text
+from agnostic_train.corpus.hub import check_dataset
 from agnostic_train.corpus.local_files import local_sentences
 from agnostic_train.corpus.purposes import load_corpus
 from agnostic_train.errors import UserError
@@ -787,3 +791,26 @@ def test_line_that_is_not_utf8_is_located(folder):
     (folder / "en.train.jsonl").write_bytes(b'{"text": "a"}\n' * 9000 + b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"en\.train\.jsonl: not UTF-8 after line 8\d\d\d; convert it"):
         local_sentences(section(), folder / "en.train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RevisionNotFoundError, "corpus.revision: me/mine has no revision 'v1'"),
+        (GatedRepoError, "corpus.dataset: me/mine is gated; accept its terms .* then run `hf auth login`"),
+        (RepositoryNotFoundError, "corpus.dataset: me/mine: no such folder, and no such dataset on the hub"),
+        (ConnectionError, None),
+    ],
+)
+def test_dataset_that_the_hub_refuses_is_named_with_its_remedy(monkeypatch, error, message):
+    asked = []
+
+    def info(api, name, revision):
+        asked.append((name, revision))
+        raise error.__new__(error)
+
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    section = CorpusSection(dataset="me/mine", config_pattern="{lang}", revision="v1", languages=["en", "sw"])
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_dataset(section)
+    assert asked == [("me/mine", "v1")]
