@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
         if known.stage == "run" and pipeline.processes.is_main_process:
-            from agnostic_train.report.page import print_summary
+            from agnostic_train.report.terminal import print_summary
 
             print_summary(pipeline.directory, recipe.training.languages)
         if known.stage in ("run", "report"):

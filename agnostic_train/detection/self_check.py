@@ -26,7 +26,7 @@ from agnostic_train.model.decoder import (
     float32_copy,
 )
 from agnostic_train.model.inference import Batch, check_tokens, left_as_found, model_inputs, real_and_counted
-from agnostic_train.neurons.deactivation import switched_off
+from agnostic_train.neurons.deactivation import deactivated
 from agnostic_train.processes import check_whole
 
 TOLERANCE = 1e-3
@@ -179,11 +179,11 @@ def _compare(excerpt: "_Excerpt", generator: torch.Generator, pruning: bool, mem
             )
         norms = before.flatten(1).norm(dim=1).tolist()
         for neuron in neurons:
-            with switched_off([(layer.projections[name], torch.tensor([neuron], device="cpu"))]):
+            with deactivated([(layer.projections[name], torch.tensor([neuron], device="cpu"))]):
                 change = (excerpt.output(name) - before).flatten(1).norm(dim=1)
-            for sentence, deactivated, norm in zip(impacts[name], change.tolist(), norms, strict=True):
+            for sentence, real, norm in zip(impacts[name], change.tolist(), norms, strict=True):
                 impact, largest = float(sentence[neuron]), float(sentence.max())
-                comparisons.append(Comparison(layer.index, name, neuron, impact, deactivated, largest, norm))
+                comparisons.append(Comparison(layer.index, name, neuron, impact, real, largest, norm))
     return comparisons
 
 

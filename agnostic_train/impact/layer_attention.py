@@ -66,7 +66,7 @@ class LayerAttention:
         """The query rows in blocks, each with the keys that its rows see."""
         return self.inputs.visibility.blocks
 
-    def in_block(self, block: Block, grows: bool = False) -> BlockForms:
+    def in_block(self, block: Block, grows: bool) -> BlockForms:
         """The attention of a block's rows to its keys, for all heads and changes in closed form; without a cap."""
         rows, keys = block.rows, block.keys
         logits, peaks = self.logits[:, rows, keys], self._peaks[:, rows]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from agnostic_train.files import fingerprint
 
 _ENTRIES_AT_ONCE = 1 << 22
-SILENCED = "_silenced"
-"""The attribute of a linear whose neurons are switched off by hooks: their dimension and indices, for each hook."""
+DEACTIVATED_BY_HOOKS = "_deactivated_by_hooks"
+"""The attribute of a linear whose neurons are deactivated by hooks: their dimension and indices, for each hook."""
 
 
 def bit_patterns(values: Tensor) -> Tensor:
@@ -38,13 +38,13 @@ def weights_checksum(model: nn.Module) -> str:
         for name, module in model.named_modules()
         if hasattr(module, "base_layer") and hasattr(module, "disable_adapters")
     ]
-    off = silenced(model)
+    off = deactivated_by_hooks(model)
     return fingerprint([sums, adapters, *off] if adapters or off else sums)
 
 
-def silenced(model: nn.Module) -> list:
-    """Returns which neurons hooks of `deactivate` switch off now: module name, dimension and indices of each hook."""
-    return [[name, *it] for name, module in model.named_modules() for it in getattr(module, SILENCED, [])]
+def deactivated_by_hooks(model: nn.Module) -> list:
+    """Returns which neurons hooks of `deactivate` zero now: module name, dimension and indices of each hook."""
+    return [[name, *it] for name, module in model.named_modules() for it in getattr(module, DEACTIVATED_BY_HOOKS, [])]
 
 
 def model_checksum(model: nn.Module) -> str:

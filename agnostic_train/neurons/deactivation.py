@@ -8,7 +8,7 @@ from torch import nn
 
 from agnostic_train.model.decoder import Projection, Site, find_decoder
 from agnostic_train.model.inference import uncompiled
-from agnostic_train.model.weights import SILENCED
+from agnostic_train.model.weights import DEACTIVATED_BY_HOOKS
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import check_whole
 
@@ -40,13 +40,13 @@ def deactivate(
     decoder.check_on_devices("deactivation")
     if any(decoder.projection(site).is_plain for site, _ in neurons.items()):
         check_whole(model, "deactivation")
-    with switched_off((decoder.projection(site), indices) for site, indices in neurons.items()):
+    with deactivated((decoder.projection(site), indices) for site, indices in neurons.items()):
         yield model
 
 
 @contextmanager
-def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
-    """Switches off the given neurons of single projections inside the block."""
+def deactivated(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator[None]:
+    """Deactivates the given neurons of single projections inside the block."""
     saved: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     hooks = ExitStack()
     try:
@@ -54,7 +54,7 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
             for projection, indices in neurons:
                 index = projection.entries(indices)
                 if not projection.is_plain:
-                    hooks.enter_context(_silenced(projection, index))
+                    hooks.enter_context(_deactivated_by_hook(projection, index))
                     hooks.enter_context(uncompiled())
                     continue
                 for parameter, dim in projection.parts():
@@ -69,13 +69,13 @@ def switched_off(neurons: Iterable[tuple[Projection, torch.Tensor]]) -> Iterator
 
 
 @contextmanager
-def _silenced(projection: Projection, index: torch.Tensor) -> Iterator[None]:
+def _deactivated_by_hook(projection: Projection, index: torch.Tensor) -> Iterator[None]:
     linear, dim = projection.linear, projection.neuron_dim
     if dim == 0:
         handle = linear.register_forward_hook(lambda module, args, output: output.index_fill(-1, index, 0))
     else:
         handle = linear.register_forward_pre_hook(lambda module, args: (args[0].index_fill(-1, index, 0), *args[1:]))
-    record = vars(linear).setdefault(SILENCED, [])
+    record = vars(linear).setdefault(DEACTIVATED_BY_HOOKS, [])
     record.append((dim, index.tolist()))
     try:
         yield

@@ -106,6 +106,19 @@ class LanguageNeurons:
             for language, neurons in self.related.items()
         }
 
+    def metrics(self) -> dict[str, float | None]:
+        """Returns numbers to log, under fixed names.
+
+        `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons;
+        `neurons/shared_ratio/<l>` is as `shared_ratio`.
+        """
+        values: dict[str, float | None] = {"neurons/shared": len(self.shared)}
+        for language in self.languages:
+            values[f"neurons/related/{language}"] = len(self.related[language])
+            values[f"neurons/exclusive/{language}"] = len(self.exclusive[language])
+            values[f"neurons/shared_ratio/{language}"] = self.shared_ratio[language]
+        return values
+
     @property
     def mean_activations(self) -> Activations | None:
         """The activations averaged over languages; None if they weren't measured."""

@@ -78,7 +78,7 @@ class Manifest:
         record = self.record(stage)
         return [*record.get("files", {}), *record.get("rewritten", [])]
 
-    def remove_outputs(self, stage: str, spared: Collection[str] = ()) -> bool:
+    def remove_outputs(self, stage: str, spared: Collection[str]) -> bool:
         """Deletes the files that the stage's last finished run wrote, and folders that this leaves empty.
 
         spared: files to keep. Returns whether any file was deleted.

@@ -155,7 +155,7 @@ class Materials:
         config = load_config(self.model_section, self.model_path)
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
 
-    def check_trainable(self, plain: str | None = None) -> None:
+    def check_trainable(self, plain: str | None) -> None:
         """Raises `UserError` for a checkpoint that a training can't start from.
 
         plain: what needs weights that aren't quantised; None if nothing does.

@@ -1,7 +1,7 @@
 """A recipe's model, text, steps and memory, resolved before any weight is loaded or any file written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil, floor
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +33,7 @@ from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.strategy import BASELINES
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
-PURPOSES = ("detection", "training", "validation", "test")
+PURPOSES = [it.name for it in fields(LanguageText)]
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,7 @@ def build_tokenizer(sentences: Sequence[str], vocab_size: int = 2048) -> PreTrai
     )
 
 
-def train_model(
-    tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str], num_steps: int = NUM_STEPS
-) -> LlamaForCausalLM:
+def train_model(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]) -> LlamaForCausalLM:
     """Trains a grouped-query Llama of about 1.4 M parameters on whole sentences, from random weights."""
     set_seed(SEED)
     model = LlamaForCausalLM(
@@ -138,11 +136,11 @@ def train_model(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            max_steps=num_steps,
+            max_steps=NUM_STEPS,
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="cosine",
-            warmup_steps=num_steps // 20,
+            warmup_steps=NUM_STEPS // 20,
             weight_decay=0.1,
             save_strategy="no",
             logging_strategy="no",

@@ -28,7 +28,7 @@ def penalty(max_forgetting: float) -> str:
     return f", with a penalty if those of another detected language rise by more than {100 * max_forgetting:.3g}%"
 
 
-def twins(same: Mapping[str, str]) -> list[str]:
+def twin_sentences(same: Mapping[str, str]) -> list[str]:
     """Which strategies aren't listed, because an earlier one chooses the same neurons. same: the earlier ones."""
     return [f"{name} chooses the same neurons as {twin}, and isn't listed separately" for name, twin in same.items()]
 
@@ -52,7 +52,7 @@ def verdicts(comparison: dict, text: str) -> list[str]:
 
 def remarks(comparison: dict) -> list[str]:
     """What the tables leave out or don't show: twins, diverged strategies, and rates at an end of those tried."""
-    sentences = [f"{sentence}." for sentence in twins(comparison["same"])]
+    sentences = [f"{sentence}." for sentence in twin_sentences(comparison["same"])]
     for name in comparison["diverged"]:
         where = "with some seed at its best rate" if name in comparison["tuning"] else "at every rate"
         sentences.append(f"{name} diverged {where}, and isn't compared.")

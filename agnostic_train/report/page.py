@@ -1,27 +1,21 @@
-"""A run's results for readers: a self-contained HTML page with figures, the final table, and the comparison's text."""
+"""A run's results for readers: a self-contained HTML page with figures, and the comparison's text."""
 
 import base64
 import re
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from io import StringIO
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
-from rich.table import Table
 from transformers.trainer import TRAINER_STATE_NAME
 
 from agnostic_train.files import read_json, whole_directory, whole_file
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
 from agnostic_train.report.comparison_figures import costly_group, draw_forgetting, draw_rates, draw_trade
-from agnostic_train.report.comparison_prose import GROUP_TITLES, penalty, remarks, selection, twins, verdicts
+from agnostic_train.report.comparison_prose import GROUP_TITLES, penalty, remarks, selection, twin_sentences, verdicts
 from agnostic_train.report.plotting import ENDINGS, is_figure, write_figures
 from agnostic_train.report.run_figures import (
     draw_change,
@@ -146,58 +140,6 @@ def comparison_text(comparison: dict) -> str:
     return _environment().get_template("comparison.md").render(comparison, comparison=comparison)
 
 
-def in_terminal(text: str) -> str:
-    """Renders Markdown for the terminal."""
-    # A file has room for the widest table.
-    widest = max((len(line) for line in text.splitlines() if line.startswith("|")), default=0)
-    console = Console(width=None if sys.stdout.isatty() else max(140, widest), file=StringIO())
-    console.print(Markdown(text))
-    return console.file.getvalue()
-
-
-def print_summary(directory: Path, enhanced: list[str]) -> None:
-    """Prints the table that ends a run, without perplexities if the terminal has no room for them."""
-    # A file has room for the widest table.
-    console = Console(width=None if sys.stdout.isatty() else 1000)
-    table = summary_table(directory, enhanced)
-    if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table = summary_table(directory, enhanced, with_perplexity=False)
-    console.print(table)
-
-
-def summary_table(directory: Path, enhanced: list[str], with_perplexity: bool = True) -> Table:
-    """The table that ends a run: per language its neurons, and perplexity and bits per byte before and after."""
-    detected = LanguageNeurons.load(directory / "neurons")
-    evaluation = read_json(directory / "evaluation.json")["languages"]
-    score = read_json(directory / "score.json")
-    value = describe_score(score["value"], score["clipped"])
-    table = Table(
-        title=f"language-agnostic score {value}, {len(detected.shared)} shared neurons",
-        caption="test text; * enhanced; exclusive: " + detected.settings["exclusive"],
-    )
-    table.add_column("language", overflow="fold")
-    perplexity = ("perplexity", "after") if with_perplexity else ()
-    for header in ("related", "shared", "exclusive", *perplexity, "bits/byte", "after", "change"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for language, row in evaluation.items():
-        before, after = row["before"], row["after"]
-        related = detected.related.get(language)  # a language that is only measured has none
-        counts = (
-            ("",) * 3
-            if related is None
-            else (len(related), len(detected.shared & related), len(detected.exclusive[language]))
-        )
-        table.add_row(
-            escape(language) + (" *" if language in enhanced else ""),
-            *map(str, counts),
-            *([f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"] if with_perplexity else []),
-            f"{before['bits_per_byte']:.4f}",
-            f"{after['bits_per_byte']:.4f}",
-            percent(row["bits_per_byte_change"]),
-        )
-    return table
-
-
 def _comparison_figures(comparison: dict) -> dict[str, tuple[str, Callable[[], Figure]]]:
     compared = comparison["texts"]["test"]
     if not compared["strategies"]:
@@ -223,6 +165,6 @@ def _environment() -> Environment:
     environment.filters["percent"] = percent
     environment.globals |= {
         "group_titles": GROUP_TITLES, "selection": selection, "penalty": penalty, "verdicts": verdicts,
-        "remarks": remarks, "twins": twins, "describe_score": describe_score,
+        "remarks": remarks, "twin_sentences": twin_sentences, "describe_score": describe_score,
     }  # fmt: skip
     return environment

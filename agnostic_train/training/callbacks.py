@@ -124,9 +124,8 @@ class DetectionCallback(TrainerCallback):
     def metrics(self) -> dict[str, float]:
         """Returns the metrics to log, under fixed names; undefined values are left out.
 
-        `neurons/shared`, `neurons/related/<l>` and `neurons/exclusive/<l>` are numbers of neurons;
-        `neurons/shared_ratio/<l>` is the shared fraction of the related neurons; `agnostic_score/importance/<l>` and
-        `agnostic_score` are as defined by `language_agnostic_score`.
+        Those of the neurons are as in `LanguageNeurons.metrics`; `agnostic_score/importance/<l>` and `agnostic_score`
+        are as defined by `language_agnostic_score`.
 
         Raises:
             ValueError: before the first detection.
@@ -134,13 +133,8 @@ class DetectionCallback(TrainerCallback):
         neurons, score = self.neurons, self.score
         if neurons is None or score is None:
             raise ValueError("nothing was detected so far: no training began, or it was resumed where none was due")
-        values: dict[str, float | None] = {"neurons/shared": len(neurons.shared)}
-        for language in neurons.languages:
-            values[f"neurons/related/{language}"] = len(neurons.related[language])
-            values[f"neurons/exclusive/{language}"] = len(neurons.exclusive[language])
-            values[f"neurons/shared_ratio/{language}"] = neurons.shared_ratio[language]
-            values[f"agnostic_score/importance/{language}"] = score.importance[language]
-        values["agnostic_score"] = score.value
+        values = neurons.metrics() | {"agnostic_score": score.value}
+        values |= {f"agnostic_score/importance/{language}": value for language, value in score.importance.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
-from agnostic_train.model.weights import silenced
+from agnostic_train.model.weights import deactivated_by_hooks
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.chosen import check_not_compiled, chosen_entries
 from agnostic_train.training.compact import NeuronConfig, NeuronLinear
@@ -66,7 +66,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_not_compiled(model)
-    if silenced(model):
+    if deactivated_by_hooks(model):
         raise UserError("model: some of its neurons are switched off; end the block of `deactivate` first")
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):

@@ -36,11 +36,6 @@ class MaskedParameter:
     chosen: Tensor
     frozen: Tensor
 
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable weight entries."""
-        return len(self.chosen) * self.parameter.numel() // self.parameter.shape[self.dim]
-
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Tested values of `TrainingArguments.optim` whose optimizers update each weight entry independently."""
@@ -79,11 +74,6 @@ class GradientMask:
             masked.parameter.requires_grad_(True)
             # Under FSDP2 a plain tensor hook silently never fires. This hook also sees the accumulated gradient.
             self._handles.append(masked.parameter.register_post_accumulate_grad_hook(_zero_frozen(masked.frozen)))
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable weight entries."""
-        return sum(masked.num_trainable for masked in self.parameters)
 
     def guard(self, optimizer: Optimizer) -> None:
         """Prevents weight decay and the momentum of an earlier run from changing frozen entries.

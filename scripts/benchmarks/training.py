@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.training.chosen import num_trainable
 from agnostic_train.training.compact import NeuronConfig
 from agnostic_train.training.mask import GradientMask
 
@@ -85,7 +86,7 @@ class Step:
         self.mask = GradientMask(model, neurons) if method == "mask" else None
         self.model = model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.num_trainable = self.mask.num_trainable if self.mask else sum(it.numel() for it in trainable)
+        self.num_trainable = num_trainable(neurons, model) if self.mask else sum(it.numel() for it in trainable)
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True) if trainable else None
         if self.mask:
             self.mask.guard(self.optimizer)

@@ -20,7 +20,7 @@ from agnostic_train.pipeline import fitting, training_text, trials
 from agnostic_train.pipeline.stages import pilot as pilot_stage
 from agnostic_train.pipeline.stages import train
 from agnostic_train.pipeline.trials import Trials
-from agnostic_train.report.page import in_terminal
+from agnostic_train.report.terminal import in_terminal
 
 SMALL = (
     "--comparison.strategies=shared+exclusive,random,lora,full", "--comparison.seeds=3,4",

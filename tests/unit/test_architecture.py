@@ -22,13 +22,14 @@ ORDER = {
         "chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "checkpoints", "guarded", "trainer"
     ],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
-    "export": ["trained", "frozen_weights", "checkpoint", "model_card"],
+    "export": ["trained", "frozen_weights", "merged", "adapters", "checkpoint", "model_card"],
     "evaluation": [
         "comparison", "tuning", "objective", "languages", "paired_comparison", "task_loading", "task_results",
         "task_evaluation",
     ],
     "report": [
-        "tables", "fonts", "plotting", "run_figures", "score_figures", "comparison_figures", "comparison_prose", "page"
+        "tables", "fonts", "plotting", "run_figures", "score_figures", "comparison_figures", "comparison_prose", "page",
+        "terminal",
     ],
     "quickstart": ["lexicon", "grammar", "phrasebook", "tiny_model"],
     "pipeline": [

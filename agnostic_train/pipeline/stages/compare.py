@@ -26,11 +26,11 @@ from agnostic_train.report.page import (
     COMPARISON_TABLE,
     COMPARISON_TEXT,
     comparison_text,
-    in_terminal,
     is_comparison_file,
     write_comparison_figures,
 )
 from agnostic_train.report.tables import comparison_table, write_csv
+from agnostic_train.report.terminal import in_terminal
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 COMPARISON = "comparison"
@@ -118,7 +118,7 @@ def _train_all(context: Context, trials: Trials, strategies: Sequence[str]) -> t
             bar.clear()
             context.say(
                 f"compare: {bar.n:.0f} of {in_all}: {trial}{' (kept)' if result.kept else ''}: "
-                + ("diverged" if changes is None else _in_words(changes))
+                + ("diverged" if changes is None else _describe_changes(changes))
             )
             return result
 
@@ -195,7 +195,7 @@ def _key(context: Context) -> dict:
     return {key: value for key, value in context.inputs.of("compare").items() if key not in selecting}
 
 
-def _in_words(changes: Mapping[str, float]) -> str:
+def _describe_changes(changes: Mapping[str, float]) -> str:
     return "  ".join(f"{language} {percent(change)}" for language, change in changes.items()) + "  (validation)"
 
 

@@ -75,11 +75,7 @@ def detect(context: Context) -> dict:
 
 def publish(context: Context) -> None:
     detected = context.load_neurons()
-    context.tracker.log_summary(
-        {"neurons/shared": len(detected.shared)}
-        | {f"neurons/related/{language}": len(neurons) for language, neurons in detected.related.items()}
-        | {f"neurons/exclusive/{language}": len(neurons) for language, neurons in detected.exclusive.items()}
-    )
+    context.tracker.log_summary(detected.metrics())
     context.publish_tables({"neurons": neuron_table(detected)})
 
 

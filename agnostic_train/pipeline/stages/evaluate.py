@@ -179,13 +179,14 @@ def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) ->
     for name, task in result["tasks"].items():
         for metric in next(iter(task["checkpoints"].values()))["metrics"]:
             values = "  ".join(
-                f"{checkpoint} {_in_words(row['metrics'][metric])}" for checkpoint, row in task["checkpoints"].items()
+                f"{checkpoint} {_describe_metric(row['metrics'][metric])}"
+                for checkpoint, row in task["checkpoints"].items()
             )
             context.say(f"evaluate: {name} ({task['num_items']} items), {metric}: {values}")
     return result
 
 
-def _in_words(metric: dict) -> str:
+def _describe_metric(metric: dict) -> str:
     value, error = metric["value"], metric["standard_error"]
     return "none" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 

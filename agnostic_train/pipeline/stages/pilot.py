@@ -12,7 +12,7 @@ from agnostic_train.pipeline.settings import launch_inputs
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.training_text import split_pilot_text
 from agnostic_train.pipeline.trials import Trial, Trials, check_choices, what_learns
-from agnostic_train.report.comparison_prose import twins
+from agnostic_train.report.comparison_prose import twin_sentences
 from agnostic_train.report.tables import pilot_table
 
 PILOT = "pilot.json"
@@ -54,8 +54,8 @@ def pilot(context: Context) -> dict:
     same = trials.twins(section.pilot_strategies)
     rows = _rank(context, trials, [it for it in section.pilot_strategies if it not in same])
     for place, row in enumerate(rows, 1):
-        context.say(f"pilot: {place}. {row['strategy']}: {_in_words(row, section.languages)}")
-    for sentence in twins(same):
+        context.say(f"pilot: {place}. {row['strategy']}: {_describe_row(row, section.languages)}")
+    for sentence in twin_sentences(same):
         context.say(f"pilot: {sentence}")
     if context.processes.is_main_process:
         limit = context.recipe.evaluation.max_forgetting
@@ -120,7 +120,7 @@ def _rank(context: Context, trials: Trials, candidates: Sequence[str]) -> list[d
     return rows
 
 
-def _in_words(row: dict, languages: Sequence[str]) -> str:
+def _describe_row(row: dict, languages: Sequence[str]) -> str:
     if row["change"] is None:
         return "diverged"
     gain = f"{row['change']:+z.2%} bits per byte in {', '.join(languages)}"

@@ -54,7 +54,7 @@ def score(context: Context) -> dict:
         )
     if result.undefined:
         context.say(f"score: undefined, the shared or exclusive set is empty: {', '.join(result.undefined)}")
-    _check_beginning(context, result)
+    _hint_at_unknown_beginning(context, result)
     outputs += _follow_checkpoints(context)
     read_by_auto = {"value": result.value, "clipped": result.clipped, "undefined": result.undefined}
     return {"outputs": outputs, "value": result.value, "for_training": read_by_auto}
@@ -79,7 +79,7 @@ def publish(context: Context) -> None:
     context.publish_tables({"emergence": table}, figures)
 
 
-def _check_beginning(context: Context, result: AgnosticScore) -> None:
+def _hint_at_unknown_beginning(context: Context, result: AgnosticScore) -> None:
     """Says if a model that has learnt something doesn't know the token with which sentences begin."""
     tokenizer, batches = context.materials.tokenizer, context.materials.validation_batches
     first = [of_language[0] for of_language in batches.values()]
