@@ -17,6 +17,8 @@ from agnostic_train.pipeline import COMMANDS, OutOfMemoryError
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import OWN_KEYS, recipe_keys, suggestion, training_argument_types
 
+_PROCESS_LOST = ("Connection closed by peer", "Connection reset by peer")
+"""In gloo's errors on the processes that wait for one that has failed."""
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, these errors name no file
 
 
@@ -68,7 +70,9 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
             )
         for key in training_keys:
             groups["training"].add_argument(f"--training.{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        groups["training"].description = "and every key of transformers' TrainingArguments"
+        groups[
+            "training"
+        ].description = "and the keys of transformers' TrainingArguments; recipes/REFERENCE.md names the exceptions"
     return parser
 
 
@@ -76,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the stage that the command line names.
 
     Returns:
-        The exit status: 0 if the stage's files are complete, 1 if the device ran out of memory, 2 for a user's mistake,
-        130 if interrupted.
+        The exit status: 0 if the stage's files are complete, 1 if the device ran out of memory or another process
+        failed, 2 for a user's mistake, 130 if interrupted.
     """
     is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -119,6 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else "output_dir: " if error.errno in _FULL_DISK else ""
         return _fail(f"{where}{error.strerror or error}")
+    except RuntimeError as error:
+        if not any(it in str(error) for it in _PROCESS_LOST):
+            raise
+        return _fail("another process ended; its message says why", 1)
     except KeyboardInterrupt:
         print("agnostic-train: interrupted; the same command resumes", file=sys.stderr)
         return 130

@@ -11,4 +11,4 @@ class UserError(ValueError):
 
 def in_one_line(error: Exception, length: int = 300) -> str:
     """Formats another library's error for quoting: its type and message in one line, cut at `length` characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:length]

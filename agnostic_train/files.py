@@ -27,7 +27,7 @@ def sole_user(directory: Path) -> Iterator[None]:
     Folders of other runs inside it, which have a lock file, are left alone.
 
     Raises:
-        UserError: another process holds the lock. A killed process no longer does.
+        UserError: another process holds the lock (a killed one no longer does), or the file system has no locks.
     """
     lock = FileLock(directory / ".lock", blocking=False)
     try:
@@ -35,6 +35,10 @@ def sole_user(directory: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(
             f"output_dir: another run is writing to {directory}; wait for it, or use another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {directory} can't be locked ({error.strerror}); use a folder on another file system"
         ) from None
     try:
         other_runs = {it.parent for it in directory.rglob(".lock")} - {directory}

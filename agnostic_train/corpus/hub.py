@@ -53,7 +53,7 @@ def check_dataset(section: CorpusSection) -> None:
     name = str(section.dataset)
     if Path(name).is_dir():
         return
-    if name.startswith(("/", ".")):
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the hub's names have one
         raise UserError(f"corpus.dataset: no such folder {name}")
     if "/" not in name:  # a format, such as json
         return

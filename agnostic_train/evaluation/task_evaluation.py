@@ -5,6 +5,8 @@ The harness is an optional dependency and slow to import: functions import it wh
 
 import json
 import logging
+import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -17,12 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from agnostic_train.errors import UserError
+from agnostic_train.errors import UserError, in_one_line
 from agnostic_train.evaluation.task_loading import (
     check_task,
     explain_unknown,
@@ -109,7 +112,10 @@ class TaskSuite:
         with _quiet():
             if mgsm is not None:
                 read_mgsm_from(manager, Path(mgsm), self.folders)
-            self._loaded = {name: load_task(manager, name) for name in self.names}
+            self._loaded = {}
+            for name in self.names:
+                with _seeded():  # tasks may shuffle their items
+                    self._loaded[name] = load_task(manager, name)
             for task in self._tasks():
                 check_task(task, num_fewshot)
                 set_up(task, num_fewshot, max_new_tokens)
@@ -131,11 +137,22 @@ class TaskSuite:
             }
             for task_name, task in self._loaded[name]["tasks"].items()
         }
+        groups = {
+            group_name: [
+                str(group.aggregate_metric_list),
+                group.metadata,
+                [it.task_name for it in group.get_all_tasks()],
+            ]
+            for group_name, group in self._loaded[name]["groups"].items()
+        }
         # The fields of `TaskResult` are included: a cached result must have exactly these.
         shape = [it.name for it in fields(TaskResult)]
         code = sorted(hash_file(file) for folder in self.folders for file in folder.rglob("*.py"))
-        content = [self.harness_version, self.batch_size, shape, tasks, code]
-        return fingerprint(json.dumps(content, sort_keys=True, default=_named))
+        content = json.dumps(
+            [self.harness_version, self.batch_size, shape, tasks, groups, code], sort_keys=True, default=_named
+        )
+        # The harness writes a function with bound arguments as text that holds its address.
+        return fingerprint(re.sub(r" at 0x[0-9a-f]+", "", content))
 
     def run(
         self,
@@ -155,7 +172,7 @@ class TaskSuite:
         Returns: the results by task, and each group's aggregates under the group's name.
 
         Raises:
-            UserError: the model's maximum length leaves no room for questions.
+            UserError: the model's maximum length leaves no room for questions, or the task's own code fails.
         """
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -176,9 +193,19 @@ class TaskSuite:
             for task in tasks.values():
                 # Reset before each run, so that every checkpoint gets the same exemplars.
                 task.set_fewshot_seed(_SEED)
-            # For tasks that sample the generated text; `left_as_found` restores the random state.
+            # For tasks that sample the generated text; `left_as_found` restores torch's random state.
             torch.manual_seed(_SEED)
-            output = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
+            stack.enter_context(_seeded())
+            try:
+                output = evaluate(harness_model, loaded, limit=self.limit, bootstrap_iters=_NUM_RESAMPLES)
+            except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception as error:  # a task's own code can raise anything
+                # The harness asserts without a message that an answer to be scored fits.
+                too_long = f"; the model reads {harness_model.max_length} tokens" * isinstance(error, AssertionError)
+                raise UserError(
+                    f"evaluation.tasks: {name} failed ({in_one_line(error)}){too_long}; leave it out"
+                ) from None
             num_truncated = {it: _num_truncated(harness_model, task, rooms[it]) for it, task in tasks.items()}
         results = {
             task_name: result_of_task(task_name, task, output, num_truncated[task_name])
@@ -272,6 +299,19 @@ def _num_truncated(harness_model: "HFLM", task: "Task", room: int) -> int:
 
 def _named(value: Any) -> str:
     return getattr(value, "__qualname__", None) or str(value)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Gives the code in the block the same random numbers each time, by Python's and NumPy's own generators."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

@@ -125,8 +125,10 @@ def check_task(task: "Task", num_fewshot: int | None) -> None:
         or task.has_validation_docs()
         or (sampling is not None and (sampling.split is not None or sampling.samples is not None))
     )
+    if not task.has_test_docs() and task.config.fewshot_split == task.config.validation_split:
+        has_exemplars = False
     if _num_fewshot(task, num_fewshot) and not has_exemplars:
-        # The harness would take exemplars from the test items, possibly the item itself.
+        # The harness would take exemplars from the items to be tested, possibly the item itself.
         raise UserError(f"evaluation.num_fewshot: {task.task_name} has no exemplars besides its test items; use 0")
 
 
@@ -139,3 +141,5 @@ def set_up(task: "Task", num_fewshot: int | None, max_new_tokens: int | None) ->
     task.set_config("num_fewshot", _num_fewshot(task, num_fewshot))
     if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+        # Transformers' own limit, which counts the question, too.
+        task.config.generation_kwargs.pop("max_length", None)

@@ -19,8 +19,12 @@ from agnostic_train.errors import UserError
 logger = get_logger(__name__)
 
 _LFS = b"version https://git-lfs"
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken")
 _PARTS = {AutoConfig: "the config", AutoTokenizer: "the tokenizer", AutoModelForCausalLM: "the weights"}
+_FILES = {
+    "the config": [CONFIG_NAME],
+    "the tokenizer": ["tokenizer*", "*.model", "vocab*", "*.tiktoken"],
+    "the weights": ["*.safetensors", "*.bin"],
+}
 
 
 def read_model(name: str | Path, key: str, revision: str | None = None, **settings) -> PreTrainedModel:
@@ -112,16 +116,18 @@ def _in_one_line(part: str, name: str | Path, key: str, revision: str | None) ->
             problem = _problem_of_files(Path(name), part) or problem
         elif not Path(name).exists():
             problem = f"no such folder, and not available from the hub ({shorten(problem, 200)})"
+            part += f" at revision {revision!r}" if revision else ""
         raise UserError(f"{key}: can't load {part} of {name}: {problem}") from None
 
 
 def _problem_of_files(folder: Path, part: str) -> str | None:
     """What a folder's files say about why a part of the model can't be read from them, if anything."""
-    for file in sorted(it for it in folder.iterdir() if it.is_file()):
+    found = sorted(file for pattern in _FILES[part] for file in folder.glob(pattern) if file.is_file())
+    for file in found:
         with file.open("rb") as content:
             if content.read(len(_LFS)) == _LFS:
                 return f"{file.name} is only a pointer of Git LFS; run `git lfs pull` there"
-    if part == _PARTS[AutoTokenizer] and not any(any(folder.glob(it)) for it in _TOKENIZER_FILES):
+    if part == _PARTS[AutoTokenizer] and not found:
         return "it has no tokenizer, such as a tokenizer.json; save the model's there"
     return None
 

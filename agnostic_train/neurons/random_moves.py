@@ -42,8 +42,8 @@ def matched_moves(
         excluded: by projection, further neurons to which no member moves.
         activations: mean absolute activations, (layer, `q`, `k`, `v` or `down`) -> (neurons,).
 
-    Returns: int64 by projection, meaningful only at members. If too few other neurons of a site are left, members may
-        also move to excluded ones, and if these are too few, to members.
+    Returns: int64 by projection, meaningful only at members. If members are more than half of a site, they may also
+        move to members; if `excluded` leaves too few neurons, it has no effect there.
     """
     moving, closed = _drawn_together(layer, members), _drawn_together(layer, excluded)
     for name in moving:

@@ -33,12 +33,8 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
     """
     if arguments.fsdp and arguments.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
-    even = arguments.accelerator_config.even_batches or arguments.dataloader_drop_last
-    if arguments.parallel_mode == ParallelMode.DISTRIBUTED and not even:
-        raise UserError(
-            "training.accelerator_config: with even_batches false, processes get different numbers of batches and wait "
-            "for each other forever; leave it out, or set training.dataloader_drop_last"
-        )
+    if arguments.parallel_mode == ParallelMode.DISTRIBUTED:
+        _check_batches_of_processes(arguments)
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
     if arguments.learning_rate < 0:
@@ -81,6 +77,18 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
             persistent_workers=arguments.dataloader_persistent_workers,
             multiprocessing_context=arguments.dataloader_multiprocessing_context,
         )
+
+
+def _check_batches_of_processes(arguments: NeuronTrainingArguments) -> None:
+    config, problem = arguments.accelerator_config, None
+    if not (config.even_batches or arguments.dataloader_drop_last):
+        problem = "with even_batches false, processes get different numbers of batches and wait for each other forever"
+    elif config.dispatch_batches:
+        problem = "dispatch_batches needs batches of equal length, and sentences differ in theirs"
+    elif config.split_batches:
+        problem = "split_batches divides per_device_train_batch_size by the number of processes; lower that instead"
+    if problem is not None:
+        raise UserError(f"training.accelerator_config: {problem}; leave it out")
 
 
 def _value(choice: Any) -> str:

@@ -48,7 +48,12 @@ class Manifest:
         for name in now.keys() & before.keys():
             old, new = before[name], now[name]
             if isinstance(old, dict) and isinstance(new, dict):
-                changed += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+                # A key that was read only before or only now, and is empty, isn't what the user changed.
+                changed += [
+                    f"{name}.{key}"
+                    for key in old.keys() | new.keys()
+                    if (old.get(key) or None) != (new.get(key) or None)
+                ]
             elif old != new:
                 changed.append(name)
         # An input that only one of them reads comes from another key's change.

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.pipeline.stages.context import Context
 from agnostic_train.pipeline.tracking import Tracker, run_id_of, tracked
+from agnostic_train.processes import of_first_process
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.checkpoints import saved_checkpoints
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -88,13 +89,28 @@ class Pipeline:
             # May read text, which takes all processes if it is streamed; later only the main process asks.
             _ = self.inputs.has_comparison
         with (
-            sole_user(self.directory) if self.processes.is_main_process else nullcontext(),
+            self._sole_user(),
             # Each training of a comparison is tracked as a separate run, in one group.
             nullcontext(Tracker(None)) if command == "compare" else self._tracked() as tracker,
         ):
             ran = [name for name in stages if self._run_stage(name, forced[name], tracker)]
         of_recipe = [*self.inputs.needs("report"), "report", "compare"]
         self._tell_of_older_results([name for name in of_recipe if name not in stages], ran)
+
+    @contextmanager
+    def _sole_user(self) -> Iterator[None]:
+        """Locks `output_dir` in the first process; if that fails, all raise the same error."""
+        with ExitStack() as stack:
+            problem = None
+            if self.processes.is_main_process:
+                try:
+                    stack.enter_context(sole_user(self.directory))
+                except UserError as error:
+                    problem = str(error)
+            problem = of_first_process(problem)
+            if problem is not None:
+                raise UserError(problem)
+            yield
 
     def _tell_of_older_results(self, stages: Sequence[str], ran: Sequence[str]) -> None:
         """Reports which other stages depend on those that ran again: their old results are kept, or were removed."""

@@ -123,7 +123,7 @@ class StageInputs:
 
     @cached_property
     def model_identity(self) -> dict:
-        """What identifies the model: its files' hashes, or its name, revision and commit."""
+        """What identifies the model: its files' hashes, or its name and commit."""
         return model_identity(self._materials.model_section, self._materials.model_path)
 
     @cached_property

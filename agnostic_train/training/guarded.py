@@ -117,15 +117,21 @@ class GuardedTrainer(Trainer):
         # All processes must stop together: one that continued alone would wait forever for the others.
         if not sum_over_processes(are_bad.any().int()):
             return
-        # If only another process has a non-finite loss, report this process's last batch.
-        loss, ids = next((batch for batch, is_bad in zip(batches, are_bad, strict=True) if is_bad), batches[-1])
+        step, kept = self.state.global_step + 1, "earlier checkpoints are kept"
+        bad = [batch for batch, is_bad in zip(batches, are_bad, strict=True) if is_bad]
+        if not bad:
+            raise NonFiniteLossError(
+                f"training.learning_rate: the loss of another process isn't finite at step {step}; its message names "
+                f"the batch; {kept}"
+            )
+        loss, ids = bad[0]
         batch = "" if ids is None else (
             f", on the batch of {len(ids)} sequences whose first begins with the tokens "
             f"{ids[0, :_NUM_TOKENS_NAMED].tolist()}"
         )  # fmt: skip
         raise NonFiniteLossError(
-            f"training.learning_rate: the loss is {loss.mean().item()} at step {self.state.global_step + 1}{batch}; "
-            "earlier checkpoints are kept; try a lower rate or a wider model.dtype, or look at that text"
+            f"training.learning_rate: the loss is {loss.mean().item()} at step {step}{batch}; {kept}; try a lower rate "
+            "or a wider model.dtype, or look at that text"
         )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:

@@ -9,15 +9,19 @@ import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
 from conftest import padded_batch, tiny_llama
+from forked import in_two_processes
 from killing import run_and_kill
 from peft import PeftModel
 from small_run import RECIPE, assert_mistake, root, run, template  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers.training_args import ParallelMode
 
 from agnostic_train.cli import main
 from agnostic_train.export.frozen_weights import check_frozen_weights
@@ -30,6 +34,7 @@ from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.training.guarded import GuardedTrainer
+from agnostic_train.training.trainer import NeuronTrainingArguments
 
 RUN = {*STAGES} - {"pilot", "compare"}
 """The stages of `run` without a pilot."""
@@ -519,6 +524,45 @@ def test_second_run_in_the_same_folder_is_refused(root, capsys):
         assert run(root, "detect") == 2
     assert "another run is writing" in capsys.readouterr().err and not (root / "out/neurons").exists()
     assert run(root, "detect") == 0
+
+
+def is_refused(recipe):
+    with redirect_stderr(StringIO()) as error:
+        assert main(["detect", recipe]) == 2
+    assert "another run is writing" in error.getvalue()
+
+
+def test_second_run_of_several_processes_in_the_same_folder_is_refused_by_each(root):
+    (root / "out").mkdir()
+    with sole_user(root / "out"):
+        in_two_processes(__name__, "is_refused", str(root / "recipe.yaml"))
+
+
+def test_process_that_waits_for_one_that_failed_says_so_in_one_line(root, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[..gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30001")
+
+    monkeypatch.setattr(Pipeline, "run", fail)
+    assert run(root, "detect") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "agnostic-train: error: another process ended; its message says why"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("dispatch_batches: true", "dispatch_batches needs batches of equal length"),
+        ("split_batches: true", "split_batches divides per_device_train_batch_size by the number of processes"),
+        ("even_batches: false", "with even_batches false, processes get different numbers of batches"),
+    ],
+)
+def test_sharing_of_batches_that_several_processes_cannot_do_is_refused(root, monkeypatch, capsys, config, message):
+    flag = f"--training.accelerator_config={{{config}}}"
+    with monkeypatch.context() as patched:
+        patched.setattr(NeuronTrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+        assert_mistake(root, "train", [flag], f"training.accelerator_config: {message}", capsys)
+    assert run(root, "detect", flag) == 0
 
 
 def test_neurons_from_a_json_file_are_trained(root):

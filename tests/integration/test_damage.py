@@ -218,6 +218,14 @@ def test_nonfinite_loss_stops_training(tmp_path, update):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_loss_that_is_not_finite_in_another_process_stops_this_one_without_naming_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(guarded, "sum_over_processes", lambda values: values + 1)
+    trainer = NeuronTrainer(tiny_llama(), arguments(tmp_path), train_dataset=sentences(), neurons=CHOSEN)
+    with pytest.raises(NonFiniteLossError, match="the loss of another process isn't finite at step 1") as caught:
+        trainer.train()
+    assert "tokens" not in str(caught.value)
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("call", [4, 6])
 def test_losses_are_checked_once_per_step(tmp_path, monkeypatch, update, call):

@@ -811,6 +811,9 @@ def test_dataset_that_the_hub_refuses_is_named_with_its_remedy(monkeypatch, erro
 
     monkeypatch.setattr(HfApi, "dataset_info", info)
     section = CorpusSection(dataset="me/mine", config_pattern="{lang}", revision="v1", languages=["en", "sw"])
+    for name in ("a/b/c", "../nope"):
+        with pytest.raises(UserError, match=f"corpus.dataset: no such folder {name}"):
+            check_dataset(replace(section, dataset=name))
     with nullcontext() if message is None else pytest.raises(UserError, match=message):
         check_dataset(section)
     assert asked == [("me/mine", "v1")]

@@ -1,5 +1,7 @@
 """A folder is written only if it is absent, empty or holds our own files; anything else is left untouched."""
 
+import errno
+import fcntl
 import json
 import os
 
@@ -83,6 +85,18 @@ def test_folder_moved_away_by_a_killed_process_is_restored(tmp_path):
     with sole_user(tmp_path):
         assert (tmp_path / "neurons/summary.json").read_text() == "old"
         assert {it.name for it in tmp_path.iterdir()} == {"neurons", ".lock"}
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        pytest.raises(UserError, match=f"output_dir: {tmp_path} can't be locked .No locks available.; use"),
+        sole_user(tmp_path),
+    ):
+        pass
 
 
 def test_partial_folder_of_another_run_is_left_until_that_run_ends(tmp_path):

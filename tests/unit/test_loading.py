@@ -126,6 +126,9 @@ def test_folders_that_hold_something_else_are_named(tmp_path):
     section = ModelSection(name=str(tmp_path))
     with pytest.raises(UserError, match=r"can't load the tokenizer .*: it has no tokenizer, such as a tokenizer.json"):
         load_tokenizer(section, tmp_path)
+    (tmp_path / "flax_model.msgpack").write_text("version https://git-lfs.github.com/spec/v1")  # not read
+    with pytest.raises(UserError, match="it has no tokenizer"):
+        load_tokenizer(section, tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     with pytest.raises(UserError, match=r"model.safetensors is only a pointer of Git LFS; run `git lfs pull` there"):
         load_model(section, tmp_path)

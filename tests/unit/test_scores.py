@@ -561,8 +561,8 @@ def test_unknown_beginning_is_reported_of_a_model_that_has_learnt(monkeypatch, k
     materials = SimpleNamespace(tokenizer=tokenizer, validation_batches={"en": [batch]}, model=None)
     context = SimpleNamespace(materials=materials, say=said.append)
     result = SimpleNamespace(table=[SimpleNamespace(perplexity=perplexity_of_all)])
-    score_stage._check_beginning(context, result)
+    score_stage._hint_at_unknown_beginning(context, result)
     assert len(said) == (says and not knows)
     batch["input_ids"][0, 0] = tokenizer.bos_token_id + 1  # a sentence that begins with a word
-    score_stage._check_beginning(context, result)
+    score_stage._hint_at_unknown_beginning(context, result)
     assert len(said) == (says and not knows)

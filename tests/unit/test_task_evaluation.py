@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import sys
 from copy import deepcopy
 from functools import partial
@@ -324,6 +325,72 @@ def test_identity_covers_what_a_result_depends_on(own_tasks, tmp_path):
 
 
 @needs_harness
+def test_identity_covers_a_group_and_not_the_addresses_of_functions(own_tasks, tmp_path):
+    folder = write_choices(tmp_path / "tasks", [0] * 5, extra="doc_to_text: !function helper.bound\n")
+    (folder / "helper.py").write_text(
+        "from functools import partial\n\ndef text(prefix, doc):\n    return prefix\n\nbound = partial(text, 'A')\n"
+    )
+
+    def identity(name):
+        return TaskSuite([name], task_paths=[folder]).identity(name)
+
+    def with_group(weight, version):
+        (folder / "all.yaml").write_text(
+            "group: all\ntask: [choose]\naggregate_metric_list: [{metric: acc, weight_by_size: "
+            f"{weight}}}]\nmetadata: {{version: {version}}}\n"
+        )
+        return identity("all")
+
+    assert identity("choose") == identity("choose")
+    assert with_group("true", 1) == with_group("true", 1)
+    assert len({with_group("true", 1), with_group("false", 1), with_group("true", 2)}) == 3
+
+
+@needs_harness
+def test_tasks_that_draw_random_numbers_give_each_checkpoint_the_same_questions(own_tasks, model, tokenizer, tmp_path):
+    """Python's and NumPy's own generators are seeded, and left as they were."""
+    folder = write_choices(tmp_path / "tasks", [0] * 5, extra="doc_to_text: !function helper.text\n")
+    (folder / "helper.py").write_text(
+        "import random\nimport numpy\n\ndef text(doc):\n    return f'{random.random()} {numpy.random.rand()}'\n"
+    )
+    suite, asked = TaskSuite(["choose"], task_paths=[folder]), []
+    random.seed(7)
+    expected = random.Random(7).random()
+    for _ in range(2):
+        suite.run("choose", model, tokenizer)
+        asked.append([instance.args for instance in suite._loaded["choose"]["tasks"]["choose"].instances])
+    assert asked[0] == asked[1] and len(set(asked[0])) > 4
+    assert random.random() == expected
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("process_results: !function helper.fail\n", r"choose failed \(KeyError: 'nothing'\); leave it out"),
+        ('doc_to_choice: "{{[question*50, question]}}"\n', r"\(AssertionError\); the model reads 128 tokens; leave it"),
+    ],
+)
+def test_task_that_fails_while_it_runs_is_one_error(own_tasks, model, tokenizer, tmp_path, extra, message):
+    folder = write_choices(tmp_path / "tasks", [0] * 5, extra=extra)
+    (folder / "helper.py").write_text("def fail(doc, results):\n    return doc['nothing']\n")
+    with pytest.raises(UserError, match=message):
+        TaskSuite(["choose"], task_paths=[folder]).run("choose", model, tokenizer)
+
+
+@needs_harness
+def test_limit_on_generated_tokens_replaces_that_of_transformers(own_tasks, tokenizer, tmp_path):
+    extra = (
+        "output_type: generate_until\ngeneration_kwargs: {until: ['#'], max_length: 60}\ndoc_to_target: '{{answer}}'\n"
+    )
+    folder = write_choices(tmp_path / "tasks", [0] * 5, extra=extra)
+    suite = TaskSuite(["choose"], task_paths=[folder], max_new_tokens=3)
+    task = suite._loaded["choose"]["tasks"]["choose"]
+    suite.run("choose", writes(tokenizer, "a"), tokenizer)
+    assert {instance.resps[0] for instance in task.instances} == {"aaa"}
+
+
+@needs_harness
 def test_task_with_zero_fewshot_gets_no_exemplars(own_tasks, model, tokenizer, tmp_path):
     folder = write_choices(tmp_path / "tasks", [0] * 5, extra="num_fewshot: 0\n")
     suite = TaskSuite(["choose"], task_paths=[folder], num_fewshot=2)
@@ -385,6 +452,11 @@ def test_errors_with_built_in_tasks(harness_tasks, tmp_path, wrong):
         ("metric_list: [{metric: mauve, aggregation: mean, hf_evaluate: true}]\n", {}, "metric 'mauve' would download"),
         ("", {"num_fewshot": 1}, "^evaluation.num_fewshot: choose has no exemplars besides its test items; use 0$"),
         ("num_fewshot: 3\n", {}, "^evaluation.num_fewshot: choose has no exemplars"),
+        (
+            "test_split: null\nvalidation_split: test\nfewshot_split: test\nnum_fewshot: 3\n",
+            {},
+            "^evaluation.num_fewshot: choose has no exemplars",
+        ),
     ],
 )
 def test_tasks_that_cannot_run_are_refused(own_tasks, tmp_path, extra, settings, message):
