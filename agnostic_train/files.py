@@ -118,6 +118,19 @@ def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
             )
 
 
+def remove_own(path: Path, is_own: Callable[[Path], bool]) -> None:
+    """Deletes a file, or the files of a folder and the folder if that leaves it empty, as far as they are our own.
+
+    is_own: whether a file may be deleted.
+    """
+    # All are asked before the first is deleted: a file may tell which others are our own.
+    entries = list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    for entry in [it for it in entries if is_own(it)]:
+        entry.unlink()
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
 def _is_never_own(entry: Path) -> bool:
     return False
 
@@ -149,7 +162,8 @@ def whole_directory(path: str | Path, is_own: Callable[[Path], bool] = _is_never
             try:
                 os.rename(temporary, path)
             except BaseException:
-                os.rename(old, path)
+                if not path.exists():  # an interrupt may come after the new one has moved in
+                    os.rename(old, path)
                 raise
             shutil.rmtree(old)
         else:

@@ -138,16 +138,20 @@ class CorpusSection:
     training_sentences: int | None = Field(
         default=None,
         ge=1,
-        description="Maximum number of further training sentences to train on; default: all. Streaming needs a number.",
+        description="Maximum number of further training sentences per language; default: all. Streaming needs one.",
     )
     validation_sentences: int | None = Field(
-        default=None, ge=1, description="Number of validation sentences; default: all, or 1000 of a dataset."
+        default=None,
+        ge=1,
+        description="Number of validation sentences per language; default: all, or 1000 of a dataset.",
     )
     test_sentences: int | None = Field(
-        default=None, ge=1, description="Number of test sentences; default: all, or 1000 of a dataset."
+        default=None, ge=1, description="Number of test sentences per language; default: all, or 1000 of a dataset."
     )
     max_length: int | None = Field(
-        default=None, ge=2, description="Truncate sentences to this many tokens; default: the model's limit."
+        default=None,
+        ge=2,
+        description="Truncate sentences to this many tokens; default: the model's limit (packing needs a number).",
     )
     add_bos: bool | None = Field(
         default=None,
@@ -209,7 +213,7 @@ class DetectionSection:
     )
     stability: bool = Field(
         default=False,
-        description="Also detect on other samples and report how well the sets agree; 3.4 times the work.",
+        description="Also detect on other samples and report how well the sets agree; about 3.4 times the work.",
     )
     verify: bool = Field(default=True, description="Before detection, compare a few impacts with real deactivation.")
 

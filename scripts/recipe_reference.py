@@ -12,8 +12,9 @@ HEAD = """# Every key of a recipe
 
 Written by `python scripts/recipe_reference.py` from `agnostic_train/recipe.py`: don't edit it here. In a YAML file a
 key belongs in its section; as a flag it is `--section.key=value`, and a flag wins over the file. `training` also takes
-every key of transformers' `TrainingArguments` except `output_dir`, `report_to` and `run_name`, which the recipe sets by
-other keys, and `push_to_hub`. Relative paths, in recipes and flags, start at the folder in which the command runs.
+every key of transformers' `TrainingArguments` except `output_dir`, `report_to`, `run_name` and `project`, which the
+recipe sets by other keys, and `push_to_hub`, `resume_from_checkpoint`, `parallelism_config` and `greater_is_better`.
+Relative paths, in recipes and flags, start at the folder in which the command runs.
 """
 FILE = Path(__file__).resolve().parent.parent / "recipes/REFERENCE.md"
 

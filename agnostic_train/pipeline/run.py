@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import check_replaceable, fingerprint, sole_user
+from agnostic_train.files import check_replaceable, fingerprint, remove_own, sole_user
 from agnostic_train.pipeline import STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_inputs, check_stage
 from agnostic_train.pipeline.manifest import Manifest, changed_in_words, package_versions
@@ -155,6 +155,9 @@ class Pipeline:
             for written in STAGE_TABLE[stage].replaces:
                 if self.manifest.remove_outputs(written, spared=read):
                     self._removed.add(written)
+                if not self.manifest.record(written).get("finished", True):
+                    for name, is_own in STAGE_TABLE[written].optional.items():
+                        remove_own(self.directory / name, is_own)
             if forced:
                 shutil.rmtree(context.work, ignore_errors=True)
             if STAGE_TABLE[stage].resumes:

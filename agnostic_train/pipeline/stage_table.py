@@ -1,7 +1,7 @@
 """What each stage runs and publishes, which files and folders it replaces, and which keys its memory depends on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agnostic_train.export.checkpoint import is_exported
@@ -16,6 +16,10 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 _Folders = dict[str, Callable[[Path], bool]]
 
 
+def _is_named_as_ours(path: Path) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Stage:
     """How a stage runs, and what it replaces in `output_dir`.
@@ -28,6 +32,8 @@ class Stage:
         folders: the folders that it replaces as a whole, by recipe, each with a test for its own files.
         replaces: stages whose files, apart from those it reads, are deleted before it writes: which files they write
             depends on their options, and none of an earlier run may stay.
+        optional: what it writes only with some options, as names in `output_dir`, each with a test for its own files;
+            an interrupted run may have left it without a record.
         memory_keys: the keys that its memory depends on, apart from the weights.
         check_files: refuses a model or files with which the stage can't run, before any stage runs; loads no weights.
         check_text: refuses too little text, before any stage runs.
@@ -41,6 +47,7 @@ class Stage:
     owns: Callable[[str], bool] = lambda key: True
     folders: Callable[[Recipe], _Folders] = lambda recipe: {}
     replaces: tuple[str, ...] = ()
+    optional: _Folders = field(default_factory=dict)
     memory_keys: str | None = None
     check_files: Callable[[Materials], None] = lambda materials: None
     check_text: Callable[[Materials, NeuronTrainingArguments], None] = lambda materials, arguments: None
@@ -70,6 +77,7 @@ STAGE_TABLE = {
         "score",
         folders=lambda recipe: {score.EMERGENCE: is_emergence_file} if recipe.model.checkpoints else {},
         replaces=("score",),
+        optional={"emergence.json": _is_named_as_ours, score.EMERGENCE: is_emergence_file},
         memory_keys="corpus.batch_size",
         check_files=score.check_files,
     ),
@@ -78,6 +86,7 @@ STAGE_TABLE = {
         pilot.publish,
         "training",
         owns=pilot.is_own_key,
+        optional={pilot.PILOT: _is_named_as_ours},
         memory_keys=_TRAINING_MEMORY,
         check=pilot.check_candidates,
     ),
@@ -88,6 +97,7 @@ STAGE_TABLE = {
         owns=lambda key: not pilot.is_own_key(key),
         folders=lambda recipe: {train.ADAPTER: train.is_adapter_file},
         replaces=("train", "pilot"),
+        optional={train.ADAPTER: train.is_adapter_file},
         memory_keys=_TRAINING_MEMORY,
         check_files=train.check_files,
         check_text=train.check_text,
@@ -100,12 +110,14 @@ STAGE_TABLE = {
         "export",
         folders=lambda recipe: {export.EXPORTS[to]: is_exported for to in ("merged", recipe.export.to)},
         replaces=("export", "evaluate"),
+        optional={folder: is_exported for to, folder in export.EXPORTS.items() if to != "merged"},
         check_files=export.check_files,
     ),
     "evaluate": Stage(
         evaluate.evaluate,
         evaluate.publish,
         "evaluation",
+        optional={"evaluation.json": _is_named_as_ours},
         memory_keys="evaluation.batch_size",
         check_files=evaluate.check_files,
     ),

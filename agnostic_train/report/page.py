@@ -65,7 +65,7 @@ def write_report(
     if score["ablation"].keys() - {NOTHING}:
         title = "Perplexity with sets of neurons switched off"
         titles["ablation"] = (title, partial(draw_ablation, score["ablation"]))
-    if (directory / "emergence.json").exists():
+    if recipe["model"]["checkpoints"]:
         rows = read_json(directory / "emergence.json")
         titles["emergence"] = ("Over the model's training", partial(draw_emergence, rows))
     comparison = read_json(directory / "comparison.json") if has_comparison else None

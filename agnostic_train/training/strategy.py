@@ -128,7 +128,8 @@ class Strategy:
         if not len(neurons):
             remedy = "lower detection.consistency or raise detection.top_ratio"
             if detected.settings.get("method") == "lape":  # LAPE finds few shared neurons
-                remedy = "raise detection.lape_ratio" + ("" if name == "related" else ", or train 'related'")
+                has_related = any(len(detected.related[it]) for it in languages)
+                remedy = "raise detection.lape_ratio" + (", or train 'related'" if has_related else "")
             raise UserError(f"training.strategy: {name!r} of {names} has no neuron to train; {remedy}")
         if self.name == "lora":
             lora, num_parameters = equal_lora(neurons, model)

@@ -573,3 +573,39 @@ def test_checkpoints_that_cannot_be_trained_or_exported_are_refused_before_any_s
     assert not (root / "out/neurons").exists()
     (root / "model/config.json").unlink()
     assert_mistake(root, "detect", [], "has no config.json but an adapter; merge it into its base", capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "flags", "then", "left"),
+    [
+        (
+            "score",
+            "score",
+            ["--model.checkpoints={root}/model"],
+            ["run"],
+            ["emergence.json", "emergence", "figures/emergence.png"],
+        ),
+        ("train", "train", [], ["run", "--training.update=mask"], ["adapter"]),
+        ("export", "export", ["--export.to=lora"], ["run"], ["lora"]),
+        ("evaluate", "evaluate", [], ["export", "--export.dtype=bfloat16"], ["evaluation.json"]),
+        ("train", "pilot", ["--training.strategy=pilot", "--training.pilot_steps=2"], ["run"], ["pilot.json"]),
+    ],
+)
+def test_what_an_interrupted_stage_wrote_does_not_stay_as_another_runs(
+    root, monkeypatch, command, stage, flags, then, left
+):
+    finish = Manifest.finish
+
+    def interrupted(self, name, *args):
+        if name == stage:
+            raise KeyboardInterrupt
+        return finish(self, name, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "finish", interrupted)
+        assert run(root, command, *(it.format(root=root) for it in flags)) == 130
+    assert (root / "out" / left[0]).exists()
+    assert run(root, *then) == 0
+    assert not [it for it in left if (root / "out" / it).exists()]
+    if "run" in then:
+        assert "Over the model's training" not in (root / "out/report.html").read_text()

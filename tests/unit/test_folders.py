@@ -9,8 +9,8 @@ import pytest
 from conftest import tiny_llama
 
 from agnostic_train.errors import UserError
-from agnostic_train.export.checkpoint import export_checkpoint
-from agnostic_train.files import sole_user, whole_directory
+from agnostic_train.export.checkpoint import export_checkpoint, is_exported
+from agnostic_train.files import remove_own, sole_user, whole_directory
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 
@@ -85,6 +85,34 @@ def test_folder_moved_away_by_a_killed_process_is_restored(tmp_path):
     with sole_user(tmp_path):
         assert (tmp_path / "neurons/summary.json").read_text() == "old"
         assert {it.name for it in tmp_path.iterdir()} == {"neurons", ".lock"}
+
+
+def test_only_own_files_are_removed(tmp_path):
+    folder = tmp_path / "lora"
+    export(folder)
+    (folder / "mine.txt").write_text("mine")
+    remove_own(folder, is_exported)
+    assert [it.name for it in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    for path in (folder, tmp_path / "absent"):
+        remove_own(path, is_exported)
+        assert not path.exists()
+
+
+def test_interrupt_after_a_folder_was_replaced_leaves_the_new_one(tmp_path, monkeypatch):
+    original = os.rename
+
+    def interrupted(source, target):
+        original(source, target)
+        if str(source).endswith(".tmp"):
+            raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.txt").write_text("old")
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "out", lambda path: True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert [it.name for it in (tmp_path / "out").iterdir()] == ["new.txt"]
 
 
 def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
