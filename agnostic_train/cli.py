@@ -70,9 +70,8 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
             )
         for key in training_keys:
             groups["training"].add_argument(f"--training.{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        groups[
-            "training"
-        ].description = "and the keys of transformers' TrainingArguments; recipes/REFERENCE.md names the exceptions"
+        note = "and most keys of transformers' TrainingArguments (recipes/REFERENCE.md names the exceptions)"
+        groups["training"].description = note
     return parser
 
 

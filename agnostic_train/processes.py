@@ -1,7 +1,8 @@
 """Sharing work among the processes of a run.
 
 Batches are made before they are shared out, so that the number of processes affects a result only through the order in
-which floats are summed.
+which floats are summed. The exception are the losses that transformers itself evaluates during a training: each is a
+mean over batches, which differ with the number of processes.
 """
 
 from collections.abc import Iterable, Iterator
