@@ -1,12 +1,12 @@
 """A folder is written only if it is absent, empty or holds our own files; anything else is left untouched."""
 
 import errno
-import fcntl
 import json
 import os
 
 import pytest
 from conftest import tiny_llama
+from filelock import FileLock
 
 from agnostic_train.errors import UserError
 from agnostic_train.export.checkpoint import export_checkpoint, is_exported
@@ -119,7 +119,7 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(FileLock, "acquire", fail)
     with (
         pytest.raises(UserError, match=f"output_dir: {tmp_path} can't be locked .No locks available.; use"),
         sole_user(tmp_path),
