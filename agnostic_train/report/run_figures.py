@@ -28,7 +28,7 @@ def draw_neurons(detected: LanguageNeurons) -> Figure:
         axis.set_yticks(range(len(projections)), projections)
         axis.set_title(f"{name}: {len(neurons)}", fontsize=10, loc="left")
         axis.set_xticks(range(num_layers) if num_layers <= 16 else range(0, num_layers, 4))
-        figure.colorbar(image, ax=axis, fraction=0.02, ticks=MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axis, fraction=0.02, ticks=MaxNLocator(4, integer=True))
     axes[-1].set_xlabel("layer")
     return figure
 
