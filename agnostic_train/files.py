@@ -119,14 +119,17 @@ def check_replaceable(path: str | Path, is_own: Callable[[Path], bool]) -> None:
 
 
 def remove_own(path: Path, is_own: Callable[[Path], bool]) -> None:
-    """Deletes a file, or the files of a folder and the folder if that leaves it empty, as far as they are our own.
+    """Deletes a file, or the entries of a folder and the folder if that leaves it empty, as far as they are our own.
 
-    is_own: whether a file may be deleted.
+    is_own: whether an entry may be deleted.
     """
     # All are asked before the first is deleted: a file may tell which others are our own.
     entries = list(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     for entry in [it for it in entries if is_own(it)]:
-        entry.unlink()
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 

@@ -7,11 +7,12 @@ from urllib.parse import quote
 
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 
 from agnostic_train.corpus.documents import row_of, texts_of
 from agnostic_train.corpus.local_files import can_open, lines_of
 from agnostic_train.errors import UserError, in_one_line
+from agnostic_train.hub_names import is_path, refusal
 from agnostic_train.recipe import CorpusSection
 
 _BUILDERS = {".jsonl": "text", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
@@ -53,24 +54,20 @@ def check_dataset(section: CorpusSection) -> None:
     name = str(section.dataset)
     if Path(name).is_dir():
         return
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the hub's names have one
+    if is_path(name):
         raise UserError(f"corpus.dataset: no such folder {name}")
     if "/" not in name:  # a format, such as json
         return
     try:
         # `datasets` finds no file in a repository or revision that doesn't exist, and reports nothing else.
-        HfApi().dataset_info(name, revision=section.revision)
+        HfApi().dataset_info(name, revision=section.revision, expand=["sha"])  # without the list of its files
         HfApi().auth_check(name, repo_type="dataset")
     except RevisionNotFoundError:
         raise UserError(f"corpus.revision: {name} has no revision {section.revision!r}") from None
-    except GatedRepoError:
-        remedy = "accept its terms on its page of the hub, then run `hf auth login`"
-        raise UserError(f"corpus.dataset: {name} is gated; {remedy}") from None
-    except RepositoryNotFoundError:
-        missing = "no such folder, and no such dataset on the hub (a private one needs `hf auth login`)"
-        raise UserError(f"corpus.dataset: {name}: {missing}") from None
-    except Exception:  # such as no network: reading the text will say
-        return
+    except Exception as error:
+        problem = refusal(error, "dataset")
+        if problem is not None:  # else such as no network: reading the text will say
+            raise UserError(f"corpus.dataset: can't stream {name}: {problem}") from None
 
 
 def _ending(section: CorpusSection, files: str | None) -> str | None:

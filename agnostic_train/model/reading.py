@@ -8,13 +8,14 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, extract_commit_hash
 from transformers.utils.logging import get_logger
 
 from agnostic_train.errors import UserError
+from agnostic_train.hub_names import is_path, refusal
 
 logger = get_logger(__name__)
 
@@ -88,8 +89,7 @@ def commit_of(model: nn.Module) -> str | None:
 
 
 def _is_local(name: str | Path) -> bool:
-    # A path with more than one slash can't be a hub name; the hub would be asked for it repeatedly.
-    return Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    return Path(name).exists() or is_path(name)  # the hub would be asked for any other path repeatedly
 
 
 @contextmanager
@@ -104,10 +104,8 @@ def _in_one_line(part: str, name: str | Path, key: str, revision: str | None) ->
         if isinstance(error.__cause__, RevisionNotFoundError):
             key = "model.revision" if key == "model.name" else key
             raise UserError(f"{key}: {name} has no revision {revision!r}") from None
-        if isinstance(error.__cause__, GatedRepoError):
-            problem = "it is gated; accept its terms on its page of the hub, then run `hf auth login`"
-        elif isinstance(error.__cause__, RepositoryNotFoundError):
-            problem = "no such folder, and no such repository on the hub (a private one needs `hf auth login`)"
+        if refused := refusal(error.__cause__, "model"):
+            problem = refused
         elif "trust_remote_code" in str(error):
             problem = "it comes with code of its own; if you trust that, set model.trust_remote_code: true"
         elif "Unrecognized configuration class" in str(error):

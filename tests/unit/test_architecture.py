@@ -4,9 +4,9 @@ import ast
 
 ORDER = {
     "": [
-        "errors", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe", "recipe_keys",
-        "recipe_file", "corpus", "model", "neurons", "impact", "detection", "scores", "training", "export",
-        "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
+        "errors", "hub_names", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe",
+        "recipe_keys", "recipe_file", "corpus", "model", "neurons", "impact", "detection", "scores", "training",
+        "export", "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "evaluation_text", "encoding"],
     "model": ["decoder", "memory", "weights", "inference", "reading", "loading"],

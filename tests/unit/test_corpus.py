@@ -797,15 +797,15 @@ def test_line_that_is_not_utf8_is_located(folder):
     ("error", "message"),
     [
         (RevisionNotFoundError, "corpus.revision: me/mine has no revision 'v1'"),
-        (GatedRepoError, "corpus.dataset: me/mine is gated; accept its terms .* then run `hf auth login`"),
-        (RepositoryNotFoundError, "corpus.dataset: me/mine: no such folder, and no such dataset on the hub"),
+        (GatedRepoError, "corpus.dataset: .* me/mine: it is gated; accept its terms .* then run `hf auth login`"),
+        (RepositoryNotFoundError, "corpus.dataset: .* me/mine: no such folder, and no such dataset on the hub"),
         (ConnectionError, None),
     ],
 )
 def test_dataset_that_the_hub_refuses_is_named_with_its_remedy(monkeypatch, error, message):
     asked = []
 
-    def info(api, name, revision):
+    def info(api, name, revision, expand):
         asked.append((name, revision))
         raise error.__new__(error)
 

@@ -90,6 +90,11 @@ def test_folder_moved_away_by_a_killed_process_is_restored(tmp_path):
 def test_only_own_files_are_removed(tmp_path):
     folder = tmp_path / "lora"
     export(folder)
+    # Some tokenizers write a folder of their own.
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": [*manifest["files"], "templates"]}))
+    (folder / "templates").mkdir()
+    (folder / "templates/one.jinja").write_text("x")
     (folder / "mine.txt").write_text("mine")
     remove_own(folder, is_exported)
     assert [it.name for it in folder.iterdir()] == ["mine.txt"]

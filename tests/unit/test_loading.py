@@ -198,7 +198,7 @@ def test_a_run_reads_one_commit_although_a_branch_moves(hub):
     [
         (RevisionNotFoundError, "model.revision: me/mine has no revision 'v1'"),
         (GatedRepoError, "model.name: .* it is gated; accept its terms .* then run `hf auth login`"),
-        (RepositoryNotFoundError, "model.name: .* no such folder, and no such repository on the hub"),
+        (RepositoryNotFoundError, "model.name: .* no such folder, and no such model on the hub"),
     ],
 )
 def test_errors_of_the_hub_name_key_and_remedy(monkeypatch, cause, message):
