@@ -12,10 +12,10 @@ from agnostic_train.errors import UserError
 from agnostic_train.files import hash_file
 from agnostic_train.recipe import CorpusSection, EvaluationSection
 
+_PARALLEL = "evaluation.parallel"
 
-def read_test_text(
-    section: CorpusSection, language: str, path: str | Path | None = None, keep: Path | None = None
-) -> tuple[list[str], dict]:
+
+def read_test_text(section: CorpusSection, language: str, keep: Path | None = None) -> tuple[list[str], dict]:
     """Returns the test sentences of a language that is only evaluated, and the SHA-256 of each file they came from.
 
     Local text needs `{lang}.test` or `{lang}.valid`; a hub dataset is streamed, as by `load_corpus`.
@@ -24,14 +24,14 @@ def read_test_text(
         UserError: neither file exists, or there are fewer sentences than asked for.
     """
     count = section.test_sentences
-    if path is None:
+    if section.path is None:
         count = count or STREAMED_DEFAULT
         sentences, hashes, source = streamed_test(section, language, count, keep), {}, str(section.dataset)
     else:
-        files = {split: find_file(Path(path), language, split) for split in ("test", "valid")}
+        files = {split: find_file(Path(section.path), language, split) for split in ("test", "valid")}
         file = files["test"] or files["valid"]
         if file is None:
-            missing = Path(path) / f"{language}.test.txt"
+            missing = Path(section.path) / f"{language}.test.txt"
             raise UserError(f"evaluation.languages: {language!r} has no file {missing}, nor .valid; add one")
         sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
         # The same half as for a language that is detected, since this one may become one.
@@ -47,16 +47,11 @@ def read_test_text(
 
 
 def read_evaluation_text(
-    corpus: Corpus,
-    section: CorpusSection,
-    evaluation: EvaluationSection,
-    path: str | Path | None = None,
-    keep: Path | None = None,
+    corpus: Corpus, section: CorpusSection, evaluation: EvaluationSection, keep: Path | None
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
     """Returns the text for evaluation, by kind (`test`, `parallel`) and language, and the SHA-256 of files read for it.
 
-    Args:
-        path, keep: as for `load_corpus`.
+    keep: as for `load_corpus`.
 
     Raises:
         UserError: as by `read_test_text` and `parallel_text`.
@@ -64,7 +59,7 @@ def read_evaluation_text(
     texts = {"test": {language: text.test for language, text in corpus.texts.items()}}
     hashes: dict[str, str] = {}
     for language in evaluation.languages:
-        texts["test"][language], file_hashes = read_test_text(section, language, path, keep)
+        texts["test"][language], file_hashes = read_test_text(section, language, keep)
         hashes |= file_hashes
     if evaluation.parallel is not None:
         languages = [*section.languages, *evaluation.languages]
@@ -116,12 +111,28 @@ def parallel_text(
         UserError: there is no folder, no file, or too few lines; the lines aren't aligned; or a line is in the
             detection, training or validation text.
     """
-    key, folder = "evaluation.parallel", Path(folder)
+    lines = _aligned_lines(Path(folder), languages)
+    kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
+    if not kept:
+        raise UserError(f"{_PARALLEL}: no line of {folder} has text in all of {', '.join(lines)}")
+    if count is not None:
+        if len(kept) < count:
+            raise UserError(f"{_PARALLEL}_sentences: {count} asked for, {folder} has {len(kept)}")
+        kept = sorted(random.Random(seed).sample(kept, count))
+    drawn = {language: [own[index] for index in kept] for language, own in lines.items()}
+    _check_unseen(drawn, corpus, split_sentences)
+    return drawn
+
+
+def _aligned_lines(folder: Path, languages: Sequence[str]) -> dict[str, list[str]]:
+    """Reads `{lang}.txt` of each language that has one, without the blank lines that end all of them."""
     if not folder.is_dir():
-        raise UserError(f"{key}: {folder} isn't a folder")
+        raise UserError(f"{_PARALLEL}: {folder} isn't a folder")
     files = {language: file for language in languages if (file := folder / f"{language}.txt").exists()}
     if not files:
-        raise UserError(f"{key}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt")
+        raise UserError(
+            f"{_PARALLEL}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt"
+        )
     lines = {
         language: [it.strip() for it in read_text(file).removesuffix("\n").split("\n")]
         for language, file in files.items()
@@ -129,28 +140,26 @@ def parallel_text(
     # Some files end with blank lines, which others lack.
     lengths = {language: max((n for n, it in enumerate(own, 1) if it), default=0) for language, own in lines.items()}
     longest = max(lengths, key=lambda language: lengths[language])
-    for language, own_lines in lines.items():
-        if len(own_lines) < lengths[longest]:
+    for language, own in lines.items():
+        if len(own) < lengths[longest]:
             raise UserError(
-                f"{key}: {files[language]} has {len(own_lines)} lines, {files[longest].name} {lengths[longest]}; "
+                f"{_PARALLEL}: {files[language]} has {len(own)} lines, {files[longest].name} {lengths[longest]}; "
                 "aligned text has as many in every language"
             )
-        del own_lines[lengths[longest] :]
-    kept = [index for index, line in enumerate(zip(*lines.values(), strict=True)) if all(line)]
-    if not kept:
-        raise UserError(f"{key}: no line of {folder} has text in all of {', '.join(lines)}")
-    if count is not None:
-        if len(kept) < count:
-            raise UserError(f"{key}_sentences: {count} asked for, {folder} has {len(kept)}")
-        kept = sorted(random.Random(seed).sample(kept, count))
-    for language, text in corpus.texts.items():
-        seen = {line for line in (*text.detection, *text.training, *text.validation)}
-        own_lines = [lines[language][index] for index in kept if language in lines]
-        parts = {line: [*split_documents([line], split_sentences)] for line in own_lines}
-        repeated = [line for line in own_lines if parts[line] and seen.issuperset(parts[line])]
+    return {language: own[: lengths[longest]] for language, own in lines.items()}
+
+
+def _check_unseen(drawn: Mapping[str, Sequence[str]], corpus: Corpus, split_sentences: bool) -> None:
+    """Raises `UserError` for lines that are, whole or sentence by sentence, in text that trains or selects."""
+    for language, lines in drawn.items():
+        text = corpus.texts.get(language)
+        if text is None:  # a language that is only measured
+            continue
+        seen = {*text.detection, *text.training, *text.validation}
+        parts = {line: [*split_documents([line], split_sentences)] for line in lines}
+        repeated = [line for line in lines if parts[line] and seen.issuperset(parts[line])]
         if repeated:
             raise UserError(
-                f"{key}: {len(repeated)} lines of {files[language]} are in the train or valid text, such as "
+                f"{_PARALLEL}: {len(repeated)} lines of {language}.txt are in the train or valid text, such as "
                 f"{repeated[0][:60]!r}; take them out of one"
             )
-    return {language: [own_lines[index] for index in kept] for language, own_lines in lines.items()}

@@ -41,12 +41,11 @@ class Corpus:
 
 def load_corpus(
     section: CorpusSection,
-    path: str | Path | None = None,
     progress: bool = False,
     keep: Path | None = None,
     trained: Container[str] | None = None,
 ) -> Corpus:
-    """Reads the text of every language from `path` or, if it is None, from the hub's `corpus.dataset`.
+    """Reads the text of every language from `corpus.path` or, if there is none, from the hub's `corpus.dataset`.
 
     Local text is `{lang}.train`, `{lang}.valid` and optionally `{lang}.test`, as `.txt` (one document per line) or
     `.jsonl`, compressed or not, or as `.parquet`. Without a test file, every second sentence of valid is test text, and
@@ -64,13 +63,13 @@ def load_corpus(
     """
     texts, hashes = {}, {}
     for language in section.languages:
-        if path is None:
+        if section.path is None:
             with_training = trained is None or language in trained
             parts = streamed_by_purpose(section, language, with_training, keep, progress)
             texts[language] = LanguageText(**parts)
             hashes[f"{language}, streamed"] = fingerprint(parts)
         else:
-            texts[language], files = _local(section, Path(path), language)
+            texts[language], files = _local(section, Path(section.path), language)
             hashes |= {file.name: hash_file(file) for file in files}
     return Corpus(texts, hashes)
 

@@ -43,10 +43,10 @@ def count_top_neurons(
     batches: Iterable[Batch],
     options: CountingOptions,
     *,
-    description: str = "",
-    num_sentences: int | None = None,
-    file: Path | None = None,
-    key: str = "",
+    description: str,
+    num_sentences: int | None,
+    file: Path | None,
+    key: str,
 ) -> tuple[TopCounts, set[int]]:
     """Counts how often each neuron is among the top of its sentence.
 

@@ -36,7 +36,7 @@ class FiringRates:
     num_sentences: int
 
 
-def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, progress: bool = True) -> FiringRates:
+def firing_rates(model: nn.Module, batches: Iterable[Batch], language: str, progress: bool) -> FiringRates:
     """Counts on how many tokens each unit's activation function is above zero.
 
     SiLU, GELU and ReLU are above zero exactly where their input is, so the input is counted: the gate's output, or

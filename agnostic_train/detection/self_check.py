@@ -47,7 +47,7 @@ class ImpactMismatchError(UserError):
         table: the comparisons, as lines of text.
     """
 
-    def __init__(self, message: str, table: str = ""):
+    def __init__(self, message: str, table: str):
         super().__init__(message)
         self.table = table
 

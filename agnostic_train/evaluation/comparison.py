@@ -11,6 +11,7 @@ variance and its few degrees of freedom.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -106,66 +107,84 @@ def compare_strategies(
             seeds.
         best: per group, the strategies that no other strategy beats beyond noise.
     """
-    names, languages = list(after), list(before)
+    names = list(after)
     if not names:
         return {"strategies": {}, "differences": [], "best": {}}
     seeds = list(after[names[0]])
-    groups = {name: [it for it in members if it in before] for name, members in groups.items()}
-    groups = {name: members for name, members in groups.items() if members}
-    # By language and by group: (strategies, seeds) and (resamples, strategies, seeds).
-    points: dict[str, Tensor] = {}
-    draws: dict[str, Tensor] = {}
-    for index, language in enumerate(languages):
+    by_language: dict[str, _Changes] = {}
+    for index, language in enumerate(before):
         runs = [after[name][seed][language] for name in names for seed in seeds]
         draw_seed = _SEED if aligned else _SEED + index * num_resamples
-        point, drawn = resampled_changes(before[language], runs, num_resamples, draw_seed)
-        points[language], draws[language] = (it.unflatten(-1, (len(names), len(seeds))) for it in (point, drawn))
-    of_group = {name: f"group {name}" for name in groups}
-    for group, members in groups.items():
-        for values in (points, draws):
-            values[of_group[group]] = torch.stack([values[it] for it in members]).mean(0)
-
-    def summary(key: str, index: int) -> dict:
-        by_seed = points[key]
-        noise = _wider(_seed_noise(by_seed, by_seed[index], num_resamples))
-        return {
-            "mean": float(by_seed[index].mean()),
-            "interval": interval(draws[key][:, index].mean(-1) + noise, LEVEL),
-            "by_seed": {str(seed): value for seed, value in zip(seeds, by_seed[index].tolist(), strict=True)},
-        }
-
+        changes = resampled_changes(before[language], runs, num_resamples, draw_seed)
+        by_language[language] = _Changes(*(it.unflatten(-1, (len(names), len(seeds))) for it in changes))
+    by_group = {
+        group: _mean([by_language[it] for it in measured])
+        for group, members in groups.items()
+        if (measured := [it for it in members if it in before])
+    }
     strategies = {
         name: {
-            "languages": {language: summary(language, index) for language in languages},
-            "groups": {group: summary(of_group[group], index) for group in groups},
+            "languages": {language: changes.summary(index, seeds) for language, changes in by_language.items()},
+            "groups": {group: changes.summary(index, seeds) for group, changes in by_group.items()},
         }
         for index, name in enumerate(names)
     }
-    differences = []
-    pairs = list(combinations(range(len(names)), 2))
-    for group in groups:
-        by_seed, drawn = points[of_group[group]], draws[of_group[group]].mean(-1)
-        gaps = torch.stack([by_seed[a] - by_seed[b] for a, b in pairs]) if pairs else by_seed[:0]
+    differences = [
+        {"strategies": [names[a], names[b]], "group": group, **difference}
+        for group, changes in by_group.items()
+        for (a, b), difference in changes.differences().items()
+    ]
+    best = {group: _undominated(names, [it for it in differences if it["group"] == group]) for group in by_group}
+    return {"strategies": strategies, "differences": differences, "best": best}
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """The relative changes of a language, or their mean over the languages of a group, float64.
+
+    Attributes:
+        by_seed: (strategies, seeds).
+        draws: on resampled sentences, (resamples, strategies, seeds).
+    """
+
+    by_seed: Tensor
+    draws: Tensor
+
+    def summary(self, strategy: int, seeds: Sequence[int]) -> dict:
+        own = self.by_seed[strategy]
+        noise = _wider(_seed_noise(self.by_seed, own, len(self.draws)))
+        return {
+            "mean": float(own.mean()),
+            "interval": interval(self.draws[:, strategy].mean(-1) + noise, LEVEL),
+            "by_seed": {str(seed): value for seed, value in zip(seeds, own.tolist(), strict=True)},
+        }
+
+    def differences(self) -> dict[tuple[int, int], dict]:
+        """By pair of strategies, how far the first's mean lies above the second's."""
+        num_strategies, num_seeds = self.by_seed.shape
+        if num_strategies == 1:
+            return {}
+        pairs, drawn = list(combinations(range(num_strategies), 2)), self.draws.mean(-1)
+        gaps = torch.stack([self.by_seed[a] - self.by_seed[b] for a, b in pairs])
+        differences = {}
         for gap, (a, b) in zip(gaps, pairs, strict=True):
             # The pairs' differences have only (strategies - 1) * (seeds - 1) independent degrees of freedom in total.
-            noises = _seed_noise(gaps, gap, num_resamples, num_independent=len(names) - 1)
+            noises = _seed_noise(gaps, gap, len(drawn), num_independent=num_strategies - 1)
             difference = drawn[:, a] - drawn[:, b]
             alone = interval(difference + _wider(noises), LEVEL)
             among_all = interval(difference + noises[0], 1 - (1 - LEVEL) / len(pairs))
-            differences.append(
-                {
-                    "strategies": [names[a], names[b]],
-                    "group": group,
-                    "mean": float(gap.mean()),
-                    "interval": alone,
-                    "simultaneous_interval": among_all,
-                    "beyond_noise": None
-                    if len(seeds) == 1
-                    else all(not it[0] <= 0 <= it[1] for it in (alone, among_all)),
-                }
-            )
-    best = {group: _undominated(names, [it for it in differences if it["group"] == group]) for group in groups}
-    return {"strategies": strategies, "differences": differences, "best": best}
+            differences[a, b] = {
+                "mean": float(gap.mean()),
+                "interval": alone,
+                "simultaneous_interval": among_all,
+                "beyond_noise": None if num_seeds == 1 else all(not it[0] <= 0 <= it[1] for it in (alone, among_all)),
+            }
+        return differences
+
+
+def _mean(changes: Sequence[_Changes]) -> _Changes:
+    by_seed, draws = [it.by_seed for it in changes], [it.draws for it in changes]
+    return _Changes(torch.stack(by_seed).mean(0), torch.stack(draws).mean(0))
 
 
 def _seed_noise(pool: Tensor, own: Tensor, count: int, num_independent: int | None = None) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ _SEED = 1234
 _NUM_RESAMPLES = 1000
 
 
-def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path] = ()) -> "TaskManager":
+def find_tasks(names: Sequence[str], task_paths: Sequence[str | Path]) -> "TaskManager":
     """Returns the harness's task manager after checking that it knows all names; loads no task.
 
     Arguments are as for `TaskSuite`.

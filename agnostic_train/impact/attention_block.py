@@ -138,7 +138,7 @@ class BlockForms:
         grows: whether the changes multiply logits by growths; logits are then shifted by the peaks only afterwards.
     """
 
-    def __init__(self, logits: Tensor, peaks: Tensor, value: Tensor, counted: Tensor, grows: bool = False):
+    def __init__(self, logits: Tensor, peaks: Tensor, value: Tensor, counted: Tensor, grows: bool):
         bits, shift = logits * log2(e), peaks * -log2(e)
         self._shifted = bits + shift
         self._start, self._shift = bits if grows else self._shifted, shift if grows else None

@@ -35,7 +35,7 @@ def available(value: Tensor, grows: bool = False, capped: bool = False) -> bool:
     )
 
 
-def _trial_length(length: int, only_looped: bool = False) -> int:
+def _trial_length(length: int, only_looped: bool) -> int:
     """A length for which the kernels are compiled as for `length`.
 
     only_looped: whether no length is kept in registers, so that all are compiled alike.

@@ -24,18 +24,17 @@ from agnostic_train.recipe import ModelSection
 _SMALL_FILE = 1 << 20
 
 
-def load_model(section: ModelSection, name: str | Path, key: str = "model.name") -> PreTrainedModel:
+def load_model(section: ModelSection, key: str = "model.name") -> PreTrainedModel:
     """Loads a causal language model in `model.dtype` onto the accelerator, if there is one.
 
     Args:
-        name: a local checkpoint folder or a hub name.
         key: the recipe key that names it, for error messages.
 
     Raises:
         UserError: the model doesn't exist, can't be loaded, or its checkpoint isn't complete.
     """
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    return read_model(name, key, dtype=dtype, **_source(section)).to(find_accelerator() or "cpu").eval()
+    return read_model(section.name, key, dtype=dtype, **_source(section)).to(find_accelerator() or "cpu").eval()
 
 
 def find_accelerator() -> torch.device | None:
@@ -47,18 +46,18 @@ def find_accelerator() -> torch.device | None:
     return None if accelerator is not None and accelerator.type == "mps" else accelerator
 
 
-def load_config(section: ModelSection, name: str | Path, key: str = "model.name") -> PreTrainedConfig:
+def load_config(section: ModelSection, key: str = "model.name") -> PreTrainedConfig:
     """Reads a model's config; raises `UserError` that names `key` if it can't."""
-    return read(AutoConfig, name, key, **_source(section))
+    return read(AutoConfig, section.name, key, **_source(section))
 
 
-def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel:
+def load_empty_model(section: ModelSection) -> PreTrainedModel:
     """Builds the model from its config alone, on the meta device: its modules and shapes, without weights.
 
     Raises:
         UserError: the config doesn't exist, or isn't one of a causal language model.
     """
-    config = load_config(section, name)
+    config = load_config(section)
     dtype = (config.get_text_config().dtype or torch.float32) if section.dtype == "auto" else section.dtype
     try:
         with torch.device("meta"):
@@ -69,39 +68,18 @@ def load_empty_model(section: ModelSection, name: str | Path) -> PreTrainedModel
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"model.name: no model can be made of the config of {name}: {shorten(str(error), 400)}"
+            f"model.name: no model can be made of the config of {section.name}: {shorten(str(error), 400)}"
         ) from None
 
 
-def load_checkpoint(section: ModelSection, source: str, key: str = "model.checkpoints") -> PreTrainedModel:
-    """Loads an earlier state of the model: a folder, or a revision of its hub repository.
-
-    Args:
-        source: the folder or revision.
-        key: the recipe key that names it, for error messages.
+def at_checkpoint(section: ModelSection, source: str, key: str) -> ModelSection:
+    """The section that loads an earlier state of the model: a folder, or a revision of its hub repository.
 
     Raises:
-        UserError: there is no such folder or revision, or the model can't be loaded from it.
+        UserError: there is no such folder, or it holds no checkpoint; the message names `key`.
     """
     check_checkpoint(section, source, key)
-    if Path(source).is_dir():
-        return load_model(section, source, key)
-    return load_model(replace(section, revision=source), section.name, key)
-
-
-def checkpoint_config(section: ModelSection, source: str, key: str) -> PreTrainedConfig:
-    """Reads the config of what `load_checkpoint` loads, with the same errors."""
-    check_checkpoint(section, source, key)
-    if Path(source).is_dir():
-        return load_config(section, source, key)
-    return load_config(replace(section, revision=source), section.name, key)
-
-
-def checkpoint_identity(section: ModelSection, source: str, key: str) -> dict:
-    """Returns the `model_identity` of the state that `load_checkpoint` loads."""
-    if Path(source).is_dir():
-        return model_identity(section, source, key)
-    return model_identity(replace(section, revision=source), section.name, key)
+    return replace(section, name=source) if Path(source).is_dir() else replace(section, revision=source)
 
 
 def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
@@ -112,12 +90,12 @@ def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
         raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
-def load_tokenizer(section: ModelSection, name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Loads the model's tokenizer; raises `UserError` if it can't."""
-    return read(AutoTokenizer, name, "model.name", **_source(section))
+    return read(AutoTokenizer, section.name, "model.name", **_source(section))
 
 
-def model_identity(section: ModelSection, name: str | Path, key: str = "model.name") -> dict:
+def model_identity(section: ModelSection, key: str = "model.name") -> dict:
     """Returns what distinguishes a model from others: the hub's commit, or the files of a local folder.
 
     key: the recipe key that names it, for error messages.
@@ -125,9 +103,9 @@ def model_identity(section: ModelSection, name: str | Path, key: str = "model.na
     Small files are identified by content, large ones by size and modification time: hashing 16 GB of weights at every
     start would be slow.
     """
-    folder = Path(name)
+    folder = Path(section.name)
     if not folder.is_dir():
-        return {"name": str(name), "commit": hub_commit(name, key, section.revision) or section.revision}
+        return {"name": section.name, "commit": hub_commit(section.name, key, section.revision) or section.revision}
     files = {}
     for file in sorted(folder.glob("*")):
         # All files but documentation: weights and tokenizers have many names, and a model's own code counts, too.

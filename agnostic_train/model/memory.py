@@ -96,7 +96,7 @@ class MemoryModel:
         plain = 2 * self.hidden + 4 * self.queries + 3 * self.feed_forward + inputs
         return num_tokens * (4 * self.norm_widths + self.weight_bytes * plain + attention)
 
-    def activations(self, num_tokens: int, length: int, checkpointing: bool, all_weights: bool = False) -> int:
+    def activations(self, num_tokens: int, length: int, checkpointing: bool, all_weights: bool) -> int:
         layer = self.layer_activations(num_tokens, length, all_weights)
         if checkpointing:
             return self.num_layers * num_tokens * self.weight_bytes * self.hidden + layer

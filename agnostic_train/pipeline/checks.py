@@ -105,7 +105,7 @@ def _refused(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({type(error).__name__}: {error})") from None
 
 
-def check_inputs(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
+def check_recipe(recipe: Recipe, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` for a recipe that would fail after hours of work, or overwrite what it reads."""
     _check_not_overwritten(recipe)
     _check_languages(recipe)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import get_peft_model
-from transformers import PrinterCallback
 
 from agnostic_train.corpus.encoding import Example
 from agnostic_train.pipeline.materials import Materials
@@ -42,12 +41,8 @@ def make_trainer(
         }
     model = materials.model
     if choice.neurons is not None:
-        trainer = NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
-    else:
-        trainer = GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
-    return trainer
+        return NeuronTrainer(model, **settings, neurons=choice.neurons, update=materials.recipe.training.update)
+    return GuardedTrainer(model if choice.lora is None else get_peft_model(model, choice.lora), **settings)
 
 
 def train_to_end(trainer: GuardedTrainer, checkpoint: Path | None = None) -> None:

@@ -100,7 +100,7 @@ class Manifest:
     def start(self, stage: str, inputs: dict[str, Any], launch: dict[str, Any], head: dict[str, Any]) -> None:
         """Records that a run of the stage has begun.
 
-        launch: the launcher's settings, see `launch_inputs`. head: the manifest's top-level fields.
+        launch: the launcher's settings, see `launch_settings`. head: the manifest's top-level fields.
         """
         previous, key = self.record(stage), fingerprint(inputs)
         is_there = {name for name in self.outputs(stage) if (self.directory / name).exists()}

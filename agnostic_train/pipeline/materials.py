@@ -15,10 +15,10 @@ from agnostic_train.corpus.evaluation_text import read_evaluation_text, seen_in_
 from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.task_evaluation import TaskSuite
-from agnostic_train.model.loading import checkpoint_config, load_config, load_model, load_tokenizer
+from agnostic_train.model.loading import at_checkpoint, load_config, load_model, load_tokenizer
 from agnostic_train.model.reading import has_adapter, hub_commit
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
-from agnostic_train.recipe import EMBEDDED, ModelSection, Recipe
+from agnostic_train.recipe import EMBEDDED, CorpusSection, ModelSection, Recipe
 
 logger = logging.get_logger(__name__)
 
@@ -30,16 +30,21 @@ class Materials:
         recipe: names them.
         processes: the run's processes.
         say: receives one line for each thing that is loaded.
+
+    Attributes:
+        hashes: the SHA-256 of each text file read so far.
     """
 
     def __init__(self, recipe: Recipe, processes: PartialState, say: Callable[[str], None]):
         self.recipe = recipe
         self.processes = processes
         self.say = say
+        self.hashes: dict[str, str] = {}
         self._told_model = False
 
     @cached_property
-    def model_path(self) -> str:
+    def _model_name(self) -> str:
+        """The recipe's model; for the embedded one, its folder, made at first use."""
         if self.recipe.model.name != EMBEDDED:
             return self.recipe.model.name
         if self.processes.num_processes > 1 and not cache_directory().joinpath("model").exists():
@@ -51,12 +56,14 @@ class Materials:
     def model_section(self) -> ModelSection:
         """The recipe's section, with the hub's commit as revision: a branch may move during the run."""
         section = self.recipe.model
-        commit = hub_commit(self.model_path, "model.name", section.revision)
-        return replace(section, revision=commit or section.revision)
+        commit = hub_commit(self._model_name, "model.name", section.revision)
+        return replace(section, name=self._model_name, revision=commit or section.revision)
 
     @cached_property
-    def _corpus_path(self) -> str | Path | None:
-        return quickstart_corpus() if self.recipe.corpus.path == EMBEDDED else self.recipe.corpus.path
+    def corpus_section(self) -> CorpusSection:
+        """The recipe's section; for the embedded text, with its folder, made at first use."""
+        section = self.recipe.corpus
+        return replace(section, path=str(quickstart_corpus())) if section.path == EMBEDDED else section
 
     @property
     def _kept_text(self) -> Path | None:
@@ -72,7 +79,8 @@ class Materials:
         with self._streamed_once():
             shown = self.processes.is_local_main_process
             trained = self.recipe.languages_with_training_text
-            corpus = load_corpus(self.recipe.corpus, self._corpus_path, shown, self._kept_text, trained)
+            corpus = load_corpus(self.corpus_section, shown, self._kept_text, trained)
+        self.hashes |= corpus.hashes
         for language, text in corpus.texts.items():
             self.say(
                 f"corpus: {language}  {len(text.detection)} sentences to detect on, {len(text.training)} to train on, "
@@ -85,25 +93,17 @@ class Materials:
         """The sentences to train on, per language."""
         return {language: self.corpus.texts[language].training for language in self.recipe.training.text_languages}
 
-    @property
+    @cached_property
     def evaluation_texts(self) -> dict[str, dict[str, list[str]]]:
         """The sentences used only to measure, per kind (`test`, `parallel`) and language."""
-        return self._evaluation_texts[0]
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each text file read so far."""
-        return self.corpus.hashes | (self._evaluation_texts[1] if "_evaluation_texts" in vars(self) else {})
-
-    @cached_property
-    def _evaluation_texts(self) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
         with self._streamed_once():
             texts, hashes = read_evaluation_text(
-                self.corpus, self.recipe.corpus, self.recipe.evaluation, self._corpus_path, self._kept_text
+                self.corpus, self.corpus_section, self.recipe.evaluation, self._kept_text
             )
+        self.hashes |= hashes
         for line in seen_in_training(texts, self.training_text):
             self.say(line)
-        return texts, hashes
+        return texts
 
     @cached_property
     def detection_batches(self) -> dict[str, list]:
@@ -138,7 +138,7 @@ class Materials:
     def model(self) -> PreTrainedModel:
         # A comparison reloads the model for each training; only the first load shows progress.
         with _without_bars() if self._told_model else nullcontext():
-            model = load_model(self.model_section, self.model_path)
+            model = load_model(self.model_section)
         if not self._told_model:
             # ZeRO-3 partitions a weight and keeps its full size in `ds_numel`.
             millions = sum(getattr(it, "ds_numel", it.numel()) for it in model.parameters()) / 1e6
@@ -148,11 +148,11 @@ class Materials:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model_section, self.model_path)
+        return load_tokenizer(self.model_section)
 
     @cached_property
     def encoder(self) -> Encoder:
-        config = load_config(self.model_section, self.model_path)
+        config = load_config(self.model_section)
         return Encoder.of(self.tokenizer, self.recipe.corpus, config)
 
     def check_trainable(self, plain: str | None) -> None:
@@ -160,12 +160,12 @@ class Materials:
 
         plain: what needs weights that aren't quantised; None if nothing does.
         """
-        if has_adapter(self.model_path):
+        if has_adapter(self.model_section.name):
             raise UserError(
-                f"model.name: {self.model_path} holds an adapter, too; merge it into the model (PEFT's "
+                f"model.name: {self.model_section.name} holds an adapter, too; merge it into the model (PEFT's "
                 "merge_and_unload), save the result, and name that folder"
             )
-        config = load_config(self.model_section, self.model_path)
+        config = load_config(self.model_section)
         if plain is not None and getattr(config, "quantization_config", None) is not None:
             raise UserError(f"model.name: {plain} needs the unquantised model, not {self.recipe.model.name}; name that")
 
@@ -175,7 +175,7 @@ class Materials:
         sources: folders, or revisions of the model's hub repository.
         """
         for source in sources:
-            config = checkpoint_config(self.recipe.model, source, key)
+            config = load_config(at_checkpoint(self.recipe.model, source, key), key)
             size = config.get_text_config().vocab_size
             if size < len(self.tokenizer):
                 raise UserError(

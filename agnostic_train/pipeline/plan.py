@@ -19,7 +19,7 @@ from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Decoder, find_decoder
 from agnostic_train.model.loading import load_empty_model
 from agnostic_train.model.memory import GIB, SLACK, MemoryModel
-from agnostic_train.pipeline.checks import check_inputs, check_stage
+from agnostic_train.pipeline.checks import check_recipe, check_stage
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials, kept_text
 from agnostic_train.pipeline.settings import training_arguments
@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         UserError: the recipe has a mistake that shows without loading the weights.
     """
     arguments = training_arguments(recipe)
-    check_inputs(recipe, arguments)
+    check_recipe(recipe, arguments)
     check_stage(recipe, arguments, stage)
     if recipe.evaluation.tasks and stage in ("run", "evaluate", "report"):
         find_tasks(recipe.evaluation.tasks, recipe.evaluation.task_paths)
@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
     materials = Materials(recipe, PartialState(), say=lambda line: None)
     texts = {} if recipe.corpus.dataset else _local_texts(materials)
     num_sentences = _count_sentences(recipe, texts)
-    model = load_empty_model(materials.model_section, materials.model_path)
+    model = load_empty_model(materials.model_section)
     decoder = find_decoder(model)
     memory = MemoryModel.of(model, decoder)
     encoder = materials.encoder

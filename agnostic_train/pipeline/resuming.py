@@ -13,7 +13,7 @@ def check_checkpoints(directory: Path, manifest: Manifest, same: bool, launch: M
     """Raises `UserError` for checkpoints of an unknown training, or of the same training launched in another way.
 
     same: whether the training on record has this run's inputs, so that this run would resume its checkpoints.
-    launch: this run's `launch_inputs`.
+    launch: this run's `launch_settings`.
     """
     checkpoints, record = saved_checkpoints(directory), manifest.record("train")
     if checkpoints and not record:

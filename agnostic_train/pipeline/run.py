@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from accelerate.utils.memory import clear_device_cache
 from agnostic_train.errors import UserError
 from agnostic_train.files import check_replaceable, fingerprint, remove_own, sole_user
 from agnostic_train.pipeline import STAGES, OutOfMemoryError
-from agnostic_train.pipeline.checks import check_inputs, check_stage
+from agnostic_train.pipeline.checks import check_recipe, check_stage
 from agnostic_train.pipeline.manifest import Manifest, changed_in_words, package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.resuming import check_checkpoints, clear_checkpoints
-from agnostic_train.pipeline.settings import launch_inputs, training_arguments
+from agnostic_train.pipeline.settings import launch_settings, training_arguments
 from agnostic_train.pipeline.stage_inputs import StageInputs
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.tracking import Tracker, run_id_of, tracked
 from agnostic_train.processes import of_first_process
 from agnostic_train.recipe import Recipe
@@ -49,13 +49,13 @@ class Pipeline:
         # Transformers initialises the processes when the device is first accessed; their state is a singleton.
         _ = self.training_arguments.device
         self.processes = PartialState()
-        self._launch = launch_inputs(self.training_arguments)
+        self._launch = launch_settings(self.training_arguments)
         self.say = say if self.processes.is_main_process else lambda line: None
         if self.processes.num_processes > 1:
             self.say(f"processes: {self.processes.num_processes}")
         self.materials = Materials(recipe, self.processes, self.say)
         self.directory = Path(recipe.output_dir)
-        check_inputs(recipe, self.training_arguments)
+        check_recipe(recipe, self.training_arguments)
         _make_writable("output_dir", self.directory)
         if recipe.tracking.results_dir is not None:
             self._check_results_folder(Path(recipe.tracking.results_dir))
@@ -147,22 +147,8 @@ class Pipeline:
         self.processes.wait_for_everyone()
         with self._enough_memory(stage):
             STAGE_TABLE[stage].check(context)
-        resume = state == "started" and not forced
         if self.processes.is_main_process:
-            self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
-            # An earlier version may even have recorded what this stage reads as the stage's own.
-            read = {name for it in self.inputs.needs(stage) for name in self.manifest.outputs(it)}
-            for written in STAGE_TABLE[stage].replaces:
-                if self.manifest.remove_outputs(written, spared=read):
-                    self._removed.add(written)
-                if not self.manifest.record(written).get("finished", True):
-                    for name, is_own in STAGE_TABLE[written].optional.items():
-                        remove_own(self.directory / name, is_own)
-            if forced:
-                shutil.rmtree(context.work, ignore_errors=True)
-            if STAGE_TABLE[stage].resumes:
-                clear_checkpoints(self.directory, resume)
-            self.manifest.start(stage, inputs, self._launch, self._head(stage))
+            self._begin(context, inputs, forced, resume=state == "started" and not forced)
         self.processes.wait_for_everyone()
         start = time.monotonic()
         with self._enough_memory(stage):
@@ -172,17 +158,43 @@ class Pipeline:
         clear_device_cache(garbage_collection=True)
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
-            result["seconds"] = round(time.monotonic() - start, 1)
-            outputs = [self.directory / name for name in result.pop("outputs")]
-            result["settings"] = STAGE_TABLE[stage].settings(self.recipe.to_dict())
-            result["corpus"] = self.materials.hashes
-            self.manifest.finish(stage, outputs, result, self._head(stage, result.get("frozen_weights")))
-            for folder in (context.work, context.work.parent):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            self._finish(context, result, time.monotonic() - start)
             self._publish(context)
         self.processes.wait_for_everyone()
         return True
+
+    def _begin(self, context: Context, inputs: dict, forced: bool, resume: bool) -> None:
+        """Says what a stage does, removes what it replaces, and records that it has begun; for one process only."""
+        stage = context.stage
+        self.say(f"{stage}: {STAGES[stage]}{self._what_is_replaced(stage, inputs, resume)}")
+        # A training removes the files of an earlier pilot, but not of the one that it reads.
+        read = {name for it in self.inputs.needs(stage) for name in self.manifest.outputs(it)}
+        for written in STAGE_TABLE[stage].replaces:
+            if self.manifest.remove_outputs(written, spared=read):
+                self._removed.add(written)
+            if not self.manifest.record(written).get("finished", True):
+                for name, is_own in STAGE_TABLE[written].optional.items():
+                    remove_own(self.directory / name, is_own)
+        if forced:
+            shutil.rmtree(context.work, ignore_errors=True)
+        if STAGE_TABLE[stage].resumes:
+            clear_checkpoints(self.directory, resume)
+        self.manifest.start(stage, inputs, self._launch, self._head(stage))
+
+    def _finish(self, context: Context, result: StageResult, seconds: float) -> None:
+        """Records that a stage has finished, and removes its folder for partial results; for one process only."""
+        stage = context.stage
+        record = {
+            **result.record(),
+            "seconds": round(seconds, 1),
+            "settings": STAGE_TABLE[stage].settings(self.recipe.to_dict()),
+            "corpus": self.materials.hashes,
+        }
+        outputs = [self.directory / name for name in result.outputs]
+        self.manifest.finish(stage, outputs, record, self._head(stage, result.frozen_weights))
+        for folder in (context.work, context.work.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _what_is_replaced(self, stage: str, inputs: dict, resume: bool) -> str:
         """Says whether a stage replaces an earlier result and because of which keys; else an empty string."""
@@ -248,7 +260,7 @@ class Pipeline:
         tracks = self.recipe.tracking.wandb and self.processes.is_main_process
         return tracked(self.recipe, self.processes, run_id=run_id_of(self.directory) if tracks else None)
 
-    def _head(self, stage: str, frozen_weights: dict | None = None) -> dict:
+    def _head(self, stage: str, frozen_weights: Mapping[str, object] | None = None) -> dict:
         """The manifest's top-level fields: this recipe's for the running stage, for others those of their last run."""
         recipe, hashes = self.recipe.to_dict(), dict[str, str]()
         absent = {"pilot": not self.recipe.training.has_pilot, "compare": not self.inputs.has_comparison}

@@ -136,7 +136,7 @@ def _culprit(recipe: Recipe, make: Callable[..., NeuronTrainingArguments], mista
     return "training"
 
 
-def launch_inputs(arguments: NeuronTrainingArguments) -> dict[str, object]:
+def launch_settings(arguments: NeuronTrainingArguments) -> dict[str, object]:
     """The launcher's settings that a training depends on: trainings that are resumed or compared must agree in them."""
     return {"processes": arguments.world_size, "precision": arguments.mixed_precision}
 

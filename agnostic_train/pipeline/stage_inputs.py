@@ -8,12 +8,12 @@ from pathlib import Path
 
 from agnostic_train.evaluation.tuning import default_rates
 from agnostic_train.files import fingerprint, hash_file
-from agnostic_train.model.loading import checkpoint_identity, model_identity
+from agnostic_train.model.loading import at_checkpoint, model_identity
 from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline import STAGES
 from agnostic_train.pipeline.manifest import Manifest, State
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.settings import evaluates_during_training, launch_inputs
+from agnostic_train.pipeline.settings import evaluates_during_training, launch_settings
 from agnostic_train.pipeline.trials import SET_BY_TRIALS
 from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
@@ -63,13 +63,13 @@ class StageInputs:
         self._manifest = manifest
         self._read: dict[str, dict] = {}
 
-    def depends(self, stage: str) -> list[str]:
+    def reads(self, stage: str) -> list[str]:
         """The stages whose results a stage reads."""
         return {
             "detect": [],
             "score": ["detect"],
             "pilot": ["detect"],
-            "train": self._training_depends,
+            "train": self._training_reads,
             "export": ["train"],
             "evaluate": ["export"],
             "report": ["detect", "score", *(["pilot"] if self._recipe.training.has_pilot else []), "evaluate"],
@@ -77,17 +77,17 @@ class StageInputs:
         }[stage]
 
     @property
-    def _training_depends(self) -> list[str]:
+    def _training_reads(self) -> list[str]:
         if not self._recipe.training.needs_detection:
             return []
         return ["detect", *{"auto": ["score"], "pilot": ["pilot"]}.get(self._recipe.training.strategy, [])]
 
     def needs(self, stage: str) -> list[str]:
         """Every stage that must have run before a stage, in order."""
-        needed = set(self.depends(stage))
+        needed = set(self.reads(stage))
         for name in reversed(STAGES):
             if name in needed:
-                needed.update(self.depends(name))
+                needed.update(self.reads(name))
         return [name for name in STAGES if name in needed]
 
     def whole(self, stage: str) -> dict:
@@ -101,7 +101,7 @@ class StageInputs:
 
     def _results(self, stage: str) -> dict[str, object]:
         """Identifies the results that a stage reads."""
-        results = {it: self._manifest.record(it).get("run") for it in self.depends(stage)}
+        results = {it: self._manifest.record(it).get("run") for it in self.reads(stage)}
         if "detect" in results and stage != "report":
             # Random controls of the score also depend on the activations.
             neurons = self._manifest.directory / "neurons"
@@ -114,7 +114,7 @@ class StageInputs:
         """Whether a stage has read results that were replaced since, or read others that had."""
         inputs = self._manifest.record(stage).get("inputs", {})
         return any(inputs.get(name) != result for name, result in self._results(stage).items()) or any(
-            map(self.is_outdated, self.depends(stage))
+            map(self.is_outdated, self.reads(stage))
         )
 
     def state(self, stage: str) -> State:
@@ -124,14 +124,14 @@ class StageInputs:
     @cached_property
     def model_identity(self) -> dict:
         """What identifies the model: its files' hashes, or its name and commit."""
-        return model_identity(self._materials.model_section, self._materials.model_path)
+        return model_identity(self._materials.model_section)
 
     @cached_property
     def _common_inputs(self) -> dict:
         # Identified by its commit whatever branch that is on, or by its files wherever the folder is.
         model = self._recipe.to_dict()["model"] | {"checkpoints": []} | self.model_identity
         del model["revision"]
-        if Path(self._materials.model_path).is_dir():
+        if Path(self._materials.model_section.name).is_dir():
             del model["name"]
         return {
             "model": model,
@@ -188,7 +188,8 @@ class StageInputs:
         checkpoints = parse_checkpoints(self._recipe.model.checkpoints)
         section = self._recipe.model
         identities = [
-            [it.step, it.name, checkpoint_identity(section, it.source, "model.checkpoints")] for it in checkpoints
+            [it.step, it.name, model_identity(at_checkpoint(section, it.source, "model.checkpoints"))]
+            for it in checkpoints
         ]
         # Keys that leave the model's own sets as they are may change those of its checkpoints.
         detection = {"detection": self.of("detect")["detection"]} if checkpoints else {}
@@ -199,18 +200,24 @@ class StageInputs:
             **self._text("detection", "validation"),
         }
 
+    def of_trials(self, stage: str) -> dict:
+        """What each trial of a pilot or comparison depends on: neither other trials nor how they are ranked."""
+        return self._common_inputs | {"pilot": self._pilot_trials, "compare": self._comparison_trials}[stage]
+
     def _pilot_inputs(self) -> dict:
+        trials = self._pilot_trials
+        candidates = {"pilot_strategies": self._recipe.training.pilot_strategies}
+        return {**trials, "training": trials["training"] | candidates, **self._selecting}
+
+    @property
+    def _pilot_trials(self) -> dict:
         training, arguments = self._recipe.to_dict()["training"], self._arguments
-        keys = ("languages", "update", "mixture", "packing", "pilot_strategies", "pilot_steps")
+        keys = ("languages", "update", "mixture", "packing", "pilot_steps")
         own = {key: training[key] for key in keys} | result_arguments(training["arguments"])
         # A pilot has its own number of steps.
         own = {key: value for key, value in own.items() if key not in ("max_steps", "num_train_epochs")}
         own |= {"seed": arguments.seed, "learning_rate": arguments.learning_rate}
-        return {
-            "training": own,
-            **self._selecting,
-            **self._training_and_validation_text,
-        }
+        return {"training": own, **self._training_and_validation_text}
 
     def _training_inputs(self) -> dict:
         section = self._recipe.training
@@ -239,7 +246,7 @@ class StageInputs:
     def _evaluation_inputs(self) -> dict:
         suite, named = self._materials.task_suite, self._recipe.evaluation.checkpoints
         section = self._recipe.model
-        checkpoints = [[it, checkpoint_identity(section, it, "evaluation.checkpoints")] for it in named]
+        checkpoints = [[it, model_identity(at_checkpoint(section, it, "evaluation.checkpoints"))] for it in named]
         own = self._recipe.to_dict()["evaluation"] | {"checkpoints": checkpoints}
         if suite is None:
             own = {key: value for key, value in own.items() if key not in _READ_BY_TASKS}
@@ -257,17 +264,23 @@ class StageInputs:
         return text
 
     def _comparison_inputs(self) -> dict:
-        recipe, text = self._recipe.to_dict(), self._evaluation_text
-        text["text"] |= self._training_text["text"]
         rates = self._recipe.comparison.learning_rates or default_rates(self._arguments.learning_rate)
         return {
             **(self._selecting if self._recipe.comparison.select_by == "objective" else {}),
-            "comparison": recipe["comparison"] | {"learning_rates": rates},
+            "comparison": self._recipe.to_dict()["comparison"] | {"learning_rates": rates},
+            **self._comparison_trials,
+        }
+
+    @property
+    def _comparison_trials(self) -> dict:
+        recipe, text = self._recipe.to_dict(), self._evaluation_text
+        text["text"] |= self._training_text["text"]
+        return {
             "training": {
                 key: recipe["training"][key] for key in ("languages", "update", "mixture", "packing", "random_like")
             }
             | result_arguments(recipe["training"]["arguments"]),
-            **launch_inputs(self._arguments),
+            **launch_settings(self._arguments),
             **text,
         }
 

@@ -8,7 +8,7 @@ from agnostic_train.export.checkpoint import is_exported
 from agnostic_train.neurons.language_neurons import is_neuron_file
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.stages import compare, detect, evaluate, export, pilot, report, score, train
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import is_comparison_file, is_emergence_file, is_run_figure
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -25,7 +25,7 @@ class Stage:
     """How a stage runs, and what it replaces in `output_dir`.
 
     Attributes:
-        run: runs the stage and returns the fields of its record, among them `outputs`.
+        run: runs the stage; the first process's result is recorded.
         publish: hands the results in its files to experiment tracking and `tracking.results_dir`; None without any.
         section: the recipe's section with the stage's own keys; None without any.
         owns: which keys of the section are the stage's own.
@@ -41,7 +41,7 @@ class Stage:
         resumes: whether it continues from the Trainer's checkpoints in `output_dir`.
     """
 
-    run: Callable[[Context], dict]
+    run: Callable[[Context], StageResult]
     publish: Callable[[Context], None] | None
     section: str | None
     owns: Callable[[str], bool] = lambda key: True

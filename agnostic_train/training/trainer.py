@@ -1,6 +1,6 @@
 """`NeuronTrainer`: a Trainer that trains only the chosen neurons."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,23 +112,22 @@ class NeuronTrainer(GuardedTrainer):
             model = self._with_adapter(model)
             if getattr(arguments, "load_best_model_at_end", False) and isinstance(model, PeftModel):
                 self._check_restorable(model)
-            is_plain = not isinstance(model, PeftModel) and kwargs.get("peft_config") is None
-            if self.neurons is None and is_plain and getattr(model, "hf_quantizer", None) is not None:
-                raise UserError(
-                    "neurons: a Trainer takes a quantised model only with an adapter, so they must be known at once: "
-                    "call detect_neurons first, and pass them"
-                )
+            if not isinstance(model, PeftModel) and kwargs.get("peft_config") is None:
+                self._check_not_quantised(model)
         adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
         values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)
-        for parameter, value in zip(adapter, values, strict=True):
-            if parameter.dtype != value.dtype:  # TRL casts trainable parameters of quantised models to bfloat16
-                parameter.data = value.to(parameter.device)
-        for module in self.model.modules():  # an adapter that TRL has made is cast, too
-            for delta in module.neuron_delta.values() if isinstance(module, NeuronLinear) else []:
-                delta.data = delta.data.to(torch.promote_types(delta.dtype, torch.float32))
+        _undo_casts(self.model, adapter, values)
         if self.neurons is None and self._detection is not None:
             self._check_strategy(self._detection)
+
+    def _check_not_quantised(self, model: nn.Module) -> None:
+        """Refuses a quantised model without an adapter if there can be none yet."""
+        if self.neurons is None and getattr(model, "hf_quantizer", None) is not None:
+            raise UserError(
+                "neurons: a Trainer takes a quantised model only with an adapter, so they must be known at once: "
+                "call detect_neurons first, and pass them"
+            )
 
     @staticmethod
     def _check_strategy(detection: DetectionCallback) -> None:
@@ -173,7 +172,7 @@ class NeuronTrainer(GuardedTrainer):
                     "output_dir"
                 )
             self._resumed_neurons = NeuronSet.load(checkpoint / NEURONS_FILE)
-            neurons = self._read_neurons(self.model)
+            neurons = self._resolve_neurons(self.model)
             if neurons is not None and neurons != self._resumed_neurons:
                 raise UserError(
                     f"{checkpoint / NEURONS_FILE}: the checkpoint trains other neurons; resume with those, or "
@@ -208,8 +207,28 @@ class NeuronTrainer(GuardedTrainer):
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         """Returns the model ready for training: chooses the neurons if needed, and freezes everything else."""
-        detection, splits = self._detection, self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if detection is not None and detection.every_n_steps and splits:
+        self._check_engine()
+        detection = self._detection
+        if self._resumed_neurons is not None:
+            self.neurons = self._resumed_neurons
+            if detection is not None:
+                detection.choice = Choice(detection.strategy.name, self.neurons, "read from the checkpoint")
+        elif self.neurons is None and not _has_neuron_layers(model):  # TRL makes them itself of a `peft_config`
+            if detection is None:
+                raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
+            self._check_strategy(detection)
+            self.neurons = detection.find_neurons(model)
+        if self.update == "compact" or self.neurons is None:
+            return self._with_adapter(model)
+        neurons = self._resolve_neurons(model)
+        assert neurons is not None
+        self._mask = GradientMask(model, neurons)
+        return model
+
+    def _check_engine(self) -> None:
+        """Raises `UserError` if FSDP or DeepSpeed can't train or detect as asked."""
+        splits = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if self._detection is not None and self._detection.every_n_steps and splits:
             raise UserError(
                 "every_n_steps: detection needs whole weights, which FSDP and ZeRO-3 split during the training; leave "
                 "it out, and score the checkpoints afterwards"
@@ -224,25 +243,8 @@ class NeuronTrainer(GuardedTrainer):
                 "fsdp_cpu_ram_efficient_loading: accelerate can't broadcast the adapter's indices from the first "
                 "process; set it to false (recipes/accelerate/fsdp2.yaml)"
             )
-        if self._resumed_neurons is not None:
-            self.neurons = self._resumed_neurons
-            if detection is not None:
-                detection.choice = Choice(detection.strategy.name, self.neurons, "read from the checkpoint")
-        elif self.neurons is None and any(isinstance(module, NeuronLinear) for module in model.modules()):
-            return self._with_adapter(model)  # made by `super().__init__`, such as TRL's of a `peft_config`
-        elif self.neurons is None:
-            if detection is None:
-                raise UserError("neurons: give NeuronTrainer a NeuronSet, or a DetectionCallback that finds one")
-            self._check_strategy(detection)
-            self.neurons = detection.find_neurons(model)
-        if self.update == "compact":
-            return self._with_adapter(model)
-        neurons = self._read_neurons(model)
-        assert neurons is not None
-        self._mask = GradientMask(model, neurons)
-        return model
 
-    def _read_neurons(self, model: nn.Module) -> NeuronSet | None:
+    def _resolve_neurons(self, model: nn.Module) -> NeuronSet | None:
         """Returns the neurons, first replacing a path in `self.neurons` by the set that it contains."""
         if isinstance(self.neurons, (str, Path)):
             self.neurons = NeuronSet.read(self.neurons, model)
@@ -258,26 +260,9 @@ class NeuronTrainer(GuardedTrainer):
                 f"training.update: {self.update!r} trains a plain model, and this one has adapters "
                 f"({', '.join(kinds) or type(adapters[0]).__name__}); merge them first (merge_and_unload)"
             )
-        neurons = self._read_neurons(model)
+        neurons = self._resolve_neurons(model)
         if adapters:
-            if not isinstance(model, PeftModel):
-                raise UserError(
-                    "model: it has an adapter, perhaps of an earlier NeuronTrainer, but isn't a PeftModel; continue "
-                    "with that trainer's model (trainer.model), or remove the adapter (trainer.model.unload())"
-                )
-            if any(it.disable_adapters for it in adapters):
-                raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
-            if len(model.active_adapters) != 1:
-                raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
-            find_decoder(model).check_on_devices("training")
-            trained = adapter_neurons(model)
-            if neurons is not None and neurons != trained:
-                raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
-            if neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
-                raise UserError("model: its adapter is frozen; load it with is_trainable=True")
-            model.requires_grad_(False)
-            model.set_adapter(model.active_adapters[0])
-            self.neurons = trained
+            self.neurons = _continued(model, adapters, neurons)
         elif neurons is not None:
             chosen_entries(model, neurons)  # refuses other models' neurons, and compiled and offloaded models
             check_predicts_tokens(model)
@@ -303,7 +288,7 @@ class NeuronTrainer(GuardedTrainer):
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
             self._guarded = bare
-            neurons = self._read_neurons(self.model)
+            neurons = self._resolve_neurons(self.model)
             assert neurons is not None
             record_trained(self.model, neurons)
         return optimizer
@@ -324,7 +309,7 @@ class NeuronTrainer(GuardedTrainer):
             self._in_float32 = self._gathered_in_float32()
         super().save_model(output_dir, _internal_call)
         self._in_float32 = {}
-        neurons = self._read_neurons(self.model)
+        neurons = self._resolve_neurons(self.model)
         if self.args.should_save and neurons is not None:
             neurons.save(Path(output_dir or self.args.output_dir) / NEURONS_FILE)
 
@@ -342,3 +327,46 @@ class NeuronTrainer(GuardedTrainer):
             if self.args.should_save and value is not None:
                 gathered[name] = value
         return gathered
+
+
+def _undo_casts(model: nn.Module, adapter: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    """Restores float32 to what TRL casts to bfloat16: the trainable parameters of quantised models.
+
+    Args:
+        adapter, values: the parameters of an adapter that TRL didn't make, and their values before it cast them.
+    """
+    for parameter, value in zip(adapter, values, strict=True):
+        if parameter.dtype != value.dtype:
+            parameter.data = value.to(parameter.device)
+    for module in model.modules():
+        for delta in module.neuron_delta.values() if isinstance(module, NeuronLinear) else []:
+            delta.data = delta.data.to(torch.promote_types(delta.dtype, torch.float32))
+
+
+def _has_neuron_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, NeuronLinear) for module in model.modules())
+
+
+def _continued(model: nn.Module, adapters: Sequence[NeuronLinear], neurons: NeuronSet | None) -> NeuronSet:
+    """Makes a model's neuron adapter, and nothing else, trainable; returns its neurons.
+
+    neurons: those that it must have, if any.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "model: it has an adapter, perhaps of an earlier NeuronTrainer, but isn't a PeftModel; continue "
+            "with that trainer's model (trainer.model), or remove the adapter (trainer.model.unload())"
+        )
+    if any(it.disable_adapters for it in adapters):
+        raise UserError("model: its adapter is disabled; enable it first (enable_adapter_layers)")
+    if len(model.active_adapters) != 1:
+        raise UserError("model: several adapters are active; choose the one to train (set_adapter)")
+    find_decoder(model).check_on_devices("training")
+    trained = adapter_neurons(model)
+    if neurons is not None and neurons != trained:
+        raise UserError("neurons: the model has an adapter of other neurons; merge it first (merge_and_unload)")
+    if neurons is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model: its adapter is frozen; load it with is_trainable=True")
+    model.requires_grad_(False)
+    model.set_adapter(model.active_adapters[0])
+    return trained

@@ -50,7 +50,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)
     agreement: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for language, text in load_corpus(section, options.corpus).texts.items():
+    for language, text in load_corpus(section).texts.items():
         for batch in encoder.batches(text.detection, language, batch_size=16):
             exact = unverified_impacts(model, batch, ["q", "k"])
             paper = unverified_impacts(model, batch, ["q", "k"], attention="paper")

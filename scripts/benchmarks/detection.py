@@ -159,7 +159,7 @@ def real_batches(model: PreTrainedModel, options: argparse.Namespace) -> list[Ba
     )
     encoder = Encoder.of(AutoTokenizer.from_pretrained(options.model), section, model.config)
     batches = []
-    for language, text in load_corpus(section, options.corpus).texts.items():
+    for language, text in load_corpus(section).texts.items():
         for batch in encoder.batches(text.detection, language, batch_size=options.batch_size):
             batches.append({name: batch[name].to(options.device) for name in ("input_ids", "attention_mask")})
     return batches

@@ -437,8 +437,8 @@ def test_pilot_reuses_only_candidates_of_the_same_launcher(root, read, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(pilot_stage, "write_json", interrupted)
         assert run(root, "train", *flags) == 130 and len(read) == 3
-    original = pilot_stage.launch_inputs
-    monkeypatch.setattr(pilot_stage, "launch_inputs", lambda arguments: original(arguments) | launch)
+    original = pilot_stage.launch_settings
+    monkeypatch.setattr(pilot_stage, "launch_settings", lambda arguments: original(arguments) | launch)
     read.clear()
     assert run(root, "train", *flags) == 0 and len(read) == num_trainings
 

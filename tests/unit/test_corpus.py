@@ -66,32 +66,32 @@ def tokenizer():
 
 
 def test_purposes_have_disjoint_text(folder):
-    text = load_corpus(section(), folder).texts["en"]
+    text = load_corpus(section(path=str(folder))).texts["en"]
     assert len(text.detection) == 10 and len(text.training) == 20
     assert sorted(text.detection + text.training) == sorted(SENTENCES[:30])
     assert text.validation == SENTENCES[30::2] and text.test == SENTENCES[31::2]
-    again = load_corpus(section(), folder).texts["en"]
-    assert again == text and load_corpus(section(seed=1), folder).texts["en"].detection != text.detection
+    again = load_corpus(section(path=str(folder))).texts["en"]
+    assert again == text and load_corpus(section(seed=1, path=str(folder))).texts["en"].detection != text.detection
     write(folder, "en", test=["a test sentence"])
-    text = load_corpus(section(training_sentences=5), folder).texts["en"]
+    text = load_corpus(section(training_sentences=5, path=str(folder))).texts["en"]
     assert text.validation == SENTENCES[30:] and text.test == ["a test sentence"] and len(text.training) == 5
 
 
 def test_sample_of_a_language_does_not_depend_on_other_languages(folder):
     write(folder, "sw", train=SENTENCES[:30], valid=SENTENCES[30:])
-    corpus = load_corpus(section(languages=["sw", "en"]), folder)
-    assert corpus.texts["en"] == load_corpus(section(), folder).texts["en"]
+    corpus = load_corpus(section(languages=["sw", "en"], path=str(folder)))
+    assert corpus.texts["en"] == load_corpus(section(path=str(folder))).texts["en"]
     assert set(corpus.hashes) == {f"{name}.{split}.txt" for name in ("en", "sw") for split in ("train", "valid")}
 
 
 def test_empty_lines_and_duplicates_are_dropped(folder):
     write(folder, "en", train=[*SENTENCES[:30], "", "  ", *SENTENCES[:9]])
-    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 20
 
 
 def test_byte_order_mark_is_dropped_and_unicode_separators_end_no_line(folder):
     (folder / "en.train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*SENTENCES[:30], "a\u2028b"]).encode())
-    text = load_corpus(section(), folder).texts["en"]
+    text = load_corpus(section(path=str(folder))).texts["en"]
     assert sorted(text.detection + text.training) == sorted([*SENTENCES[:30], "a\u2028b"])
 
 
@@ -116,15 +116,15 @@ def test_byte_order_mark_is_dropped_and_unicode_separators_end_no_line(folder):
 def test_errors_name_the_broken_text(folder, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 def test_missing_folder_and_too_few_sentences_are_refused(folder):
     with pytest.raises(UserError, match=r"corpus\.path: .*nowhere isn't a folder"):
-        load_corpus(section(), folder / "nowhere")
+        load_corpus(section(path=str(folder / "nowhere")))
     for purpose in ("validation", "test"):
         with pytest.raises(UserError, match=rf"corpus\.{purpose}_sentences: 6 asked for, 'en' has 5"):
-            load_corpus(section(**{f"{purpose}_sentences": 6}), folder)
+            load_corpus(section(**{f"{purpose}_sentences": 6}, path=str(folder)))
 
 
 def config(**changes):
@@ -258,10 +258,15 @@ def test_tokenizer_of_another_model_is_refused(tokenizer):
 def test_training_without_remaining_sentences_is_refused(folder, tokenizer):
     encoder = Encoder.of(tokenizer, section(), config())
     english = TrainingSection(languages=["en"])
-    assert len(training_examples(encoder, {"en": load_corpus(section(), folder).texts["en"].training}, english)) == 20
+    assert (
+        len(training_examples(encoder, {"en": load_corpus(section(path=str(folder))).texts["en"].training}, english))
+        == 20
+    )
     with pytest.raises(UserError, match=r"corpus\.detection_sentences: detection takes every train sentence of 'en'"):
         training_examples(
-            encoder, {"en": load_corpus(section(detection_sentences=30), folder).texts["en"].training}, english
+            encoder,
+            {"en": load_corpus(section(detection_sentences=30, path=str(folder))).texts["en"].training},
+            english,
         )
 
 
@@ -320,21 +325,21 @@ def table(folder, name, rows):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_json_lines_and_parquet_are_read_as_documents(folder, ending):
-    expected = load_corpus(section(), folder).texts["en"]
+    expected = load_corpus(section(path=str(folder))).texts["en"]
     for split in ("train", "valid"):
         (folder / f"en.{split}.txt").unlink()
     documents = ["\n".join(SENTENCES[start : start + 3]) for start in range(0, 30, 3)]
     table(folder, f"en.train.{ending}", [{"content": document, "id": 1} for document in documents])
     table(folder, f"en.valid.{ending}", [{"content": sentence, "id": 1} for sentence in SENTENCES[30:]])
-    assert load_corpus(section(text_column="content"), folder).texts["en"] == expected
+    assert load_corpus(section(text_column="content", path=str(folder))).texts["en"] == expected
     with pytest.raises(UserError, match=rf"en\.train\.{ending}: no column 'text'; .* content, id"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
     (folder / f"en.train.{ending}").write_text("{broken")
     with pytest.raises(UserError, match=rf"en\.train\.{ending}: (not readable|line 1 isn't JSON)"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
     write(folder, "en", train=SENTENCES[:30])
     with pytest.raises(UserError, match=rf"en\.train\.txt: the folder also has en\.train\.{ending}"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
@@ -342,23 +347,23 @@ COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".
 
 @pytest.mark.parametrize("packed", COMPRESS)
 def test_compressed_text_is_read(folder, packed):
-    expected = load_corpus(section(), folder).texts
+    expected = load_corpus(section(path=str(folder))).texts
     rows = "\n".join(json.dumps({"text": sentence}) for sentence in SENTENCES[:30])
     (folder / f"en.train.jsonl{packed}").write_bytes(COMPRESS[packed](rows.encode()))
     with pytest.raises(UserError, match=rf"en\.train\.txt: the folder also has en\.train\.jsonl{packed}"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
     (folder / "en.train.txt").unlink()
     valid = folder / "en.valid.txt"
     (folder / f"en.valid.txt{packed}").write_bytes(COMPRESS[packed](valid.read_bytes()))
     valid.unlink()
-    assert load_corpus(section(), folder).texts == expected
+    assert load_corpus(section(path=str(folder))).texts == expected
     for name in ("en.valid.txt", "en.train.jsonl"):
         file = folder / f"{name}{packed}"
         whole = file.read_bytes()
         for broken in (b"no such format", whole[: len(whole) // 2]):
             file.write_bytes(broken)
             with pytest.raises(UserError, match=rf"{name}{packed}: not readable") as caught:
-                load_corpus(section(), folder)
+                load_corpus(section(path=str(folder)))
             assert "\n" not in str(caught.value)
         file.write_bytes(whole)
 
@@ -436,17 +441,17 @@ def test_json_lines_can_differ_in_their_other_keys(folder):
     rows = [{"text": sentence, "meta": {"url": "a"}} for sentence in SENTENCES[:15]]
     rows += [{"url": "b", "text": sentence, "meta": [1]} for sentence in SENTENCES[15:30]] + [{"url": "c"}]
     (folder / "en.train.jsonl").write_text("\n".join([*map(json.dumps, rows), ""]), encoding="utf-8-sig")
-    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 20
     (folder / "en.train.jsonl").write_text('{"text": "a"}\n[1]')
     with pytest.raises(UserError, match=r"en\.train\.jsonl: line 2 holds list, not an object"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 def test_parts_of_a_document_are_joined(folder):
     (folder / "en.train.txt").unlink()
     rows = [{"text": [{"text": sentence}, {"text": f"{sentence} again"}]} for sentence in SENTENCES[:30]]
     table(folder, "en.train.jsonl", rows)
-    assert len(load_corpus(section(), folder).texts["en"].training) == 50
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 50
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -454,15 +459,15 @@ def test_rows_without_text_are_skipped(folder, ending):
     (folder / "en.train.txt").unlink()
     rows = [{"text": sentence} for sentence in SENTENCES[:30]]
     table(folder, f"en.train.{ending}", [rows[0], {"text": None}, *rows[1:], {"text": None}])
-    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 20
     (folder / f"en.train.{ending}").unlink()
     parts = [{"text": [{"text": sentence}, {"text": None}]} for sentence in SENTENCES[:30]]
     table(folder, f"en.train.{ending}", parts)
-    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 20
     (folder / f"en.train.{ending}").unlink()
     table(folder, f"en.train.{ending}", [{"text": 5}])
     with pytest.raises(UserError, match="column 'text' holds int, not text"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 @pytest.mark.parametrize("value", [[["one", "two"]], [1, "two"], [{"text": {"a": "b"}}], {"text": "one"}])
@@ -471,14 +476,14 @@ def test_nested_values_are_refused(folder, value):
     (folder / "en.train.txt").unlink()
     (folder / "en.train.jsonl").write_text(json.dumps({"text": value}))
     with pytest.raises(UserError, match=r"column 'text' holds (list|int|dict), not text"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 def test_half_a_surrogate_pair_is_replaced(folder):
     (folder / "en.train.txt").unlink()
     lines = [json.dumps({"text": sentence}) for sentence in SENTENCES[:29]] + [r'{"text": "cut \ud83d"}']
     (folder / "en.train.jsonl").write_text("\n".join(lines))
-    text = load_corpus(section(), folder).texts["en"]
+    text = load_corpus(section(path=str(folder))).texts["en"]
     assert "cut \ufffd" in [*text.detection, *text.training]
 
 
@@ -486,7 +491,7 @@ def test_column_may_be_missing_in_some_rows_or_all(folder):
     (folder / "en.train.txt").unlink()
     rows = [{"id": 1}, *({"text": sentence} for sentence in SENTENCES[:30]), {"id": 2}]
     (folder / "en.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert len(load_corpus(section(), folder).texts["en"].training) == 20
+    assert len(load_corpus(section(path=str(folder))).texts["en"].training) == 20
     endless = ({"id": 1, f"key {it}": 2} for it in itertools.count())
     with pytest.raises(UserError, match="there: no column 'text'; corpus.text_column is one of id, key 0, key 1,"):
         next(texts_of(endless, "text", "there"))
@@ -496,12 +501,12 @@ def test_empty_parquet_file_has_no_sentence(folder):
     (folder / "en.train.txt").unlink()
     Dataset.from_dict({"text": []}).to_parquet(str(folder / "en.train.parquet"))
     with pytest.raises(UserError, match=r"en\.train\.parquet: has no sentence"):
-        load_corpus(section(), folder)
+        load_corpus(section(path=str(folder)))
 
 
 def test_split_sentences_splits_lines(folder):
     write(folder, "en", train=[*SENTENCES[:20], "One. Two? 三。四！ Five"])
-    text = load_corpus(section(split_sentences=True), folder).texts["en"]
+    text = load_corpus(section(split_sentences=True, path=str(folder))).texts["en"]
     assert {"One.", "Two?", "三。", "四！", "Five"} < {*text.detection, *text.training}
 
 
@@ -728,20 +733,20 @@ def test_sentences_that_documents_share_are_left_out(tmp_path, caplog):
     parts = {"train": "One a. Thank you. Two.", "valid": "Three. Thank you. Bye.", "test": "Four. Bye."}
     for split, line in parts.items():
         (tmp_path / f"en.{split}.txt").write_text(line)
-    text = load_corpus(section(split_sentences=True, detection_sentences=1), tmp_path).texts["en"]
+    text = load_corpus(section(split_sentences=True, detection_sentences=1, path=str(tmp_path))).texts["en"]
     assert sorted([*text.detection, *text.training]) == ["One a.", "Two."]
     assert (text.validation, text.test) == (["Three.", "Thank you."], ["Four.", "Bye."])
     assert "train text of en: 1 sentences are left out" in caplog.text
     (tmp_path / "en.test.txt").write_text(parts["valid"])
     with pytest.raises(UserError, match="valid or test text of 'en' has every sentence of its valid text"):
-        load_corpus(section(split_sentences=True, detection_sentences=1), tmp_path)
+        load_corpus(section(split_sentences=True, detection_sentences=1, path=str(tmp_path)))
 
 
 def test_validation_sentence_in_the_test_text_is_refused(tmp_path):
     for split, lines in {"train": "a", "valid": "b", "test": "b"}.items():
         (tmp_path / f"en.{split}.txt").write_text(lines)
     with pytest.raises(UserError, match="1 sentences of 'en' are in two"):
-        load_corpus(section(detection_sentences=1), tmp_path)
+        load_corpus(section(detection_sentences=1, path=str(tmp_path)))
 
 
 def test_truncated_file_of_a_dataset_is_refused(tmp_path):

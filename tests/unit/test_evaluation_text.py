@@ -28,21 +28,21 @@ def folder(tmp_path):
 
 
 def test_language_that_is_only_measured_needs_no_train_text(folder):
-    sentences, hashes = read_test_text(section(), "th", folder)
+    sentences, hashes = read_test_text(section(path=str(folder)), "th")
     assert sentences == ["ข", "ง"] and list(hashes) == ["th.valid.txt"]
     (folder / "th.test.txt").write_text("one\ntwo\nthree")
-    assert read_test_text(section(test_sentences=2), "th", folder)[0] == ["one", "two"]
+    assert read_test_text(section(test_sentences=2, path=str(folder)), "th")[0] == ["one", "two"]
     with pytest.raises(UserError, match=r"corpus.test_sentences: 4 asked for, .*th.test.txt has 3"):
-        read_test_text(section(test_sentences=4), "th", folder)
+        read_test_text(section(test_sentences=4, path=str(folder)), "th")
     with pytest.raises(UserError, match=r"evaluation.languages: 'xx' has no file .*xx.test.txt"):
-        read_test_text(section(), "xx", folder)
+        read_test_text(section(path=str(folder)), "xx")
     (folder / "xx.valid.txt").write_text("only one\n")  # used as validation text, which leaves none to test on
     with pytest.raises(UserError, match=r"evaluation.languages: .*xx.valid.txt has no sentence of 'xx' to test on"):
-        read_test_text(section(), "xx", folder)
+        read_test_text(section(path=str(folder)), "xx")
 
 
 def test_parallel_lines_stay_aligned(folder):
-    corpus = load_corpus(section(), folder)
+    corpus = load_corpus(section(path=str(folder)))
     everything = parallel_text(folder / "parallel", corpus, ["en", "sw", "th", "de"], None, 0)
     assert everything.keys() == {"en", "sw", "th"} and everything["sw"][4] == "sw line 4"
     drawn = parallel_text(folder / "parallel", corpus, ["en", "th"], 3, 7)
@@ -55,7 +55,7 @@ def test_parallel_lines_stay_aligned(folder):
 
 
 def test_parallel_line_whose_sentences_were_all_trained_on_is_refused(folder):
-    corpus = load_corpus(section(), folder)
+    corpus = load_corpus(section(path=str(folder)))
     corpus.texts["sw"].training.extend(["One.", "Two!"])  # as if the training text had been split into sentences
     for first, split, is_refused in (
         ("One. Two!", True, True),
@@ -68,7 +68,7 @@ def test_parallel_line_whose_sentences_were_all_trained_on_is_refused(folder):
 
 
 def test_errors_of_parallel_text(folder):
-    corpus = load_corpus(section(), folder)
+    corpus = load_corpus(section(path=str(folder)))
 
     def read(name="parallel", count=None):
         return parallel_text(folder / name, corpus, ["en", "sw"], count, 0)
@@ -112,6 +112,6 @@ def test_parallel_line_without_a_sentence_is_no_repetition(folder):
     """With `split_sentences`, parts without a letter or digit are no sentences."""
     (folder / "parallel/sw.txt").write_text("habari\n...\nkwaheri")
     (folder / "parallel/en.txt").write_text("hello\n...\nbye")
-    corpus = load_corpus(section(split_sentences=True), folder)
+    corpus = load_corpus(section(split_sentences=True, path=str(folder)))
     text = parallel_text(folder / "parallel", corpus, ["en", "sw"], None, 0, split_sentences=True)
     assert text["sw"] == ["habari", "...", "kwaheri"]

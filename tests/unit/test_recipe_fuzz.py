@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from agnostic_train.cli import main
 from agnostic_train.errors import UserError
-from agnostic_train.pipeline.checks import check_inputs
+from agnostic_train.pipeline.checks import check_recipe
 from agnostic_train.pipeline.settings import training_arguments
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.recipe_keys import recipe_keys, training_argument_types
@@ -121,7 +121,7 @@ def test_errors_of_training_arguments_are_one_line(base, tmp_path, value):
         try:
             recipe = load_recipe(base, {f"training.{key}": value, "output_dir": str(tmp_path / "out")})
             arguments = training_arguments(recipe)
-            check_inputs(recipe, arguments)
+            check_recipe(recipe, arguments)
         except UserError as error:
             assert "training" in str(error) and "\n" not in str(error)
     assert not (tmp_path / "out").exists()

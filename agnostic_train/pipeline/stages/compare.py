@@ -16,7 +16,7 @@ from agnostic_train.files import read_json, whole_directory, write_json
 from agnostic_train.percent import percent
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.tracking import tracked
 from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, check_choices
@@ -54,7 +54,7 @@ def check_strategies(context: Context) -> None:
     check_choices("comparison.strategies", strategies, context.load_neurons(), context.materials)
 
 
-def compare(context: Context) -> dict:
+def compare(context: Context) -> StageResult:
     recipe = context.recipe
     trials = Trials(
         materials=context.materials,
@@ -62,7 +62,7 @@ def compare(context: Context) -> dict:
         training=context.materials.training_text,
         texts={"validation": context.materials.validation_batches, **context.materials.evaluation_batches()},
         directory=context.work,
-        key=[_key(context), context.set_hashes(with_activations=False)],
+        key=[context.inputs.of_trials("compare"), context.set_hashes(with_activations=False)],
         group=_group(context),
     )
     same = trials.twins(recipe.comparison.strategies)
@@ -80,7 +80,7 @@ def compare(context: Context) -> dict:
             write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
     context.say(in_terminal(text))
     context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
-    return {"outputs": ["comparison.json", COMPARISON]}
+    return StageResult(["comparison.json", COMPARISON])
 
 
 def publish(context: Context) -> None:
@@ -187,12 +187,6 @@ def _comparison_json(
 
 def _all_measured(by_seed: Mapping[int, TrialResult], seeds: Sequence[int]) -> bool:
     return len(by_seed) == len(seeds) and all(result.measured is not None for result in by_seed.values())
-
-
-def _key(context: Context) -> dict:
-    """What a trial's result depends on apart from the trial itself; other trials and their selection don't matter."""
-    selecting = ("comparison", "evaluation")
-    return {key: value for key, value in context.inputs.of("compare").items() if key not in selecting}
 
 
 def _describe_changes(changes: Mapping[str, float]) -> str:

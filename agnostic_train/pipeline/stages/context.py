@@ -1,7 +1,7 @@
-"""The context that every stage receives."""
+"""The context that every stage receives, and the result that it returns."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
@@ -19,6 +19,34 @@ from agnostic_train.training.trainer import NeuronTrainingArguments
 
 _PUBLISHED = ".published.json"
 """In `tracking.results_dir`: which `output_dir` each file comes from."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What the manifest records of a finished stage.
+
+    Attributes:
+        outputs: the files and folders that it wrote, as names in `output_dir`.
+        rewritten: files that it wrote and a later stage may rewrite.
+        for_training: what it leaves to the training, as JSON values: a training that read others runs again.
+        frozen_weights: whether weights moved that weren't chosen; None if the stage doesn't compare any.
+        facts: further JSON values, by name.
+    """
+
+    outputs: Sequence[str] = ()
+    rewritten: Sequence[str] = ()
+    for_training: Mapping[str, object] | None = None
+    frozen_weights: Mapping[str, object] | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """The fields of the stage's record, apart from its files."""
+        parts = {
+            "rewritten": list(self.rewritten),
+            "for_training": self.for_training,
+            "frozen_weights": self.frozen_weights,
+        }
+        return {**self.facts, **{name: part for name, part in parts.items() if part}}
 
 
 @dataclass

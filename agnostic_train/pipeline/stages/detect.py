@@ -14,7 +14,7 @@ from agnostic_train.impact.pruning import num_top
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.report.tables import neuron_table
 
 SELF_CHECK_FILE = "self_check.txt"
@@ -30,7 +30,7 @@ def check_model(context: Context) -> None:
         _hint_at_single_tokens(context, batches)
 
 
-def detect(context: Context) -> dict:
+def detect(context: Context) -> StageResult:
     section = context.recipe.detection
     # Partial counts cover a number of batches, so they hold for one batch size only.
     resume_dir = context.work / file_key([context.inputs.of("detect"), context.recipe.corpus.batch_size])
@@ -70,7 +70,7 @@ def detect(context: Context) -> dict:
     for name, share in (detected.exact_share or {}).items():
         ruled_out = "; pruning ruled out the others" if share < 1 else ""
         context.say(f"detect: {share:.0%} of {name}'s neurons had to be computed exactly{ruled_out}")
-    return {"outputs": ["neurons"], "shared": len(detected.shared)}
+    return StageResult(["neurons"], facts={"shared": len(detected.shared)})
 
 
 def publish(context: Context) -> None:

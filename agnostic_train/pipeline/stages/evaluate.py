@@ -16,15 +16,18 @@ from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
 from agnostic_train.files import file_key, hash_file, read_json, whole_file, write_json
 from agnostic_train.model.inference import Batch
-from agnostic_train.model.loading import checkpoint_identity, load_checkpoint, load_model
+from agnostic_train.model.loading import at_checkpoint, load_model, model_identity
 from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.stages.export import EXPORTS
 from agnostic_train.processes import of_first_process
+from agnostic_train.recipe import ModelSection
 from agnostic_train.report.tables import evaluation_table, task_comparison_table, task_table
 from agnostic_train.scores.perplexity import NonFiniteLossError
+
+_KEY = "evaluation.checkpoints"
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,10 @@ class _Checkpoint:
 
 def check_files(materials: Materials) -> None:
     """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
-    materials.check_vocabularies("evaluation.checkpoints", materials.recipe.evaluation.checkpoints)
+    materials.check_vocabularies(_KEY, materials.recipe.evaluation.checkpoints)
 
 
-def evaluate(context: Context) -> dict:
+def evaluate(context: Context) -> StageResult:
     """Measures the base, the exported enhanced checkpoint and the checkpoints of the recipe, on text and on tasks."""
     recipe = context.recipe
     # Validation text is measured too, because sweeps select by it.
@@ -82,7 +85,7 @@ def evaluate(context: Context) -> dict:
             card = model_card(recipe, context.manifest.record("train"), to, evaluation["languages"])
             with whole_file(context.directory / name) as temporary:
                 temporary.write_text(card, encoding="utf-8")
-    return {"outputs": ["evaluation.json", *cards.values()]}
+    return StageResult(["evaluation.json", *cards.values()])
 
 
 def publish(context: Context) -> None:
@@ -106,18 +109,14 @@ def _checkpoints(context: Context) -> dict[str, _Checkpoint]:
     enhanced = context.directory / EXPORTS["merged"]
     return {
         "before": _Checkpoint({}, context.materials.take_model),
-        "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, own_dtype, enhanced)),
-        **{
-            source: _Checkpoint(
-                {
-                    "checkpoint": checkpoint_identity(section, source, "evaluation.checkpoints"),
-                    "dtype": section.dtype,
-                },
-                partial(load_checkpoint, section, source, "evaluation.checkpoints"),
-            )
-            for source in context.recipe.evaluation.checkpoints
-        },
+        "after": _Checkpoint(_hashes(context, enhanced), partial(load_model, replace(own_dtype, name=str(enhanced)))),
+        **{source: _named(section, source) for source in context.recipe.evaluation.checkpoints},
     }
+
+
+def _named(section: ModelSection, source: str) -> _Checkpoint:
+    own = at_checkpoint(section, source, _KEY)
+    return _Checkpoint({"checkpoint": model_identity(own), "dtype": section.dtype}, partial(load_model, own, _KEY))
 
 
 def _hashes(context: Context, enhanced: Path) -> dict[str, str]:
@@ -155,7 +154,7 @@ def _measure(
     except NonFiniteLossError as error:
         if name == "before":
             raise
-        where = "enhanced" if name == "after" else f"evaluation.checkpoints: {name}"
+        where = "enhanced" if name == "after" else f"{_KEY}: {name}"
         raise NonFiniteLossError(f"{where}: {str(error).removeprefix('model.name: ')}") from None
     if context.processes.is_main_process:
         save_by_kind(measured, file)

@@ -1,7 +1,7 @@
 """`export`: writes the enhanced checkpoint, and proves that nothing else moved."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,7 @@ from agnostic_train.export.model_card import model_card
 from agnostic_train.model.loading import load_model
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.stages.train import ADAPTER
 from agnostic_train.training.checkpoints import NEURONS_FILE
 from agnostic_train.training.strategy import BASELINES
@@ -28,9 +28,9 @@ def check_files(materials: Materials) -> None:
     materials.check_trainable("enhanced/, the sum of weights and changes,")
 
 
-def export(context: Context) -> dict:
+def export(context: Context) -> StageResult:
     if not context.processes.is_main_process:
-        return {}
+        return StageResult()
     record = context.manifest.record("train")
     checkpoint = context.directory / record["checkpoint"]
     neurons = None if record["strategy"] in BASELINES else NeuronSet.load(checkpoint / NEURONS_FILE)
@@ -39,7 +39,7 @@ def export(context: Context) -> dict:
     elif record["adapter"]:
         trained = context.directory / ADAPTER
     else:
-        trained = load_model(context.recipe.model, checkpoint)
+        trained = load_model(replace(context.recipe.model, name=str(checkpoint)))
     dtype: torch.dtype | str | None = context.recipe.export.dtype
     if dtype is None and isinstance(trained, PreTrainedModel) and trained.dtype != context.materials.model.dtype:
         dtype = context.materials.model.dtype  # engines that shard weights train, and save, all of them in float32
@@ -86,13 +86,13 @@ def export(context: Context) -> dict:
         if path.name != CARD
     ]
     # The evaluate stage rewrites the cards with its numbers.
-    return {"outputs": files, "rewritten": [f"{folder}/{CARD}" for folder in folders], "frozen_weights": frozen}
+    return StageResult(files, rewritten=[f"{folder}/{CARD}" for folder in folders], frozen_weights=frozen)
 
 
 def _merged_lora(context: Context) -> PreTrainedModel:
     # The base weights as in training, then converted to the LoRA's float32: a sum in a narrower dtype would be rounded
     # before `export.dtype` applies.
-    base = load_model(context.materials.model_section, context.materials.model_path)
+    base = load_model(context.materials.model_section)
     dtypes = {name: weight.dtype for name, weight in base.named_parameters()}
     merged = PeftModel.from_pretrained(base.float(), context.directory / ADAPTER).merge_and_unload()
     if context.recipe.export.dtype is None:

@@ -8,8 +8,8 @@ from tqdm.auto import tqdm
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
 from agnostic_train.files import fingerprint, read_json, write_json
-from agnostic_train.pipeline.settings import launch_inputs
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.settings import launch_settings
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.training_text import split_pilot_text
 from agnostic_train.pipeline.trials import Trial, Trials, check_choices, what_learns
 from agnostic_train.report.comparison_prose import twin_sentences
@@ -28,11 +28,11 @@ def is_own_key(key: str) -> bool:
     return key.startswith("pilot_")
 
 
-def pilot(context: Context) -> dict:
+def pilot(context: Context) -> StageResult:
     """Ranks the candidates, by `evaluation.objective`.
 
-    Returns: the record's fields. `strategy` is the winner; `for_training` says what the pilot leaves to the training:
-        the winner's neurons, and how many sentences of each language the pilot read, the last ones.
+    Returns: the result. Its fact `strategy` is the winner; it leaves to the training the winner's neurons, and how many
+        sentences of each language the pilot read, the last ones.
 
     Raises:
         UserError: every candidate diverged.
@@ -47,7 +47,11 @@ def pilot(context: Context) -> dict:
         training=text,
         texts={"validation": context.materials.validation_batches},
         directory=context.work,
-        key=[_key(context), context.set_hashes(with_activations=False), launch_inputs(context.arguments)],
+        key=[
+            context.inputs.of_trials("pilot"),
+            context.set_hashes(with_activations=False),
+            launch_settings(context.arguments),
+        ],
         # A warm-up as long as the whole pilot would leave nothing to rank.
         changes={"max_steps": steps, "warmup_steps": min(context.arguments.get_warmup_steps(steps), steps // 10)},
     )
@@ -71,17 +75,11 @@ def pilot(context: Context) -> dict:
         "neurons": fingerprint(what_learns(trials.choose(Trial(winner)))),
         "sentences_read": {language: len(sentences) for language, sentences in text.items()},
     }
-    return {"outputs": [PILOT], "strategy": winner, "for_training": left}
+    return StageResult([PILOT], for_training=left, facts={"strategy": winner})
 
 
 def publish(context: Context) -> None:
     context.publish_tables({"pilot": pilot_table(read_json(context.directory / PILOT))})
-
-
-def _key(context: Context) -> dict:
-    """What a candidate's result depends on apart from its strategy: neither the others nor how they are ranked."""
-    inputs = {key: value for key, value in context.inputs.of("pilot").items() if key != "evaluation"}
-    return inputs | {"training": {key: it for key, it in inputs["training"].items() if key != "pilot_strategies"}}
 
 
 def _rank(context: Context, trials: Trials, candidates: Sequence[str]) -> list[dict]:

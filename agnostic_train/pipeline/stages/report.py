@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from agnostic_train.pipeline.manifest import changed_in_words
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.report.page import COMPARISON_TEXT, RUN_FILES, write_report
 
 
-def report(context: Context) -> dict:
+def report(context: Context) -> StageResult:
     if context.processes.is_main_process:
         has_comparison = context.inputs.has_comparison
         if not has_comparison and context.manifest.record("compare").get("finished"):
@@ -17,7 +17,7 @@ def report(context: Context) -> dict:
             )
         recipe, has_pilot = context.recipe.to_dict(), context.recipe.training.has_pilot
         write_report(context.directory, recipe, context.manifest.read(), has_pilot, has_comparison)
-    return {"outputs": ["report.html", "figures"]}
+    return StageResult(["report.html", "figures"])
 
 
 def publish(context: Context) -> None:

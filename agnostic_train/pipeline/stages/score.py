@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import file_key, read_json, whole_directory, write_json
-from agnostic_train.model.loading import checkpoint_identity, load_checkpoint
+from agnostic_train.model.loading import at_checkpoint, load_model, model_identity
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.materials import Materials
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.stages.detect import detect_in
 from agnostic_train.report.page import EMERGENCE_FILES, is_emergence_file, write_emergence_figures
 from agnostic_train.report.tables import ablation_table, emergence_table, score_table
@@ -20,15 +20,16 @@ from agnostic_train.scores.perplexity import knows_beginning
 from agnostic_train.scores.result import CONTROLS, AgnosticScore, describe_score
 
 EMERGENCE = "emergence"
+_KEY = "model.checkpoints"
 
 
 def check_files(materials: Materials) -> None:
     """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
     sources = [it.source for it in parse_checkpoints(materials.recipe.model.checkpoints)]
-    materials.check_vocabularies("model.checkpoints", sources)
+    materials.check_vocabularies(_KEY, sources)
 
 
-def score(context: Context) -> dict:
+def score(context: Context) -> StageResult:
     key = [context.inputs.of("score"), context.set_hashes(with_activations=True)]
     resume_dir = context.work / file_key(key)
     result = _score_of(context, context.materials.model, context.load_neurons(), resume_dir)
@@ -57,7 +58,7 @@ def score(context: Context) -> dict:
     _hint_at_unknown_beginning(context, result)
     outputs += _follow_checkpoints(context)
     read_by_auto = {"value": result.value, "clipped": result.clipped, "undefined": result.undefined}
-    return {"outputs": outputs, "value": result.value, "for_training": read_by_auto}
+    return StageResult(outputs, for_training=read_by_auto, facts={"value": result.value})
 
 
 def publish(context: Context) -> None:
@@ -116,7 +117,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
     context.materials.forget_model()  # a checkpoint may not fit in memory beside it
 
     def measure(checkpoint: Checkpoint) -> tuple[LanguageNeurons, AgnosticScore]:
-        model = load_checkpoint(section, checkpoint.source)
+        model = load_model(at_checkpoint(section, checkpoint.source, _KEY), _KEY)
         try:
             detected = detect_in(
                 context, model, context.materials.detection_batches, verify=context.recipe.detection.verify
@@ -124,7 +125,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
             score = _score_of(context, model, detected)
         except UserError as error:
             problem = str(error).removeprefix("model.name: ")
-            raise UserError(f"model.checkpoints: {checkpoint.name}: {problem}") from None
+            raise UserError(f"{_KEY}: {checkpoint.name}: {problem}") from None
         value = describe_score(score.value, score.clipped)
         context.say(f"score: {checkpoint.name}  {len(detected.shared)} shared neurons, score {value}")
         return detected, score
@@ -134,7 +135,7 @@ def _follow_checkpoints(context: Context) -> list[str]:
         measure,
         lambda checkpoint: [
             context.inputs.of("detect"), context.inputs.of("score")["text"], context.recipe.score.controls,
-            checkpoint.step, checkpoint_identity(section, checkpoint.source, "model.checkpoints"),
+            checkpoint.step, model_identity(at_checkpoint(section, checkpoint.source, _KEY)),
         ],
         context.work / "emergence",
     )  # fmt: skip

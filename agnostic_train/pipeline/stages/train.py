@@ -15,7 +15,7 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer, train_to_end
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.settings import evaluates_during_training, make_strategy
-from agnostic_train.pipeline.stages.context import Context
+from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.training_text import Sentences, count_batches, describe_text, training_examples
 from agnostic_train.processes import of_first_process
 from agnostic_train.scores.result import AgnosticScore
@@ -35,7 +35,7 @@ def check_files(materials: Materials) -> None:
     plain = f"strategy {strategy!r}" if strategy in BASELINES else f"update {update!r}" if update == "mask" else None
     materials.check_trainable(plain and f"training.{plain}")
     if section.neurons is not None:
-        read_neurons(section.neurons, load_empty_model(materials.model_section, materials.model_path))
+        read_neurons(section.neurons, load_empty_model(materials.model_section))
 
 
 def check_text(materials: Materials, arguments: NeuronTrainingArguments) -> None:
@@ -44,7 +44,7 @@ def check_text(materials: Materials, arguments: NeuronTrainingArguments) -> None
     count_batches(recipe, arguments, materials.encoder, materials.training_text, recipe.training.has_pilot)
 
 
-def train(context: Context) -> dict:
+def train(context: Context) -> StageResult:
     recipe, arguments = context.recipe, context.arguments
     training: Sentences = context.materials.training_text
     if recipe.training.has_pilot:
@@ -74,8 +74,7 @@ def train(context: Context) -> dict:
     context.say(
         f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
-    return {
-        "outputs": outputs,
+    facts = {
         "checkpoint": checkpoint.name,
         "adapter": ADAPTER if adapted else None,
         "strategy": choice.strategy,
@@ -83,6 +82,7 @@ def train(context: Context) -> dict:
         "neurons": choice.neurons.counts() if choice.neurons else None,
         "text": describe_text(recipe.training, context.materials.encoder.max_length),
     }
+    return StageResult(outputs, facts=facts)
 
 
 def publish(context: Context) -> None:
