@@ -35,7 +35,7 @@ def export_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     *,
-    neurons: NeuronSet | Mapping | None = None,
+    neurons: NeuronSet | Mapping | str | Path | None = None,
     model_card: str | None = None,
 ) -> FrozenWeightCheck:
     """Exports a checkpoint or an adapter, with the frozen-weight check in `manifest.json`; writes all files or none.
@@ -56,8 +56,8 @@ def export_checkpoint(
         dtype: the dtype of a `merged` checkpoint, such as `torch.float32` or "bfloat16"; by default, each weight's
             own, although loading gives all of them the model's, except those that the family keeps in float32. Each
             weight is rounded once, from the sum in float32. Adapters are float32, or float64 for a float64 model.
-        neurons: all neurons trained since `base`, as a `NeuronSet` or a mapping; by default those of the adapter and
-            the model's `trained_neurons`. If they are unknown, the manifest says `unverified`.
+        neurons: all neurons trained since `base`, as a `NeuronSet`, a mapping or a file; by default those of the
+            adapter and the model's `trained_neurons`. If they are unknown, the manifest says `unverified`.
         model_card: the text of `README.md`.
 
     Returns: the result of the comparison with the base; its `status` is `identical`, `changed` or `unverified`.

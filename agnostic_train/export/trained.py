@@ -48,7 +48,7 @@ class Trained:
         cls,
         model: PreTrainedModel | str | Path,
         base: PreTrainedModel | str | Path | None = None,
-        neurons: NeuronSet | Mapping | None = None,
+        neurons: NeuronSet | Mapping | str | Path | None = None,
     ) -> "Trained":
         """Takes a model apart, without changing it.
 
@@ -56,7 +56,8 @@ class Trained:
             model: a model trained by `NeuronTrainer`, one with a neuron adapter, or the folder of such an adapter.
             base: the model before training, or its name or folder; by default, for an adapter's folder, the base that
                 its config names.
-            neurons: the trained neurons; by default those of the adapter and the model's `trained_neurons`.
+            neurons: the trained neurons, or their file; by default those of the adapter and the model's
+                `trained_neurons`.
 
         Raises:
             UserError: an adapter isn't a neuron adapter, several are active, the folder has no adapter or not the
@@ -64,36 +65,40 @@ class Trained:
                 the adapter and no base is given, weights are sharded over processes or offloaded, single layers are
                 compiled, or the base is the trained model.
         """
-        named = None if neurons is None else NeuronSet.of(neurons)
         if isinstance(model, (str, Path)):
-            return cls._in_folder(Path(model), base, named)
-        return cls._in_memory(model, base, named)
+            return cls._in_folder(Path(model), base, neurons)
+        return cls._in_memory(model, base, neurons)
 
     @classmethod
-    def _in_folder(cls, folder: Path, base: PreTrainedModel | str | Path | None, named: NeuronSet | None) -> "Trained":
+    def _in_folder(
+        cls,
+        folder: Path,
+        base: PreTrainedModel | str | Path | None,
+        neurons: NeuronSet | Mapping | str | Path | None,
+    ) -> "Trained":
         """Reads an adapter's folder, and its base."""
         adapter, config = read_deltas(folder)
         if base is None and not config.base_model_name_or_path:
             raise UserError(f"base: {folder} doesn't name the model that it was trained on; give it as base")
         loaded = _loaded(config.base_model_name_or_path, config.revision) if base is None else _loaded(base)
         own = _neurons_at(loaded, adapter)
-        file = folder / NEURONS_FILE
-        if file.exists() and NeuronSet.load(file) != own:
-            raise UserError(
-                f"{folder}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
-            )
-        trained = _all_trained(own, named)
+        if (folder / NEURONS_FILE).exists():
+            _check_is_trained(folder, own, loaded)
+        trained = _all_trained(own, _named(neurons, loaded))
         return cls(loaded, adapter, loaded, trained, *_origin_of(loaded), trained_before=trained != own)
 
     @classmethod
     def _in_memory(
-        cls, model: nn.Module, base: PreTrainedModel | str | Path | None, named: NeuronSet | None
+        cls,
+        model: nn.Module,
+        base: PreTrainedModel | str | Path | None,
+        neurons: NeuronSet | Mapping | str | Path | None,
     ) -> "Trained":
         """Takes a loaded model apart."""
         check_whole(model, "exporting")
         plain = plain_model(model)
         find_decoder(plain).check_on_devices("exporting")
-        adapter, earlier = adapter_deltas(plain), trained_neurons(plain)
+        adapter, earlier, named = adapter_deltas(plain), trained_neurons(plain), _named(neurons, plain)
         trained, trained_before = earlier if named is None else named, False
         if adapter:
             own = adapter_neurons(plain)
@@ -167,6 +172,31 @@ class Trained:
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, so there are no rows to export")
         return weight_deltas(self.model, self.base, self.neurons, self.adapter)
+
+
+def _named(neurons: NeuronSet | Mapping | str | Path | None, model: nn.Module) -> NeuronSet | None:
+    """The neurons that the caller names, if any."""
+    if isinstance(neurons, (str, Path)):
+        return NeuronSet.read(neurons, model)
+    return None if neurons is None else NeuronSet.of(neurons)
+
+
+def _check_is_trained(checkpoint: Path, own: NeuronSet, base: nn.Module) -> None:
+    """Raises `UserError` unless the adapter in a Trainer's checkpoint, and no other one there, is what was trained.
+
+    own: the adapter's neurons.
+    """
+    trained = NeuronSet.load(checkpoint / NEURONS_FILE)
+    if trained != own:
+        raise UserError(
+            f"{checkpoint}: this isn't the adapter that was trained; an adapter with another name is in a subfolder"
+        )
+    for folder in sorted(it.parent for it in checkpoint.glob("*/adapter_config.json")):
+        if _neurons_at(base, read_deltas(folder)[0]) == trained:
+            raise UserError(
+                f"{checkpoint}: {folder.name}/ has another adapter of the same neurons, and either may be the one that "
+                "was trained; export the model in memory, or name that subfolder"
+            )
 
 
 def _all_trained(own: NeuronSet, named: NeuronSet | None) -> NeuronSet:

@@ -19,7 +19,7 @@ from agnostic_train.recipe import Recipe
 from agnostic_train.scores.emergence import parse_checkpoints
 from agnostic_train.training.mask import OPTIMIZERS
 from agnostic_train.training.strategy import BASELINES, SET_STRATEGIES
-from agnostic_train.training.trainer import NeuronTrainingArguments
+from agnostic_train.training.trainer import NeuronTrainingArguments, check_keeps_weights
 
 # The largest ratio between two shares of the training text: beyond it, an epoch mostly repeats one language's text.
 _MAX_SHARE_RATIO = 10_000
@@ -35,6 +35,7 @@ def check_trainer_arguments(arguments: NeuronTrainingArguments) -> None:
         raise UserError("training.fsdp: needs several processes; run it under accelerate launch or torchrun")
     if arguments.parallel_mode == ParallelMode.DISTRIBUTED:
         _check_batches_of_processes(arguments)
+    check_keeps_weights(arguments)
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("training.use_liger_kernel: needs pip install liger-kernel")
     if arguments.learning_rate < 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
@@ -24,9 +25,10 @@ logger = logging.get_logger(__name__)
 class DetectionCallback(TrainerCallback):
     """Detects language neurons and scores the model, before training and then at regular intervals.
 
-    In a plain `Trainer`, the callback only reports: the loss curve is bit-identical with and without it. In a
-    `NeuronTrainer` without neurons, it runs inside `train()` before the optimizer is created, and its strategy chooses
-    the neurons to train. Of several callbacks, it follows the first.
+    In a plain `Trainer`, the callback only reports: it prints the metrics, and adds them to the log history and the
+    reporting integrations (`report_to`). The loss curve is bit-identical with and without it. In a `NeuronTrainer`
+    without neurons, it runs inside `train()` before the optimizer is created, and its strategy chooses the neurons to
+    train. Of several callbacks, it follows the first.
 
     Args:
         corpora: per language, batches as for `detect_neurons`; kept as lists, because they are read several times.
@@ -102,7 +104,8 @@ class DetectionCallback(TrainerCallback):
 
     @contextmanager
     def reporting_to(self, log: Callable[[dict[str, float]], None]) -> Iterator[None]:
-        """Reports one training to a trainer's `log`; by default, the trainer's reporting integrations are called.
+        """Reports one training to a trainer's `log`; by default, results are printed, kept in the
+        log history and passed to the trainer's reporting integrations.
 
         Results stay afterwards, and the next training, of any model or trainer, runs a new detection. A trainer that
         continues with the same model reports that detection, but trains the neurons of its first training.
@@ -166,8 +169,11 @@ class DetectionCallback(TrainerCallback):
             control.should_log = should_log
             return
         # A callback has no access to its trainer, only to the log history and the integrations.
+        if state.epoch is not None:
+            metrics["epoch"] = state.epoch
         state.log_history.append({**metrics, "step": state.global_step})
         if state.is_world_process_zero:
+            tqdm.write(str(metrics))
             if self._integrations is None:  # created once per training: each instance opens its own files
                 self._integrations = [it() for it in get_reporting_integration_callbacks(args.report_to)]
             for integration in self._integrations:

@@ -8,6 +8,7 @@ from accelerate import DistributedDataParallelKwargs
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -15,6 +16,7 @@ from agnostic_train.errors import UserError
 from agnostic_train.processes import own_part, sum_over_processes
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training.checkpoints import check_resumable, has_optimizer
+from agnostic_train.training.jit_checkpoint import AgreedCheckpoint
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +35,9 @@ class GuardedTrainer(Trainer):
         # The losses since the last check, each with its batch's token ids.
         self._unchecked: list[tuple[Tensor, Tensor | None]] = []
         super().__init__(*args, **kwargs)
+        on_signal = self.pop_callback(JITCheckpointCallback)
+        if on_signal is not None:
+            self.add_callback(AgreedCheckpoint(on_signal.jit_manager))
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         settings = super()._build_accelerator_args(**kwargs)

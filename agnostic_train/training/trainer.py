@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,9 @@ class NeuronTrainer(GuardedTrainer):
             checkpoint is damaged.
     """
 
-    model: nn.Module  # declared because the type checker doesn't read Trainer
+    # Declared because the type checker doesn't read Trainer.
+    model: nn.Module
+    args: TrainingArguments
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class NeuronTrainer(GuardedTrainer):
             neurons if neurons is None or isinstance(neurons, (str, Path)) else NeuronSet.of(neurons)
         )
         self._given_neurons = self.neurons
+        check_keeps_weights(arguments)
         self._mask: GradientMask | None = None
         self._guarded: torch.optim.Optimizer | None = None
         self._resumed_neurons: NeuronSet | None = None
@@ -117,6 +121,9 @@ class NeuronTrainer(GuardedTrainer):
         adapter = [it for it in model.parameters() if it.requires_grad] if isinstance(model, PeftModel) else []
         values = [it.data for it in adapter]
         super().__init__(model, *args, **kwargs)
+        if isinstance(self.args, NeuronTrainingArguments) and self.args.update != self.update:
+            self.args = copy(self.args)  # the caller's own stay as they are
+            self.args.update = self.update
         _undo_casts(self.model, adapter, values)
         if self.neurons is None and self._detection is not None:
             self._check_strategy(self._detection)
@@ -248,6 +255,8 @@ class NeuronTrainer(GuardedTrainer):
         """Returns the neurons, first replacing a path in `self.neurons` by the set that it contains."""
         if isinstance(self.neurons, (str, Path)):
             self.neurons = NeuronSet.read(self.neurons, model)
+        elif self.neurons is not None:  # assigned between two trainings, perhaps as a mapping
+            self.neurons = NeuronSet.of(self.neurons)
         return self.neurons
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
@@ -279,11 +288,18 @@ class NeuronTrainer(GuardedTrainer):
         optimizer = super().create_optimizer(model)
         # On a second call of `train()`, this is the optimizer of the first, now wrapped by accelerate.
         bare = getattr(optimizer, "optimizer", optimizer)
-        trainable = {id(parameter) for parameter in (model or self.model).parameters() if parameter.requires_grad}
-        if not any(id(parameter) in trainable for group in bare.param_groups for parameter in group["params"]):
+        held = {id(parameter) for group in bare.param_groups for parameter in group["params"]}
+        trained = {name: it for name, it in (model or self.model).named_parameters() if it.requires_grad}
+        missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+        if len(missing) == len(trained):
             raise UserError(
                 "optimizers: this optimizer was created before the adapter, and has none of its parameters; pass "
                 "optimizer_cls_and_kwargs, or call get_peft_model(model, NeuronConfig(...)) first"
+            )
+        if missing:
+            raise UserError(
+                f"optimizers: this optimizer lacks {len(missing)} of the parameters to train, such as {missing[0]}; "
+                "pass optimizer_cls_and_kwargs, and for other neurons make another NeuronTrainer"
             )
         if self._mask is not None and bare is not self._guarded:
             self._mask.guard(bare)
@@ -327,6 +343,16 @@ class NeuronTrainer(GuardedTrainer):
             if self.args.should_save and value is not None:
                 gathered[name] = value
         return gathered
+
+
+def check_keeps_weights(arguments: TrainingArguments | None) -> None:
+    """Raises `UserError` for arguments with which an evaluation outside the training would round all weights."""
+    for key in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(arguments, key, False):
+            raise UserError(
+                f"training.{key}: evaluation would round all weights in place, the frozen ones too; leave it out (with "
+                f"{key.removesuffix('_full_eval')}, evaluation computes in half precision without that)"
+            )
 
 
 def _undo_casts(model: nn.Module, adapter: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:

@@ -1,6 +1,8 @@
 """Two gloo processes train what one trains: DDP by the Trainer, FSDP2 by torch's `fully_shard` and the Trainer."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from forked import in_two_processes
 from launched import FSDP2
 from peft import PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, plain_weights, sentences
+from transformers import TrainerCallback
 
 from agnostic_train import NeuronConfig, NeuronTrainer, detect_neurons, export_checkpoint
 from agnostic_train.errors import UserError
 from agnostic_train.training.equal_lora import equal_lora
 from agnostic_train.training.guarded import GuardedTrainer
+from agnostic_train.training.jit_checkpoint import AgreedCheckpoint
 
 SEQUENTIAL = dict(
     max_steps=6, train_sampling_strategy="sequential", weight_decay=0.0, lr_scheduler_type="constant",
@@ -117,6 +121,40 @@ def test_ddp_of_a_lora_with_reentrant_checkpointing_equals_one_process(by_ddp, t
     one = plain_weights(train_lora(tmp_path, 4, **checkpointing(True)).model)
     for name, value in loaded(by_ddp / "lora/checkpoint-6", "compact").items():
         torch.testing.assert_close(value, one[name], rtol=0, atol=1e-9)
+
+
+class EndOfJob(TrainerCallback):
+    """Sends SIGTERM to the second process alone, in the middle of its third step."""
+
+    def __init__(self, manager):
+        self.manager = manager
+        manager.kill_wait = 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.manager.is_checkpoint_requested:  # set by a timer
+                time.sleep(0.01)
+
+
+def train_until_signal(directory: Path):
+    settings = SEQUENTIAL | dict(per_device_train_batch_size=2, save_steps=100, enable_jit_checkpoint=True)
+    for resume, last_step in ((False, 3), (True, 6)):
+        model = tiny_llama().double()
+        trainer = NeuronTrainer(model, arguments(directory, **settings), train_dataset=sentences(), neurons=CHOSEN)
+        if not resume:
+            on_signal = next(it for it in trainer.callback_handler.callbacks if isinstance(it, AgreedCheckpoint))
+            trainer.add_callback(EndOfJob(on_signal.jit_manager))
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == last_step
+
+
+def test_signal_to_one_process_saves_after_the_same_step_in_all(tmp_path, by_ddp):
+    in_two_processes(__name__, "train_until_signal", tmp_path)
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert not [*tmp_path.rglob("checkpoint-is-incomplete.txt")]
+    whole = loaded(by_ddp / "compact/checkpoint-6", "compact")
+    assert all(torch.equal(it, whole[name]) for name, it in loaded(tmp_path / "checkpoint-6", "compact").items())
 
 
 def test_fully_shard_training_equals_a_plain_loop(tmp_path):

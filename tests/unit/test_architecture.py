@@ -19,7 +19,8 @@ ORDER = {
     "detection": ["self_check", "lape", "top_counts", "counting", "detect", "stability"],
     "scores": ["perplexity", "bootstrap", "ablation", "result", "contrast", "agnostic_score", "emergence"],
     "training": [
-        "chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "checkpoints", "guarded", "trainer"
+        "chosen", "equal_lora", "strategy", "mask", "compact", "delta", "callbacks", "checkpoints", "jit_checkpoint",
+        "guarded", "trainer",
     ],
     "training.compact": ["peft_type", "config", "product", "layer", "model"],
     "export": ["trained", "frozen_weights", "merged", "adapters", "checkpoint", "model_card"],

@@ -37,7 +37,7 @@ def test_neuron_trainer_trains_what_the_callback_detects(tmp_path):
     assert first["agnostic_score"] == pytest.approx(callback.score.value)
 
 
-def test_callback_only_reports_in_a_plain_trainer(tmp_path):
+def test_callback_only_reports_in_a_plain_trainer(tmp_path, capsys):
     """Because the model has dropout, the loss curve shows any change of the random state."""
     curves, callback = [], None
     for with_callback in (False, True):
@@ -55,8 +55,10 @@ def test_callback_only_reports_in_a_plain_trainer(tmp_path):
         curves.append((losses, {name: value.clone() for name, value in model.state_dict().items()}))
     assert len(curves[0][0]) == 8 and curves[0][0] == curves[1][0]
     assert all(torch.equal(curves[0][1][name], curves[1][1][name]) for name in curves[0][1])
-    reports = [entry["step"] for entry in trainer.state.log_history if "neurons/shared" in entry]
-    assert reports == [0, 3, 6]
+    reports = [entry for entry in trainer.state.log_history if "neurons/shared" in entry]
+    assert [(it["step"], it["epoch"]) for it in reports] == [(0, 0), (3, 1.0), (6, 2.0)]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "neurons/shared" in line]
+    assert [f"'epoch': {it['epoch']}" in line for it, line in zip(reports, printed, strict=True)] == [True] * 3
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert find_decoder(model).sizes == callback.neurons.shared.sizes
 
@@ -172,7 +174,7 @@ def test_integrations_of_a_plain_trainer_get_the_values(tmp_path, monkeypatch):
     callback = DetectionCallback(corpora(), every_n_steps=2, top_ratio=0.2, consistency=0.6, progress=False)
     Trainer(tiny_llama(), settings, train_dataset=sentences(), callbacks=[callback]).train()
     assert [step for step, _ in logged] == [0, 2, 4]
-    assert logged[-1][1] == callback.metrics() and "agnostic_score" in logged[-1][1]
+    assert logged[-1][1] == callback.metrics() | {"epoch": 4 / 3} and "agnostic_score" in logged[-1][1]
     assert len(integrations) == 1  # each further TensorBoard integration would open another file
 
 

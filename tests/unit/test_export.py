@@ -142,6 +142,11 @@ def test_tied_embeddings_are_written_once_in_another_dtype(tmp_path):
 
 def test_export_without_a_base_or_neurons_is_unverified(tmp_path):
     base = tiny_llama()
+    reloaded = trained(base)
+    del reloaded.trained_neurons  # a reloaded checkpoint has none
+    CHOSEN.save(tmp_path / "neurons.safetensors")
+    check = export_checkpoint(reloaded, tmp_path / "c", base=base, neurons=tmp_path / "neurons.safetensors")
+    assert check.status == "identical" and check.chosen_moved == 1
     assert export_checkpoint(trained(base), tmp_path / "a").status == "unverified"
     assert export_checkpoint(tiny_llama(), tmp_path / "b", base=base).status == "unverified"
     assert json.loads((tmp_path / "a/manifest.json").read_text())["frozen_weights"]["status"] == "unverified"
@@ -610,6 +615,18 @@ def test_folder_with_an_adapter_of_other_neurons_is_refused(tmp_path):
     assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama()).status == "identical"
     with pytest.raises(TypeError, match="tokenizer: expected a tokenizer"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama(), tokenizer="name")
+
+
+def test_checkpoint_with_two_adapters_of_the_trained_neurons_is_refused(tmp_path):
+    """Either may be the one that was trained."""
+    model = adapted(neurons=CHOSEN)
+    model.add_adapter("two", NeuronConfig(neurons=CHOSEN))
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama()).status == "identical"
+    CHOSEN.save(tmp_path / "checkpoint/neurons.safetensors")  # as a Trainer does
+    with pytest.raises(UserError, match="two/ has another adapter of the same neurons"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", base=tiny_llama())
+    assert export_checkpoint(tmp_path / "checkpoint/two", tmp_path / "out", base=tiny_llama()).status == "identical"
 
 
 def test_difference_of_half_precision_weights_is_exact():

@@ -9,7 +9,7 @@ from conftest import UPDATES, padded_batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_training import CHOSEN, arguments, assert_only_chosen_moved, may_learn, plain_weights, sentences
 from torch.nn.utils import prune
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from agnostic_train.errors import UserError
 from agnostic_train.model.decoder import find_decoder
@@ -18,7 +18,7 @@ from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training import guarded
 from agnostic_train.training.callbacks import DetectionCallback
 from agnostic_train.training.compact import NeuronConfig
-from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer
+from agnostic_train.training.trainer import NEURONS_FILE, NeuronTrainer, NeuronTrainingArguments
 
 both_updates = pytest.mark.parametrize("update", UPDATES)
 
@@ -437,6 +437,36 @@ def test_unfrozen_base_is_frozen_again(tmp_path):
     trainer = trainer_of(ours, tmp_path, "compact", neurons=None)
     trainer.train()
     assert_only_chosen_moved(plain_weights(tiny_llama()), plain_weights(trainer.model), CHOSEN)
+
+
+def test_optimizer_must_hold_all_that_is_trained(tmp_path):
+    model = tiny_llama()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    settings = dict(train_dataset=sentences(), neurons=CHOSEN, update="mask")
+    trainer = NeuronTrainer(
+        model, arguments(tmp_path), **settings, optimizers=(torch.optim.AdamW([weight], lr=1e-2), None)
+    )
+    with pytest.raises(UserError, match="lacks 6 of the parameters to train, such as model.layers.0.self_attn.k_proj"):
+        trainer.train()
+    trainer = trainer_of(tiny_llama(), tmp_path, "mask", neurons=NeuronSet({(0, "q"): [1]}))
+    trainer.train()
+    trainer.neurons = {(0, "q"): [2], (1, "down"): [3]}
+    with pytest.raises(UserError, match="lacks 1 .* such as model.layers.1.mlp.down_proj.weight; .* make another"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", [NeuronTrainingArguments, TrainingArguments])
+@pytest.mark.parametrize("key", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_that_would_round_frozen_weights_is_refused(tmp_path, kind, key):
+    settings = kind(output_dir=str(tmp_path), use_cpu=True, report_to=[], **{key: True})
+    with pytest.raises(UserError, match=f"training.{key}: evaluation would round all weights in place"):
+        NeuronTrainer(tiny_llama(), settings, train_dataset=sentences(), neurons=CHOSEN)
+
+
+def test_arguments_say_how_the_trainer_updates(tmp_path):
+    given = arguments(tmp_path, update="mask")
+    trainer = NeuronTrainer(tiny_llama(), given, train_dataset=sentences(), neurons=CHOSEN, update="compact")
+    assert (trainer.args.update, given.update) == ("compact", "mask")
 
 
 def test_setups_that_would_train_nothing_or_too_much_are_refused(tmp_path):
