@@ -126,8 +126,9 @@ class CorpusSection:
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
     split_sentences: bool = Field(
         default=False,
-        description="Also split after . ! ? and their Chinese forms, not only at line breaks. A sentence that train "
-        "text shares with valid or test text, or valid with test text, is then left out of the former.",
+        description="Also split after . ! ? and the stops of other scripts, such as Chinese and Devanagari, not only "
+        "at line breaks. A sentence that train text shares with valid or test text, or valid with test text, is then "
+        "left out of the former.",
     )
     languages: Annotated[Languages, Field(min_length=1)] = Field(
         description="All languages to detect and measure, as in the file names."

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,23 +10,32 @@ from agnostic_train.errors import UserError, in_one_line
 
 _MAX_WITHOUT_COLUMN = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+")
-# Chinese has no spaces between sentences; closing quotes and brackets belong to the sentence that they follow.
-_CHINESE_SENTENCE_END = re.compile(r"[。！？][。！？…]*[”’」』）》】]*")
+# Stops of Chinese, Devanagari, Arabic and Urdu, Ethiopic, Burmese, Khmer, Armenian, Santali and Manipuri: they end a
+# sentence even without a space. Closing quotes and brackets belong to the sentence that they follow.
+_STOPS = "。！？।॥؟۔።፧။។៕։᱾᱿꯫"
+_OTHER_SENTENCE_END = re.compile(f"[{_STOPS}][{_STOPS}!?…]*[”’»」』）》】]*")
+_INVISIBLE = ("Cc", "Cf", "Zs")
+"""Categories of characters that show nothing, such as zero-width spaces and direction marks."""
 
 
 def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator[str]:
-    """Splits documents at line breaks; skips empty parts.
+    """Splits documents at line breaks; skips parts in which nothing is visible.
 
-    split_sentences: split after `. ! ? …` and their Chinese forms, too, and skip parts without a letter or digit.
+    split_sentences: split after `. ! ? …` and the stops of other scripts, too, and skip parts without a letter or
+        digit.
     """
     for document in documents:
         for line in document.split("\n"):
             sentences = _sentences(line) if split_sentences else (line,)
-            yield from (stripped for sentence in sentences if (stripped := sentence.strip()))
+            yield from (stripped for sentence in sentences if _is_visible(stripped := sentence.strip()))
+
+
+def _is_visible(text: str) -> bool:
+    return any(unicodedata.category(character) not in _INVISIBLE for character in text)
 
 
 def _sentences(line: str) -> Iterator[str]:
-    for part in _CHINESE_SENTENCE_END.sub("\\g<0>\n", line).split("\n"):
+    for part in _OTHER_SENTENCE_END.sub("\\g<0>\n", line).split("\n"):
         for sentence in _SENTENCE_END.split(part):
             if any(character.isalnum() for character in sentence):
                 yield sentence

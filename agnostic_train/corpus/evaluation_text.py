@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from agnostic_train.corpus.documents import split_documents
-from agnostic_train.corpus.local_files import find_file, local_sentences, read_text
+from agnostic_train.corpus.local_files import find_file, local_sentences, read_text, unread_file
 from agnostic_train.corpus.purposes import Corpus
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
 from agnostic_train.errors import UserError
@@ -28,10 +28,13 @@ def read_test_text(section: CorpusSection, language: str, keep: Path | None = No
         count = count or STREAMED_DEFAULT
         sentences, hashes, source = streamed_test(section, language, count, keep), {}, str(section.dataset)
     else:
-        files = {split: find_file(Path(section.path), language, split) for split in ("test", "valid")}
+        folder = Path(section.path)
+        files = {split: find_file(folder, language, split) for split in ("test", "valid")}
+        if files["test"] is None and (unread := unread_file(folder, language, "test")):
+            raise UserError(f"evaluation.languages: test text of {language!r}: {unread}; rename or convert it")
         file = files["test"] or files["valid"]
         if file is None:
-            missing = Path(section.path) / f"{language}.test.txt"
+            missing = folder / f"{language}.test.txt"
             raise UserError(f"evaluation.languages: {language!r} has no file {missing}, nor .valid; add one")
         sentences, hashes, source = local_sentences(section, file), {file.name: hash_file(file)}, str(file)
         # The same half as for a language that is detected, since this one may become one.

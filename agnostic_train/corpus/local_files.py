@@ -4,9 +4,10 @@ import bz2
 import gzip
 import lzma
 from collections.abc import Callable, Iterator
-from io import TextIOWrapper
+from glob import escape
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -37,6 +38,15 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
     return files[0] if files else None
 
 
+def unread_file(folder: Path, language: str, split: str) -> str:
+    """Says which file named `{lang}.{split}.*` `find_file` doesn't find, and why; empty if there is none."""
+    others = sorted(folder.glob(f"{escape(language)}.{split}.*"))
+    if not others:
+        return ""
+    is_broken = others[0].is_symlink() and not others[0].exists()
+    return f"{others[0].name} {'is a broken link' if is_broken else 'is of no kind that is read'}"
+
+
 def local_sentences(section: CorpusSection, file: Path) -> list[str]:
     """Reads the distinct sentences of a file, in their order.
 
@@ -44,7 +54,7 @@ def local_sentences(section: CorpusSection, file: Path) -> list[str]:
         UserError: the file isn't readable, isn't UTF-8, lacks the text column, or has no sentence.
     """
     column = section.text_column
-    documents = [read_text(file)] if ".txt" in file.suffixes else texts_of(_rows(file, column), column, str(file))
+    documents = lines_of(file) if ".txt" in file.suffixes else texts_of(_rows(file, column), column, str(file))
     sentences = list(dict.fromkeys(split_documents(documents, section.split_sentences)))
     if not sentences:
         raise UserError(f"{file}: has no sentence; one sentence per line is expected")
@@ -65,7 +75,8 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not readable ({in_one_line(error)})") from None
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path) -> Any:
+    """Opens a file for reading its bytes; each format has its own type."""
     return _OPEN[file.suffix](file) if file.suffix in _OPEN else file.open("rb")
 
 
@@ -94,11 +105,15 @@ def lines_of(file: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 text file, compressed or not; raises `UserError` that names the file if it can't."""
     number = 0
     try:
-        with TextIOWrapper(_opened(Path(file)), encoding="utf-8-sig") as lines:
+        with BufferedReader(_opened(Path(file))) as lines:
             for line in lines:
+                # The -sig drops a byte order mark, which isn't text.
+                text = line.decode("utf-8" if number else "utf-8-sig")
                 number += 1
-                yield line
+                yield text
+    except IsADirectoryError:
+        raise UserError(f"{file}: a folder, where a text file was expected") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 after line {number}; convert it, for example with iconv") from None
+        raise UserError(f"{file}: line {number + 1} isn't UTF-8; convert it, for example with iconv") from None
     except Exception as error:  # every compression format raises other errors
         raise UserError(f"{file}: not readable after line {number} ({in_one_line(error)})") from None

@@ -3,12 +3,11 @@
 import random
 from collections.abc import Container
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from transformers.utils import logging
 
-from agnostic_train.corpus.local_files import find_file, local_sentences
+from agnostic_train.corpus.local_files import find_file, local_sentences, unread_file
 from agnostic_train.corpus.streaming import streamed_by_purpose
 from agnostic_train.errors import UserError
 from agnostic_train.files import fingerprint, hash_file
@@ -80,12 +79,14 @@ def _local(section: CorpusSection, folder: Path, language: str) -> tuple[Languag
     files = {split: find_file(folder, language, split) for split in ("train", "valid", "test")}
     for split in ("train", "valid"):
         if files[split] is None:
-            others = sorted(it.name for it in folder.glob(f"{escape(language)}.{split}.*"))
-            found = f"; {others[0]} isn't read" if others else ""
+            unread = unread_file(folder, language, split)
             raise UserError(
                 f"corpus.languages: {language!r} has no file {folder / f'{language}.{split}.txt'} (nor .jsonl, "
-                f".parquet){found}; add it or take the language out"
+                f".parquet){f'; {unread}' if unread else ''}; add it or take the language out"
             )
+    # Without test text, half of valid would silently take its place.
+    if files["test"] is None and (unread := unread_file(folder, language, "test")):
+        raise UserError(f"corpus.path: test text of {language!r}: {unread}; rename or convert it, or take it out")
     splits = {split: local_sentences(section, file) for split, file in files.items() if file is not None}
     if "test" not in splits:
         if len(splits["valid"]) < 2:
@@ -119,10 +120,10 @@ def _without_repetitions(language: str, splits: dict[str, list[str]], folder: Pa
 
 
 def _check_disjoint(language: str, splits: dict[str, list[str]], path: Path) -> None:
-    seen: dict[str, str] = {}
-    repeated: list[str] = []
-    for split, sentences in splits.items():
-        repeated += [sentence for sentence in sentences if seen.setdefault(sentence, split) != split]
+    # Sets of held-out text alone: train text may be large.
+    valid, test = set(splits["valid"]), set(splits["test"])
+    repeated = [it for it in splits["train"] if it in valid or it in test]
+    repeated += [it for it in splits["test"] if it in valid]
     if repeated:
         examples = "; ".join(repr(sentence[:60]) for sentence in repeated[:3])
         raise UserError(

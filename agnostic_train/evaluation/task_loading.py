@@ -93,10 +93,10 @@ def _mgsm_questions(file: Path, task: str, **_options: Any) -> DatasetDict:
     rows: dict[str, list] = {"question": [], "answer": [], "answer_number": [], "equation_solution": []}
     for index, line in enumerate(lines):
         question, _, number = line.partition("\t")
-        number = number.replace(",", "")
-        if not re.fullmatch(r"-?\d{1,18}", number):
+        # A comma separates thousands, and no decimals.
+        if not question.strip() or not re.fullmatch(r"-?(\d{1,18}|\d{1,3}(,\d{3}){1,5})", number):
             raise UserError(f"{file}, line {index + 1}: expected a question, a tab and a whole number")
-        for key, value in zip(rows, (question, None, int(number), None), strict=True):
+        for key, value in zip(rows, (question, None, int(number.replace(",", "")), None), strict=True):
             rows[key].append(value)
     return DatasetDict(test=Dataset.from_dict(rows))
 

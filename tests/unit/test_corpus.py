@@ -102,7 +102,7 @@ def test_byte_order_mark_is_dropped_and_unicode_separators_end_no_line(folder):
         (lambda folder: (folder / "en.valid.txt").unlink(), r"'en' has no file .*en\.valid\.txt"),
         (
             lambda folder: (folder / "en.train.txt").write_bytes(b"good\n\xff\xfe"),
-            r"en\.train\.txt: not UTF-8 at byte 5",
+            r"en\.train\.txt: line 2 isn't UTF-8",
         ),
         (lambda folder: (folder / "en.train.txt").write_text("\n\n"), r"en\.train\.txt: has no sentence"),
         (lambda folder: write(folder, "en", train=SENTENCES[:9]), r"corpus\.detection_sentences: 10 asked .* has 9"),
@@ -504,6 +504,20 @@ def test_empty_parquet_file_has_no_sentence(folder):
         load_corpus(section(path=str(folder)))
 
 
+@pytest.mark.parametrize("name", ["en.test.TXT", "en.test.json", "en.test.txt.lz4"])
+def test_test_text_of_an_unknown_kind_is_refused(folder, name):
+    """Without an error, half of valid would take its place."""
+    (folder / name).write_text("one\n")
+    with pytest.raises(UserError, match=f"test text of 'en': {name} is of no kind that is read"):
+        load_corpus(section(path=str(folder)))
+    (folder / name).unlink()
+    (folder / "en.test.txt").symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match=r"test text of 'en': en.test.txt is a broken link"):
+        load_corpus(section(path=str(folder)))
+    with pytest.raises(UserError, match=r"evaluation.languages: test text of 'en': en.test.txt is a broken link"):
+        read_test_text(section(path=str(folder)), "en")
+
+
 def test_split_sentences_splits_lines(folder):
     write(folder, "en", train=[*SENTENCES[:20], "One. Two? 三。四！ Five"])
     text = load_corpus(section(split_sentences=True, path=str(folder))).texts["en"]
@@ -729,6 +743,28 @@ def test_sentences_are_split_at_end_marks():
     assert list(split_documents(["... !", chinese], False)) == ["... !", chinese]
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("वाक्य एक है। दूसरा है॥ तीसरा", ["वाक्य एक है।", "दूसरा है॥", "तीसरा"]),
+        ("یہ ایک ہے۔دوسرا کیا؟ تیسرا", ["یہ ایک ہے۔", "دوسرا کیا؟", "تیسرا"]),
+        ("አንድ ነው።ሁለት ነው፧ ሦስት", ["አንድ ነው።", "ሁለት ነው፧", "ሦስት"]),
+        ("တစ်။ နှစ်။", ["တစ်။", "နှစ်။"]),
+        ("Pi is 3.14. «Да!» Нет?", ["Pi is 3.14.", "«Да!» Нет?"]),
+    ],
+)
+def test_sentences_end_at_the_stops_of_their_script(text, expected):
+    assert list(split_documents([text], True)) == expected
+
+
+@pytest.mark.parametrize("split_sentences", [True, False])
+def test_lines_that_show_nothing_are_no_sentences(split_sentences):
+    """Such a line has few tokens, all unlike those of the language: detection would take it for a sentence."""
+    persian = "می\u200cخواهم"  # needs its zero-width non-joiner
+    lines = ["\u200b", "\u200e \u200f", "\ufeff", "\u200d", "\x00", persian]
+    assert list(split_documents(lines, split_sentences)) == [persian]
+
+
 def test_sentences_that_documents_share_are_left_out(tmp_path, caplog):
     parts = {"train": "One a. Thank you. Two.", "valid": "Three. Thank you. Bye.", "test": "Four. Bye."}
     for split, line in parts.items():
@@ -794,7 +830,7 @@ def test_only_the_text_of_a_parquet_file_is_read(folder):
 def test_line_that_is_not_utf8_is_located(folder):
     (folder / "en.train.txt").unlink()
     (folder / "en.train.jsonl").write_bytes(b'{"text": "a"}\n' * 9000 + b'{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"en\.train\.jsonl: not UTF-8 after line 8\d\d\d; convert it"):
+    with pytest.raises(UserError, match=r"en\.train\.jsonl: line 9001 isn't UTF-8; convert it"):
         local_sentences(section(), folder / "en.train.jsonl")
 
 

@@ -142,7 +142,8 @@ def test_multiple_choice_scores_equal_brute_force(own_tasks, model, tokenizer, t
 
 @needs_harness
 def test_mgsm_from_a_folder_compares_each_pair_of_checkpoints(harness_tasks, tokenizer, tmp_path):
-    (tmp_path / "sw.tsv").write_text("\ufeffNgapi?\t777\r\nMbwa wangapi?\t-555\nPaka\u2028wangapi?\t7,77\nNani?\t777\n")
+    questions = ["\ufeffNgapi?\t777\r", "Mbwa wangapi?\t-555", "Paka\u2028wangapi?\t0,777", "Nani?\t777\n"]
+    (tmp_path / "sw.tsv").write_text("\n".join(questions))
     task = "mgsm_native_cot_sw"
     suite = TaskSuite([task], mgsm=tmp_path, max_new_tokens=3, batch_size=2)
     seven = writes(tokenizer, "7")
@@ -428,7 +429,7 @@ def test_missing_lm_eval_is_one_error_with_the_fix(monkeypatch):
 
 
 @needs_harness
-@pytest.mark.parametrize("wrong", ["saba", "1" * 30])
+@pytest.mark.parametrize("wrong", ["saba", "1" * 30, "2,5"])
 def test_errors_with_built_in_tasks(harness_tasks, tmp_path, wrong):
     (tmp_path / "sw.tsv").write_text(f"Ngapi?\t777\nNgapi?\t{wrong}\n")
     for name, message in {
