@@ -89,7 +89,8 @@ class TaskSuite:
         batch_size: number of items, or of an item's choices, per forward pass.
 
     Raises:
-        UserError: lm-eval isn't installed, a task doesn't exist, can't run, or its data can't be loaded.
+        UserError: lm-eval isn't installed, a task doesn't exist, can't run or is named twice, or its data can't be
+            loaded.
     """
 
     def __init__(
@@ -116,9 +117,19 @@ class TaskSuite:
             for name in self.names:
                 with _seeded():  # tasks may shuffle their items
                     self._loaded[name] = load_task(manager, name)
+            self._check_distinct()
             for task in self._tasks():
                 check_task(task, num_fewshot)
                 set_up(task, num_fewshot, max_new_tokens)
+
+    def _check_distinct(self) -> None:
+        """Refuses a task named alone and in a group: the group may change its settings, and results go by its name."""
+        named_by: dict[str, str] = {}
+        for name, loaded in self._loaded.items():
+            for task_name in loaded["tasks"]:
+                other = named_by.setdefault(task_name, name)
+                if other != name:
+                    raise UserError(f"evaluation.tasks: {task_name} is in both {other} and {name}; leave one out")
 
     def _tasks(self) -> "Iterator[Task]":
         for loaded in self._loaded.values():
@@ -216,6 +227,23 @@ class TaskSuite:
             for group_name, group in loaded["groups"].items()
         }
         return {**{it: result for it, result in groups.items() if result.metrics}, **results}
+
+
+def tokenizer_of_tasks(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> PreTrainedTokenizerBase:
+    """Returns a copy that begins texts as `corpus.add_bos` says: the harness leaves that to the tokenizer.
+
+    Raises:
+        UserError: the tokenizer begins them otherwise, whatever it is told.
+    """
+    own = deepcopy(tokenizer)
+    if add_bos is not None:
+        own.add_bos_token = add_bos
+        if (own("a")["input_ids"][:1] == [own.bos_token_id]) != add_bos:
+            raise UserError(
+                "corpus.add_bos: evaluation.tasks can't follow it, because this tokenizer alone decides how texts "
+                "begin there; leave one of the two keys out"
+            )
+    return own
 
 
 def evaluate_tasks(

@@ -90,9 +90,9 @@ def check_checkpoint(section: ModelSection, source: str, key: str) -> None:
         raise UserError(f"{key}: no such folder {source}, and model.name is a folder without revisions")
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Loads the model's tokenizer; raises `UserError` if it can't."""
-    return read(AutoTokenizer, section.name, "model.name", **_source(section))
+def load_tokenizer(section: ModelSection, key: str = "model.name") -> PreTrainedTokenizerBase:
+    """Loads the model's tokenizer; raises `UserError` that names `key` if it can't."""
+    return read(AutoTokenizer, section.name, key, **_source(section))
 
 
 def model_identity(section: ModelSection, key: str = "model.name") -> dict:

@@ -130,6 +130,11 @@ def _problem_of_files(folder: Path, part: str) -> str | None:
     return None
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any(file.is_file() for pattern in _FILES["the tokenizer"] for file in Path(folder).glob(pattern))
+
+
 def check_folder(folder: str | Path, key: str) -> None:
     """Raises `UserError` that names `key` if a folder holds no checkpoint."""
     folder = Path(folder)

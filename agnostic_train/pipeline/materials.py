@@ -14,9 +14,9 @@ from agnostic_train.corpus.encoding import Encoder
 from agnostic_train.corpus.evaluation_text import read_evaluation_text, seen_in_training
 from agnostic_train.corpus.purposes import Corpus, load_corpus
 from agnostic_train.errors import UserError
-from agnostic_train.evaluation.task_evaluation import TaskSuite
+from agnostic_train.evaluation.task_evaluation import TaskSuite, tokenizer_of_tasks
 from agnostic_train.model.loading import at_checkpoint, load_config, load_model, load_tokenizer
-from agnostic_train.model.reading import has_adapter, hub_commit
+from agnostic_train.model.reading import has_adapter, has_tokenizer, hub_commit
 from agnostic_train.quickstart.tiny_model import cache_directory, quickstart_corpus, quickstart_model
 from agnostic_train.recipe import EMBEDDED, CorpusSection, ModelSection, Recipe
 
@@ -101,6 +101,9 @@ class Materials:
                 self.corpus, self.corpus_section, self.recipe.evaluation, self._kept_text
             )
         self.hashes |= hashes
+        measured = [*self.recipe.corpus.languages, *self.recipe.evaluation.languages]
+        if "parallel" in texts and (missing := [it for it in measured if it not in texts["parallel"]]):
+            self.say(f"parallel text: {self.recipe.evaluation.parallel} has no .txt of {', '.join(missing)}")
         for line in seen_in_training(texts, self.training_text):
             self.say(line)
         return texts
@@ -117,6 +120,11 @@ class Materials:
         """The batches of `evaluation_texts`, per kind and language."""
         size = self.recipe.evaluation.batch_size
         return {kind: self.batches(kind, sentences, size) for kind, sentences in self.evaluation_texts.items()}
+
+    @cached_property
+    def task_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer for `task_suite`."""
+        return tokenizer_of_tasks(self.tokenizer, self.recipe.corpus.add_bos)
 
     @cached_property
     def task_suite(self) -> TaskSuite | None:
@@ -170,12 +178,17 @@ class Materials:
             raise UserError(f"model.name: {plain} needs the unquantised model, not {self.recipe.model.name}; name that")
 
     def check_vocabularies(self, key: str, sources: Sequence[str]) -> None:
-        """Raises `UserError` that names `key` for a checkpoint that lacks tokens of the model's tokenizer.
+        """Raises `UserError` that names `key` for a checkpoint that needs another tokenizer than the model's.
 
         sources: folders, or revisions of the model's hub repository.
         """
         for source in sources:
-            config = load_config(at_checkpoint(self.recipe.model, source, key), key)
+            section = at_checkpoint(self.recipe.model, source, key)
+            config = load_config(section, key)
+            if has_tokenizer(source) and load_tokenizer(section, key).get_vocab() != self.tokenizer.get_vocab():
+                raise UserError(
+                    f"{key}: {source} has another tokenizer than model.name; name a state of the same model"
+                )
             size = config.get_text_config().vocab_size
             if size < len(self.tokenizer):
                 raise UserError(

@@ -32,6 +32,8 @@ from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline import COMMANDS, STAGES, stage_inputs
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
+from agnostic_train.pipeline.stages.context import StageResult
+from agnostic_train.quickstart.tiny_model import build_tokenizer
 from agnostic_train.recipe_file import load_recipe
 from agnostic_train.training.guarded import GuardedTrainer
 from agnostic_train.training.trainer import NeuronTrainingArguments
@@ -477,6 +479,11 @@ def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsy
         message = f"{key}: {root / 'small'} has a vocabulary of 50, and the tokenizer "
         assert_mistake(root, "run", [f"--{key}={value}"], message, capsys)
         assert not (root / "out/manifest.json").exists()
+    shutil.copytree(root / "model", root / "rival")
+    build_tokenizer(["other text, other tokens"] * 9, vocab_size=300).save_pretrained(root / "rival")
+    for key, value in (("model.checkpoints", f"7={root / 'rival'}"), ("evaluation.checkpoints", str(root / "rival"))):
+        message = f"{key}: {root / 'rival'} has another tokenizer than model.name"
+        assert_mistake(root, "run", [f"--{key}={value}"], message, capsys)
     broken = tiny_llama(vocab_size=400)
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
@@ -745,7 +752,7 @@ def test_out_of_memory_gives_one_line_and_exit_status_1(root, monkeypatch, capsy
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of\n 8 GiB.")
 
     for name, stage_entry in STAGE_TABLE.items():
-        function = too_large if name == stage else lambda context: {"outputs": [], "frozen_weights": None}
+        function = too_large if name == stage else lambda context: StageResult()
         monkeypatch.setitem(STAGE_TABLE, name, replace(stage_entry, run=function, check=lambda context: None))
     assert run(root, stage) == 1
     expected = f"agnostic-train: error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {keys}"

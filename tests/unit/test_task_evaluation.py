@@ -14,7 +14,7 @@ from conftest import tiny_llama
 from peft import get_peft_model
 
 from agnostic_train.errors import UserError
-from agnostic_train.evaluation.task_evaluation import TaskSuite, evaluate_tasks
+from agnostic_train.evaluation.task_evaluation import TaskSuite, evaluate_tasks, tokenizer_of_tasks
 from agnostic_train.evaluation.task_results import compare_tasks
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.quickstart.phrasebook import phrasebook
@@ -247,6 +247,41 @@ def test_items_of_a_group_are_those_of_its_tasks(own_tasks, model, tokenizer, tm
     assert results["both"].items == results["right"].items + results["mixed"].items
     compared = compare_tasks({"a": results, "b": results})
     assert [it["metric"] for it in compared["both"]["comparisons"]] == ["acc,none"]
+
+
+@needs_harness
+@pytest.mark.parametrize("names", [["right", "both"], ["both", "right"]])
+def test_task_named_alone_and_in_a_group_is_refused(own_tasks, tmp_path, names):
+    """A group can change its tasks' settings, so that one result would replace the other."""
+    folder = write_choices(tmp_path / "tasks", [0] * 5, "right")
+    (folder / "both.yaml").write_text("group: both\ntask: [{task: right, num_fewshot: 1}]\n")
+    with pytest.raises(
+        UserError, match=rf"evaluation.tasks: right is in both {names[0]} and {names[1]}; leave one out"
+    ):
+        TaskSuite(names, task_paths=[folder])
+
+
+@needs_harness
+@pytest.mark.parametrize("add_bos", [None, False, True])
+def test_tasks_begin_as_the_text_does(own_tasks, model, tokenizer, tmp_path, add_bos):
+    own, first = tokenizer_of_tasks(tokenizer, add_bos), set()
+    suite = TaskSuite(["choose"], task_paths=[write_choices(tmp_path / "tasks", [0] * 5)])
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: first.update(inputs[0][:, 0].tolist()))
+    suite.run("choose", model, own)
+    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id if add_bos is None else add_bos
+    assert (first == {tokenizer.bos_token_id}) is begins and (tokenizer.bos_token_id in first) is begins
+
+
+def test_tokenizer_that_cannot_follow_add_bos_is_refused(tokenizer):
+    class Fixed(type(tokenizer)):
+        add_bos_token = property(lambda self: False, lambda self, value: None)
+
+    fixed = deepcopy(tokenizer)
+    fixed.__class__ = Fixed
+    begins = fixed("a")["input_ids"][0] == fixed.bos_token_id
+    tokenizer_of_tasks(fixed, begins)
+    with pytest.raises(UserError, match="corpus.add_bos: evaluation.tasks can't follow it"):
+        tokenizer_of_tasks(fixed, not begins)
 
 
 @needs_harness

@@ -43,7 +43,9 @@ class _Checkpoint:
 
 
 def check_files(materials: Materials) -> None:
-    """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
+    """Raises `UserError` for checkpoints of another tokenizer, and if the tasks can't follow `corpus.add_bos`."""
+    if materials.recipe.evaluation.tasks:
+        _ = materials.task_tokenizer
     materials.check_vocabularies(_KEY, materials.recipe.evaluation.checkpoints)
 
 
@@ -169,7 +171,7 @@ def _evaluate_tasks(context: Context, checkpoints: Mapping[str, _Checkpoint]) ->
         return None
     result = evaluate_tasks(
         {name: checkpoint.load for name, checkpoint in checkpoints.items()},
-        context.materials.tokenizer,
+        context.materials.task_tokenizer,
         suite,
         directory=context.work,
         identity=lambda name: _key(context, checkpoints[name]),

@@ -24,7 +24,7 @@ _KEY = "model.checkpoints"
 
 
 def check_files(materials: Materials) -> None:
-    """Raises `UserError` for a checkpoint that lacks tokens of the model's tokenizer."""
+    """Raises `UserError` for a checkpoint that needs another tokenizer than the model's."""
     sources = [it.source for it in parse_checkpoints(materials.recipe.model.checkpoints)]
     materials.check_vocabularies(_KEY, sources)
 
