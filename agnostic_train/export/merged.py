@@ -48,9 +48,10 @@ def write_merged(directory: Path, trained: Trained, dtype: torch.dtype | None) -
                 f"{name}: weights beyond the range of {str(rounded.dtype).removeprefix('torch.')}; export in a wider "
                 "export.dtype"
             )
-        state[name] = rounded
+        # In main memory: the accelerator's would have to hold the model twice.
+        state[name] = rounded.cpu()
         if not is_sum:
-            cast[storage] = rounded
+            cast[storage] = state[name]
         del value, rounded
     model = trained.model
     try:
@@ -139,5 +140,5 @@ def _check_loaded(directory: Path, model_class: type[PreTrainedModel], state: Ma
 
 def _check_equal(name: str, written: Tensor, meant: Tensor) -> None:
     # By bits: a NaN in a weight that nothing uses doesn't equal itself.
-    if written.dtype != meant.dtype or not torch.equal(bit_patterns(written.cpu()), bit_patterns(meant.cpu())):
+    if written.dtype != meant.dtype or not torch.equal(bit_patterns(written), bit_patterns(meant)):
         raise RuntimeError(f"{name} wasn't written correctly")

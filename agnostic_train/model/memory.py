@@ -34,11 +34,13 @@ class MemoryModel:
 
     Attributes:
         num_parameters: tied weights count once.
+        num_projected: the parameters of all projections: those in which neurons may be chosen.
         norm_widths: the sum over a layer's norms.
         entry_sizes: by site, the number of weights of a neuron.
     """
 
     num_parameters: int
+    num_projected: int
     weight_bytes: int
     num_layers: int
     hidden: int
@@ -60,8 +62,10 @@ class MemoryModel:
             own = {id(norm): layer.projections[name].num_neurons for name, norm in layer.norms.items()}
             norms = [module for module in block.modules() if "Norm" in type(module).__name__]
             norm_widths.append(sum(own.get(id(norm), hidden) for norm in norms))
+        entry_sizes = {site: decoder.projection(site).entry_size for site in decoder.sizes}
         return cls(
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            num_projected=sum(entry_sizes[site] * size for site, size in decoder.sizes.items()),
             weight_bytes=model.dtype.itemsize,
             num_layers=len(decoder.layers),
             hidden=hidden,
@@ -72,22 +76,20 @@ class MemoryModel:
             num_heads=max(layer.num_query_heads for layer in decoder.layers),
             is_eager=model.config.get_text_config()._attn_implementation == "eager",
             caps_logits=getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None,
-            entry_sizes={site: decoder.projection(site).entry_size for site in decoder.sizes},
+            entry_sizes=entry_sizes,
         )
 
     @property
     def weights(self) -> int:
         return self.weight_bytes * self.num_parameters
 
-    def trainable_state(self, num_trainable: int | None) -> int:
-        """Returns the bytes of the trainable values, their gradients and optimizer state.
-
-        Args:
-            num_trainable: weights in the chosen rows and columns, in an adapter; None if all weights have gradients.
-        """
-        if num_trainable is None:
-            return 3 * self.weight_bytes * self.num_parameters
+    def adapter_state(self, num_trainable: int) -> int:
+        """Returns the bytes of an adapter's trainable values, their gradients and optimizer state."""
         return (16 + self.weight_bytes) * num_trainable
+
+    def state_in_place(self, num_trainable: int) -> int:
+        """Returns the bytes of the gradients and optimizer state of weights that are trained themselves."""
+        return 3 * self.weight_bytes * num_trainable
 
     def layer_activations(self, num_tokens: int, length: int, all_weights: bool = False) -> int:
         """Returns the bytes that one layer keeps for its backward pass over `num_tokens` in sequences of `length`."""

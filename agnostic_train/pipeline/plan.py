@@ -217,19 +217,18 @@ def _phases(
     if stage == "compare":
         return [detection, replace(max(training.values(), key=lambda it: it.total), name="compare")]
     ((strategy, train),) = training.items()
-    all_weights = _trains_all_weights(recipe, strategy)
     exported = recipe.export.dtype
     itemsize = memory.weight_bytes if exported is None else getattr(torch, exported).itemsize
-    enhanced = replace(memory, weight_bytes=itemsize)
-    # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers.
-    trained = 4 * memory.num_parameters if strategy == "lora" else all_weights * memory.weights
+    # A LoRA is merged in float32. An adapter is merged one float32 sum at a time, which the slack covers. The exported
+    # checkpoint is put together in main memory.
+    trained = 4 * memory.num_parameters if strategy == "lora" else _trains_in_place(recipe, strategy) * memory.weights
     # Models are evaluated one at a time: the base, the enhanced one and others.
     widest = replace(memory, weight_bytes=max(memory.weight_bytes, itemsize))
     phases = [
         detection,
         Phase("score", memory.weights, 0, layer, memory.scored_logits(tokens, length)),
         train,
-        Phase("export", memory.weights + trained + enhanced.weights),
+        Phase("export", memory.weights + trained),
         Phase(
             "evaluate",
             widest.weights,
@@ -250,19 +249,21 @@ def _phases(
     return phases
 
 
-def _trains_all_weights(recipe: Recipe, strategy: str) -> bool:
+def _trains_in_place(recipe: Recipe, strategy: str) -> bool:
     return strategy == "full" or (recipe.training.update == "mask" and strategy not in BASELINES)
 
 
 def _training_phase(
     recipe: Recipe, memory: MemoryModel, arguments: NeuronTrainingArguments, length: int, strategy: str, trainable: int
 ) -> Phase:
-    tokens, all_weights = arguments.per_device_train_batch_size * length, _trains_all_weights(recipe, strategy)
+    tokens, in_place = arguments.per_device_train_batch_size * length, _trains_in_place(recipe, strategy)
+    # A mask freezes embeddings, head and norms.
+    most = memory.num_parameters if strategy == "full" else memory.num_projected
     return Phase(
         "train",
         memory.weights,
-        memory.trainable_state(None if all_weights else trainable),
-        memory.activations(tokens, length, arguments.gradient_checkpointing, all_weights),
+        memory.state_in_place(most) if in_place else memory.adapter_state(trainable),
+        memory.activations(tokens, length, arguments.gradient_checkpointing, all_weights=in_place),
         memory.trained_logits(tokens),
     )
 

@@ -273,7 +273,7 @@ class Pipeline:
         if frozen_weights is None and export.get("finished"):
             # The check holds for the weights that it compared, not for those of a later training.
             same = export["key"] == fingerprint(self.inputs.whole("export"))
-            frozen_weights = export["frozen_weights"] if same else None
+            frozen_weights = export.get("frozen_weights") if same else None
         return {
             "model": {
                 **self.inputs.model_identity,

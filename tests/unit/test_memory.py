@@ -68,5 +68,7 @@ def test_counts_of_a_small_model():
     for (layer, name), entries in layout.entry_sizes.items():
         projection = find_decoder(model).projection((layer, name))
         assert entries * projection.num_neurons == projection.linear.weight.numel()
-    assert layout.trainable_state(10) == 180 and layout.trainable_state(None) == 6 * layout.num_parameters
+    projections = [it.linear for layer in find_decoder(model).layers for it in layer.projections.values()]
+    assert layout.num_projected == sum(it.weight.numel() for it in projections)
+    assert layout.adapter_state(10) == 180 and layout.state_in_place(10) == 60
     assert layout.trained_logits(7) == 7 * 500 * 12 and layout.scored_logits(7, 600) == 500 * (14 + 4800)
