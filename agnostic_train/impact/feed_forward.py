@@ -15,17 +15,20 @@ def column_norms(values: Tensor, counted: Tensor) -> Tensor:
 
     Returns: (batch, size), float32.
     """
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    kept = without_tokens(values, ~counted)
-    if kept.device.type == "cpu":
-        # On a CPU, torch's norm over any dimension but the last takes six times as long.
-        return kept.to(dtype).square().sum(1).sqrt_().float()
-    return torch.linalg.vector_norm(kept, dim=1, dtype=dtype).float()
+    return _norms(without_tokens(values, ~counted), 1)
 
 
 def weight_norms(weight: Tensor) -> Tensor:
     """L2 norm of each column of an `nn.Linear` weight (out, in): (in,), float32."""
-    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
+    return _norms(weight, 0)
+
+
+def _norms(values: Tensor, dim: int) -> Tensor:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if values.device.type == "cpu":
+        # On a CPU, torch's norm over any dimension but the last takes six times as long.
+        return values.to(dtype).square().sum(dim).sqrt_().float()
+    return torch.linalg.vector_norm(values, dim=dim, dtype=dtype).float()
 
 
 def hidden_unit_impacts(hidden: Tensor, down_norms: Tensor, counted: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import whole_file
+from agnostic_train.files import fingerprint, whole_file
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table
 from agnostic_train.scores.perplexity import Perplexity
@@ -63,6 +63,7 @@ def tracked(
     name: str | None = None,
     group: str | None = None,
     run_id: str | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> Iterator[Tracker]:
     """Starts a run in `tracking.project`, or none if `tracking.wandb` is off.
 
@@ -72,6 +73,7 @@ def tracked(
         name: the run's name; `tracking.run_name` by default.
         group: joins several runs.
         run_id: continues the run with this id, if there is one. A sweep's agent sets its own id.
+        config: settings of this run besides the recipe.
 
     Raises:
         UserError: the run can't be started, for example without an account; `WANDB_MODE=offline` needs none.
@@ -80,9 +82,7 @@ def tracked(
         yield Tracker(None)
         return
     # A run of a group is never the one that the environment names.
-    if group is not None:
-        run_id = run_id or uuid.uuid4().hex[:8]
-    elif "WANDB_RUN_ID" in os.environ:
+    if group is None and "WANDB_RUN_ID" in os.environ:
         run_id = None
     settings = {} if run_id is None else {"id": run_id, "resume": "allow"}
     try:
@@ -90,7 +90,8 @@ def tracked(
 
         run = wandb.init(
             project=recipe.tracking.project, name=name or recipe.tracking.run_name, group=group,
-            config={"recipe": recipe.to_dict()}, dir=os.environ.get("WANDB_DIR", recipe.output_dir), **settings,
+            config={"recipe": recipe.to_dict(), **(config or {})},
+            dir=os.environ.get("WANDB_DIR", recipe.output_dir), **settings,
         )  # fmt: skip
     except Exception as error:  # of its own types, of pydantic's for its settings, or of the network's
         is_offline = os.environ.get("WANDB_MODE") == "offline"
@@ -115,6 +116,11 @@ def run_id_of(directory: Path) -> str:
     with whole_file(file) as temporary:
         temporary.write_text(f"{run_id}\n{folder}\n", encoding="utf-8")
     return run_id
+
+
+def run_id_within(directory: Path, part: object) -> str:
+    """Returns the id of the run of a part of a folder's work, such as one trial; see `run_id_of`."""
+    return fingerprint([run_id_of(directory), part])[:8]
 
 
 def _recorded(file: Path) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured, load_by_kind, measure, save_by_kind
 from agnostic_train.pipeline.settings import make_strategy, training_arguments
-from agnostic_train.pipeline.tracking import Tracker, tracked
+from agnostic_train.pipeline.tracking import Tracker, run_id_within, tracked
 from agnostic_train.pipeline.training_text import training_examples
 from agnostic_train.scores.perplexity import NonFiniteLossError
 from agnostic_train.training.chosen import num_trainable
@@ -158,7 +158,7 @@ class Trials:
         record_file, file = self.directory / f"{name}.json", self.directory / f"{name}.safetensors"
         record = read_json(record_file) if record_file.exists() else None
         if record is None or not (record["diverged"] or file.exists()):
-            record, measured = self._measure(trial, choice, self.directory / f".{name}")
+            record, measured = self._measure(trial, choice, name)
             if self.materials.processes.is_main_process:
                 if measured is not None:
                     save_by_kind(measured, file)
@@ -168,17 +168,17 @@ class Trials:
             return TrialResult(record, measured, kept=False)
         return TrialResult(record, None if record["diverged"] else load_by_kind(file), kept=True)
 
-    def _measure(self, trial: Trial, choice: Choice | None, work: Path) -> tuple[dict, Measured | None]:
+    def _measure(self, trial: Trial, choice: Choice | None, name: str) -> tuple[dict, Measured | None]:
         if choice is None:
             return {"diverged": False}, measure(self.materials.model, self.texts)
+        work = self.directory / f".{name}"
         arguments = training_arguments(
             self.materials.recipe,
             **SET_BY_TRIALS, **self.changes, output_dir=str(work), seed=trial.seed, learning_rate=trial.learning_rate,
         )  # fmt: skip
         if self.group is None:
             arguments.report_to = []
-        tracking = tracked(self.materials.recipe, self.materials.processes, str(trial), self.group)
-        with tracking if self.group else nullcontext(Tracker(None)) as tracker:
+        with self._tracked(trial, name) as tracker:
             set_seed(arguments.seed)
             trainer = make_trainer(self.materials, arguments, choice, self._examples)
             trainer.remove_callback(PrinterCallback)  # its output would interrupt the line or two for each trial
@@ -207,6 +207,15 @@ class Trials:
         del trainer
         clear_device_cache(garbage_collection=True)
         return record, measured
+
+    def _tracked(self, trial: Trial, name: str) -> AbstractContextManager[Tracker]:
+        """The trial's tracked run; if the trial was interrupted or is forced, the same run again."""
+        recipe, processes = self.materials.recipe, self.materials.processes
+        if self.group is None:
+            return nullcontext(Tracker(None))
+        tracks = recipe.tracking.wandb and processes.is_main_process
+        run_id = run_id_within(Path(recipe.output_dir), name) if tracks else None
+        return tracked(recipe, processes, str(trial), self.group, run_id, {"trial": asdict(trial)})
 
 
 def what_learns(choice: Choice | None) -> object:

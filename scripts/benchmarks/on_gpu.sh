@@ -28,8 +28,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 measure() {
   case "$1" in
     kernels) "$python" scripts/benchmarks/kernel_options.py --device cuda --output "$folder/kernels_gpu.json" ;;
-    # In parallel, because most of the time goes into compiling kernels.
-    tests) "$python" -m pytest -q -rs -n 12 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
+    # In parallel, because most of the time goes into compiling kernels; -v, so that a kill leaves the names of those done.
+    tests) "$python" -m pytest -v -rs -n 12 --durations=15 tests/gpu 2>&1 | tee "$folder/tests.log" ;;
     detection)
       "$python" scripts/benchmarks/detection.py --device cuda --length 128 256 --batches 4 --rounds 5 --growth \
         --output "$folder/detection_gpu.json" --figure "$folder/detection_gpu.svg" ;;

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import started
 from ruamel.yaml import YAML
 from small_run import root, run, template  # noqa: F401 (fixtures)
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from agnostic_train.cli import main
 from agnostic_train.files import read_json
 from agnostic_train.recipe_file import load_recipe
 
@@ -51,7 +51,7 @@ def test_every_point_of_a_sweep_is_a_valid_recipe(pytestconfig, name, monkeypatc
 
 @pytest.mark.figures
 def test_two_points_of_a_sweep_run(pytestconfig, root, monkeypatch):
-    """Run the sweep's commands on the small recipe: the first as an agent would, the last in this process."""
+    """Run the sweep's commands on the small recipe: the first as an agent would, the last in a forked process."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -59,11 +59,15 @@ def test_two_points_of_a_sweep_run(pytestconfig, root, monkeypatch):
         done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    def in_this_process(command):
-        assert main(command[command.index("agnostic_train") + 1 :]) == 0
+    def forked(command):
+        # Its own process, because wandb reads the environment once per process.
+        arguments, variables = command[command.index("agnostic_train") + 1 :], ("WANDB_MODE", "WANDB_RUN_ID")
+        process = started("agnostic_train.cli", "main", arguments, environment={it: os.environ[it] for it in variables})
+        process.join(300)
+        assert process.exitcode == 0
 
     every, changes = list(commands(sweep(pytestconfig, "strategy"))), []
-    for run_id, point, execute in (("first", every[0], by_agent), ("last", every[-1], in_this_process)):
+    for run_id, point, execute in (("first", every[0], by_agent), ("last", every[-1], forked)):
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
         execute(
             [

@@ -16,7 +16,7 @@ from agnostic_train.pipeline.tracking import run_id_of
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Collect the name, group, id, summary, logged keys and training steps of every finished run, offline."""
+    """Collect the name, group, id, config, summary, logged keys and training steps of every finished run, offline."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows, finished = {}, []
@@ -31,7 +31,10 @@ def runs(monkeypatch):
         keys = {key for row in logged for key in row}
         steps = [row["train/global_step"] for row in logged if "train/loss" in row]
         summary = {key: self.summary[key] for key in self.summary.keys()}  # noqa: SIM118 (a summary isn't iterable)
-        finished.append(dict(name=self.name, group=self.group, id=self.id, summary=summary, history=keys, steps=steps))
+        finished.append(
+            dict(name=self.name, group=self.group, id=self.id, summary=summary, history=keys, steps=steps)
+            | {"config": self.config.as_dict()}
+        )
         return finish(self, *args, **kwargs)
 
     monkeypatch.setattr(wandb.Run, "log", spy_log)
@@ -97,6 +100,18 @@ def test_comparison_is_a_group_of_runs(root, runs):
         for name in trials
     )
     assert {"tables/comparison", "figures/trade"} <= by_name["comparison"]["history"]
+    trial = by_name["full, rate 0.01, seed 1"]["config"]["trial"]
+    assert trial == {"strategy": "full", "learning_rate": 0.01, "seed": 1}
+    ids = {it["name"]: it["id"] for it in runs}
+    runs.clear()
+    again = [*flags, "--tracking.wandb=true", "--tracking.run_name=mine", "--force"]
+    assert run(root, "compare", *again) == 0
+    del ids["comparison"]  # a new one
+    assert ids.items() < {it["name"]: it["id"] for it in runs}.items()
+    shutil.copytree(root / "out", root / "copy")
+    original = runs[-1]["id"]
+    assert run(root, "compare", *again[:-1], f"--output_dir={root / 'copy'}") == 0
+    assert runs[-1]["name"] == "comparison" and runs[-1]["id"] != original
 
 
 @pytest.mark.parametrize("mode", [None, "foo"])

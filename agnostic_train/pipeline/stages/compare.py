@@ -17,7 +17,7 @@ from agnostic_train.percent import percent
 from agnostic_train.pipeline.materials import Materials
 from agnostic_train.pipeline.measured import Measured
 from agnostic_train.pipeline.stages.context import Context, StageResult
-from agnostic_train.pipeline.tracking import tracked
+from agnostic_train.pipeline.tracking import run_id_within, tracked
 from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, check_choices
 from agnostic_train.recipe import Recipe
@@ -88,7 +88,7 @@ def publish(context: Context) -> None:
     file = context.directory / "comparison.json"
     files: dict[str, Path | None] = dict.fromkeys(COMPARISON_FILES)
     files |= {it.name: it for it in (file, *(context.directory / COMPARISON).iterdir()) if it.suffix != ".csv"}
-    run_id = context.manifest.record("compare")["run"][:8]
+    run_id = run_id_within(context.directory, context.manifest.record("compare")["run"])
     with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
         tracker.log_figures(context.directory / COMPARISON)
         replace(context, tracker=tracker).publish_tables({"comparison": comparison_table(read_json(file))}, files)
