@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-VERSION = "0.17.0"
+VERSION = "0.18.0"
 """This package's version. Results depend on it, so it is read from the code that runs: in an editable installation, the
 metadata stay those of the day it was installed."""
 

@@ -260,10 +260,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     blocks = getattr(backbone, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise _unsupported(f"{type(model).__name__} has no list of decoder layers")
-    layers = [
-        _find_layer(index, getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None))
-        for index, block in enumerate(blocks)
-    ]
+    layers = []
+    for index, block in enumerate(blocks):
+        attention, mlp = getattr(block, "self_attn", getattr(block, "attention", None)), getattr(block, "mlp", None)
+        layers.append(_find_layer(index, attention, mlp))
+        _check_nothing_beside(index, block, attention, mlp)
     owners: dict[nn.Module | nn.Parameter, int] = {}
     for layer in layers:
         for name, projection in layer.projections.items():
@@ -274,6 +275,14 @@ def find_decoder(model: nn.Module) -> Decoder:
                         "of its own"
                     )
     return Decoder(backbone, layers)
+
+
+def _check_nothing_beside(index: int, block: nn.Module, attention: nn.Module, mlp: nn.Module) -> None:
+    """Refuses a layer with matrices outside attention and feed-forward, such as Gemma 4's experts beside its `mlp`."""
+    known = {*attention.parameters(), *mlp.parameters()}
+    others = [name for name, it in block.named_parameters() if it.dim() > 1 and it not in known]
+    if others:
+        raise _unsupported(f"layer {index} has weights outside its attention and feed-forward network ({others[0]})")
 
 
 def check_model(model: nn.Module) -> None:

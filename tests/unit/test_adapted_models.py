@@ -234,5 +234,9 @@ def test_shared_and_wrapped_modules_are_refused():
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(UserError, match="layers 0 and 1 share their up projection"):
         neuron_impacts(model, BATCH)
+    model = tiny_llama()
+    model.model.layers[1].experts = torch.nn.Linear(4, 4)  # as in Gemma 4, beside the layer's `mlp`
+    with pytest.raises(UserError, match=r"layer 1 has weights outside its attention .* \(experts.weight\)"):
+        neuron_impacts(model, BATCH)
     with pytest.raises(UserError, match=r"it is inside a DataParallel; pass the model inside \(model.module\)"):
         neuron_impacts(torch.nn.DataParallel(tiny_llama()), BATCH)
