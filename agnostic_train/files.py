@@ -1,6 +1,5 @@
-"""Files and folders that are written whole or not at all, and fingerprints of a stage's inputs."""
+"""Files and folders that are written whole or not at all."""
 
-import hashlib
 import json
 import os
 import re
@@ -198,22 +197,6 @@ def read_json(path: str | Path, remedy: str = "delete it and run its stage again
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
-def fingerprint(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value; the order of keys doesn't matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def file_key(value: Any) -> str:
-    """Returns the start of a JSON value's fingerprint, which names the file or folder of what was made from it."""
-    return fingerprint(value)[:16]
-
-
 def public_name(name: str) -> str:
     """Returns a name as it may be published: if it is an existing path, without the folders that lead to it."""
     return Path(name).resolve().name if os.path.exists(name) else name
-
-
-def hash_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from agnostic_train.corpus.local_files import find_file, local_sentences, read_t
 from agnostic_train.corpus.purposes import Corpus
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
 from agnostic_train.errors import UserError
-from agnostic_train.files import hash_file
+from agnostic_train.fingerprints import hash_file
 from agnostic_train.recipe import CorpusSection, EvaluationSection
 
 _PARALLEL = "evaluation.parallel"

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from agnostic_train.corpus.local_files import find_file, local_sentences, unread_file
 from agnostic_train.corpus.streaming import streamed_by_purpose
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, hash_file
+from agnostic_train.fingerprints import fingerprint, hash_file
 from agnostic_train.recipe import CorpusSection
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,8 @@ from transformers.utils import logging
 from agnostic_train.corpus.documents import split_documents
 from agnostic_train.corpus.hub import hub_documents
 from agnostic_train.errors import UserError
-from agnostic_train.files import file_key, fingerprint, read_json, write_json
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import file_key, fingerprint
 from agnostic_train.recipe import CorpusSection
 
 logger = logging.get_logger(__name__)

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from agnostic_train.choices import Attention
 from agnostic_train.detection.top_counts import TopCounts, with_batch
-from agnostic_train.files import fingerprint
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.impact.hooks import ImpactMeter
-from agnostic_train.model.inference import Batch, find_device
+from agnostic_train.model.batches import Batch, find_device
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 

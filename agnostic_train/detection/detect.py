@@ -21,8 +21,9 @@ from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.detection.top_counts import TopCounts
 from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, unverified_impacts
+from agnostic_train.model.batches import Batch, check_batch, check_corpora, find_device, own_sentences
 from agnostic_train.model.decoder import PROJECTIONS, Site, check_projections, find_decoder
-from agnostic_train.model.inference import Batch, check_batch, check_corpora, find_device, left_as_found, own_sentences
+from agnostic_train.model.inference import left_as_found
 from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages, check_min_languages
 from agnostic_train.neurons.neuron_set import NeuronSet

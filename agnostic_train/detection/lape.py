@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agnostic_train.errors import UserError
+from agnostic_train.model.batches import Batch, find_device, model_inputs, own_sentences, real_and_counted
 from agnostic_train.model.decoder import FEED_FORWARD_PROJECTIONS, Projection, Site, find_decoder
-from agnostic_train.model.inference import Batch, find_device, model_inputs, own_sentences, real_and_counted
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import own_share, sum_over_processes
 

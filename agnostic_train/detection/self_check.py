@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from agnostic_train.errors import UserError
 from agnostic_train.impact.hooks import DEFAULT_MEMORY_GB, LayerObserver, observed_attention
 from agnostic_train.impact.pass_cache import PassCache
+from agnostic_train.model.batches import Batch, check_tokens, model_inputs, real_and_counted
 from agnostic_train.model.decoder import (
     ATTENTION_PROJECTIONS,
     PROJECTIONS,
@@ -25,7 +26,7 @@ from agnostic_train.model.decoder import (
     find_decoder,
     float32_copy,
 )
-from agnostic_train.model.inference import Batch, check_tokens, left_as_found, model_inputs, real_and_counted
+from agnostic_train.model.inference import left_as_found
 from agnostic_train.neurons.deactivation import deactivated
 from agnostic_train.processes import check_whole
 

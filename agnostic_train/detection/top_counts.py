@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, whole_file
+from agnostic_train.files import whole_file
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.impact.pruning import Work, num_top
+from agnostic_train.model.batches import Batch
 from agnostic_train.model.decoder import Site
-from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.activity import MEASURED, Activations
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.processes import num_processes, sum_over_processes

@@ -35,7 +35,8 @@ from agnostic_train.evaluation.task_loading import (
     set_up,
 )
 from agnostic_train.evaluation.task_results import TaskResult, compare_tasks, result_of_group, result_of_task
-from agnostic_train.files import file_key, fingerprint, hash_file, read_json, write_json
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import file_key, fingerprint, hash_file
 from agnostic_train.model.inference import left_as_found
 from agnostic_train.processes import process_index
 

@@ -22,6 +22,7 @@ from agnostic_train.impact.feed_forward import column_norms, hidden_unit_impacts
 from agnostic_train.impact.pass_cache import PassCache
 from agnostic_train.impact.pruning import Work
 from agnostic_train.impact.query_key import QueryKeyImpacts
+from agnostic_train.model.batches import Batch, model_inputs, real_and_counted
 from agnostic_train.model.decoder import (
     FEED_FORWARD_PROJECTIONS,
     PROJECTIONS,
@@ -32,7 +33,7 @@ from agnostic_train.model.decoder import (
     check_projections,
     find_decoder,
 )
-from agnostic_train.model.inference import Batch, left_as_found, model_inputs, real_and_counted
+from agnostic_train.model.inference import left_as_found
 
 DEFAULT_MEMORY_GB = 2.0
 _IMPLEMENTATION = "agnostic_train_impact"

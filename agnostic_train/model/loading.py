@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import hash_file
+from agnostic_train.fingerprints import hash_file
 from agnostic_train.model.reading import check_folder, hub_commit, read, read_model
 from agnostic_train.recipe import ModelSection
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.files import fingerprint
+from agnostic_train.fingerprints import fingerprint
 
 _ENTRIES_AT_ONCE = 1 << 18
 """The products of as many entries fit into a CPU's cache."""

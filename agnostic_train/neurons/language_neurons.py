@@ -10,7 +10,8 @@ from torch import Tensor
 
 from agnostic_train.choices import Exclusive, check_choice
 from agnostic_train.errors import UserError
-from agnostic_train.files import hash_file, read_json, whole_directory, write_json
+from agnostic_train.files import read_json, whole_directory, write_json
+from agnostic_train.fingerprints import hash_file
 from agnostic_train.model.decoder import Site
 from agnostic_train.neurons.activity import Activations, load_activations, mean_over_languages, save_activations
 from agnostic_train.neurons.neuron_set import NeuronSet

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.versions import installed_version
 
 State = Literal["finished", "started", "stale"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
-from agnostic_train.model.inference import Batch
+from agnostic_train.model.batches import Batch
 from agnostic_train.scores.perplexity import Perplexity, load_measured, perplexity, save_measured
 
 Measured = dict[str, dict[str, Perplexity]]

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import check_replaceable, fingerprint, remove_own, sole_user
+from agnostic_train.files import check_replaceable, remove_own, sole_user
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.pipeline import STAGES, OutOfMemoryError
 from agnostic_train.pipeline.checks import check_recipe, check_stage
 from agnostic_train.pipeline.manifest import Manifest, changed_in_words, package_versions

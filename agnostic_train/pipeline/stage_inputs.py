@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from agnostic_train.evaluation.tuning import default_rates
-from agnostic_train.files import fingerprint, hash_file
+from agnostic_train.fingerprints import fingerprint, hash_file
 from agnostic_train.model.loading import at_checkpoint, model_identity
 from agnostic_train.neurons.language_neurons import set_hashes
 from agnostic_train.pipeline import STAGES

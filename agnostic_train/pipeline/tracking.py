@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import fingerprint, whole_file
+from agnostic_train.files import whole_file
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.tables import Table
 from agnostic_train.scores.perplexity import Perplexity

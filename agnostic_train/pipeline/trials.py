@@ -13,8 +13,9 @@ from transformers import PrinterCallback, set_seed
 from agnostic_train.corpus.encoding import Example
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.comparison import relative_change
-from agnostic_train.files import file_key, read_json, write_json
-from agnostic_train.model.inference import Batch
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import file_key
+from agnostic_train.model.batches import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline.fitting import make_trainer, train_to_end

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from agnostic_train.files import file_key, fingerprint
-from agnostic_train.model.inference import Batch
+from agnostic_train.fingerprints import file_key, fingerprint
+from agnostic_train.model.batches import Batch
 from agnostic_train.model.weights import model_checksum
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet

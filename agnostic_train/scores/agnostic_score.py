@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agnostic_train.model.inference import Batch, check_corpora
+from agnostic_train.model.batches import Batch, check_corpora
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.scores.ablation import NOTHING, Ablation, ablate
 from agnostic_train.scores.bootstrap import interval, resample_chunks

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import file_key, read_json, write_json
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import file_key
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.processes import of_first_process, process_index
 from agnostic_train.scores.result import AgnosticScore

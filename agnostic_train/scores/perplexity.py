@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import whole_file
+from agnostic_train.model.batches import Batch, model_inputs
 from agnostic_train.model.decoder import check_predicts_tokens
-from agnostic_train.model.inference import Batch, left_as_found, model_inputs
+from agnostic_train.model.inference import left_as_found
 from agnostic_train.model.memory import SCORED_AT_ONCE
 from agnostic_train.processes import gather_in_order, own_share
 

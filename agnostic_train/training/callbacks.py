@@ -12,7 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from agnostic_train.detection.detect import detect_neurons
-from agnostic_train.model.inference import Batch, check_corpora
+from agnostic_train.model.batches import Batch, check_corpora
 from agnostic_train.neurons.language_neurons import LanguageNeurons, check_languages
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores.agnostic_score import language_agnostic_score

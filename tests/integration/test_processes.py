@@ -12,7 +12,8 @@ from safetensors import safe_open
 from agnostic_train.detection import counting
 from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.export.checkpoint import export_checkpoint
-from agnostic_train.files import fingerprint, write_json
+from agnostic_train.files import write_json
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.scores import ablation

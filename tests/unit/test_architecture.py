@@ -4,12 +4,12 @@ import ast
 
 ORDER = {
     "": [
-        "errors", "hub_names", "files", "choices", "percent", "versions", "peft_import", "processes", "recipe",
+        "errors", "hub_names", "files", "fingerprints", "choices", "percent", "versions", "peft_import", "processes", "recipe",
         "recipe_keys", "recipe_file", "corpus", "model", "neurons", "impact", "detection", "scores", "training",
         "export", "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "evaluation_text", "encoding"],
-    "model": ["decoder", "memory", "weights", "inference", "reading", "loading"],
+    "model": ["decoder", "memory", "weights", "batches", "inference", "reading", "loading"],
     "neurons": ["random_moves", "activity", "neuron_set", "language_neurons", "deactivation"],
     "impact": [
         "tokens", "activations", "feed_forward", "rms_norm", "kernels", "intervals", "kernel_trial", "pruning",

@@ -9,10 +9,11 @@ from agnostic_train.detection.detect import detect_neurons
 from agnostic_train.detection.self_check import ImpactMismatchError
 from agnostic_train.detection.stability import detection_stability
 from agnostic_train.errors import UserError
-from agnostic_train.files import file_key, whole_file
+from agnostic_train.files import whole_file
+from agnostic_train.fingerprints import file_key
 from agnostic_train.impact.pruning import num_top
+from agnostic_train.model.batches import Batch
 from agnostic_train.model.decoder import find_decoder
-from agnostic_train.model.inference import Batch
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.report.tables import neuron_table

@@ -14,8 +14,9 @@ from agnostic_train.evaluation.objective import largest_forgetting, objective, t
 from agnostic_train.evaluation.task_evaluation import evaluate_tasks
 from agnostic_train.export.checkpoint import CARD, MANIFEST
 from agnostic_train.export.model_card import model_card
-from agnostic_train.files import file_key, hash_file, read_json, whole_file, write_json
-from agnostic_train.model.inference import Batch
+from agnostic_train.files import read_json, whole_file, write_json
+from agnostic_train.fingerprints import file_key, hash_file
+from agnostic_train.model.batches import Batch
 from agnostic_train.model.loading import at_checkpoint, load_model, model_identity
 from agnostic_train.pipeline.manifest import package_versions
 from agnostic_train.pipeline.materials import Materials

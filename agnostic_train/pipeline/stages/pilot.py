@@ -7,7 +7,8 @@ from tqdm.auto import tqdm
 
 from agnostic_train.errors import UserError
 from agnostic_train.evaluation.objective import largest_forgetting, relative_objective, target_change
-from agnostic_train.files import fingerprint, read_json, write_json
+from agnostic_train.files import read_json, write_json
+from agnostic_train.fingerprints import fingerprint
 from agnostic_train.pipeline.settings import launch_settings
 from agnostic_train.pipeline.stages.context import Context, StageResult
 from agnostic_train.pipeline.training_text import split_pilot_text

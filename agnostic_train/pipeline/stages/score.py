@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from agnostic_train.errors import UserError
-from agnostic_train.files import file_key, read_json, whole_directory, write_json
+from agnostic_train.files import read_json, whole_directory, write_json
+from agnostic_train.fingerprints import file_key
 from agnostic_train.model.loading import at_checkpoint, load_model, model_identity
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.pipeline.materials import Materials
