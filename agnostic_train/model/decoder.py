@@ -240,6 +240,13 @@ class Decoder:
             )
 
 
+TESTED_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2", "olmo"}
+    | {"olmo2", "olmo3", "smollm3", "exaone4", "granite", "glm4", "phi3", "gpt_neox"}
+)
+"""The values of `config.model_type` whose impacts the tests compare with real deactivation, neuron by neuron."""
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """Finds the projections of a Hugging Face causal language model.
 

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agnostic_train.evaluation.tuning import default_rates, num_trainings
+from agnostic_train.model.decoder import TESTED_FAMILIES
 from agnostic_train.model.memory import GIB, SLACK
 from agnostic_train.pipeline.plan import PURPOSES, Plan, make_plan
 from agnostic_train.recipe import Recipe
@@ -30,6 +31,7 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     sizes = plan.decoder.sizes
     rows = {
         "class": f"{plan.model_class}, {plan.dtype}",
+        "family": _family(recipe, plan.family),
         "parameters": f"{plan.memory.num_parameters:,}",
         "neurons": f"{sum(sizes.values()):,} in {plan.memory.num_layers} layers",
         "processes": str(plan.num_processes),
@@ -53,6 +55,14 @@ def _model_table(recipe: Recipe, plan: Plan, stage: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _family(recipe: Recipe, family: str) -> str:
+    if family in TESTED_FAMILIES:
+        return family
+    checked = recipe.detection.verify and recipe.detection.method == "impact"
+    what_decides = "; `detect` first checks its impacts, and refuses it if they are wrong" if checked else ""
+    return f"{family}, not among the tested ones{what_decides}"
 
 
 def _steps(recipe: Recipe, num_steps: int, is_read: bool) -> str:

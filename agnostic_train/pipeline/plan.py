@@ -56,6 +56,7 @@ class Plan:
     """The sizes that a recipe resolves to.
 
     Attributes:
+        family: the config's `model_type`.
         num_sentences: per language and purpose.
         mean_tokens: per language, the mean length of the first detection sentences; empty for streamed text, which
             a dry run doesn't read.
@@ -67,6 +68,7 @@ class Plan:
     memory: MemoryModel
     decoder: Decoder
     model_class: str
+    family: str
     dtype: str
     length: int
     num_sentences: dict[str, dict[str, int]]
@@ -134,6 +136,7 @@ def make_plan(recipe: Recipe, stage: str) -> Plan:
         memory=memory,
         decoder=decoder,
         model_class=type(model).__name__,
+        family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         length=length,
         num_sentences=num_sentences,

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from packaging.version import Version
 from public_models import CONFIGS, PUBLISHED, write_stand_ins
 from small_run import RECIPE, write_inputs
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3MoeConfig
 
 from agnostic_train.cli import main
 from agnostic_train.model.memory import GIB
@@ -105,6 +105,27 @@ def test_dry_run_of_other_recipes_for_each_stage(stand_ins, tmp_path, monkeypatc
             : (names.index(stage) + 1 if stage in names else 5)
         ]
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_says_if_a_family_is_not_tested(stand_ins, tmp_path, capsys):
+    config = Qwen3MoeConfig(
+        vocab_size=1000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, mlp_only_layers=[0],
+    )  # fmt: skip
+    shutil.copytree(stand_ins / "model", tmp_path / "model")
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=stand_ins))
+    command = ["run", str(tmp_path / "recipe.yaml"), "--dry-run"]
+    other, untested = f"--model.name={tmp_path / 'model'}", "family │ qwen3_moe, not among the tested ones"
+    expected = {
+        (): "family │ llama │",
+        (other,): f"{untested}; `detect` first checks",
+        (other, "--detection.verify=false"): f"{untested} │",
+    }
+    for flags, row in expected.items():
+        assert main([*command, *flags]) == 0
+        assert row in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_dry_run_does_not_create_the_embedded_default(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from agnostic_train.detection.self_check import verify_impacts
 from agnostic_train.export.frozen_weights import check_frozen_weights
 from agnostic_train.export.trained import Trained
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
-from agnostic_train.model.decoder import PROJECTIONS, find_decoder
+from agnostic_train.model.decoder import PROJECTIONS, TESTED_FAMILIES, find_decoder
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.training.mask import GradientMask
 
@@ -32,7 +32,16 @@ FAMILIES = {
         COMMON | {"sliding_window": 4, "query_pre_attn_scalar": 17, "attn_logit_softcapping": 3.0},
     ),
     "Gemma 3 text": ("Gemma3", COMMON | {"sliding_window": 4, "query_pre_attn_scalar": 17}),
+    "OLMo": ("Olmo", HEADS_OF_6 | {"clip_qkv": 0.8}),
     "OLMo 2": ("Olmo2", HEADS_OF_6),
+    "OLMo 3": ("Olmo3", HEADS_OF_6 | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Cohere": ("Cohere", HEADS_OF_6),
+    "Cohere 2": (
+        "Cohere2",
+        COMMON | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "Granite": ("Granite", HEADS_OF_6 | {"attention_multiplier": 0.3, "residual_multiplier": 0.7}),
+    "GLM-4": ("Glm4", COMMON | {"attention_bias": True}),
     "SmolLM3": ("SmolLM3", HEADS_OF_6 | {"no_rope_layers": [1, 0]}),
     "Exaone 4": ("Exaone4", COMMON | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "Phi-3": ("Phi3", HEADS_OF_6 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
@@ -86,6 +95,14 @@ def test_impacts_equal_real_deactivation(name):
                 msg=lambda m, site=site: f"{site}: {m}",
             )
     assert max(comparison.error for comparison in verify_impacts(model, padded_batch(LENGTHS, "left"))) < 1e-4
+
+
+def test_tested_families_are_named(pytestconfig):
+    tested = {family_model(name).config.model_type for name in FAMILIES} | {"gemma3"}  # see test_vision_language.py
+    assert tested == TESTED_FAMILIES
+    readme = (pytestconfig.rootpath / "README.md").read_text().replace(" ", "").replace("-", "").lower()
+    for family in TESTED_FAMILIES - {"gemma3_text", "gpt_neox"}:
+        assert family.replace("_", "") in readme
 
 
 def test_sliding_window_and_cap_change_impacts():
