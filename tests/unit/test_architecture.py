@@ -5,8 +5,8 @@ import ast
 ORDER = {
     "": [
         "errors", "hub_names", "files", "fingerprints", "choices", "percent", "versions", "peft_import", "processes",
-        "recipe", "recipe_keys", "recipe_file", "corpus", "model", "neurons", "impact", "detection", "scores", "training",
-        "export", "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
+        "recipe", "recipe_keys", "recipe_file", "corpus", "model", "neurons", "impact", "detection", "scores",
+        "training", "export", "evaluation", "report", "quickstart", "pipeline", "cli", "__main__",
     ],
     "corpus": ["documents", "local_files", "hub", "streaming", "purposes", "evaluation_text", "encoding"],
     "model": ["decoder", "memory", "weights", "batches", "inference", "reading", "loading"],
