@@ -216,7 +216,10 @@ class DetectionSection:
         default=False,
         description="Also detect on other samples and report how well the sets agree; about 3.4 times the work.",
     )
-    verify: bool = Field(default=True, description="Before detection, compare a few impacts with real deactivation.")
+    verify: bool = Field(
+        default=True,
+        description="Before detection, and again on longer sentences, compare a few impacts with real deactivation.",
+    )
 
 
 @_section

@@ -120,7 +120,8 @@ def detect_neurons(
         pruning: skip q and k neurons whose impact is proven to be below their sentence's top, which gives the same sets
             at a fraction of the work. Layers that pruning doesn't cover (such as soft caps on a CPU) are computed in
             full, and so are sentences for which it rules out too few neurons.
-        verify: compare a few impacts with real deactivation first, see `verify_impacts`.
+        verify: compare a few impacts with real deactivation first, see `verify_impacts`, and again for each language
+            whose first batch is longer.
         progress: show a progress bar per language.
         resume_dir: a folder in which the counts so far are saved every half minute. An interrupted detection continues
             from its own counts there, to identical sets. Counts of other weights, settings or batches are discarded.
@@ -174,6 +175,7 @@ def _detect_by_impact(
     counts: dict[str, TopCounts] = {}
     related: dict[str, NeuronSet] = {}
     unpruned: set[int] = set()
+    verified_length = 0
     sizes = find_decoder(model).sizes
     key = "" if resume_dir is None else options.key(model_checksum(model))
     with left_as_found(model):
@@ -183,7 +185,9 @@ def _detect_by_impact(
             if first is None:
                 raise _no_sentence(language)
             check_batch(model, first)
-            if verify and not counts:
+            # Some families treat later positions differently, so shorter sentences don't stand for longer ones.
+            if verify and first["input_ids"].shape[1] > verified_length:
+                verified_length = first["input_ids"].shape[1]
                 verify_impacts(
                     model, first, pruning=options.pruning, projections=options.projections, memory_gb=options.memory_gb
                 )

@@ -91,6 +91,18 @@ def test_attention_with_an_unknown_norm_is_refused(llama):
         verify_impacts(llama, padded_batch([7, 12]))
 
 
+@pytest.mark.parametrize("longest, checked", [("b", [7, 12]), ("a", [12])])
+def test_detection_checks_again_on_longer_sentences(llama, monkeypatch, longest, checked):
+    """Some families scale what is beyond a position, which shorter sentences don't show."""
+    lengths = []
+    monkeypatch.setattr(
+        detect, "verify_impacts", lambda model, batch, **settings: lengths.append(batch["input_ids"].shape[1])
+    )
+    corpora = {language: [padded_batch([12 if language == longest else 7, 3])] for language in "abc"}
+    detect_neurons(llama, corpora, progress=False)
+    assert lengths == checked
+
+
 @pytest.mark.parametrize("poisoned", ["self_attn.k_proj", "mlp.down_proj"])
 def test_nan_of_the_model_is_not_reported_as_a_mismatch(llama, poisoned):
     with torch.no_grad():
