@@ -26,7 +26,9 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"agnostic-train: error: {message} (see {self.prog} --help)\n")
+        # The flags are those of a stage.
+        help_of = self.prog if " " in self.prog else f"{self.prog} STAGE"
+        self.exit(2, f"agnostic-train: error: {message} (see {help_of} --help)\n")
 
 
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -107,12 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
             gc.freeze()
         pipeline = Pipeline(recipe, known.force, say=lambda line: print(line, flush=True))
         pipeline.run(known.stage)
-        if known.stage == "run" and pipeline.processes.is_main_process:
-            from agnostic_train.report.terminal import print_summary
+        if pipeline.processes.is_main_process:
+            from agnostic_train.report.terminal import print_results
 
-            print_summary(pipeline.directory, recipe.training.languages)
-        if known.stage in ("run", "report"):
-            pipeline.say(f"report: {pipeline.directory / 'report.html'}")
+            print_results(pipeline.directory, known.stage, recipe.training.languages)
     except UserError as error:
         return _fail(str(error))
     except OutOfMemoryError as error:

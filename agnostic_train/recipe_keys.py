@@ -62,12 +62,15 @@ def recipe_keys() -> dict[str, str]:
 
 
 def suggestion(name: str, candidates: Sequence[str]) -> str:
-    """What a message adds about an unknown key or flag: its new name, the nearest candidate, or nothing."""
+    """What a message adds about an unknown key or flag: its new name, the same in a section, the nearest candidate, or
+    nothing.
+    """
     renamed = _RENAMED.get(name.removeprefix("--").removeprefix("training."))
     if renamed is not None:
         return f"; since transformers 5 it is {renamed}"
-    nearest = get_close_matches(name, candidates, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    without_section = [it for it in candidates if it.lstrip("-").partition(".")[2] == name.lstrip("-")]
+    nearest = without_section or get_close_matches(name, candidates, n=1)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def _own_infos() -> dict[str, FieldInfo]:

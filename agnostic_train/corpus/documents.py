@@ -11,9 +11,10 @@ from agnostic_train.errors import UserError, in_one_line
 _MAX_WITHOUT_COLUMN = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+")
 # Stops of Chinese, Devanagari, Arabic and Urdu, Ethiopic, Burmese, Khmer, Armenian, Santali and Manipuri: they end a
-# sentence even without a space. Closing quotes and brackets belong to the sentence that they follow.
+# sentence even without a space. Closing quotes and brackets, and the number of a verse (॥ 12 ॥), belong to the sentence
+# that they follow.
 _STOPS = "。！？।॥؟۔።፧။។៕։᱾᱿꯫"
-_OTHER_SENTENCE_END = re.compile(f"[{_STOPS}][{_STOPS}!?…]*[”’»」』）》】]*")
+_OTHER_SENTENCE_END = re.compile(rf"[{_STOPS}](?:\s*\d+\s*॥|[{_STOPS}!?…])*[”’»」』）》】]*")
 _INVISIBLE = ("Cc", "Cf", "Zs")
 """Categories of characters that show nothing, such as zero-width spaces and direction marks."""
 
@@ -27,10 +28,11 @@ def split_documents(documents: Iterable[str], split_sentences: bool) -> Iterator
     for document in documents:
         for line in document.split("\n"):
             sentences = _sentences(line) if split_sentences else (line,)
-            yield from (stripped for sentence in sentences if _is_visible(stripped := sentence.strip()))
+            yield from (stripped for sentence in sentences if is_visible(stripped := sentence.strip()))
 
 
-def _is_visible(text: str) -> bool:
+def is_visible(text: str) -> bool:
+    """Whether a text shows anything; zero-width spaces and direction marks alone don't."""
     return any(unicodedata.category(character) not in _INVISIBLE for character in text)
 
 

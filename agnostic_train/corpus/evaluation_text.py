@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from agnostic_train.corpus.documents import split_documents
+from agnostic_train.corpus.documents import is_visible, split_documents
 from agnostic_train.corpus.local_files import find_file, local_sentences, read_text, unread_file
 from agnostic_train.corpus.purposes import Corpus
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
@@ -137,7 +137,7 @@ def _aligned_lines(folder: Path, languages: Sequence[str]) -> dict[str, list[str
             f"{_PARALLEL}: {folder} has no file for any of {', '.join(languages)}, such as {languages[0]}.txt"
         )
     lines = {
-        language: [it.strip() for it in read_text(file).removesuffix("\n").split("\n")]
+        language: [it.strip() * is_visible(it) for it in read_text(file).removesuffix("\n").split("\n")]
         for language, file in files.items()
     }
     # Some files end with blank lines, which others lack.

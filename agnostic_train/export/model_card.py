@@ -62,8 +62,10 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
         details.append(f"training text: {training['text']}")
     listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
+    # Nor does it accept other languages than ISO 639's codes: it would refuse the whole upload.
+    codes = [code[1] for it in recipe.training.languages if (code := re.match(r"([a-z]{2,3})(?:[_-]|$)", it))]
     metadata = ModelCardData(
-        language=list(recipe.training.languages),
+        language=list(dict.fromkeys(codes)) or None,
         library_name=library,
         pipeline_tag="text-generation",
         base_model=recipe.model.name if hub_name else None,
@@ -109,6 +111,6 @@ def _numbers(evaluation: dict | None, enhanced: list[str]) -> str:
     lines.append("| --- | ---: | ---: | ---: |")
     for language, row in evaluation.items():
         before, after = row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]
-        name = language + (" *" if language in enhanced else "")
+        name = language.replace("|", r"\|") + (" *" if language in enhanced else "")
         lines.append(f"| {name} | {before:.4f} | {after:.4f} | {percent(row['bits_per_byte_change'])} |")
     return "\n".join([*lines, ""])

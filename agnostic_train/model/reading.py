@@ -131,8 +131,9 @@ def _problem_of_files(folder: Path, part: str) -> str | None:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder has the files of a tokenizer."""
-    return any(file.is_file() for pattern in _FILES["the tokenizer"] for file in Path(folder).glob(pattern))
+    """Whether a folder has the vocabulary of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any(Path(folder, name).is_file() for name in names)
 
 
 def check_folder(folder: str | Path, key: str) -> None:

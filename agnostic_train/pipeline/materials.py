@@ -182,10 +182,12 @@ class Materials:
 
         sources: folders, or revisions of the model's hub repository.
         """
+        own = self.tokenizer.get_vocab() if sources else {}
         for source in sources:
             section = at_checkpoint(self.recipe.model, source, key)
             config = load_config(section, key)
-            if has_tokenizer(source) and load_tokenizer(section, key).get_vocab() != self.tokenizer.get_vocab():
+            # It may have further tokens, such as one to pad with.
+            if has_tokenizer(source) and not own.items() <= load_tokenizer(section, key).get_vocab().items():
                 raise UserError(
                     f"{key}: {source} has another tokenizer than model.name; name a state of the same model"
                 )

@@ -202,7 +202,8 @@ class StageInputs:
 
     def of_trials(self, stage: str) -> dict:
         """What each trial of a pilot or comparison depends on: neither other trials nor how they are ranked."""
-        return self._common_inputs | {"pilot": self._pilot_trials, "compare": self._comparison_trials}[stage]
+        # A pilot reads no evaluation text.
+        return self._common_inputs | (self._pilot_trials if stage == "pilot" else self._comparison_trials)
 
     def _pilot_inputs(self) -> dict:
         trials = self._pilot_trials

@@ -1,6 +1,7 @@
 """A run's results for readers: a self-contained HTML page with figures, and the comparison's text."""
 
 import base64
+import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -30,7 +31,8 @@ from agnostic_train.scores.result import describe_score
 
 _SMALLEST_SCALE = 0.6
 """Figures of many languages are wide; smaller than this, their text can't be read."""
-COMPARISON_TEXT, COMPARISON_TABLE = "comparison.md", "comparison.csv"
+COMPARISON = "comparison"
+COMPARISON_TEXT, COMPARISON_TABLE, DIFFERENCES_TABLE = "comparison.md", "comparison.csv", "differences.csv"
 _EMERGENCE_FIGURES = frozenset(["emergence"])
 _COMPARISON_FIGURES = frozenset(["trade", "rates", "forgetting"])
 _RUN_FIGURES = _EMERGENCE_FIGURES | _COMPARISON_FIGURES | {
@@ -121,7 +123,7 @@ def is_emergence_file(path: Path) -> bool:
 
 def is_comparison_file(path: Path) -> bool:
     """Whether a path is a file of `comparison/`."""
-    return is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE)
+    return is_figure(path, _COMPARISON_FIGURES) or path.name in (COMPARISON_TEXT, COMPARISON_TABLE, DIFFERENCES_TABLE)
 
 
 def write_comparison_figures(comparison: dict, folder: Path) -> None:
@@ -163,6 +165,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = percent
+    # Jinja's own, made for scripts, writes all but ASCII as escapes.
+    environment.filters["as_json"] = partial(json.dumps, ensure_ascii=False, indent=1)
     environment.globals |= {
         "group_titles": GROUP_TITLES, "selection": selection, "penalty": penalty, "verdicts": verdicts,
         "remarks": remarks, "twin_sentences": twin_sentences, "describe_score": describe_score,

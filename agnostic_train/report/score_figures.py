@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 
 from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid, name_columns, name_series, width_of
 from agnostic_train.scores.ablation import NOTHING
-from agnostic_train.scores.result import CONTROLS
+from agnostic_train.scores.result import CONTROLS, describe_score
 
+_LEAST_GAP, _MOST_LEVEL = 0.045, 4
+"""Of labels of steps: the distance as a share of the axis, and their number from which on they are turned."""
 _HOLLOW = {"linestyle": "none", "markerfacecolor": "white"}
 
 
@@ -20,7 +22,8 @@ def draw_score(score: dict) -> Figure:
     figure, (axis,) = make_grid(width=width_of(len(rows), 0.6))
     positions = np.arange(len(rows))
     values = [np.log1p(row["importance"]) for row in rows]
-    axis.bar(positions, values, 0.6, color="0.7", edgecolor="black")
+    clipped = [bool(row["clipped"]) for row in rows]
+    axis.bar(positions, values, 0.6, color=["white" if it else "0.7" for it in clipped], edgecolor="black")
     for position, value, row in zip(positions, values, rows, strict=True):
         if row["interval"]:
             low, high = np.log1p(row["interval"])
@@ -29,11 +32,14 @@ def draw_score(score: dict) -> Figure:
     axis.set_ylabel("log(1 + importance)")
     axis.axhline(np.log(2), color="black", linestyle=":", label="log 2: shared matter as much as exclusive")
     if score["value"] is not None:
-        axis.axhline(score["value"], color="black", label=f"score {score['value']:.3f}")
+        axis.axhline(score["value"], color="black", label=f"score {describe_score(score['value'], score['clipped'])}")
     controls = {
         kind: [(it["value"], it["clipped"]) for it in it["scores"].values()] for kind, it in score["controls"].items()
     }
-    top = _limit_score(axis, controls)
+    fair = [np.log1p(max(row["importance"], *(row["interval"] or ()))) for row in rows if not row["clipped"]]
+    top = _limit_score(axis, controls, fair if any(clipped) else None)
+    if any(clipped):
+        axis.bar([], [], color="white", edgecolor="black", label="white: clipped, so arbitrary")
     for (kind, scores), line in zip(controls.items(), ("--", "-."), strict=False):
         values = [value for value, _ in scores if value is not None]
         for index, value in enumerate(values):
@@ -83,7 +89,10 @@ def draw_emergence(rows: list[dict]) -> Figure:
             axes[2].set_xscale("log")
         else:  # linear below the first step, because a logarithmic axis has no place for step 0
             axes[2].set_xscale("symlog", linthresh=min((step for step in steps if step), default=1))
-        axes[2].set_xticks(steps, [str(step) for step in steps])
+        has_label = _spaced(axes[2].xaxis.get_transform().transform(np.array(steps, float)))
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(steps) > _MOST_LEVEL else {}
+        labels = [str(step) if it else "" for step, it in zip(steps, has_label, strict=True)]
+        axes[2].set_xticks(steps, labels, **turned)
         axes[2].minorticks_off()
     else:
         # Of a commit, the beginning suffices. The legend takes the rest of the width.
@@ -123,17 +132,22 @@ def _plot(axis: Axes, places: list[int], values: list[float | None], **style) ->
         axis.plot(*zip(*known, strict=True), markersize=5, **style)
 
 
-def _limit_score(axis: Axes, controls: Mapping[str, list[tuple[float | None, list[str]]]]) -> float:
-    """Ends the axis of scores, on which all but the controls are drawn, at the largest control without clipped changes.
+def _limit_score(
+    axis: Axes, controls: Mapping[str, list[tuple[float | None, list[str]]]], fair: list[float] | None = None
+) -> float:
+    """Ends the axis of scores, on which all but the controls are drawn, at the largest value without clipped changes.
 
     The ratio of clipped changes may be hundreds, and means nothing.
 
-    controls: by kind, each control's score (None if undefined) and clipped languages.
+    Args:
+        controls: by kind, each control's score (None if undefined) and clipped languages.
+        fair: what is drawn without clipped changes, if not all of it.
 
     Returns: the largest score that the axis shows.
     """
     scores = [value for it in controls.values() for value, clipped in it if value is not None and not clipped]
-    top = max(axis.get_ylim()[1], 1.05 * max(scores, default=0))
+    drawn = axis.get_ylim()[1] if fair is None else 1.05 * max(fair, default=0)
+    top = max(drawn, 1.05 * max(scores, default=0), 1.05 * math.log(2))
     axis.set_ylim(0, top)
     return top
 
@@ -141,3 +155,12 @@ def _limit_score(axis: Axes, controls: Mapping[str, list[tuple[float | None, lis
 def _name_control(kind: str, scores: list[tuple[float | None, list[str]]], top: float) -> str:
     beyond = sum(value is not None and value > top for value, _ in scores)
     return CONTROLS[kind] + (f" ({beyond} of {len(scores)} beyond the scale)" if beyond else "")
+
+
+def _spaced(places: np.ndarray) -> list[bool]:
+    """Which of some rising places on an axis have room for a label, the last one first."""
+    kept, last = [], math.inf
+    for place in places[::-1]:
+        kept.append(last - place >= _LEAST_GAP * (places[-1] - places[0]))
+        last = place if kept[-1] else last
+    return kept[::-1]

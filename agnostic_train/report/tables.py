@@ -181,6 +181,27 @@ def comparison_table(comparison: dict) -> Table:
     return rows
 
 
+def differences_table(comparison: dict) -> Table:
+    """One row per text, group and pair of strategies: how far the first lies above the second.
+
+    Takes the content of `comparison.json`.
+    """
+    return [
+        {
+            "text": text,
+            "group": it["group"],
+            "first": it["strategies"][0],
+            "second": it["strategies"][1],
+            "difference": it["mean"],
+            **dict(zip(("low", "high"), it["interval"], strict=True)),
+            **dict(zip(("simultaneous_low", "simultaneous_high"), it["simultaneous_interval"], strict=True)),
+            "beyond_noise": it["beyond_noise"],
+        }
+        for text, compared in comparison["texts"].items()
+        for it in compared["differences"]
+    ]
+
+
 def write_csv(table: Table, file: Path) -> None:
     """Writes a table with a header as UTF-8, atomically; None is an empty cell."""
     columns: Sequence[str] = list(dict.fromkeys(key for row in table for key in row))

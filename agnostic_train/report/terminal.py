@@ -1,6 +1,7 @@
-"""What a command prints at its end: the table of a run, and a comparison's text."""
+"""What a command prints at its end: its results as a table or text, and where they are."""
 
 import sys
+from collections.abc import Callable, Collection, Iterable
 from io import StringIO
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.percent import percent
+from agnostic_train.report.page import COMPARISON, COMPARISON_TEXT
 from agnostic_train.scores.result import describe_score
 
 
@@ -24,14 +26,40 @@ def in_terminal(text: str) -> str:
     return console.file.getvalue()
 
 
-def print_summary(directory: Path, enhanced: list[str]) -> None:
-    """Prints the table that ends a run, without perplexities if the terminal has no room for them."""
+def print_results(directory: Path, command: str, enhanced: list[str]) -> None:
+    """Prints what a command has made in its `output_dir`, also if all of it was kept."""
+    if command == "compare":
+        text = directory / COMPARISON / COMPARISON_TEXT
+        print(in_terminal(text.read_text(encoding="utf-8")))
+        print(f"compare: {text}")
+    if command == "run":
+        _print_fitting(summary_table, directory, enhanced)
+    if command == "evaluate":
+        _print_fitting(changes_table, directory, enhanced)
+        print(f"evaluate: {directory / 'evaluation.json'}")
+    if command in ("run", "report"):
+        print(f"report: {directory / 'report.html'}")
+
+
+def _print_fitting(make_table: Callable[[Path, list[str], bool], Table], directory: Path, enhanced: list[str]) -> None:
+    """Prints a table, without perplexities if the terminal has no room for them."""
     # A file has room for the widest table.
     console = Console(width=None if sys.stdout.isatty() else 1000)
-    table = summary_table(directory, enhanced)
+    table = make_table(directory, enhanced, True)
     if console.measure(table, options=console.options.update(max_width=1000)).maximum > console.width:
-        table = summary_table(directory, enhanced, with_perplexity=False)
+        table = make_table(directory, enhanced, False)
     console.print(table)
+
+
+def changes_table(directory: Path, enhanced: list[str], with_perplexity: bool = True) -> Table:
+    """The table that ends an evaluation: per language, perplexity and bits per byte before and after."""
+    table = Table(caption="test text; * enhanced")
+    table.add_column("language", overflow="fold")
+    _add_columns(table, (*_change_columns(with_perplexity), "95% interval"))
+    for language, row in read_json(directory / "evaluation.json")["languages"].items():
+        interval = " to ".join(map(percent, row["interval"]))
+        table.add_row(_name(language, enhanced), *_change(row, with_perplexity), interval)
+    return table
 
 
 def summary_table(directory: Path, enhanced: list[str], with_perplexity: bool = True) -> Table:
@@ -45,23 +73,37 @@ def summary_table(directory: Path, enhanced: list[str], with_perplexity: bool = 
         caption="test text; * enhanced; exclusive: " + detected.settings["exclusive"],
     )
     table.add_column("language", overflow="fold")
-    perplexity = ("perplexity", "after") if with_perplexity else ()
-    for header in ("related", "shared", "exclusive", *perplexity, "bits/byte", "after", "change"):
-        table.add_column(header, justify="right", no_wrap=True)
+    _add_columns(table, ("related", "shared", "exclusive", *_change_columns(with_perplexity)))
     for language, row in evaluation.items():
-        before, after = row["before"], row["after"]
         related = detected.related.get(language)  # a language that is only measured has none
         counts = (
             ("",) * 3
             if related is None
             else (len(related), len(detected.shared & related), len(detected.exclusive[language]))
         )
-        table.add_row(
-            escape(language) + (" *" if language in enhanced else ""),
-            *map(str, counts),
-            *([f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"] if with_perplexity else []),
-            f"{before['bits_per_byte']:.4f}",
-            f"{after['bits_per_byte']:.4f}",
-            percent(row["bits_per_byte_change"]),
-        )
+        table.add_row(_name(language, enhanced), *map(str, counts), *_change(row, with_perplexity))
     return table
+
+
+def _add_columns(table: Table, headers: Iterable[str]) -> None:
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+
+
+def _name(language: str, enhanced: Collection[str]) -> str:
+    return escape(language) + (" *" if language in enhanced else "")
+
+
+def _change_columns(with_perplexity: bool) -> tuple[str, ...]:
+    return (*(("perplexity", "after") if with_perplexity else ()), "bits/byte", "after", "change")
+
+
+def _change(row: dict, with_perplexity: bool) -> list[str]:
+    """The cells of a row of `evaluation.json`."""
+    before, after = row["before"], row["after"]
+    return [
+        *([f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"] if with_perplexity else []),
+        f"{before['bits_per_byte']:.4f}",
+        f"{after['bits_per_byte']:.4f}",
+        percent(row["bits_per_byte_change"]),
+    ]

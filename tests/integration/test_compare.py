@@ -77,6 +77,17 @@ def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
     with (out / "comparison/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 3 and {row["seed"] for row in rows} == {"3", "4", "all"}
+    for row in (row for row in rows if row["seed"] == "all"):
+        expected = comparison["texts"]["test"]["strategies"][row["strategy"]]["languages"][row["language"]]
+        assert [float(row[it]) for it in ("change", "low", "high")] == [expected["mean"], *expected["interval"]]
+    with (out / "comparison/differences.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    differences = comparison["texts"]["test"]["differences"]
+    assert [[row["first"], row["second"]] for row in rows] == [it["strategies"] for it in differences]
+    for row, expected in zip(rows, differences, strict=True):
+        values = [float(row[it]) for it in ("difference", "low", "high", "simultaneous_low", "simultaneous_high")]
+        assert values == [expected["mean"], *expected["interval"], *expected["simultaneous_interval"]]
+        assert row["beyond_noise"] == str(expected["beyond_noise"])
     text = (out / "comparison/comparison.md").read_text()
     assert in_terminal(text) in printed and "| full |" in text and "Learning rates" in text
     assert f"compare: {out}/comparison/comparison.md" in printed and "compare: 2 of " in printed

@@ -113,6 +113,15 @@ def test_key_changes_the_inputs_of_the_stages_it_affects(unchanged, flags, stage
     assert {stage for stage in ALL if after[stage] != before[stage]} == stages
 
 
+def test_when_to_save_counts_only_if_the_best_checkpoint_is_chosen():
+    for best, differs in ((True, True), (False, False)):
+        few, more = (
+            learning_arguments({"load_best_model_at_end": best, "eval_strategy": "steps", "save_steps": it})
+            for it in (2, 3)
+        )
+        assert (few != more) is differs
+
+
 def test_config_file_of_an_engine_counts_by_its_content(tmp_path):
     (tmp_path / "zero.json").write_text("{}")
     keys = {"deepspeed": str(tmp_path / "zero.json")}
@@ -462,7 +471,7 @@ def test_measurements_of_the_same_weights_are_reused(root, monkeypatch, capsys):
     assert all(
         "| before | after |" in (root / f"out/{folder}/README.md").read_text() for folder in ("enhanced", "lora")
     )
-    assert capsys.readouterr().out.count(" was measured before (kept)\n") == 2
+    assert capsys.readouterr().out.count(": kept from an earlier measurement\n") == 2
 
 
 def test_other_weights_text_or_tokens_are_measured_again(root):

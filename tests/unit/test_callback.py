@@ -138,6 +138,24 @@ def test_counts_of_other_weights_are_not_resumed(tmp_path, change):
     assert detected[0].related != detected[1].related
 
 
+@pytest.mark.parametrize(
+    "settings", [{"attention": "paper"}, {"top_ratio": 0.1}, {"projections": ["q"]}, {"activations": False}], ids=str
+)
+def test_counts_of_one_other_setting_are_not_resumed(tmp_path, settings):
+    model, batches = tiny_llama(), [padded_batch([5, 9, 7, 4])]
+
+    def detect(resume_dir, **changed):
+        changed = {"top_ratio": 0.2, "consistency": 0.6, "progress": False} | changed
+        return detect_neurons(model, {"a": batches, "b": batches}, **changed, resume_dir=resume_dir)
+
+    for first, second in ((settings, {}), ({}, settings)):
+        folder = tmp_path / str(len(first))
+        detect(folder, **first)
+        resumed, expected = (detect(it, **second) for it in (folder, None))
+        assert resumed.related == expected.related
+        assert (resumed.activations is None) == (expected.activations is None)
+
+
 def test_counts_of_other_settings_or_batches_are_not_resumed(tmp_path):
     model = tiny_llama()
 

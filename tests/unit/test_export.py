@@ -303,6 +303,17 @@ def test_delta_equals_the_file_that_peft_saves(tmp_path):
     assert configs[0]["rows"] == configs[1]["rows"] and configs[0]["columns"] == configs[1]["columns"]
 
 
+def test_survivors_are_a_share_of_what_moved(tmp_path):
+    base = tiny_llama()
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, ::2] += 0.5
+    check = export_checkpoint(model, tmp_path / "out", base=base, neurons={(0, "up"): [3]})
+    assert (check.chosen_moved, check.chosen_surviving, check.against) == (0.5, 1.0, "base")
+    alone = export_checkpoint(adapted(neurons=CHOSEN), tmp_path / "alone")
+    assert alone.against == "frozen weights"
+
+
 def test_merging_rounds_once_and_reports_what_survives(tmp_path):
     """A third of changes of 1e-4 to bfloat16 weights of 0.02 is lost to rounding."""
     base = tiny_llama(initializer_range=0.02, hidden_size=252).bfloat16()

@@ -120,11 +120,11 @@ def test_marks_belong_to_a_strategy_and_ruinous_rates_are_left_out():
 def test_controls_with_clipped_changes_do_not_set_the_scale():
     """Their ratios may be a hundred times the score's, and mean nothing; the legend says how many aren't visible."""
     undefined, fair, wild = (None, []), (1.5, []), (30.0, ["sw"])
-    row = {"language": "sw", "importance": 0.2, "interval": [0.1, 0.3]}
+    row = {"language": "sw", "importance": 0.2, "interval": [0.1, 0.3], "clipped": []}
     scores = {str(seed): {"value": value, "clipped": names} for seed, (value, names) in enumerate([undefined, wild])}
     matched = {"0": {"value": fair[0], "clipped": fair[1]}}
     controls = {"random": {"scores": scores}, "matched": {"scores": matched}}
-    figure = draw_score({"table": [row], "value": 0.18, "controls": controls})
+    figure = draw_score({"table": [row], "value": 0.18, "clipped": [], "controls": controls})
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert 1.5 < figure.axes[0].get_ylim()[1] < 2
     assert f"{CONTROLS['random']} (1 of 2 beyond the scale)" in names and CONTROLS["matched"] in names
@@ -140,6 +140,38 @@ def test_controls_with_clipped_changes_do_not_set_the_scale():
     axis = draw_emergence(rows).axes[2]
     assert 1.5 < axis.get_ylim()[1] < 2
     assert "(2 of 4 beyond the scale)" in " ".join(it.get_text() for it in axis.get_legend().get_texts())
+
+
+def test_clipped_importance_is_marked_and_does_not_set_the_scale():
+    rows = [
+        {"language": "en", "importance": 0.2, "interval": [0.1, 0.3], "clipped": []},
+        {"language": "sw", "importance": 1e7, "interval": [0.1, 2e7], "clipped": ["exclusive"]},
+    ]
+    figure = draw_score({"table": rows, "value": 8.1, "clipped": ["sw"], "controls": {}})
+    axis = figure.axes[0]
+    assert axis.get_ylim()[1] < 1
+    colors = [bar.get_facecolor()[:3] for bar in axis.containers[0]]
+    assert colors == [(0.7, 0.7, 0.7), (1, 1, 1)]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "white: clipped, so arbitrary" in names and "score 8.100 (clipped)" in names
+
+
+@pytest.mark.parametrize(
+    "steps", [range(1000, 31_000, 1000), [1, 64, 512, 1000, 3000, 13_000, 53_000, 103_000, 143_000]]
+)
+def test_labels_of_many_steps_do_not_overlap(steps):
+    row = {
+        "interval": None, "score": None, "shared": 1, "clipped": [], "related": {"sw": 4}, "exclusive": {"sw": 3},
+        "shared_ratio": {"sw": 0.25}, "controls": {},
+    }  # fmt: skip
+    figure = draw_emergence([{"step": step, "checkpoint": str(step), **row} for step in steps])
+    FigureCanvasAgg(figure).draw()
+    labels = [it for it in figure.axes[2].get_xticklabels() if it.get_text()]
+    assert labels[-1].get_text() == str(steps[-1]) and len(labels) > 4
+    # Turned labels are apart if their ends are, by a line's height across their direction.
+    ends = [it.get_window_extent().x1 for it in labels]
+    height = 1.2 * labels[0].get_fontsize() * figure.dpi / 72
+    assert all(right - left >= height for left, right in pairwise(ends))
 
 
 def test_legends_of_many_languages_fit_beside_their_axes():
@@ -186,7 +218,9 @@ def test_names_of_languages_do_not_overlap(names, times):
         (-0.0, "+0.0%"),
         (3e-4, "+0.03%"),
         (-3e-4, "-0.03%"),
-        (-4e-5, "+0.00%"),
+        (-4e-5, "-0.004%"),
+        (2.3e-6, "+0.0002%"),
+        (-3e-8, "-3e-06%"),
         (1e-3, "+0.1%"),
         (-0.0123, "-1.2%"),
     ],
@@ -212,8 +246,8 @@ def test_both_files_are_written_and_svg_keeps_text(tmp_path):
 
 @pytest.mark.figures
 def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
-    row = {"language": "$_$", "importance": 0.2, "interval": [0.1, 0.3]}
-    score = {"table": [row], "value": 0.18, "controls": {}}
+    row = {"language": "$_$", "importance": 0.2, "interval": [0.1, 0.3], "clipped": []}
+    score = {"table": [row], "value": 0.18, "clipped": [], "controls": {}}
     write_figures(tmp_path, {"score": lambda: draw_score(score)})
     assert "$_$" in (tmp_path / "score.svg").read_text()
 

@@ -130,6 +130,7 @@ def test_momentum_and_decay_of_a_used_optimizer_do_not_move_frozen_entries(is_lo
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_decay_equals_that_of_the_unmasked_optimizer(kind, maximize):
+    """Also while a schedule lowers the rate."""
     ends = []
     for masked in (False, True):
         model = tiny_llama().double()
@@ -137,10 +138,12 @@ def test_decay_equals_that_of_the_unmasked_optimizer(kind, maximize):
         optimizer = kind([weight], lr=0.1, weight_decay=0.5, maximize=maximize)
         if masked:
             GradientMask(model, NeuronSet({(0, "q"): [2]})).guard(optimizer)
-        for _ in range(2):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        for _ in range(3):
             (weight**2).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         ends.append(weight[2].detach())
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 

@@ -39,6 +39,14 @@ def test_each_comparison_uses_the_sentences_it_names():
     assert list(detection_stability(detect, detect(one), one, others)) == ["second sample"]
 
 
+def test_first_sentences_are_compared_only_if_there_are_more():
+    def detect(sentences):
+        return LanguageNeurons.from_related({"a": NeuronSet({(0, "up"): range(len(sentences["a"]))})})
+
+    sentences = {"a": ["x"] * 100}
+    assert list(detection_stability(detect, detect(sentences), sentences, {"a": []})) == ["halves"]
+
+
 def test_compared_samples_are_equally_large():
     """Both halves have half the smallest language's sentences; the second sample is as large as the first."""
     sample_sizes = []

@@ -108,6 +108,19 @@ def test_merging_and_unmerging(name):
     assert_same(logits(merged), expected)
 
 
+def test_unmerging_two_adapters_restores_every_bit():
+    """They share a column, so only the reverse order restores it."""
+    base = tiny_llama()
+    before = {name: it.clone() for name, it in base.named_parameters()}
+    model = adapted(base, NeuronSet({(0, "down"): [1, 2]}))
+    model.add_adapter("other", NeuronConfig(neurons=NeuronSet({(0, "down"): [2, 3]})))
+    fill(model, "other", seed=6)
+    model.merge_adapter(["default", "other"])
+    model.unmerge_adapter()
+    after = {name.replace(".base_layer", ""): it for name, it in model.get_base_model().named_parameters()}
+    assert all(torch.equal(after[name], it) for name, it in before.items())
+
+
 def test_safe_merge_refuses_nan_and_changes_nothing():
     wrapped = adapted()
     layer = next(module for module in wrapped.modules() if isinstance(module, NeuronLinear))

@@ -22,18 +22,17 @@ from agnostic_train.pipeline.training_text import count_batches
 from agnostic_train.pipeline.trials import Trial, TrialResult, Trials, check_choices
 from agnostic_train.recipe import Recipe
 from agnostic_train.report.page import (
+    COMPARISON,
     COMPARISON_FILES,
     COMPARISON_TABLE,
     COMPARISON_TEXT,
+    DIFFERENCES_TABLE,
     comparison_text,
     is_comparison_file,
     write_comparison_figures,
 )
-from agnostic_train.report.tables import comparison_table, write_csv
-from agnostic_train.report.terminal import in_terminal
+from agnostic_train.report.tables import comparison_table, differences_table, write_csv
 from agnostic_train.training.trainer import NeuronTrainingArguments
-
-COMPARISON = "comparison"
 
 Results = dict[str, dict[int, TrialResult]]
 """Results of trials by strategy and seed."""
@@ -78,8 +77,7 @@ def compare(context: Context) -> StageResult:
             write_comparison_figures(comparison, folder)
             (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
             write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
-    context.say(in_terminal(text))
-    context.say(f"compare: {context.directory / COMPARISON / COMPARISON_TEXT}")
+            write_csv(differences_table(comparison), folder / DIFFERENCES_TABLE)
     return StageResult(["comparison.json", COMPARISON])
 
 
@@ -91,7 +89,9 @@ def publish(context: Context) -> None:
     run_id = run_id_within(context.directory, context.manifest.record("compare")["run"])
     with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
         tracker.log_figures(context.directory / COMPARISON)
-        replace(context, tracker=tracker).publish_tables({"comparison": comparison_table(read_json(file))}, files)
+        comparison = read_json(file)
+        tables = {"comparison": comparison_table(comparison), "differences": differences_table(comparison)}
+        replace(context, tracker=tracker).publish_tables(tables, files)
 
 
 def _group(context: Context) -> str:

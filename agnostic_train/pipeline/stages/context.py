@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from agnostic_train.errors import UserError
 from agnostic_train.files import read_json, whole_file, write_json
+from agnostic_train.fingerprints import file_key
 from agnostic_train.neurons.language_neurons import LanguageNeurons, set_hashes
 from agnostic_train.pipeline.manifest import Manifest
 from agnostic_train.pipeline.materials import Materials
@@ -18,7 +19,7 @@ from agnostic_train.report.tables import Table, write_csv
 from agnostic_train.training.trainer import NeuronTrainingArguments
 
 _PUBLISHED = ".published.json"
-"""In `tracking.results_dir`: which `output_dir` each file comes from."""
+"""In `tracking.results_dir`, which may be published: a hash of the `output_dir` that each file comes from."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Context:
         self.tracker.log_tables({name: table for name, table in tables.items() if table is not None})
         if self.recipe.tracking.results_dir is None:
             return
-        folder, own = Path(self.recipe.tracking.results_dir), str(self.directory.resolve())
+        folder, own = Path(self.recipe.tracking.results_dir), file_key(str(self.directory.resolve()))
         record = folder / _PUBLISHED
         owners: dict[str, str] = read_json(record, "delete it") if record.exists() else {}
         if not isinstance(owners, dict):

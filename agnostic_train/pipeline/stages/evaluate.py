@@ -148,7 +148,7 @@ def _measure(
     key = [*_key(context, checkpoint), context.inputs.of("evaluate")["text"], sizes]
     file = context.work / f"{file_key(key)}.safetensors"
     if file.exists():
-        context.say(f"evaluate: {name} was measured before (kept)")
+        context.say(f"evaluate: {name}: kept from an earlier measurement")
         context.materials.forget_model()  # the next model may not fit in memory beside it
         return load_by_kind(file)
     model = checkpoint.load()

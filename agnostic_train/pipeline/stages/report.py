@@ -27,4 +27,6 @@ def publish(context: Context) -> None:
     if context.inputs.has_comparison:
         context.publish_tables({}, files)
     else:
-        context.publish_tables({"comparison": None}, files | {"comparison.json": None, COMPARISON_TEXT: None})
+        context.publish_tables(
+            {"comparison": None, "differences": None}, files | {"comparison.json": None, COMPARISON_TEXT: None}
+        )

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -71,9 +72,9 @@ def train(context: Context) -> StageResult:
         _copy_adapter(context, checkpoint)
         outputs.append(ADAPTER)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    context.say(
-        f"train: {trainer.state.global_step} steps" + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
-    )
+    # The first and the last alone are of other sentences, and would say little about each other.
+    mean_loss = f", mean loss {fmean(losses):.3f}" if losses else ""
+    context.say(f"train: {trainer.state.global_step} steps{mean_loss}")
     facts = {
         "checkpoint": checkpoint.name,
         "adapter": ADAPTER if adapted else None,
