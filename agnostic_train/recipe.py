@@ -122,7 +122,10 @@ class CorpusSection:
     data_files: OfLanguage | None = Field(
         default=None, description="The dataset's files per language, with {lang}, where configs don't separate them."
     )
-    dataset_split: str = Field(default="train", description="The split to stream.")
+    dataset_split: str = Field(
+        default="train",
+        description="The split to stream; without effect if data_files names text, JSON lines, Parquet or Arrow files.",
+    )
     text_column: str = Field(default="text", description="The column or JSON key that holds the text.")
     split_sentences: bool = Field(
         default=False,

@@ -87,7 +87,7 @@ def _kept(
     file = folder / f"{name}-{file_key([source, wanted])}.json"
     if not file.exists():
         write_json(file, read())
-    return read_json(file)
+    return read_json(file, "delete it, and the text is streamed again")
 
 
 def _fill(

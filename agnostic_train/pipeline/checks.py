@@ -206,6 +206,12 @@ def _check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> Non
     """Raises `UserError` for what would stop a comparison, and for keys that it doesn't use."""
     if recipe.training.neurons is not None:
         raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
+    order = _value(arguments.train_sampling_strategy)
+    if order in ("sequential", "batch_rebalance"):
+        raise UserError(
+            f"training.train_sampling_strategy: {order!r} reads the text in the same order with every seed, so "
+            "comparison.seeds would repeat one training; leave it out"
+        )
     check_trials(recipe, arguments, recipe.comparison.strategies, "compare")
 
 

@@ -90,6 +90,14 @@ def _check_given(recipe: Recipe) -> None:
         # NumPy's generators accept no other seeds.
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
+    if given.get("label_names") not in (None, ["labels"]):
+        raise UserError("training.label_names: the text's labels are named labels; remove the key")
+    if given.get("train_sampling_strategy") == "sequential" and len(recipe.training.text_languages) > 1:
+        raise UserError(
+            "training.train_sampling_strategy: 'sequential' would read one language's text after the other's; remove it"
+        )
+    if given.get("eval_steps") and given.get("eval_strategy", "no") == "no":
+        logger.warning_once("training.eval_steps: without training.eval_strategy: steps, nothing is evaluated")
     if given.get("resume_from_checkpoint") is not None:
         raise UserError("training.resume_from_checkpoint: an interrupted training resumes by itself; remove the key")
     if given.get("parallelism_config") is not None:

@@ -88,10 +88,13 @@ def training_examples(encoder: Encoder, training: Sentences, section: TrainingSe
 def check_batches(num_sequences: int, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` if incomplete batches are dropped and an epoch has no complete one."""
     batch = arguments.train_batch_size * arguments.world_size
+    if arguments.train_sampling_strategy == "batch_rebalance":  # it drops incomplete optimizer steps
+        batch *= arguments.gradient_accumulation_steps
     if arguments.dataloader_drop_last and num_sequences < batch:
         raise UserError(
             f"training.dataloader_drop_last: an epoch's {num_sequences} sequences don't fill a batch of {batch}, so "
-            "nothing is left to train on; set it to false, or lower training.per_device_train_batch_size"
+            "nothing is left to train on; set it to false, or lower training.per_device_train_batch_size or "
+            "training.gradient_accumulation_steps"
         )
 
 

@@ -29,6 +29,7 @@ from agnostic_train.export.trained import Trained
 from agnostic_train.files import sole_user
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
+from agnostic_train.percent import percent
 from agnostic_train.pipeline import COMMANDS, STAGES, stage_inputs
 from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stage_table import STAGE_TABLE
@@ -481,6 +482,11 @@ def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsy
         assert not (root / "out/manifest.json").exists()
     shutil.copytree(root / "model", root / "rival")
     build_tokenizer(["other text, other tokens"] * 9, vocab_size=300).save_pretrained(root / "rival")
+    padded = AutoTokenizer.from_pretrained(root / "model")
+    padded.add_tokens(["<further>"])
+    shutil.copytree(root / "model", root / "padded")
+    padded.save_pretrained(root / "padded")
+    assert run(root, "score", f"--model.checkpoints=7={root / 'padded'}", f"--output_dir={root / 'of-padded'}") == 0
     for key, value in (("model.checkpoints", f"7={root / 'rival'}"), ("evaluation.checkpoints", str(root / "rival"))):
         message = f"{key}: {root / 'rival'} has another tokenizer than model.name"
         assert_mistake(root, "run", [f"--{key}={value}"], message, capsys)
@@ -490,6 +496,17 @@ def test_followed_checkpoint_of_another_model_is_refused_by_its_name(root, capsy
     broken.save_pretrained(root / "broken")
     message = "model.checkpoints: broken: the model computes NaN"
     assert_mistake(root, "score", [f"--model.checkpoints=7={root / 'broken'}"], message, capsys)
+
+
+def test_results_are_printed_also_if_they_were_kept(root, capsys):
+    for is_kept in (False, True):
+        assert run(root, "evaluate") == 0
+        printed = capsys.readouterr().out
+        assert ("evaluate: unchanged, kept" in printed) is is_kept
+        row = next(line for line in printed.splitlines() if "sw *" in line)
+        language = json.loads((root / "out/evaluation.json").read_text())["languages"]["sw"]
+        assert percent(language["interval"][0]) + " to " + percent(language["interval"][1]) in row
+        assert f"evaluate: {root}/out/evaluation.json" in printed
 
 
 def test_followed_checkpoints_are_measured_once(root, capsys):
@@ -617,6 +634,23 @@ MISTAKES = [
     (["--training.lr_scheduler_kwargs={a: 1}"], "training.lr_scheduler_kwargs: linear can't be made of"),
     (["--training.greater_is_better=true"], "training.greater_is_better: the best checkpoint has the lowest loss"),
     (["--training.project=x"], "unknown flag --training.project; it comes from the recipe's own key, --tracking.proj"),
+    (["--training.label_names=[foo]"], "training.label_names: the text's labels are named labels"),
+    (
+        ["--training.train_sampling_strategy=sequential", "--training.mixture={sw: 2, en: 1}"],
+        "'sequential' would read one language's text after the other's",
+    ),
+    (
+        [
+            "--training.train_sampling_strategy=batch_rebalance",
+            "--training.dataloader_drop_last=true",
+            "--training.gradient_accumulation_steps=64",
+        ],
+        "sequences don't fill a batch of 256",
+    ),
+    (
+        ["--seed=3"],
+        "unknown flag --seed; did you mean --corpus.seed or --training.seed? (see agnostic-train STAGE --help)",
+    ),
     (["--training.group_by_length=true"], "since transformers 5 it is train_sampling_strategy: group_by_length"),
     (["--detection.top_ratio=2024-13-45"], "--detection.top_ratio: not valid YAML (month must be in 1..12; put a text"),
     (["--training.neftune_noise_alpha=-1"], "training.neftune_noise_alpha: must be at least 0"),

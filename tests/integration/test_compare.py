@@ -17,9 +17,11 @@ from agnostic_train.files import read_json
 from agnostic_train.neurons.language_neurons import LanguageNeurons
 from agnostic_train.neurons.neuron_set import NeuronSet
 from agnostic_train.pipeline import fitting, training_text, trials
+from agnostic_train.pipeline.run import Pipeline
 from agnostic_train.pipeline.stages import pilot as pilot_stage
 from agnostic_train.pipeline.stages import train
 from agnostic_train.pipeline.trials import Trials
+from agnostic_train.recipe_file import load_recipe
 from agnostic_train.report.terminal import in_terminal
 
 SMALL = (
@@ -95,7 +97,9 @@ def test_compare_trains_strategies_equally_and_reports_results(root, capsys):
         assert (out / f"comparison/{name}.png").stat().st_size > 1000 and (out / f"comparison/{name}.svg").exists()
     assert not list(out.glob("checkpoint-*")) and not list((out / ".work/compare").glob(".*"))
 
-    assert run(root, "compare", *SMALL) == 0 and "compare: unchanged, kept" in capsys.readouterr().out
+    assert run(root, "compare", *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "compare: unchanged, kept" in printed and in_terminal(text) in printed
     # The report includes a finished comparison, whenever it ran.
     assert run(root, "run", *SMALL) == 0 and "Strategies compared" in (out / "report.html").read_text()
     assert (out / "figures/trade.png").exists()
@@ -309,6 +313,12 @@ def test_report_leaves_out_results_of_another_recipe(root, capsys):
     assert run(root, "run", *flags) == 0
     assert not (root / "out/emergence.json").exists() and not (root / "out/figures/emergence.svg").exists()
     assert not [it for it in (root / "results").iterdir() if it.name.startswith("emergence")]
+
+
+def test_a_pilot_reads_no_evaluation_text(root):
+    whole = Pipeline(load_recipe(root / "recipe.yaml", {"training.strategy": "pilot"}))
+    assert whole.inputs.of_trials("pilot")["text"].keys() == {"training", "validation"}
+    assert "evaluation_texts" not in vars(whole.materials)
 
 
 def test_pilot_ranks_its_candidates_and_trains_the_best(root, capsys):
@@ -594,6 +604,9 @@ def test_comparison_refuses_a_neuron_file(root, capsys):
     NeuronSet({(0, "up"): [1]}).save(root / "mine.safetensors")
     flags = [f"--training.neurons={root / 'mine.safetensors'}"]
     assert_mistake(root, "compare", flags, "training.neurons: a comparison trains what its strategies choose", capsys)
+    for order in ("sequential", "batch_rebalance"):
+        message = f"training.train_sampling_strategy: '{order}' reads the text in the same order with every seed"
+        assert_mistake(root, "compare", [f"--training.train_sampling_strategy={order}"], message, capsys)
 
 
 def test_two_processes_give_the_comparison_of_one(root):

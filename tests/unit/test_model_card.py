@@ -6,11 +6,11 @@ from agnostic_train.export.model_card import model_card
 from agnostic_train.recipe import CorpusSection, ModelSection, Recipe, TrainingSection
 
 
-def card_of(name="my/model", evaluation=None, **arguments):
+def card_of(name="my/model", evaluation=None, languages=("no", "sw"), **arguments):
     recipe = Recipe(
         model=ModelSection(name=name),
-        corpus=CorpusSection(path="text", languages=["no", "sw"]),
-        training=TrainingSection(languages=["no", "sw"], arguments=arguments),
+        corpus=CorpusSection(path="text", languages=list(languages)),
+        training=TrainingSection(languages=list(languages), arguments=arguments),
         output_dir="out",
     )
     training = {"strategy": "shared", "reason": "shared of sw", "neurons": {"q": 2, "k": 0}}
@@ -25,6 +25,15 @@ def test_norwegian_language_code_and_metadata():
     assert "# model, enhanced" not in text and "# my/model, enhanced for no, sw" in text
     assert "- update: compact\n" in card_of()
     assert "update: compact; logging_steps 5, learning_rate 0.001" in text and "neurons trained: q 2\n" in text
+
+
+def test_only_codes_of_languages_are_in_the_metadata():
+    """The hub refuses any others, and with them the whole upload."""
+    languages = ["swh_Latn", "zh-Hant", "sw", "swh", "Klingon", "हिन्दी", "a|b"]
+    assert ModelCard(card_of(languages=languages)).data.language == ["swh", "zh", "sw"]
+    assert ModelCard(card_of(languages=["a|b", "EN"])).data.language is None
+    row = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9}, "bits_per_byte_change": -0.05}
+    assert r"| a\|b * | 2.0000 | 1.9000 | -5.0% |" in card_of(languages=["a|b", "en"], evaluation={"a|b": row})
 
 
 def test_card_holds_no_local_path(tmp_path):
