@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from agnostic_train.errors import UserError
+from agnostic_train.processes import process_index
 from agnostic_train.recipe import CorpusSection
 
 Example = dict[str, np.ndarray]
@@ -115,8 +116,8 @@ class Encoder:
                     text = self._covered(sentence, kept, offsets)
                 num_bytes = len(text.encode())
                 yield {"input_ids": kept, "special_tokens_mask": special[: len(kept)], "num_bytes": num_bytes}
-        if num_cut:
-            # Once, although several stages encode the same text.
+        if num_cut and process_index() == 0:
+            # Once, although several stages and processes encode the same text.
             logger.warning_once(f"{purpose}: {num_cut} of {len(sentences)} sentences cut at {self.max_length} tokens")
 
     def _begun(
