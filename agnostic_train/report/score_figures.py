@@ -36,7 +36,7 @@ def draw_score(score: dict) -> Figure:
     controls = {
         kind: [(it["value"], it["clipped"]) for it in it["scores"].values()] for kind, it in score["controls"].items()
     }
-    fair = [np.log1p(max(row["importance"], *(row["interval"] or ()))) for row in rows if not row["clipped"]]
+    fair = [np.log1p(max([row["importance"], *(row["interval"] or [])])) for row in rows if not row["clipped"]]
     top = _limit_score(axis, controls, fair if any(clipped) else None)
     if any(clipped):
         axis.bar([], [], color="white", edgecolor="black", label="white: clipped, so arbitrary")

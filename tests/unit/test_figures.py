@@ -145,13 +145,14 @@ def test_controls_with_clipped_changes_do_not_set_the_scale():
 def test_clipped_importance_is_marked_and_does_not_set_the_scale():
     rows = [
         {"language": "en", "importance": 0.2, "interval": [0.1, 0.3], "clipped": []},
+        {"language": "zh", "importance": 0.4, "interval": None, "clipped": []},
         {"language": "sw", "importance": 1e7, "interval": [0.1, 2e7], "clipped": ["exclusive"]},
     ]
     figure = draw_score({"table": rows, "value": 8.1, "clipped": ["sw"], "controls": {}})
     axis = figure.axes[0]
     assert axis.get_ylim()[1] < 1
     colors = [bar.get_facecolor()[:3] for bar in axis.containers[0]]
-    assert colors == [(0.7, 0.7, 0.7), (1, 1, 1)]
+    assert colors == [(0.7, 0.7, 0.7)] * 2 + [(1, 1, 1)]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "white: clipped, so arbitrary" in names and "score 8.100 (clipped)" in names
 
