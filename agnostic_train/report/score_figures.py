@@ -12,7 +12,7 @@ from agnostic_train.report.plotting import draw_heat_map, line_style, make_grid,
 from agnostic_train.scores.ablation import NOTHING
 from agnostic_train.scores.result import CONTROLS, describe_score
 
-_LEAST_GAP, _MOST_LEVEL = 0.045, 4
+_LEAST_GAP, _MOST_LEVEL = 0.06, 4
 """Of labels of steps: the distance as a share of the axis, and their number from which on they are turned."""
 _HOLLOW = {"linestyle": "none", "markerfacecolor": "white"}
 

@@ -14,7 +14,7 @@ from agnostic_train.impact.attention_block import AttentionBlock, BlockForms
 from agnostic_train.impact.hooks import ImpactMeter, unverified_impacts
 from agnostic_train.impact.layer_attention import LayerAttention
 from agnostic_train.impact.visibility import Visibility
-from agnostic_train.model import inference
+from agnostic_train.model import batches as batches_module
 from agnostic_train.model.decoder import PROJECTIONS, find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.neuron_set import NeuronSet
@@ -150,7 +150,7 @@ def test_chunk_size_does_not_change_the_result(llama):
 
 def test_sentence_with_special_tokens_alone_is_reported(llama, monkeypatch):
     warnings = []
-    monkeypatch.setattr(inference.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(batches_module.logger, "warning_once", warnings.append)
     batch = padded_batch([4, 2])
     for special, expected in (([[0, 0, 0, 1], [1, 0, 0, 0]], 0), ([[0, 0, 0, 0], [1, 1, 0, 0]], 1)):
         impacts = unverified_impacts(llama, batch | {"special_tokens_mask": torch.tensor(special)}, ["up"])

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from agnostic_train.detection.lape import firing_rates
 from agnostic_train.errors import UserError
 from agnostic_train.files import write_json
-from agnostic_train.model import inference
+from agnostic_train.model import batches as batches_module
 from agnostic_train.model.decoder import find_decoder
 from agnostic_train.neurons.deactivation import deactivate
 from agnostic_train.neurons.language_neurons import LanguageNeurons
@@ -464,7 +464,8 @@ def test_languages_as_a_string_are_refused():
 def test_no_device_synchronisation_per_batch(llama, monkeypatch, measure):
     """Results are fetched once per call instead of once per batch, because a fetch waits for the device."""
     fetches = []
-    monkeypatch.setattr(inference, "check_tokens", lambda *args: None)  # it reads inputs before they are on the device
+    # It reads inputs before they are on the device.
+    monkeypatch.setattr(batches_module, "check_tokens", lambda *args: None)
     for name in ("cpu", "item", "tolist", "__int__", "__float__"):  # not __bool__, by which transformers checks masks
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
