@@ -15,6 +15,12 @@ from agnostic_train.files import read_json
 NEURONS_FILE = "neurons.safetensors"
 """The file of the trained neurons in a `NeuronTrainer`'s checkpoints."""
 
+# A resumed Trainer (of transformers 5.17, for one) loads the optimizer onto its own device. In one of several processes
+# on a CPU that is "cpu:0", a place of which torch knows only the first part.
+torch.serialization.register_package(
+    30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 def saved_checkpoints(directory: Path) -> list[Path]:
     """Returns a Trainer's checkpoints in its output folder, oldest first."""
