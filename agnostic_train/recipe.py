@@ -349,7 +349,7 @@ class ComparisonSection:
     """`compare`: strategies and baselines on the same data and budget."""
 
     strategies: Annotated[
-        list[ComparedStrategy], BeforeValidator(_as_list), Field(min_length=2), AfterValidator(_distinct)
+        list[ComparedStrategy], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_distinct)
     ] = Field(
         default_factory=lambda: list(get_args(ComparedStrategy)),
         description="What to compare; random and lora have the size of random_like.",

@@ -68,7 +68,8 @@ def suggestion(name: str, candidates: Sequence[str]) -> str:
     renamed = _RENAMED.get(name.removeprefix("--").removeprefix("training."))
     if renamed is not None:
         return f"; since transformers 5 it is {renamed}"
-    without_section = [it for it in candidates if it.lstrip("-").partition(".")[2] == name.lstrip("-")]
+    bare = name.lstrip("-")
+    without_section = [it for it in candidates if bare and it.lstrip("-").partition(".")[2] == bare]
     nearest = without_section or get_close_matches(name, candidates, n=1)
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 

@@ -11,6 +11,9 @@ from agnostic_train.percent import percent
 from agnostic_train.recipe import Recipe
 from agnostic_train.training.strategy import BASELINES
 
+_CODE = re.compile(r"([a-z]{2,3})(?:[_-](?:[A-Z][a-z]{3}|[A-Za-z]{2}))*")
+"""A language's code, perhaps with its script and region."""
+
 
 def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", evaluation: dict | None = None) -> str:
     """Returns the README.md of an enhanced checkpoint or adapter.
@@ -63,7 +66,7 @@ def model_card(recipe: Recipe, training: dict, to: ExportTarget = "merged", eval
     listed = "\n".join(f"- {it}" for it in details if it)
     library, use = _USES[to]
     # Nor does it accept other languages than ISO 639's codes: it would refuse the whole upload.
-    codes = [code[1] for it in recipe.training.languages if (code := re.match(r"([a-z]{2,3})(?:[_-]|$)", it))]
+    codes = [code[1] for it in recipe.training.languages if (code := _CODE.fullmatch(it))]
     metadata = ModelCardData(
         language=list(dict.fromkeys(codes)) or None,
         library_name=library,

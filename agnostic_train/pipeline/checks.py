@@ -207,10 +207,10 @@ def _check_comparison(recipe: Recipe, arguments: NeuronTrainingArguments) -> Non
     if recipe.training.neurons is not None:
         raise UserError("training.neurons: a comparison trains what its strategies choose; leave it out")
     order = _value(arguments.train_sampling_strategy)
-    if order in ("sequential", "batch_rebalance"):
+    if order in ("sequential", "batch_rebalance") and len(recipe.comparison.seeds) > 1:
         raise UserError(
             f"training.train_sampling_strategy: {order!r} reads the text in the same order with every seed, so "
-            "comparison.seeds would repeat one training; leave it out"
+            "comparison.seeds would repeat one training; leave it out, or name one seed"
         )
     check_trials(recipe, arguments, recipe.comparison.strategies, "compare")
 

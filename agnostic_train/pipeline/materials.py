@@ -186,8 +186,9 @@ class Materials:
         for source in sources:
             section = at_checkpoint(self.recipe.model, source, key)
             config = load_config(section, key)
-            # It may have further tokens, such as one to pad with.
-            if has_tokenizer(source) and not own.items() <= load_tokenizer(section, key).get_vocab().items():
+            others = load_tokenizer(section, key).get_vocab() if has_tokenizer(source) else own
+            # One of them may have further tokens, such as one to pad with.
+            if not (own.items() <= others.items() or others.items() <= own.items()):
                 raise UserError(
                     f"{key}: {source} has another tokenizer than model.name; name a state of the same model"
                 )

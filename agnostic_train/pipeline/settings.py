@@ -27,6 +27,8 @@ _NOT_NEGATIVE = (
     "weight_decay", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "eval_steps", "save_steps",
     "logging_steps",
 )  # fmt: skip
+_ORDERS = ("random", "sequential", "group_by_length", "batch_rebalance")
+"""Values of `train_sampling_strategy`; transformers takes any other one for `random`."""
 
 # What `TrainingArguments` raises for invalid values.
 _MISTAKES = (ValueError, TypeError, ImportError, KeyError, OSError)
@@ -92,7 +94,10 @@ def _check_given(recipe: Recipe) -> None:
             raise UserError(f"training.{key}: must be from 0 to 2^32 - 1, not {value}")
     if given.get("label_names") not in (None, ["labels"]):
         raise UserError("training.label_names: the text's labels are named labels; remove the key")
-    if given.get("train_sampling_strategy") == "sequential" and len(recipe.training.text_languages) > 1:
+    order = given.get("train_sampling_strategy", "random")
+    if order not in _ORDERS:
+        raise UserError(f"training.train_sampling_strategy: {order!r} isn't one of {', '.join(_ORDERS)}")
+    if order == "sequential" and len(recipe.training.text_languages) > 1:
         raise UserError(
             "training.train_sampling_strategy: 'sequential' would read one language's text after the other's; remove it"
         )

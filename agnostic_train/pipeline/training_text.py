@@ -41,8 +41,12 @@ def count_batches(
     in_epoch = sum(_epoch_sizes({language: ceil(number) for language, number in sequences.items()}, section).values())
     if is_read or not section.packing:
         check_batches(in_epoch, arguments)
-    whole = floor if arguments.dataloader_drop_last else ceil
-    return whole(in_epoch / (arguments.train_batch_size * arguments.world_size))
+    batch = arguments.train_batch_size * arguments.world_size
+    if not arguments.dataloader_drop_last:
+        return ceil(in_epoch / batch)
+    # `batch_rebalance` drops incomplete optimizer steps, the others incomplete batches.
+    whole = arguments.gradient_accumulation_steps if arguments.train_sampling_strategy == "batch_rebalance" else 1
+    return floor(in_epoch / (batch * whole)) * whole
 
 
 def split_pilot_text(
@@ -88,7 +92,7 @@ def training_examples(encoder: Encoder, training: Sentences, section: TrainingSe
 def check_batches(num_sequences: int, arguments: NeuronTrainingArguments) -> None:
     """Raises `UserError` if incomplete batches are dropped and an epoch has no complete one."""
     batch = arguments.train_batch_size * arguments.world_size
-    if arguments.train_sampling_strategy == "batch_rebalance":  # it drops incomplete optimizer steps
+    if arguments.train_sampling_strategy == "batch_rebalance":  # see `count_batches`
         batch *= arguments.gradient_accumulation_steps
     if arguments.dataloader_drop_last and num_sequences < batch:
         raise UserError(

@@ -114,7 +114,10 @@ def _plot_scores(axis: Axes, steps: list[int], rows: list[dict]) -> None:
         kind: [(it["score"], it["clipped"]) for row in rows for it in row["controls"][kind]]
         for kind in rows[0]["controls"]
     }
-    top = _limit_score(axis, controls)
+    fair = [
+        max([row["score"], *(row["interval"] or [])]) for row in rows if row["score"] is not None and not row["clipped"]
+    ]
+    top = _limit_score(axis, controls, fair if any(row["clipped"] for row in rows) else None)
     for (kind, scores), marker in zip(controls.items(), "sD", strict=False):
         # Draws at different steps have nothing in common but their number, so no line joins them.
         style = dict(color="0.5", marker=marker, zorder=1)

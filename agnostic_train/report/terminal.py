@@ -30,7 +30,8 @@ def print_results(directory: Path, command: str, enhanced: list[str]) -> None:
     """Prints what a command has made in its `output_dir`, also if all of it was kept."""
     if command == "compare":
         text = directory / COMPARISON / COMPARISON_TEXT
-        print(in_terminal(text.read_text(encoding="utf-8")))
+        encoding = sys.stdout.encoding or "utf-8"  # not every terminal has the lines of a table
+        print(in_terminal(text.read_text(encoding="utf-8")).encode(encoding, "replace").decode(encoding))
         print(f"compare: {text}")
     if command == "run":
         _print_fitting(summary_table, directory, enhanced)
@@ -42,7 +43,7 @@ def print_results(directory: Path, command: str, enhanced: list[str]) -> None:
 
 
 def _print_fitting(make_table: Callable[[Path, list[str], bool], Table], directory: Path, enhanced: list[str]) -> None:
-    """Prints a table, without perplexities if the terminal has no room for them."""
+    """Prints a table, without perplexities (and intervals) if the terminal has no room for them."""
     # A file has room for the widest table.
     console = Console(width=None if sys.stdout.isatty() else 1000)
     table = make_table(directory, enhanced, True)
@@ -52,13 +53,13 @@ def _print_fitting(make_table: Callable[[Path, list[str], bool], Table], directo
 
 
 def changes_table(directory: Path, enhanced: list[str], with_perplexity: bool = True) -> Table:
-    """The table that ends an evaluation: per language, perplexity and bits per byte before and after."""
+    """The table that ends an evaluation: per language, bits per byte before and after; with room, more."""
     table = Table(caption="test text; * enhanced")
-    table.add_column("language", overflow="fold")
-    _add_columns(table, (*_change_columns(with_perplexity), "95% interval"))
+    table.add_column("language", overflow="fold", min_width=4)
+    _add_columns(table, (*_change_columns(with_perplexity), *(("95% interval",) if with_perplexity else ())))
     for language, row in read_json(directory / "evaluation.json")["languages"].items():
-        interval = " to ".join(map(percent, row["interval"]))
-        table.add_row(_name(language, enhanced), *_change(row, with_perplexity), interval)
+        interval = [" to ".join(map(percent, row["interval"]))] if with_perplexity else []
+        table.add_row(_name(language, enhanced), *_change(row, with_perplexity), *interval)
     return table
 
 

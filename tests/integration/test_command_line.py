@@ -634,6 +634,7 @@ MISTAKES = [
     (["--training.lr_scheduler_kwargs={a: 1}"], "training.lr_scheduler_kwargs: linear can't be made of"),
     (["--training.greater_is_better=true"], "training.greater_is_better: the best checkpoint has the lowest loss"),
     (["--training.project=x"], "unknown flag --training.project; it comes from the recipe's own key, --tracking.proj"),
+    (["--training.train_sampling_strategy=sequental"], "'sequental' isn't one of random, sequential, group_by_length"),
     (["--training.label_names=[foo]"], "training.label_names: the text's labels are named labels"),
     (
         ["--training.train_sampling_strategy=sequential", "--training.mixture={sw: 2, en: 1}"],

@@ -570,7 +570,7 @@ def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--comparison.strategies=shared"], "comparison.strategies"),
+        (["--comparison.strategies="], "comparison.strategies"),
         (["--comparison.strategies=shared,auto"], "comparison.strategies"),
         (["--comparison.learning_rates=fast"], "comparison.learning_rates"),
         (["--comparison.seeds=[]"], "comparison.seeds"),
@@ -598,6 +598,16 @@ def test_comparison_and_pilot_refuse_sharded_models(root, monkeypatch, capsys):
 )
 def test_mistakes_of_compare_are_one_line(root, capsys, flags, message):
     assert_mistake(root, "compare", flags, message, capsys)
+
+
+def test_one_strategy_alone_has_seeds_but_no_differences(root, capsys):
+    flags = ["--comparison.strategies=shared", "--comparison.seeds=1,2", "--comparison.learning_rates=[1e-2]"]
+    assert run(root, "compare", *flags, f"--tracking.results_dir={root / 'results'}") == 0
+    comparison = read_json(root / "out/comparison.json")
+    row = comparison["texts"]["test"]["strategies"]["shared"]["languages"]["sw"]
+    assert len(row["by_seed"]) == 2 and comparison["texts"]["test"]["differences"] == []
+    assert (root / "results/comparison.csv").exists()
+    assert not [*root.rglob("differences.csv")]
 
 
 def test_comparison_refuses_a_neuron_file(root, capsys):

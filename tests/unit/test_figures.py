@@ -140,6 +140,8 @@ def test_controls_with_clipped_changes_do_not_set_the_scale():
     axis = draw_emergence(rows).axes[2]
     assert 1.5 < axis.get_ylim()[1] < 2
     assert "(2 of 4 beyond the scale)" in " ".join(it.get_text() for it in axis.get_legend().get_texts())
+    clipped = {"score": 9.0, "interval": [0.2, 13.0], "clipped": ["sw"]}
+    assert 1.5 < draw_emergence([rows[0], rows[1] | clipped]).axes[2].get_ylim()[1] < 2
 
 
 def test_clipped_importance_is_marked_and_does_not_set_the_scale():

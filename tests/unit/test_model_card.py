@@ -29,8 +29,8 @@ def test_norwegian_language_code_and_metadata():
 
 def test_only_codes_of_languages_are_in_the_metadata():
     """The hub refuses any others, and with them the whole upload."""
-    languages = ["swh_Latn", "zh-Hant", "sw", "swh", "Klingon", "हिन्दी", "a|b"]
-    assert ModelCard(card_of(languages=languages)).data.language == ["swh", "zh", "sw"]
+    languages = ["swh_Latn", "zh-Hant", "sw", "swh", "Klingon", "हिन्दी", "a|b", "my-corpus", "pt_BR"]
+    assert ModelCard(card_of(languages=languages)).data.language == ["swh", "zh", "sw", "pt"]
     assert ModelCard(card_of(languages=["a|b", "EN"])).data.language is None
     row = {"before": {"bits_per_byte": 2.0}, "after": {"bits_per_byte": 1.9}, "bits_per_byte_change": -0.05}
     assert r"| a\|b * | 2.0000 | 1.9000 | -5.0% |" in card_of(languages=["a|b", "en"], evaluation={"a|b": row})

@@ -77,7 +77,8 @@ def compare(context: Context) -> StageResult:
             write_comparison_figures(comparison, folder)
             (folder / COMPARISON_TEXT).write_text(text, encoding="utf-8")
             write_csv(comparison_table(comparison), folder / COMPARISON_TABLE)
-            write_csv(differences_table(comparison), folder / DIFFERENCES_TABLE)
+            if differences := differences_table(comparison):  # one strategy alone has none
+                write_csv(differences, folder / DIFFERENCES_TABLE)
     return StageResult(["comparison.json", COMPARISON])
 
 
@@ -90,7 +91,7 @@ def publish(context: Context) -> None:
     with tracked(context.recipe, context.processes, "comparison", _group(context), run_id) as tracker:
         tracker.log_figures(context.directory / COMPARISON)
         comparison = read_json(file)
-        tables = {"comparison": comparison_table(comparison), "differences": differences_table(comparison)}
+        tables = {"comparison": comparison_table(comparison), "differences": differences_table(comparison) or None}
         replace(context, tracker=tracker).publish_tables(tables, files)
 
 

@@ -110,6 +110,8 @@ class Context:
         owners: dict[str, str] = read_json(record, "delete it") if record.exists() else {}
         if not isinstance(owners, dict):
             raise UserError(f"{record}: not a record of this package; delete it")
+        # Earlier versions wrote the path itself.
+        owners = {name: own if owner == str(self.directory.resolve()) else owner for name, owner in owners.items()}
         results: dict[str, Table | Path | None] = {f"{name}.csv": table for name, table in tables.items()}
         results |= files or {}
         try:
