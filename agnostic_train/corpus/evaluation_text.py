@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from agnostic_train.corpus.documents import is_visible, split_documents
-from agnostic_train.corpus.local_files import find_file, local_sentences, read_text, unread_file
+from agnostic_train.corpus.local_files import find_file, local_sentences, read_text
 from agnostic_train.corpus.purposes import Corpus
 from agnostic_train.corpus.streaming import STREAMED_DEFAULT, streamed_test
 from agnostic_train.errors import UserError
@@ -30,8 +30,6 @@ def read_test_text(section: CorpusSection, language: str, keep: Path | None = No
     else:
         folder = Path(section.path)
         files = {split: find_file(folder, language, split) for split in ("test", "valid")}
-        if files["test"] is None and (unread := unread_file(folder, language, "test")):
-            raise UserError(f"evaluation.languages: test text of {language!r}: {unread}; rename or convert it")
         file = files["test"] or files["valid"]
         if file is None:
             missing = folder / f"{language}.test.txt"

@@ -30,21 +30,18 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
     """Finds `{lang}.{split}` as .txt or .jsonl, compressed or not, or .parquet; returns None if there is none.
 
     Raises:
-        UserError: there is more than one.
+        UserError: there is more than one, or none but of a kind that isn't read: other text would take its place.
     """
     files = [file for ending in _ENDINGS if (file := folder / f"{language}.{split}{ending}").exists()]
     if len(files) > 1:
         raise UserError(f"{files[0]}: the folder also has {files[1].name}; keep one")
-    return files[0] if files else None
-
-
-def unread_file(folder: Path, language: str, split: str) -> str:
-    """Says which file named `{lang}.{split}.*` `find_file` doesn't find, and why; empty if there is none."""
-    others = sorted(folder.glob(f"{escape(language)}.{split}.*"))
-    if not others:
-        return ""
-    is_broken = others[0].is_symlink() and not others[0].exists()
-    return f"{others[0].name} {'is a broken link' if is_broken else 'is of no kind that is read'}"
+    if files:
+        return files[0]
+    if others := sorted(folder.glob(f"{escape(language)}.{split}.*")):
+        is_broken = others[0].is_symlink() and not others[0].exists()
+        problem = "a broken link" if is_broken else f"of no kind that is read ({', '.join(_ENDINGS)})"
+        raise UserError(f"{others[0]}: {problem}; rename or convert it, or take it out")
+    return None
 
 
 def local_sentences(section: CorpusSection, file: Path) -> list[str]:

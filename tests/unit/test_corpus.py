@@ -508,13 +508,13 @@ def test_empty_parquet_file_has_no_sentence(folder):
 def test_test_text_of_an_unknown_kind_is_refused(folder, name):
     """Without an error, half of valid would take its place."""
     (folder / name).write_text("one\n")
-    with pytest.raises(UserError, match=f"test text of 'en': {name} is of no kind that is read"):
+    with pytest.raises(UserError, match=f"{folder}/{name}: of no kind that is read"):
         load_corpus(section(path=str(folder)))
     (folder / name).unlink()
     (folder / "en.test.txt").symlink_to(folder / "nowhere")
-    with pytest.raises(UserError, match=r"test text of 'en': en.test.txt is a broken link"):
+    with pytest.raises(UserError, match=rf"{folder}/en.test.txt: a broken link"):
         load_corpus(section(path=str(folder)))
-    with pytest.raises(UserError, match=r"evaluation.languages: test text of 'en': en.test.txt is a broken link"):
+    with pytest.raises(UserError, match=rf"{folder}/en.test.txt: a broken link"):
         read_test_text(section(path=str(folder)), "en")
 
 
