@@ -84,7 +84,7 @@ class Trained:
         own = _neurons_at(loaded, adapter)
         if (folder / NEURONS_FILE).exists():
             _check_is_trained(folder, own, loaded)
-        trained = _all_trained(own, _named(neurons, loaded))
+        trained = _all_trained(own, None if neurons is None else NeuronSet.given(neurons, loaded))
         return cls(loaded, adapter, loaded, trained, *_origin_of(loaded), trained_before=trained != own)
 
     @classmethod
@@ -98,7 +98,8 @@ class Trained:
         check_whole(model, "exporting")
         plain = plain_model(model)
         find_decoder(plain).check_on_devices("exporting")
-        adapter, earlier, named = adapter_deltas(plain), trained_neurons(plain), _named(neurons, plain)
+        adapter, earlier = adapter_deltas(plain), trained_neurons(plain)
+        named = None if neurons is None else NeuronSet.given(neurons, plain)
         trained, trained_before = earlier if named is None else named, False
         if adapter:
             own = adapter_neurons(plain)
@@ -172,13 +173,6 @@ class Trained:
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, so there are no rows to export")
         return weight_deltas(self.model, self.base, self.neurons, self.adapter)
-
-
-def _named(neurons: NeuronSet | Mapping | str | Path | None, model: nn.Module) -> NeuronSet | None:
-    """The neurons that the caller names, if any."""
-    if isinstance(neurons, (str, Path)):
-        return NeuronSet.read(neurons, model)
-    return None if neurons is None else NeuronSet.of(neurons)
 
 
 def _check_is_trained(checkpoint: Path, own: NeuronSet, base: nn.Module) -> None:

@@ -258,6 +258,11 @@ class NeuronSet:
         neurons.check(model, source=str(file))
         return neurons
 
+    @classmethod
+    def given(cls, neurons: object, model: nn.Module) -> "NeuronSet":
+        """Returns what an argument names: the set in a file, by `read`, or else as by `of`, with the errors of both."""
+        return cls.read(neurons, model) if isinstance(neurons, (str, Path)) else cls.of(neurons)
+
     def to_json(self, file: str | Path) -> None:
         """Writes `{"format": .., "neurons": {projection: {layer: [index, ..]}}}`, for people and other tools.
 

@@ -252,12 +252,11 @@ class NeuronTrainer(GuardedTrainer):
             )
 
     def _resolve_neurons(self, model: nn.Module) -> NeuronSet | None:
-        """Returns the neurons, first replacing a path in `self.neurons` by the set that it contains."""
-        if isinstance(self.neurons, (str, Path)):
-            self.neurons = NeuronSet.read(self.neurons, model)
-        elif self.neurons is not None:  # assigned between two trainings, perhaps as a mapping
-            self.neurons = NeuronSet.of(self.neurons)
-        return self.neurons
+        """Returns the neurons, first replacing a path or mapping in `self.neurons` by the set that it stands for."""
+        if self.neurons is None:
+            return None
+        self.neurons = neurons = NeuronSet.given(self.neurons, model)
+        return neurons
 
     def _with_adapter(self, model: nn.Module) -> nn.Module:
         """Returns the model; with `compact` and known neurons, with an adapter of these neurons."""

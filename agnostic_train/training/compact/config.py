@@ -79,9 +79,7 @@ class NeuronConfig(PeftConfig):
             if not self.rows and not self.columns:
                 raise UserError("neurons: give NeuronConfig a NeuronSet, or the file of one")
             return {}
-        if isinstance(self.neurons, (str, Path)):
-            self.neurons = NeuronSet.read(self.neurons, model)
-        self.neurons = NeuronSet.of(self.neurons)
+        self.neurons = NeuronSet.given(self.neurons, model)
         if not len(self.neurons):
             raise UserError("neurons: the set is empty, there is nothing to train")
         if self.revision is None:
