@@ -290,7 +290,7 @@ class NeuronTrainer(GuardedTrainer):
         held = {id(parameter) for group in bare.param_groups for parameter in group["params"]}
         trained = {name: it for name, it in (model or self.model).named_parameters() if it.requires_grad}
         missing = [name for name, parameter in trained.items() if id(parameter) not in held]
-        if len(missing) == len(trained):
+        if self._mask is None and len(missing) == len(trained):
             raise UserError(
                 "optimizers: this optimizer was created before the adapter, and has none of its parameters; pass "
                 "optimizer_cls_and_kwargs, or call get_peft_model(model, NeuronConfig(...)) first"

@@ -453,6 +453,9 @@ def test_optimizer_must_hold_all_that_is_trained(tmp_path):
     trainer.neurons = {(0, "q"): [2], (1, "down"): [3]}
     with pytest.raises(UserError, match="lacks 1 .* such as model.layers.1.mlp.down_proj.weight; .* make another"):
         trainer.train()
+    trainer.neurons = {(1, "down"): [3]}  # no adapter is to blame
+    with pytest.raises(UserError, match="lacks 1 .* such as model.layers.1.mlp.down_proj.weight; .* make another"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", [NeuronTrainingArguments, TrainingArguments])
